@@ -1,0 +1,251 @@
+"""Every option of every verb, as frozen dataclasses: what a YAML file or a dotted flag may set.
+
+Nothing is imported here that takes time, so `qstar --help` stays quick. Lengths are in tokens, rates per optimizer step.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """Numbers and memory.
+
+    Args:
+        param_dtype: Type in which parameters (and optimizer moments) are stored.
+        dtype: Type of activations and matrix products; log-softmax, sums over tokens and losses are float32 always.
+        remat: What the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (each layer).
+    """
+
+    param_dtype: Dtype = "float32"
+    dtype: Dtype = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """How devices are arranged and parameters are cut.
+
+    Args:
+        data: Devices along the axis that replicates parameters and splits the batch; -1 takes what is left.
+        fsdp: Devices along the axis that splits both parameters and batch.
+        tensor: Devices along the axis that splits parameters only (tensor parallelism).
+        min_shard_size: Arrays with fewer elements are replicated.
+        overrides: Regular expression on a parameter's path -> one axis name (or null) for each of its dimensions.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    min_shard_size: int = 65536
+    overrides: dict[str, list[str | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where examples come from and how they become tokens.
+
+    Args:
+        train: JSONL (.jsonl, .json, also .gz), Parquet, or a data-set name on the hub.
+        eval: Held-out examples, in any of the same forms; none: no evaluation.
+        train_split: Split to take when `train` is a hub name.
+        eval_split: Split to take when `eval` is a hub name.
+        prompt: Column of the prompt (text or chat messages); may be missing in files of whole dialogues.
+        chosen: Column of the preferred answer.
+        rejected: Column of the other answer.
+        completion: Column of the answer in files for supervised fine-tuning; where it is missing, `chosen` is used.
+        as_chat: Wrap a plain-text prompt as a user's message and apply the tokenizer's chat template.
+        max_length: Longest prompt and answer together; a longer answer loses its end, and its EOS.
+        max_prompt_length: Longest prompt; a longer one loses its beginning.
+        max_train_rows: Use the first so many rows of `train` only.
+        max_eval_rows: Use the first so many rows of `eval` only.
+    """
+
+    train: str = ""
+    eval: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    completion: str = "completion"
+    as_chat: bool = False
+    max_length: int = 1024
+    max_prompt_length: int = 512
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The preference loss.
+
+    Args:
+        beta: Temperature of the implicit reward beta * (log pi - log pi_ref), in nats of reward a nat of log-ratio.
+        label_smoothing: Probability that a label is flipped (conservative DPO); 0 is the paper's loss.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW behind global-norm clipping.
+
+    Args:
+        learning_rate: Peak rate.
+        warmup_steps: Steps of linear warm-up.
+        schedule: What follows the warm-up.
+        weight_decay: Decoupled decay, applied to matrices only.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the denominator.
+        max_grad_norm: Gradients are scaled down to this global norm; 0 switches clipping off.
+    """
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The length and rhythm of a run.
+
+    Args:
+        steps: Optimizer steps; 0 goes once through the training rows.
+        batch_size: Rows of the file (pairs, for DPO) a step, over all devices and hosts.
+        eval_batch_size: The same for evaluation; 0 takes `batch_size`.
+        seed: Fixes the order of the rows.
+        log_every: Steps between lines of metrics.
+        eval_every: Steps between evaluations; 0 evaluates at the start and at the end only.
+        save_every: Steps between checkpoints; 0 saves at the end only.
+        keep_checkpoints: How many of the newest checkpoints are kept.
+    """
+
+    steps: int = 0
+    batch_size: int = 32
+    eval_batch_size: int = 0
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning on answers: the usual step before DPO.
+
+    Args:
+        model: Hugging Face folder, hub name, or an earlier run's folder.
+        out: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, summary.json.
+        resume: Go on from the newest checkpoint in `out`.
+    """
+
+    model: str
+    out: str
+    resume: bool = False
+    data: DataOptions = field(default_factory=DataOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """Direct preference optimisation: the policy's log-ratios become a token-level reward.
+
+    Args:
+        model: Hugging Face folder, hub name, or an earlier run's folder; also the frozen reference.
+        out: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, reference/, summary.json.
+        resume: Go on from the newest checkpoint in `out`.
+    """
+
+    model: str
+    out: str
+    resume: bool = False
+    data: DataOptions = field(default_factory=DataOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The reward that a preference-trained model gives to each token of each answer.
+
+    Args:
+        model: Folder of a DPO run (or of one of its checkpoints), a Hugging Face folder, or a hub name.
+        out: Folder for scores.jsonl and heatmap.html.
+        reference: Folder or hub name of the reference; a DPO run carries its own.
+        beta: Temperature of the rewards; a DPO run carries its own.
+        batch_size: Rows scored at once.
+        show: How many rows to colour in the terminal and on the page.
+        data: `data.eval` is the file that is scored.
+    """
+
+    model: str
+    out: str
+    reference: str | None = None
+    beta: float | None = None
+    batch_size: int = 4
+    show: int = 3
+    data: DataOptions = field(default_factory=DataOptions)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How answers are decoded.
+
+    Args:
+        max_new_tokens: Longest answer, EOS included.
+        beams: Width of the beam search by the unnormalised sum of log pi; 1 decodes without search.
+        temperature: Of sampling; 0 is greedy. Not used with beams.
+        top_k: Sample among the so many likeliest tokens; 0 for all.
+        top_p: Sample among the likeliest tokens whose probabilities reach this sum; 1 for all.
+        return_sequences: Answers a prompt: so many samples, or so many of the best beams.
+        seed: Of sampling.
+    """
+
+    max_new_tokens: int = 128
+    beams: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    return_sequences: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Answers to prompts: greedy, sampled or by beam search.
+
+    Args:
+        model: Folder of a run (or of one of its checkpoints), a Hugging Face folder, or a hub name.
+        out: Folder for generations.jsonl.
+        prompt: One prompt, given here; otherwise `data.eval` is a file with a prompt column.
+        batch_size: Prompts decoded at once.
+    """
+
+    model: str
+    out: str
+    prompt: str | None = None
+    batch_size: int = 4
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
