@@ -1,0 +1,76 @@
+"""What lies in a Hugging Face folder: configuration, tokenizer, and the way from a hub name to a folder."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qstar_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What is fetched from the hub: text and safetensors, never a pickle (.bin, .pt) and never Python code.
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+
+
+def open_folder(model: str) -> Path:
+    """Turns a folder or a hub name into a folder on this machine.
+
+    Args:
+        model: Path of a folder, or a name such as "owner/model", whose files are fetched into the hub's cache.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        found = "a file" if path.exists() else "nothing there"
+        raise InputError(f"model {model!r}: expected a folder or a hub name (found: {found})")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(HUB_PATTERNS)))
+    except Exception as error:  # whatever the network, the hub or the name did: the user needs the same sentence
+        raise InputError(
+            f"model {model!r}: no such folder here, and the hub did not give a model of that name "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json.
+
+    Raises:
+        InputError: If it is missing or not JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise InputError(f"{folder}: no config.json, so this is not a Hugging Face model folder (found: {found})")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer of a folder; code that a folder may carry is never run.
+
+    Raises:
+        InputError: If there is none that transformers can read without running code.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many types here; the user needs the folder's name
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"{folder}: no usable tokenizer; expected tokenizer.json beside config.json ({type(error).__name__}: {reason})"
+        ) from error

@@ -1,0 +1,240 @@
+"""The Llama family: RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from qstar_jax._compat import nnx
+from qstar_jax.config import ComputeOptions
+from qstar_jax.errors import InputError
+from qstar_jax.models.layers import Attention, GatedMLP, KVCache, RopeScaling, rope_frequencies
+from qstar_jax.sharding import constrain_batch
+
+# The rule of largest dimensions cuts q, k, v by outputs; their counterpart o is cut by inputs, to need one sum a layer.
+SHARDING_OVERRIDES = {r"layers/attention/o/kernel$": (None, "tensor", "fsdp")}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a Llama model, under the names that Hugging Face's config.json gives."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
+        """Reads the dictionary of a config.json.
+
+        Raises:
+            InputError: If a key is missing, or the model has a part that is not built here (biases, another activation
+                function, another scaling of rotary positions).
+        """
+        for key, built in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            if config.get(key, built) != built:
+                raise InputError(f"config.json: {key} is {config[key]!r}; Llama models are built with {built!r} only")
+        try:
+            heads = config["num_attention_heads"]
+            return cls(
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                num_hidden_layers=config["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+                max_position_embeddings=config.get("max_position_embeddings", cls.max_position_embeddings),
+                rms_norm_eps=config.get("rms_norm_eps", cls.rms_norm_eps),
+                rope_theta=_rope_parameters(config).get("rope_theta") or config.get("rope_theta") or cls.rope_theta,
+                rope_scaling=_rope_scaling(_rope_parameters(config)),
+                tie_word_embeddings=config.get("tie_word_embeddings", cls.tie_word_embeddings),
+            )
+        except KeyError as error:
+            raise InputError(f"config.json: no key {error} (found: {', '.join(sorted(config))})") from None
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the dictionary of a config.json that `from_hf` and transformers read."""
+        scaling = self.rope_scaling
+        rope_scaling = None
+        if scaling is not None:
+            rope_scaling = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling is not None and scaling.kind == "llama3":
+            rope_scaling |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position_embeddings,
+            }
+        shape = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rope_scaling"}
+        fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **shape,
+            "rope_scaling": rope_scaling,
+            **fixed,
+        }
+
+
+def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    # transformers 5 writes `rope_parameters` (theta inside), earlier versions `rope_scaling` (theta beside it).
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _rope_scaling(parameters: dict[str, Any]) -> RopeScaling | None:
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise InputError(f"config.json: rotary scaling of type {kind!r}; expected default, linear or llama3")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return RopeScaling(kind=kind, **{name: parameters[name] for name in names if name in parameters})
+
+
+class LlamaLayer(nnx.Module):
+    """One layer: attention and MLP, each behind its norm and added to the stream."""
+
+    def __init__(self, config: LlamaConfig, compute: ComputeOptions, *, rngs: nnx.Rngs):
+        types = {"dtype": jnp.dtype(compute.dtype), "param_dtype": jnp.dtype(compute.param_dtype)}
+
+        def norm() -> nnx.RMSNorm:
+            return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs, **types)
+
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.attention = Attention(config.hidden_size, *heads, rngs=rngs, **types)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs, **types)
+
+    def __call__(self, x: Float[Array, "B S D"], *attention_arguments) -> Float[Array, "B S D"]:
+        """Applies the layer; the further arguments are those of `Attention`."""
+        x = x + self.attention(self.attention_norm(x), *attention_arguments)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """A Llama model without its softmax: tokens in, last hidden states out. Layers are stacked and scanned."""
+
+    def __init__(self, config: LlamaConfig, compute: ComputeOptions = ComputeOptions(), *, rngs: nnx.Rngs):
+        self.config, self.compute = config, compute
+        types = {"dtype": jnp.dtype(compute.dtype), "param_dtype": jnp.dtype(compute.param_dtype)}
+        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **types)
+        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.layers = jax.vmap(lambda key: LlamaLayer(config, compute, rngs=nnx.Rngs(key)))(keys)
+        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs, **types)
+        if not config.tie_word_embeddings:
+            self.unembed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **types)
+
+    def unembedding(self) -> Float[Array, "V D"]:
+        """Returns the output vectors of the vocabulary, in the type of the activations."""
+        table = self.embed if self.config.tie_word_embeddings else self.unembed
+        return table.embedding[...].astype(self.compute.dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        mask: Bool[Array, "B S K"],
+        cache: KVCache | None = None,
+        cache_index: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        """Computes last hidden states.
+
+        Args:
+            tokens: Token ids. Shape [B, S].
+            positions: Rotary positions, in tokens. Shape [B, S].
+            mask: True where a query may see a key; K is S, or the cache's length. Shape [B, S, K].
+            cache: Keys and values so far; the new ones are written at `cache_index` and on.
+            cache_index: Slot of the first new token, the same for all rows.
+
+        Returns:
+            Hidden states after the last norm, shape [B, S, D], and the cache with the new tokens in it.
+        """
+        x = constrain_batch(self.embed(tokens))
+        frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        run_layer = _rematerialised(
+            lambda layer, x, *remember: layer(x, positions, mask, frequencies, *remember), self.compute.remat
+        )
+        if cache is None:
+            x, _ = jax.lax.scan(lambda x, layer: (run_layer(layer, x), None), x, self.layers)
+            return self.norm(x), None
+
+        def step(carry, layer_and_index):
+            x, cache = carry
+            layer, index = layer_and_index
+
+            def remember(keys, values):
+                nonlocal cache  # the buffers travel in the carry, so that XLA writes the new slots in place
+                start = (index, 0, cache_index, 0, 0)
+                cache = KVCache(
+                    keys=jax.lax.dynamic_update_slice(cache.keys, keys[None].astype(cache.keys.dtype), start),
+                    values=jax.lax.dynamic_update_slice(cache.values, values[None].astype(cache.values.dtype), start),
+                )
+                return cache.keys[index], cache.values[index]
+
+            x = layer(x, positions, mask, frequencies, remember)
+            return (x, cache), None
+
+        indices = jnp.arange(self.config.num_hidden_layers)
+        (x, cache), _ = jax.lax.scan(step, (x, cache), (self.layers, indices))
+        return self.norm(x), cache
+
+
+def _rematerialised(run_layer, remat: str):
+    if remat == "full":
+        return jax.checkpoint(run_layer)
+    if remat == "dots":
+        return jax.checkpoint(run_layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return run_layer
+
+
+def hf_tensors(config: LlamaConfig) -> dict[str, tuple[str, bool]]:
+    """Says where each parameter lies in a Hugging Face file.
+
+    Returns:
+        Path of the parameter here -> (name of the tensor there, whether it is stored transposed). A name with "{layer}"
+        stands for one tensor a layer; here they are stacked along the first axis.
+    """
+    layer = "model.layers.{layer}."
+    tensors = {
+        "embed/embedding": ("model.embed_tokens.weight", False),
+        "norm/scale": ("model.norm.weight", False),
+        "layers/attention_norm/scale": (layer + "input_layernorm.weight", False),
+        "layers/mlp_norm/scale": (layer + "post_attention_layernorm.weight", False),
+    }
+    for part in ("q", "k", "v", "o"):
+        tensors[f"layers/attention/{part}/kernel"] = (f"{layer}self_attn.{part}_proj.weight", True)
+    for part in ("gate", "up", "down"):
+        tensors[f"layers/mlp/{part}/kernel"] = (f"{layer}mlp.{part}_proj.weight", True)
+    if not config.tie_word_embeddings:
+        tensors["unembed/embedding"] = ("lm_head.weight", False)
+    return tensors
+
+
+def forward_flops(config: LlamaConfig, *, tokens: float, scored_tokens: float, context: float) -> float:
+    """Model FLOPs of one forward pass: two for each weight that a token meets, and those of attention.
+
+    Args:
+        config: Shape of the model.
+        tokens: Tokens that pass the layers.
+        scored_tokens: Tokens whose logits are computed.
+        context: Mean number of keys that a query sees.
+
+    Returns:
+        Floating-point operations, a multiply-add counted as two; a backward pass costs twice as many.
+    """
+    heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = config.hidden_size * (2 * heads + 2 * kv_heads)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    per_token = config.num_hidden_layers * (2 * (attention + mlp) + 4 * context * heads)
+    return tokens * per_token + scored_tokens * 2 * config.hidden_size * config.vocab_size

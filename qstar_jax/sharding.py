@@ -1,0 +1,125 @@
+"""Devices as a mesh (data, fsdp, tensor), and one short rule that cuts every parameter over it."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qstar_jax.config import MeshOptions
+from qstar_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))  # the first dimension of whatever belongs to a row of the batch
+
+
+def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges devices as a (data, fsdp, tensor) mesh of Auto axes.
+
+    Args:
+        options: Sizes of the axes; one of them may be -1 and takes the devices that the others leave.
+        devices: Devices to arrange; all of them by default.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        InputError: If the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [options.data, options.fsdp, options.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise InputError(
+            f"mesh data={options.data}, fsdp={options.fsdp}, tensor={options.tensor} does not fit {len(devices)} "
+            "device(s): the sizes must be positive and multiply to that number (one of them may be -1: what is left)"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def parameter_spec(
+    path: str,
+    shape: Sequence[int],
+    axis_sizes: Mapping[str, int],
+    *,
+    min_shard_size: int = MeshOptions.min_shard_size,
+    overrides: Mapping[str, Sequence[str | None]] | None = None,
+) -> PartitionSpec:
+    """Says how one array is cut: the `tensor` axis takes its largest divisible dimension, `fsdp` the next.
+
+    Arrays under a `layers/` path carry the layers stacked in dimension 0, which is scanned over and never cut.
+
+    Args:
+        path: Names joined by "/", for instance "layers/mlp/up/kernel".
+        shape: Shape of the array.
+        axis_sizes: Size of each mesh axis.
+        min_shard_size: Arrays with fewer elements are replicated.
+        overrides: Regular expression searched in `path` -> an axis name or None for each dimension; the first match wins.
+
+    Returns:
+        The specification; dimensions of equal size are taken from the last to the first.
+
+    Raises:
+        InputError: If an override has another number of dimensions, an unknown axis, or does not divide its dimension.
+    """
+    for pattern, axes in (overrides or {}).items():
+        if re.search(pattern, path) and len(shape) > 0:
+            return _checked_override(pattern, axes, path, shape, axis_sizes)
+    if math.prod(shape) < min_shard_size:
+        return PartitionSpec()
+    spec: list[str | None] = [None] * len(shape)
+    first = 1 if re.search(r"(^|/)layers/", path) else 0
+    for axis in ("tensor", "fsdp"):
+        size = axis_sizes[axis]
+        free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % size == 0]
+        if size > 1 and free:
+            spec[max(free, key=lambda i: (shape[i], i))] = axis
+    return PartitionSpec(*spec)
+
+
+def _checked_override(pattern, axes, path, shape, axis_sizes) -> PartitionSpec:
+    fits = len(axes) == len(shape) and all(
+        axis is None or (axis in axis_sizes and dim % axis_sizes[axis] == 0)
+        for axis, dim in zip(axes, shape, strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"mesh.overrides {pattern!r}: {list(axes)} does not fit {path} of shape {tuple(shape)}; expected one of "
+            f"{', '.join(axis_sizes)} or null for each dimension, whose size the axis must divide ({dict(axis_sizes)})"
+        )
+    return PartitionSpec(*axes)
+
+
+def tree_shardings(tree, mesh: Mesh, options: MeshOptions = MeshOptions(), family_overrides=None):
+    """Applies `parameter_spec` to a whole tree: parameters, gradients, or an optimizer's state.
+
+    An optimizer's moments carry the path of their parameter inside their own, so they are cut like it.
+
+    Args:
+        tree: Arrays or `jax.ShapeDtypeStruct`s.
+        mesh: The mesh.
+        options: `min_shard_size` and the user's overrides.
+        family_overrides: Overrides that a model family brings; the user's come first.
+
+    Returns:
+        A tree of `NamedSharding`s of the same structure.
+    """
+    overrides = {**options.overrides, **(family_overrides or {})}
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = parameter_spec(name, leaf.shape, mesh.shape, min_shard_size=options.min_shard_size, overrides=overrides)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps the first dimension of an activation cut over the batch axes, where a mesh is set; else does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "data" not in mesh.axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
