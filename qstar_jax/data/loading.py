@@ -1,0 +1,83 @@
+"""One call from a file or hub name to tokenised examples, with an account of what became of its rows."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qstar_jax.config import DataOptions
+from qstar_jax.data.preferences import completion_records, preference_records, prompt_records
+from qstar_jax.data.reading import read_rows
+from qstar_jax.data.tokenization import Example, tokenize
+from qstar_jax.errors import InputError
+
+_RECORDS = {"preferences": preference_records, "completions": completion_records, "prompts": prompt_records}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised examples and where they come from.
+
+    Args:
+        examples: At least one, in file order.
+        dropped: How many rows were dropped for each reason.
+        source: Path or hub name.
+    """
+
+    examples: list[Example]
+    dropped: Counter
+    source: str
+
+    @property
+    def summary(self) -> str:
+        """One paragraph: rows read, used and dropped (by reason), lengths in tokens, the share that was truncated."""
+        dropped = self.dropped.total()
+        parts = [f"{self.source}: {len(self.examples) + dropped:,} rows read, {len(self.examples):,} used"]
+        if dropped:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+            parts.append(f"{dropped:,} dropped ({reasons})")
+        prompts = [(len(e.prompt), e.prompt_truncated) for e in self.examples]
+        answers = [(len(r.ids), r.truncated) for e in self.examples for r in e.responses]
+        parts.append(_lengths("prompts", prompts))
+        if answers:
+            parts.append(_lengths("answers", answers))
+        return "; ".join(parts) + "."
+
+
+def _lengths(name: str, items: list[tuple[int, bool]]) -> str:
+    lengths, truncated = zip(*items, strict=True)
+    mean, share = sum(lengths) / len(items), sum(truncated) / len(items)
+    return f"{name} have {mean:.1f} tokens on average, {max(lengths):,} at most, {share:.1%} truncated"
+
+
+def load_examples(
+    source: str,
+    split: str,
+    kind: Literal["preferences", "completions", "prompts"],
+    tokenizer: Any,
+    options: DataOptions,
+    limit: int | None = None,
+) -> Dataset:
+    """Reads and tokenises a file or a data set of the hub.
+
+    Args:
+        source: Path of a JSON-lines or Parquet file, or a hub name.
+        split: Split to take when `source` is a hub name.
+        kind: What each row becomes: a prompt with two answers, with one, or with none.
+        tokenizer: A Hugging Face tokenizer.
+        options: Columns, form and longest lengths.
+        limit: Use the first so many rows only.
+
+    Returns:
+        At least one example, and the rows that were dropped.
+
+    Raises:
+        InputError: The source cannot be read, a row has another form, or no row can be used.
+    """
+    rows = read_rows(source, split, limit)
+    records, dropped = _RECORDS[kind](rows, options, source)
+    examples, dropped_later = tokenize(records, tokenizer, options)
+    dropped += dropped_later
+    if not examples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        raise InputError(f"{source}: none of its {len(rows)} rows can be used ({reasons})")
+    return Dataset(examples, dropped, source)

@@ -1,0 +1,168 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from qstar_jax.config import DataOptions
+from qstar_jax.data.preferences import Record
+from qstar_jax.data.tokenization import tokenize
+from qstar_jax.errors import InputError
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def one(tokenizer, prompt, *answers, max_length=100, max_prompt_length=50):
+    """The example of one record, and its prompt and answers as text."""
+    options = DataOptions(max_length=max_length, max_prompt_length=max_prompt_length)
+    [example], dropped = tokenize([Record(prompt, answers, 7)], tokenizer, options)
+    assert not dropped
+    return example, [tokenizer.decode(ids) for ids in (example.prompt, *(r.ids for r in example.responses))]
+
+
+def dropped_reason(tokenizer, prompt, *answers, **lengths):
+    examples, dropped = tokenize([Record(prompt, answers, 0)], tokenizer, DataOptions(**lengths))
+    assert examples == []
+    [(reason, count)] = dropped.items()
+    assert count == 1
+    return reason
+
+
+def test_plain_text_ends_with_eos_once(plain_tokenizer):
+    example, texts = one(plain_tokenizer, "ab", "cde", "f[E]")
+    assert texts == ["ab", "cde[E]", "f[E]"]
+    assert [len(r.ids) for r in example.responses] == [4, 2]
+    assert not example.prompt_truncated and not any(r.truncated for r in example.responses)
+    assert example.row == 7
+    assert example.prompt.dtype == example.responses[0].ids.dtype == np.int32
+
+
+def test_several_eos_become_one(plain_tokenizer):
+    assert one(plain_tokenizer, "ab", "c[E][E]")[1][1] == "c[E]"
+
+
+def test_prompt_keeps_the_tokenizers_bos_and_loses_its_eos(character_tokenizer):
+    tokenizer = character_tokenizer(bos="[B]", before="[B]", after="[E]")
+    assert one(tokenizer, "ab", "c")[1] == ["[B]ab", "c[E]"]
+
+
+def test_no_token_spans_the_boundary(character_tokenizer):
+    tokenizer = character_tokenizer(merges=["bc"])
+    assert len(tokenizer("abcd").input_ids) == 3
+    example, _ = one(tokenizer, "ab", "cd")
+    assert len(example.prompt) == 2
+    assert example.responses[0].ids.tolist() == [*tokenizer.convert_tokens_to_ids(["c", "d"]), tokenizer.eos_token_id]
+
+
+def test_chat_answer_is_what_the_template_adds(chat_tokenizer):
+    _, texts = one(chat_tokenizer, user("ab"), assistant("c"), assistant("d"))
+    assert texts == ["[B]<user>ab[E]\n<assistant>", "c[E]", "d[E]"]
+
+
+def test_chat_whose_template_ends_turns_without_eos_gets_one(character_tokenizer, chat_tokenizer):
+    template = chat_tokenizer.chat_template.replace("{{ eos_token }}", "|")
+    tokenizer = character_tokenizer(bos="[B]", chat_template=template)
+    assert one(tokenizer, user("ab"), assistant("c"))[1] == ["[B]<user>ab|\n<assistant>", "c|\n[E]"]
+
+
+def test_template_that_does_not_extend_its_prompt(character_tokenizer, chat_tokenizer):
+    template = chat_tokenizer.chat_template.replace("<assistant>", "<assistant><think>")
+    tokenizer = character_tokenizer(bos="[B]", chat_template=template)
+    assert "does not extend its prompt" in dropped_reason(tokenizer, user("ab"), assistant("c"))
+
+
+def test_template_that_refuses_the_messages(chat_tokenizer):
+    prompt = [{"role": "banned", "content": "x"}]
+    assert dropped_reason(chat_tokenizer, prompt) == "the chat template refuses the messages (no such role)"
+
+
+def test_missing_chat_template(plain_tokenizer):
+    with pytest.raises(InputError, match="no chat template; use the tokenizer of an instruction-tuned model"):
+        tokenize([Record("a", (), 0), Record(user("a"), (), 1)], plain_tokenizer, DataOptions())
+
+
+def test_missing_eos(character_tokenizer):
+    with pytest.raises(InputError, match="no EOS token.*eos_token"):
+        tokenize([Record("a", ("b",), 0)], character_tokenizer(eos=None), DataOptions())
+
+
+def test_prompt_limit_must_be_positive(plain_tokenizer):
+    with pytest.raises(InputError, match="max_prompt_length is 0; expected at least 1"):
+        tokenize([], plain_tokenizer, DataOptions(max_prompt_length=0))
+
+
+def test_prompt_limit_must_be_below_the_whole(plain_tokenizer):
+    with pytest.raises(InputError, match=r"max_prompt_length \(6\) leaves no room .*max_length \(6 tokens"):
+        tokenize([], plain_tokenizer, DataOptions(max_prompt_length=6, max_length=6))
+    assert tokenize([], plain_tokenizer, DataOptions(max_prompt_length=5, max_length=6)) == ([], Counter())
+
+
+def test_long_prompt_loses_its_beginning(plain_tokenizer):
+    example, texts = one(plain_tokenizer, "abcdef", "g", max_prompt_length=4)
+    assert texts[0] == "cdef" and example.prompt_truncated
+    assert not one(plain_tokenizer, "abcd", "g", max_prompt_length=4)[0].prompt_truncated
+
+
+@pytest.mark.parametrize(("length", "kept"), [(4, "[B]def"), (1, "[B]")])
+def test_long_prompt_keeps_its_bos(chat_tokenizer, length, kept):
+    example, texts = one(chat_tokenizer, "abcdef", "g", max_prompt_length=length)
+    assert texts[0] == kept and example.prompt_truncated
+
+
+def test_long_chat_prompt_keeps_its_bos(chat_tokenizer):
+    assert one(chat_tokenizer, user("ab"), assistant("c"), max_prompt_length=12)[1] == ["[B]<assistant>", "c[E]"]
+
+
+def test_long_answer_loses_its_end_and_eos(plain_tokenizer):
+    example, texts = one(plain_tokenizer, "ab", "cdefgh", "cd", max_length=6, max_prompt_length=3)
+    assert texts == ["ab", "cdef", "cd[E]"]
+    assert [r.truncated for r in example.responses] == [True, False]
+
+
+def test_answer_that_leaves_no_room_for_eos_alone_is_truncated(plain_tokenizer):
+    example, texts = one(plain_tokenizer, "ab", "cdef", "cde", max_length=6, max_prompt_length=3)
+    assert texts == ["ab", "cdef", "cde[E]"]
+    assert [r.truncated for r in example.responses] == [True, False]
+
+
+def test_room_for_the_answer_counts_the_prompt_as_it_was_cut(plain_tokenizer):
+    assert one(plain_tokenizer, "abcdef", "gh", max_length=5, max_prompt_length=2)[1] == ["ef", "gh[E]"]
+
+
+def test_empty_prompt(plain_tokenizer, chat_tokenizer, character_tokenizer):
+    assert one(chat_tokenizer, "", "c")[1] == ["[B]", "c[E]"]
+    bos_unused = character_tokenizer(bos="[B]")
+    assert one(bos_unused, "", "c")[1] == ["[B]", "c[E]"]
+    assert dropped_reason(plain_tokenizer, "", "c") == "empty prompt"
+
+
+def test_eos_inside_an_answer(plain_tokenizer, chat_tokenizer):
+    assert dropped_reason(plain_tokenizer, "a", "b[E]c") == "EOS token inside an answer"
+    assert dropped_reason(chat_tokenizer, user("a"), assistant("b[E]c")) == "EOS token inside an answer"
+
+
+def test_eos_inside_an_answer_whose_turn_ends_otherwise(character_tokenizer, chat_tokenizer):
+    tokenizer = character_tokenizer(chat_template=chat_tokenizer.chat_template.replace("{{ eos_token }}", "|"))
+    assert dropped_reason(tokenizer, user("a"), assistant("b[E]c")) == "EOS token inside an answer"
+
+
+def test_answers_that_differ_beyond_the_limit_only(plain_tokenizer):
+    reason = dropped_reason(plain_tokenizer, "a", "bcdX", "bcdY", max_length=4, max_prompt_length=1)
+    assert reason == "the tokens of the two answers are equal within max_length"
+
+
+def test_prompts_alone(chat_tokenizer):
+    example, texts = one(chat_tokenizer, user("a"))
+    assert texts == ["[B]<user>a[E]\n<assistant>"] and example.responses == ()
+
+
+def test_order_rows_and_counts(plain_tokenizer):
+    records = [Record("a", ("b",), 2), Record("", ("b",), 3), Record("a", ("c",), 5), Record("", ("d",), 6)]
+    examples, dropped = tokenize(records, plain_tokenizer, DataOptions())
+    assert [example.row for example in examples] == [2, 5]
+    assert dropped == {"empty prompt": 2}
