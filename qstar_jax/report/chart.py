@@ -1,0 +1,77 @@
+"""The running sum of rewards as the points of an SVG line; the answers of a row share one frame."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 1000, 100
+_TICK_GAP = 25  # labels nearer to each other than this would touch
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The frame of a chart.
+
+    Args:
+        length: Tokens of the longest answer.
+        low: Lowest running sum, at most 0.
+        high: Highest running sum, at least 0.
+    """
+
+    length: int
+    low: float
+    high: float
+
+    def y(self, value: float) -> float:
+        """Places a running sum on the picture.
+
+        Args:
+            value: Running sum of rewards (nats).
+
+        Returns:
+            Distance from the upper edge, in units of the picture.
+        """
+        return round(HEIGHT * (self.high - value) / ((self.high - self.low) or 1.0), 2)
+
+
+def chart_bounds(series: Sequence[Sequence[float]]) -> Bounds:
+    """Finds the frame that holds every line of a row, and zero.
+
+    Args:
+        series: Running sums of each answer; values that are not finite are left aside.
+
+    Returns:
+        The common frame.
+    """
+    values = [value for line in series for value in line if math.isfinite(value)]
+    return Bounds(max(map(len, series), default=0), min([0.0, *values]), max([0.0, *values]))
+
+
+def chart_points(line: Sequence[float], bounds: Bounds) -> str:
+    """Draws a line from zero, before the first token, through the sum after each token.
+
+    Args:
+        line: Running sums of one answer; the line ends before the first that is not finite.
+        bounds: Frame from `chart_bounds`.
+
+    Returns:
+        The `points` of an SVG polyline.
+    """
+    points = [(0.0, bounds.y(0.0))]
+    for index, value in enumerate(line, start=1):
+        if not math.isfinite(value):
+            break
+        points.append((round(WIDTH * index / bounds.length, 1), bounds.y(value)))
+    return " ".join(f"{x:g},{y:g}" for x, y in points)
+
+
+def chart_ticks(bounds: Bounds) -> list[float]:
+    """Chooses the running sums that are worth a label.
+
+    Args:
+        bounds: Frame from `chart_bounds`.
+
+    Returns:
+        Zero, and each edge of the frame that is far enough from it.
+    """
+    return [0.0, *(edge for edge in (bounds.low, bounds.high) if abs(bounds.y(edge) - bounds.y(0.0)) >= _TICK_GAP)]

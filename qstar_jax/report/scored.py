@@ -1,0 +1,155 @@
+"""One answer with what the model thinks of each of its tokens: the record that every view reads."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
+from typing import Any, Protocol, Self
+
+_PER_TOKEN = ("logp", "ref_logp", "reward", "q", "v")
+_UNFINISHED = "\ufffd"
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, so also the most tokens that one character can be spread over
+
+
+@dataclass(frozen=True)
+class ScoredResponse:
+    """An answer, its tokens, and five numbers for each of them (nats).
+
+    Args:
+        row: Row of the data file; the answers of one row share their prompt.
+        role: "chosen", "rejected" or "answer".
+        prompt: Text before the answer.
+        pieces: Text of each token; together they spell the answer, EOS included.
+        token_ids: Id of each token.
+        logp: log pi of each token.
+        ref_logp: log pi_ref of each token.
+        reward: beta * (logp - ref_logp), the implicit token reward.
+        q: beta * (logp + logz), the value of this token in this state.
+        v: beta * logz, the value of the state before this token.
+        truncated: The answer was cut, so it has no EOS and its total is not that of a finished answer.
+        beta: Temperature of the rewards.
+    """
+
+    row: int
+    role: str
+    prompt: str
+    pieces: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    ref_logp: tuple[float, ...]
+    reward: tuple[float, ...]
+    q: tuple[float, ...]
+    v: tuple[float, ...]
+    truncated: bool
+    beta: float
+
+    def __post_init__(self) -> None:
+        """Checks that every token has every number."""
+        lengths = {name: len(getattr(self, name)) for name in ("pieces", "token_ids", *_PER_TOKEN)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"row {self.row}, {self.role}: one entry a token expected in each field, found {lengths}")
+
+    @property
+    def total_reward(self) -> float:
+        """The sum of the token rewards: the answer's implicit reward, up to V of the prompt."""
+        return float(sum(self.reward))
+
+    @property
+    def running_reward(self) -> tuple[float, ...]:
+        """The sum of the token rewards up to and including each token."""
+        return tuple(accumulate(float(reward) for reward in self.reward))
+
+    def to_json(self) -> dict[str, Any]:
+        """Turns the record into what `json.dumps` takes: one line of scores.jsonl.
+
+        Returns:
+            The fields by name, tuples as lists of plain numbers, and `total_reward`.
+        """
+        record = asdict(self) | {"pieces": list(self.pieces), "token_ids": [int(token) for token in self.token_ids]}
+        record |= {name: [float(value) for value in getattr(self, name)] for name in _PER_TOKEN}
+        return record | {"total_reward": self.total_reward}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Self:
+        """Reads back what `to_json` wrote, so that views can be drawn from scores.jsonl.
+
+        Args:
+            record: One parsed line; keys that are no field (`total_reward`) are left aside.
+
+        Returns:
+            The record it was made from.
+        """
+        values = {field.name: record[field.name] for field in fields(cls)}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def by_row(responses: Iterable[ScoredResponse]) -> list[list[ScoredResponse]]:
+    """Gathers the answers to each prompt.
+
+    Args:
+        responses: Answers in any order.
+
+    Returns:
+        One list for each row, rows and answers in the order in which they came.
+    """
+    rows: dict[int, list[ScoredResponse]] = {}
+    for response in responses:
+        rows.setdefault(response.row, []).append(response)
+    return list(rows.values())
+
+
+def pair_margin(answers: Sequence[ScoredResponse]) -> float | None:
+    """Says by how much the model prefers the chosen answer of a row.
+
+    Args:
+        answers: The answers of one row.
+
+    Returns:
+        Total reward of the chosen minus that of the rejected answer; None if the row is not such a pair.
+    """
+    totals = {answer.role: answer.total_reward for answer in answers}
+    if len(answers) != 2 or set(totals) != {"chosen", "rejected"}:
+        return None
+    return totals["chosen"] - totals["rejected"]
+
+
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face tokenizer."""
+
+    def decode(self, token_ids: list[int], **options: bool) -> str:
+        """Spells token ids as text."""
+        ...
+
+
+def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Finds the text of each token, special tokens included.
+
+    A token can hold a part of a character only; the token that completes the character then carries all of it. The
+    text is cut by decoding short windows: the token alone would lose its leading space in some tokenizers, and the
+    whole prefix would cost quadratic time.
+
+    Args:
+        ids: Token ids of one answer.
+        tokenizer: The tokenizer that they belong to.
+
+    Returns:
+        One piece for each id; joined, they are the decoded text, to the letter.
+    """
+
+    def spell(tokens: Sequence[int]) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return tokenizer.decode([int(token) for token in tokens], **options)
+
+    ends: list[int] = []
+    window = fresh = 0  # the window opens with the tokens before `fresh`, already spelled, as context
+    offset = 0  # where the window's text begins in the whole text
+    for position in range(len(ids)):
+        spelled = spell(ids[window : position + 1])
+        settled = spelled.rstrip(_UNFINISHED)
+        ends.append(max(offset + len(settled), ends[-1] if ends else 0))
+        # Bytes that never become a character must not make the window grow for ever.
+        if settled == spelled or position - fresh >= _LONGEST_CHARACTER:
+            window, fresh = fresh, position + 1
+            offset += len(spelled) - len(spell(ids[window:fresh]))
+    text = spell(ids)
+    starts = [0, *ends[:-1]] if ends else []
+    return tuple(text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=False))

@@ -1,0 +1,73 @@
+"use strict";
+// Without this script the browser shows each token's title; with it, a table, a mark on the chart, and arrow keys.
+const tip = document.getElementById("tip");
+
+function facts(token) {
+  if (token.title) {
+    token.dataset.facts = token.title;
+    token.removeAttribute("title");  // or the browser would show its own tooltip over ours
+  }
+  return token.dataset.facts.split("\n").map((line) => line.split(/: (.*)/s));
+}
+
+function chartOf(token) {
+  return token.closest(".answer").querySelector("figure");
+}
+
+function show(token) {
+  hide();
+  token.classList.add("on");
+  token.setAttribute("aria-describedby", "tip");
+  tip.replaceChildren(...facts(token).flatMap(([name, value]) => {
+    const label = document.createElement("span"), number = document.createElement("b");
+    label.textContent = name;
+    number.textContent = value;
+    return [label, number];
+  }));
+  tip.hidden = false;
+  const box = token.getClientRects()[0], size = tip.getBoundingClientRect();
+  const below = box.bottom + 8 + size.height < innerHeight;
+  tip.style.left = Math.max(8, Math.min(box.left, innerWidth - size.width - 8)) + "px";
+  tip.style.top = (below ? box.bottom + 8 : Math.max(8, box.top - size.height - 8)) + "px";
+  mark(token);
+}
+
+function mark(token) {
+  const chart = chartOf(token), svg = chart.querySelector("svg"), cursor = chart.querySelector(".cursor");
+  const place = [...token.parentElement.children].indexOf(token) + 1;
+  cursor.style.left = svg.getBoundingClientRect().width * place / chart.dataset.length + "px";
+  cursor.style.display = "block";
+}
+
+function hide() {
+  for (const token of document.querySelectorAll(".t.on")) {
+    token.classList.remove("on");
+    token.removeAttribute("aria-describedby");
+    chartOf(token).querySelector(".cursor").style.display = "none";
+  }
+  tip.hidden = true;
+}
+
+function step(event) {
+  const token = event.target.closest(".t");
+  if (event.key === "Escape") hide();
+  if (!token) return;
+  const next = { ArrowRight: token.nextElementSibling, ArrowLeft: token.previousElementSibling }[event.key];
+  if (!next) return;
+  event.preventDefault();
+  token.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+}
+
+for (const [event, act] of [["mouseover", show], ["focusin", show], ["mouseout", hide], ["focusout", hide]]) {
+  document.addEventListener(event, ({ target }) => {
+    const token = target.closest(".t");
+    if (token) act(token);
+  });
+}
+document.addEventListener("keydown", step);
+document.addEventListener("scroll", () => {
+  const token = document.querySelector(".t.on");
+  if (token) (token === document.activeElement ? show : hide)(token);  // walking with the keyboard scrolls too
+}, { passive: true, capture: true });

@@ -1,0 +1,99 @@
+"""Answers on a terminal, each token on the colour of its reward; in words where there is no colour."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from qstar_jax.report.colours import TERMINAL, reward_colour, reward_scale, strength, text_colour
+from qstar_jax.report.scored import ScoredResponse, by_row, pair_margin
+from qstar_jax.report.visible import one_line, shorten_middle, visible
+
+_PROMPT_CHARACTERS = 600
+_NAMED_TOKENS = 3
+_PLAIN_BELOW = 0.15  # part of the scale that stays uncoloured: what is close to zero should not draw the eye
+
+
+def heatmap_text(response: ScoredResponse, scale: float) -> Text:
+    """Colours the tokens of an answer.
+
+    Args:
+        response: The answer.
+        scale: Reward of the full colour (nats), from `reward_scale`.
+
+    Returns:
+        Text for `rich`, never read as markup; control characters show as signs.
+    """
+    text = Text(overflow="fold")
+    for piece, reward in zip(response.pieces, response.reward, strict=True):
+        style = _style(reward, scale)
+        part = "·" if style else ""  # a token that holds a part of a character has no text, but may have a colour
+        text.append(visible(piece).replace("\n", "↵\n") or part, style)
+    return text
+
+
+def print_heatmaps(responses: Sequence[ScoredResponse], console: Console | None = None) -> None:
+    """Prints prompts, answers, totals and which answer the model prefers.
+
+    Without colours (NO_COLOR, output to a file) the answers are plain and the extreme tokens are named below them.
+
+    Args:
+        responses: Answers to show together, on one scale.
+        console: Where to print; standard output by default.
+    """
+    console = console or Console()
+    coloured = console.color_system is not None and not console.no_color
+    scale = reward_scale(reward for response in responses for reward in response.reward)
+    for answers in by_row(responses):
+        prompt = visible(shorten_middle(answers[0].prompt, _PROMPT_CHARACTERS))
+        console.print(Text(f"row {answers[0].row}", style="bold"))
+        console.print(Text(prompt, style="dim"), soft_wrap=not coloured)
+        for answer in answers:
+            console.print()
+            console.print(_heading(answer))
+            console.print(heatmap_text(answer, scale) if coloured else _plain(answer), soft_wrap=not coloured)
+        if (margin := pair_margin(answers)) is not None:
+            console.print(Text(f"\n{_verdict(margin)}", style="bold"))
+        console.print()
+    if coloured:
+        console.print(_legend(scale))
+
+
+def _style(reward: float, scale: float) -> Style:
+    if abs(strength(reward, scale)) < _PLAIN_BELOW:
+        return Style.null()
+    background = reward_colour(reward, scale, TERMINAL)
+    return Style(color=text_colour(background), bgcolor=background)
+
+
+def _heading(answer: ScoredResponse) -> Text:
+    truncated = ", truncated: no EOS, total is of an unfinished answer" if answer.truncated else ""
+    heading = Text(answer.role, style="bold")
+    return heading.append(
+        f"  total reward {answer.total_reward:+.3f} over {len(answer.pieces)} tokens{truncated}", "not bold"
+    )
+
+
+def _plain(answer: ScoredResponse) -> Text:
+    text = Text(visible("".join(answer.pieces)))
+    order = sorted(range(len(answer.reward)), key=lambda index: answer.reward[index])
+    for name, extreme in (("lowest", order[:_NAMED_TOKENS]), ("highest", order[::-1][:_NAMED_TOKENS])):
+        tokens = [
+            f'"{one_line(answer.pieces[index])}" {answer.reward[index]:+.3f} (token {index})' for index in extreme
+        ]
+        text.append(f"\n{name}: {', '.join(tokens)}")
+    return text
+
+
+def _verdict(margin: float) -> str:
+    if margin == 0:
+        return "The model prefers neither answer."
+    return f"The model prefers the {'chosen' if margin > 0 else 'rejected'} answer (margin {margin:+.3f})."
+
+
+def _legend(scale: float) -> Text:
+    legend = Text(f"reward of a token, nats  {-scale:+.2f} ")
+    for step in range(-8, 9):
+        legend.append("  ", _style(scale * step / 8, scale))
+    return legend.append(f" {scale:+.2f}")

@@ -1,0 +1,129 @@
+"""Answers as a page."""
+
+import re
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+
+from qstar_jax.report.page import heatmap_page, signed
+
+MINUS = "\N{MINUS SIGN}"
+HOSTILE = ["<script>alert(1)</script>", "{{ 7*7 }}", "{% raw %}", "\"'", "\u202e", "</span>", "&lt;"]
+
+
+class _Tokens(HTMLParser):
+    """Collects what a browser would see: the tags, and each token's text and title."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tokens: list[tuple[str, str]] = []
+        self._inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        if "t" in (attributes.get("class") or "").split():
+            self.tokens.append(("", attributes["title"]))
+            self._inside = True
+
+    def handle_data(self, data):
+        if self._inside:
+            text, title = self.tokens[-1]
+            self.tokens[-1] = (text + data, title)
+
+    def handle_endtag(self, tag):
+        self._inside = self._inside and tag != "span"
+
+
+def test_hostile_text_shows_as_text(respond):
+    page = heatmap_page([respond(HOSTILE, [0.1] * 7, prompt=HOSTILE[0], role="<b>")], title=HOSTILE[0])
+    parsed = _Tokens(page)
+    assert [text for text, _ in parsed.tokens] == [*HOSTILE[:4], "⟨U+202E⟩", *HOSTILE[5:]]
+    assert [tag for tag, _ in parsed.tags].count("script") == 1
+    assert "<script>alert" not in page and "\u202e" not in page and "<b></span>" not in page
+    assert "{{ 7*7 }}" in page
+
+
+def test_nothing_is_loaded(respond):
+    parsed = _Tokens(heatmap_page([respond(["http://example.org/x.png"], [0.5])], "t"))
+    loads = {"src", "href", "srcset", "poster", "action", "data", "xlink:href"}
+    assert [pair for pair in parsed.tags if loads & set(pair[1])] == []
+    page = heatmap_page([respond(["a"], [0.5])], "t")
+    assert not re.search(r"url\(|@import|https?://|fetch\(|\bimport\b", page)
+    policy = [tag for tag in parsed.tags if tag[1].get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy[0][1]["content"]
+
+
+def test_every_token_tells_its_numbers(respond):
+    response = respond(["One", " two", "\n"], [0.125, -1.3, 0.0421])
+    titles = [title.replace(MINUS, "-") for _, title in _Tokens(heatmap_page([response], "t")).tokens]
+    assert titles[1].split("\n") == [
+        "token: “ two”",
+        "id: 101",
+        "log π: -14.120",
+        "log π_ref: -1.120",
+        "reward: -1.300",
+        "Q: +0.838",
+        "V: +2.250",
+        "reward so far: -1.175",
+    ]
+    assert ["reward: +0.125" in titles[0], "reward: +0.042" in titles[2], "“↵”" in titles[2]] == [True] * 3
+
+
+def test_whitespace_and_newlines_are_kept(respond):
+    tokens = _Tokens(heatmap_page([respond(["if x:", "\n\n    ", "y", ""], [0.0] * 4)], "t")).tokens
+    assert [text for text, _ in tokens] == ["if x:", "↵\n↵\n    ", "y", ""]
+    assert tokens[3][1].startswith("token: (part of the next character)")
+
+
+def test_colours_follow_the_rewards(respond):
+    page = heatmap_page([respond(["bad", "so", "good"], [-2.0, 0.0, 2.0])], "t")
+    styles = [attributes["style"] for _, attributes in _Tokens(page).tags if attributes.get("title")]
+    assert styles == ["--l:#dd6a56;--d:#b9473a", "--l:#ffffff;--d:#1b1e24", "--l:#4d9acb;--d:#2b74ae"]
+    assert page.count('class="t low"') == 1
+    assert "≥ +2.00" in page and f"≤ {MINUS}2.00" in page
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "words", "marked"),
+    [
+        (1.0, -1.0, "The model prefers the <b>chosen</b> answer", 1),
+        (-900.0, 900.0, "The model prefers the <b>rejected</b> answer", 1),
+        (0.5, 0.5, "The model prefers <b>neither</b> answer", 0),
+    ],
+)
+def test_verdict(respond, chosen, rejected, words, marked):
+    pair = [respond(["a"], [chosen], role="chosen"), respond(["b"], [rejected], role="rejected", truncated=True)]
+    page = heatmap_page(pair, "t")
+    assert words in page and page.count('class="answer preferred"') == marked
+    assert f"in {int(chosen > rejected)} of 1 pair." in page
+    assert page.count(">truncated</span>") == 1 and "makes this approximate" in page
+
+
+def test_probability_is_the_sigmoid_of_the_margin(respond):
+    page = heatmap_page([respond(["a"], [1.5], role="chosen"), respond(["b"], [0.5], role="rejected")], "t")
+    page = " ".join(page.split())
+    assert "margin +1.000, probability that chosen beats rejected 0.731" in page
+
+
+def test_the_running_sum_is_drawn_for_each_answer(respond):
+    page = heatmap_page([respond(["a", "b"], [1.0, -0.5]), respond(["c", "d"], [0.0, 0.5])], "t")
+    assert re.findall(r'<polyline points="([^"]*)"', page) == ["0,100 500,0 1000,50", "0,100 500,100 1000,50"]
+
+
+def test_no_answers_and_not_a_number_still_make_a_page(respond):
+    assert "no answers to show" in heatmap_page([], "t")
+    page = heatmap_page([respond(["a", "b"], [float("nan"), 1.0])], "t")
+    assert "reward: +nan" in unescape(page) and 'style="--l:#ffffff' in page
+
+
+def test_code_is_set_in_letters_of_equal_width(respond):
+    assert "tokens code" in heatmap_page([respond(["if x:", "\n    ", "y"], [0.0] * 3)], "t")
+    assert "tokens code" not in heatmap_page([respond(["Plain words.\n", "More."], [0.0] * 2)], "t")
+
+
+def test_signed_uses_a_real_minus():
+    assert (signed(-1.3), signed(0.0421), signed(2.0, 1)) == (MINUS + "1.300", "+0.042", "+2.0")

@@ -1,0 +1,97 @@
+"""The record of an answer, and the text of its tokens."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qstar_jax.report.scored import ScoredResponse, by_row, pair_margin, token_pieces
+
+
+def test_json_round_trip(respond):
+    response = respond(["Hel", "lo", "<eos>"], [0.25, -1.5, 0.5], role="chosen", truncated=True)
+    line = json.dumps(response.to_json())
+    assert ScoredResponse.from_json(json.loads(line)) == response
+    assert json.loads(line)["total_reward"] == pytest.approx(-0.75)
+
+
+def test_json_takes_numpy_numbers(respond):
+    response = respond(["a", "b"], [0.5, 1.0])
+    from_arrays = dataclasses.replace(
+        response, reward=tuple(np.float32([0.5, 1.0])), token_ids=tuple(np.int32([100, 101]))
+    )
+    assert json.loads(json.dumps(from_arrays.to_json())) == response.to_json()
+
+
+def test_uneven_fields_are_refused(respond):
+    with pytest.raises(ValueError, match=r"row 0, answer: .*'pieces': 1.*'reward': 2"):
+        dataclasses.replace(respond(["a", "b"], [0.0, 0.0]), pieces=("ab",))
+
+
+def test_running_reward_ends_at_the_total(respond):
+    response = respond(["a", "b", "c"], [1.0, -3.0, 0.5])
+    assert response.running_reward == (1.0, -2.0, -1.5)
+    assert response.total_reward == -1.5
+
+
+def test_rows_keep_their_order_and_pairs_have_a_margin(respond):
+    chosen = respond(["a"], [0.5], role="chosen", row=7)
+    other = respond(["c"], [9.0], row=2)
+    rejected = respond(["b"], [-1.0], role="rejected", row=7)
+    assert by_row([chosen, other, rejected]) == [[chosen, rejected], [other]]
+    assert pair_margin([rejected, chosen]) == 1.5
+    assert pair_margin([other]) is None
+    assert pair_margin([chosen, chosen]) is None
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, as in the hardest parts of a byte-level vocabulary, and a special token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+
+
+def test_pieces_hold_whole_characters(byte_tokenizer):
+    ids = [*byte_tokenizer("a 😀é\n")["input_ids"], byte_tokenizer.eos_token_id]
+    assert token_pieces(ids, byte_tokenizer) == ("a", " ", "", "", "", "😀", "", "é", "\n", "<|im_end|>")
+
+
+def test_pieces_spell_the_text_even_where_bytes_are_broken(byte_tokenizer):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ids = rng.integers(0, 256, size=60)
+        pieces = token_pieces(ids, byte_tokenizer)
+        assert len(pieces) == 60
+        assert "".join(pieces) == byte_tokenizer.decode(ids.tolist())
+
+
+def test_no_tokens_have_no_pieces(byte_tokenizer):
+    assert token_pieces([], byte_tokenizer) == ()
+
+
+def test_pieces_keep_spaces_where_the_first_token_loses_its_own():
+    words = ["<unk>", "▁Hello", "▁world", "s"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert token_pieces([1, 2, 3, 2], wrapped) == ("Hello", " world", "s", " world")
+
+
+def test_windows_stay_short(byte_tokenizer):
+    longest = 0
+
+    class Watched:
+        def decode(self, token_ids, **options):
+            nonlocal longest
+            longest = max(longest, len(token_ids)) if len(token_ids) < len(ids) else longest
+            return byte_tokenizer.decode(token_ids, **options)
+
+    ids = byte_tokenizer("naïve 😀 " * 40)["input_ids"] + [byte_tokenizer.convert_tokens_to_ids("Ń")] * 40
+    token_pieces(ids, Watched())
+    assert longest <= 12
