@@ -1,0 +1,135 @@
+"""The loop around the step: when to log, evaluate and save, and what must hold while it goes."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import optax
+
+from qstar_jax.config import TrainOptions
+from qstar_jax.data.batches import Batch
+from qstar_jax.training.feeding import Evaluator, Feeder, mean_metrics
+from qstar_jax.training.objectives import Metrics
+from qstar_jax.training.run_log import RunLog
+from qstar_jax.training.step import TrainState
+
+LN2_TOLERANCE = 1e-3  # of the DPO loss at step 0: two compilations of one forward pass stay far below it
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A run that is ready to go.
+
+    Attributes:
+        options: Rhythm of the run.
+        steps: Its length.
+        train_step: `(state, batch) -> (state, metrics)`, jitted.
+        feeder: Training batches.
+        evaluator: Held-out evaluation, or None.
+        schedule: Learning rate at a step.
+        step_flops: Mean counts of tokens a step -> model FLOPs of a step.
+        peak_flops: FLOP/s of the hardware, or None where it is not known.
+        starts_at_ln2: Whether the loss at step 0 must be ln 2, since policy and reference are the same.
+        save: `(state, step)` writes a checkpoint.
+        log: Where metrics go; None on all but the first process.
+    """
+
+    options: TrainOptions
+    steps: int
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    feeder: Feeder
+    evaluator: Evaluator | None
+    schedule: optax.Schedule
+    step_flops: Callable[[dict[str, float]], float]
+    peak_flops: float | None
+    starts_at_ln2: bool
+    save: Callable[[TrainState, int], None]
+    log: RunLog | None
+
+    def run(self, state: TrainState, start: int) -> dict[str, float]:
+        """Trains from step `start` to the end.
+
+        Args:
+            state: State after `start` steps; it is consumed.
+            start: Steps that are done already.
+
+        Returns:
+            The last training metrics; evaluation before the first step of this call (`before_eval_...`) and at the end.
+
+        Raises:
+            RuntimeError: If the DPO loss at step 0 is not ln 2.
+            FloatingPointError: If the loss is not finite.
+        """
+        summary = {f"before_{name}": value for name, value in self._evaluate(state, start).items()}
+        window, clock = [], time.perf_counter()
+        for step in range(start, self.steps):
+            batch = self.feeder.at_step(self.options.seed, step)
+            state, metrics = self.train_step(state, batch)
+            window.append(metrics)
+            done = step + 1
+            last = done == self.steps
+            saves, evaluates = last or _due(done, self.options.save_every), last or _due(done, self.options.eval_every)
+            if step == start or saves or evaluates or _due(step, self.options.log_every):
+                means = mean_metrics(window)  # waits for the devices, so the clock is read after it
+                # The first step of a process compiles, so its time says nothing about speed.
+                seconds = None if step == start else time.perf_counter() - clock
+                summary |= self._report(step, means, len(window), seconds)
+                if evaluates:
+                    summary |= self._evaluate(state, done)
+                if saves:
+                    self.save(state, done)
+                window, clock = [], time.perf_counter()
+            if self.log:
+                self.log.advance(done)
+        return summary
+
+    def _report(self, step: int, means: dict[str, float], steps: int, seconds: float | None) -> dict[str, float]:
+        counts = {name: means.pop(name) for name in list(means) if name.startswith("count/")}
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"the loss is {means['loss']} in the {steps} step(s) up to step {step}; the last checkpoint is "
+                "untouched. A lower optimizer.learning_rate, more warmup_steps or compute.dtype float32 usually help"
+            )
+        if step == 0 and self.starts_at_ln2:
+            check_starts_at_ln2(means)
+        means["learning_rate"] = float(self.schedule(step))
+        means["epoch"] = (step + 1) * self.feeder.batch_size / len(self.feeder.dataset.examples)
+        if seconds is not None:
+            means["perf/tokens_per_second"] = counts["count/tokens"] * steps / seconds
+            means["perf/seconds_per_step"] = seconds / steps
+            if self.peak_flops:
+                means["perf/mfu"] = self.step_flops(counts) * steps / seconds / self.peak_flops
+        if self.log:
+            self.log.write(step, means)
+        return means
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        means = self.evaluator(state.params)
+        if self.log:
+            self.log.write(step, means)
+        return means
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def check_starts_at_ln2(metrics: dict[str, float]):
+    """Refuses a DPO run whose first loss is not ln 2, the loss of a policy that equals its reference.
+
+    Args:
+        metrics: Metrics of step 0.
+
+    Raises:
+        RuntimeError: If the loss is further than `LN2_TOLERANCE` from ln 2.
+    """
+    if abs(metrics["loss"] - math.log(2)) > LN2_TOLERANCE:
+        raise RuntimeError(
+            f"the DPO loss at step 0 is {metrics['loss']:.6f}; expected ln 2 = {math.log(2):.6f}, because the policy starts "
+            f"as its own reference and every reward is then 0 (found: rewards/chosen {metrics['rewards/chosen']:.6f}, "
+            f"rewards/rejected {metrics['rewards/rejected']:.6f}). Policy and reference differ in their parameters, "
+            "in their number type or in randomness such as dropout"
+        )

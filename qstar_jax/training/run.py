@@ -1,0 +1,130 @@
+"""A whole training run, from its configuration to its summary: what `qstar sft` and `qstar dpo` do."""
+
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import jax
+import yaml
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from qstar_jax.checkpoints import CheckpointStore
+from qstar_jax.config import DpoConfig, SftConfig
+from qstar_jax.data.loading import load_examples
+from qstar_jax.data.preview import preview
+from qstar_jax.errors import InputError
+from qstar_jax.models import CausalLM
+from qstar_jax.scoring import response_logprobs
+from qstar_jax.sharding import make_mesh
+from qstar_jax.training.feeding import Evaluator, Feeder
+from qstar_jax.training.loop import Loop
+from qstar_jax.training.objectives import LossFn, dpo_loss_fn, sft_loss_fn
+from qstar_jax.training.run_log import RunLog
+from qstar_jax.training.setup import Start, build_state, describe, find_start
+from qstar_jax.training.step import TrainState, learning_rate_schedule, make_optimizer, make_train_step
+from qstar_jax.training.throughput import peak_flops, peak_memory_bytes
+
+
+def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict[str, float]:
+    """Trains a model and leaves a run folder that every other verb reads.
+
+    Args:
+        config: An `SftConfig` minimises cross-entropy on answers, a `DpoConfig` the DPO loss on pairs.
+        console: Where to show progress; the standard output by default.
+
+    Returns:
+        The summary that is also written to summary.json.
+
+    Raises:
+        InputError: If the model, the data or the options cannot be used.
+        RuntimeError: If the DPO loss at step 0 is not ln 2.
+        FloatingPointError: If the loss is not finite.
+    """
+    began = time.perf_counter()
+    is_main = jax.process_index() == 0
+    console = (console or Console()) if is_main else Console(quiet=True)
+    out = Path(config.out)
+    if not config.data.train:
+        raise InputError("--data.train is missing: name a JSONL or Parquet file, or a data set of the hub")
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), CheckpointStore(out, config.train.keep_checkpoints) as store:
+        start = find_start(config, store, mesh)
+        feeder, eval_feeder = _feeders(config, start, mesh, console)
+        steps = config.train.steps or -(-len(feeder.dataset.examples) // feeder.batch_size)
+        description = describe(config, start)
+        state = build_state(config, start, store, mesh, steps, description)
+        if is_main:
+            (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        log = RunLog(out, steps=steps, start=start.step, console=console) if is_main else None
+        loss_fn = _loss_fn(config, start.model)
+        with log or nullcontext():
+            loop = Loop(
+                options=config.train,
+                steps=steps,
+                train_step=_jit_step(config, loss_fn, steps, state, mesh),
+                feeder=feeder,
+                evaluator=eval_feeder and _evaluator(start.model, loss_fn, eval_feeder, state),
+                schedule=learning_rate_schedule(config.optimizer, steps),
+                step_flops=partial(_step_flops, config, start.model, feeder),
+                peak_flops=peak_flops(jax.devices()),
+                starts_at_ln2=isinstance(config, DpoConfig),
+                save=lambda state, step: store.save(step, state.params, state.opt_state, description),
+                log=log,
+            )
+            summary = loop.run(state, start.step)
+    summary |= {"steps": steps, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes()}
+    if is_main:
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        console.print(f"done: {steps} steps; run folder {out}", markup=False, highlight=False, soft_wrap=True)
+    return summary
+
+
+def _loss_fn(config: SftConfig | DpoConfig, model: CausalLM) -> LossFn:
+    return dpo_loss_fn(model, config.loss) if isinstance(config, DpoConfig) else sft_loss_fn(model)
+
+
+def _feeders(config: SftConfig | DpoConfig, start: Start, mesh: Mesh, console: Console) -> tuple[Feeder, Feeder | None]:
+    data, options = config.data, config.train
+    kind = "preferences" if isinstance(config, DpoConfig) else "completions"
+    pad_id = start.tokenizer.pad_token_id or 0  # any id will do: masks come from lengths
+    train = load_examples(data.train, data.train_split, kind, start.tokenizer, data, data.max_train_rows)
+    console.print(train.summary, markup=False, highlight=False, soft_wrap=True)
+    console.print(preview(train.examples[0], start.tokenizer))
+    feeder = Feeder(train, options.batch_size, mesh, pad_id, "train.batch_size")
+    if data.eval is None:
+        return feeder, None
+    held_out = load_examples(data.eval, data.eval_split, kind, start.tokenizer, data, data.max_eval_rows)
+    console.print(held_out.summary, markup=False, highlight=False, soft_wrap=True)
+    eval_batch_size = options.eval_batch_size or options.batch_size
+    return feeder, Feeder(held_out, eval_batch_size, mesh, pad_id, "train.eval_batch_size")
+
+
+def _jit_step(config: SftConfig | DpoConfig, loss_fn: LossFn, steps: int, state: TrainState, mesh: Mesh):
+    """Compiles the step so that a state comes out on the shardings on which it went in, in the same buffers."""
+    train_step = make_train_step(loss_fn, make_optimizer(config.optimizer, steps))
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+
+
+def _evaluator(model: CausalLM, loss_fn: LossFn, feeder: Feeder, state: TrainState) -> Evaluator:
+    eval_step = jax.jit(lambda params, batch: loss_fn(params, None, batch)[1])
+    if state.ref_params is None:
+        return Evaluator(feeder, eval_step)
+    logprobs = jax.jit(lambda params, batch: response_logprobs(model, params, batch)[0])
+    return Evaluator(feeder, eval_step, lambda batch: logprobs(state.ref_params, batch))
+
+
+def _step_flops(config: SftConfig | DpoConfig, model: CausalLM, feeder: Feeder, counts: dict[str, float]) -> float:
+    """Model FLOPs of a step: forward and backward of the policy, and the reference's forward pass."""
+    rows = feeder.batch_size * len(feeder.dataset.examples[0].responses)
+    forward = model.family.forward_flops(
+        model.config,
+        tokens=counts["count/tokens"],
+        scored_tokens=counts["count/scored_tokens"],
+        context=counts["count/tokens"] / rows / 2,
+    )
+    return forward * (4 if isinstance(config, DpoConfig) else 3)

@@ -1,0 +1,71 @@
+"""What a run writes while it goes: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "perf/tokens_per_second")
+
+
+class RunLog:
+    """Writes metrics; a context manager. Only the first process of a run may hold one.
+
+    Args:
+        folder: Folder of the run.
+        steps: Length of the run, for the bar.
+        start: Step from which the run goes on; later lines of an interrupted run are dropped.
+        console: Where to show progress.
+    """
+
+    def __init__(self, folder: Path, *, steps: int, start: int, console: Console):
+        from tensorboardX import SummaryWriter
+
+        self.console = console
+        path = folder / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines() if _is_before(line, start)] if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start, flush_secs=10)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self._steps = steps
+        self._task = self._bar.add_task("training", total=steps, completed=start)
+
+    def __enter__(self) -> "RunLog":
+        """Starts the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        """Ends the bar and closes the files."""
+        self._bar.stop()
+        self._board.close()
+        self._file.close()
+
+    def advance(self, done: int):
+        """Moves the bar."""
+        self._bar.update(self._task, completed=done)
+
+    def write(self, step: int, metrics: dict[str, float]):
+        """Writes one line of metrics.
+
+        Args:
+            step: Optimizer steps done before the metrics were taken.
+            metrics: Name -> value.
+        """
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        prefix = "eval_" if any(name.startswith("eval_") for name in metrics) else ""
+        shown = [(name, metrics[prefix + name]) for name in SHOWN if prefix + name in metrics]
+        text = "  ".join(f"{prefix}{name} {value:.4g}" for name, value in shown)
+        self.console.print(f"step {step}/{self._steps}  {text}", markup=False, highlight=False)
+
+
+def _is_before(line: str, start: int) -> bool:
+    metrics = json.loads(line)
+    # A checkpoint at step s is written after the evaluation at s and before the training line of s.
+    return metrics["step"] < start or (metrics["step"] == start and "loss" not in metrics)

@@ -1,0 +1,68 @@
+"""How fast a run goes: tokens a second, and the share of the hardware's arithmetic that the model's own FLOPs take."""
+
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 peak of one chip in FLOP/s, from the makers' data sheets; prefix of `device_kind` -> peak.
+BF16_PEAKS = {
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "Tesla T4": 65e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+}
+
+
+def measured_matmul_peak(dtype: str = "float32", size: int = 2048, rounds: int = 3) -> float:
+    """Measures what one large matrix product reaches on the default device.
+
+    Args:
+        dtype: Type of the inputs.
+        size: Edge of the square matrices.
+        rounds: Repetitions, of which the fastest counts.
+
+    Returns:
+        FLOP/s, a multiply-add counted as two.
+    """
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """Peak FLOP/s of all devices together: from the data sheet, or measured where they are one CPU.
+
+    Args:
+        devices: All devices of the run.
+
+    Returns:
+        FLOP/s; None for an accelerator that the table does not know.
+    """
+    if devices[0].platform == "cpu":
+        return measured_matmul_peak() * jax.process_count()  # virtual CPU devices share one processor
+    kinds = [kind for kind in BF16_PEAKS if devices[0].device_kind.startswith(kind)]
+    return BF16_PEAKS[max(kinds, key=len)] * len(devices) if kinds else None
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory in use so far: of the fullest accelerator, or of this process where there is none."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return max(stat["peak_bytes_in_use"] for stat in stats)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
