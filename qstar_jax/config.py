@@ -1,6 +1,6 @@
 """Every option of every verb, as frozen dataclasses: what a YAML file or a dotted flag may set.
 
-Nothing is imported here that takes time, so `qstar --help` stays quick. Lengths are in tokens, rates per optimizer step.
+Nothing is imported here that takes time, so `qstar --help` stays quick. Lengths are in tokens.
 """
 
 from dataclasses import dataclass, field
@@ -34,6 +34,8 @@ class MeshOptions:
         tensor: Devices along the axis that splits parameters only (tensor parallelism).
         min_shard_size: Arrays with fewer elements are replicated.
         overrides: Regular expression on a parameter's path -> one axis name (or null) for each of its dimensions.
+        multi_process: Join the other processes of this job. Slurm, Open MPI, Kubernetes and TPU pods are recognised;
+            elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who.
     """
 
     data: int = -1
@@ -41,6 +43,7 @@ class MeshOptions:
     tensor: int = 1
     min_shard_size: int = 65536
     overrides: dict[str, list[str | None]] = field(default_factory=dict)
+    multi_process: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,7 @@ class ScoreConfig:
         out: Folder for scores.jsonl and heatmap.html.
         reference: Folder or hub name of the reference; a DPO run carries its own.
         beta: Temperature of the rewards; a DPO run carries its own.
+        answers: `pairs` scores chosen and rejected, `single` the one answer of each row (column `completion`).
         batch_size: Rows scored at once.
         show: How many rows to colour in the terminal and on the page.
         data: `data.eval` is the file that is scored.
@@ -200,6 +204,7 @@ class ScoreConfig:
     out: str
     reference: str | None = None
     beta: float | None = None
+    answers: Literal["pairs", "single"] = "pairs"
     batch_size: int = 4
     show: int = 3
     data: DataOptions = field(default_factory=DataOptions)
@@ -249,3 +254,23 @@ class GenerateConfig:
     data: DataOptions = field(default_factory=DataOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The paper's insights in minutes, on two CPU cores, offline: a small summarisation task with a known reward.
+
+    Args:
+        out: Folder for report.html, summary.json, and the runs.
+        from_scratch: First pretrain the base model again instead of taking the one in the package.
+        seed: Of the task's posts and of the order of the rows.
+    """
+
+    out: str = "runs/demo"
+    from_scratch: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Versions, devices and tested pairs: what to paste into a bug report."""

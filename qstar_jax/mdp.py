@@ -1,9 +1,9 @@
 """The token MDP: a language model's log-probabilities read as rewards, Q-values, state values and advantages.
 
 Conventions, after "From r to Q*" (arXiv 2404.12358). A state is the prompt and the tokens so far, an action is the next
-token, nothing is discounted, and the value of a terminal state (after EOS) is 0. Q contains beta * log pi_ref, as in the
-paper. With unit-temperature logits z of the policy, Q = beta * z and V = beta * logsumexp(z); both are known up to a
-potential (a shift of all logits of one state), the reward and the advantage are not.
+token, nothing is discounted, and the value of a terminal state (after EOS) is 0. Q contains beta * log pi_ref, as in
+the paper. With unit-temperature logits z of the policy, Q = beta * z and V = beta * logsumexp(z); both are known up to
+a potential (a shift of all logits of one state), the reward and the advantage are not.
 """
 
 from dataclasses import dataclass

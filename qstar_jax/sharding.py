@@ -1,6 +1,7 @@
 """Devices as a mesh (data, fsdp, tensor), and one short rule that cuts every parameter over it."""
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,15 @@ from qstar_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))  # the first dimension of whatever belongs to a row of the batch
+
+
+def join_processes(options: MeshOptions):
+    """Joins the other processes of a job where `options.multi_process` says so; call it before anything else of JAX."""
+    if not options.multi_process:
+        return
+    number = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+    # What is not given, JAX finds out from the cluster; the coordinator's address it reads from the environment itself.
+    jax.distributed.initialize(**{name: int(value) for name, value in number.items() if value is not None})
 
 
 def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -57,7 +67,8 @@ def parameter_spec(
         shape: Shape of the array.
         axis_sizes: Size of each mesh axis.
         min_shard_size: Arrays with fewer elements are replicated.
-        overrides: Regular expression searched in `path` -> an axis name or None for each dimension; the first match wins.
+        overrides: Regular expression searched in `path` -> an axis name or None for each dimension; the first match
+        wins.
 
     Returns:
         The specification; dimensions of equal size are taken from the last to the first.

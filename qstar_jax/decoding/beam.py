@@ -1,4 +1,4 @@
-"""Beam search by the unnormalised sum of log pi: the reward-guided search of the paper, Eq. 13, in its likelihood form."""
+"""Beam search by the unnormalised sum of log pi: the paper's reward-guided search (Eq. 13) in its likelihood form."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -45,11 +45,11 @@ def beam_search(
 ) -> Hypotheses:
     """Searches for the answers of highest log-likelihood.
 
-    At every step each live hypothesis is extended by every token. Its extensions by EOS compete for the K places of ended
-    answers, all others for the K places of live ones, so that an unlikely EOS is never crowded out. As scores can only
-    fall, the search of all rows stops once no live hypothesis is better than the worst of K ended ones. Answers that run
-    into the limit compete at the end on equal terms, and are marked as not finished. There is no length penalty: with
-    one, search by likelihood and search by reward would no longer be the same.
+    At every step each live hypothesis is extended by every token. Its extensions by EOS compete for the K places of
+    ended answers, all others for the K places of live ones, so that an unlikely EOS is never crowded out. As scores can
+    only fall, the search of all rows stops once no live hypothesis is better than the worst of K ended ones. Answers
+    that run into the limit compete at the end on equal terms, and are marked as not finished. There is no length
+    penalty: with one, search by likelihood and search by reward would no longer be the same.
 
     Args:
         model: The model.
@@ -64,8 +64,8 @@ def beam_search(
         The K best answers of each prompt, best first; `logp` is the score.
 
     References:
-        arXiv 2404.12358, Eq. 12 and 13: with rewards beta * (log pi - log pi_ref), guided search maximises beta * log pi
-        plus a constant.
+        arXiv 2404.12358, Eq. 12 and 13: with rewards beta * (log pi - log pi_ref), guided search maximises beta * log
+        pi plus a constant.
     """
     rows = prompts.shape[0]
     state = prefill(model, params, prompts, prompt_lengths, max_new_tokens)
@@ -103,7 +103,7 @@ def beam_search(
 
 
 def _extend(live: _Beam, logits: Float[Array, "BK V"], t: Int[Array, ""], eos_ids: tuple[int, ...]):
-    """Extends live hypotheses by one token: returns the new live ones, those that end here, and the live ones' parents."""
+    """Extends live hypotheses by one token: the new live ones, those that end here, and the parents of the live ones."""
     beams = live.scores.shape[1]
     logp = rearrange(jax.nn.log_softmax(logits), "(b k) v -> b k v", k=beams)
     scores = live.scores[..., None] + logp

@@ -60,7 +60,12 @@ def prefill(
 
 
 def feed(
-    model: CausalLM, params: Params, state: DecodeState, tokens: Int[Array, " B"], t: Int[Array, ""], max_new_tokens: int
+    model: CausalLM,
+    params: Params,
+    state: DecodeState,
+    tokens: Int[Array, " B"],
+    t: Int[Array, ""],
+    max_new_tokens: int,
 ) -> DecodeState:
     """Appends each row's t-th new token.
 

@@ -36,7 +36,9 @@ def restrict(logits: Float[Array, "*B V"], *, top_k: int = 0, top_p: float = 1.0
     return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
 
 
-@partial(jax.jit, static_argnames=("model", "num_samples", "max_new_tokens", "eos_ids", "temperature", "top_k", "top_p"))
+@partial(
+    jax.jit, static_argnames=("model", "num_samples", "max_new_tokens", "eos_ids", "temperature", "top_k", "top_p")
+)
 def sample(
     model: CausalLM,
     params: Params,

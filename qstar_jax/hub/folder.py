@@ -72,5 +72,6 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     except Exception as error:  # transformers raises many types here; the user needs the folder's name
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"{folder}: no usable tokenizer; expected tokenizer.json beside config.json ({type(error).__name__}: {reason})"
+            f"{folder}: no usable tokenizer; expected tokenizer.json beside config.json "
+            f"({type(error).__name__}: {reason})"
         ) from error

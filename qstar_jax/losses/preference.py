@@ -16,8 +16,8 @@ def dpo(
     """Direct preference optimisation, the logistic loss on the margin of summed token rewards.
 
     -(1 - eps) log sigma(m) - eps log sigma(-m), with m = beta * (sum_t rho_t^chosen - sum_t rho_t^rejected) and rho the
-    log-ratios log pi - log pi_ref. With eps = `label_smoothing` = 0 it is the token-level loss of the paper; with eps > 0
-    it is conservative DPO (in TRL, `label_smoothing` has no effect on the loss type of this name).
+    log-ratios log pi - log pi_ref. With eps = `label_smoothing` = 0 it is the token-level loss of the paper; with
+    eps > 0 it is conservative DPO (in TRL, `label_smoothing` has no effect on the loss type of this name).
 
     Args:
         chosen_log_ratios: Token log-ratios of the chosen answers, in nats. Shape [..., T].

@@ -89,7 +89,7 @@ class CausalLM:
         cache: KVCache | None = None,
         cache_index: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        """Last hidden states [B, S, D] and the updated cache; arguments as of the family's network (see `llama.Llama`)."""
+        """Last hidden states [B, S, D] and the updated cache; arguments as those of `llama.Llama`."""
         return self._bind(params)(tokens, positions, mask, cache, cache_index)
 
     def unembedding(self, params: Params) -> Float[Array, "V D"]:

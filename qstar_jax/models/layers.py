@@ -1,4 +1,4 @@
-"""Parts of decoder-only transformers that families share: rotary positions, grouped-query attention, gated MLP, cache."""
+"""Parts that families of decoder-only transformers share: rotary positions, attention, gated MLP, cache."""
 
 import math
 from dataclasses import dataclass

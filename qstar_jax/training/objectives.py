@@ -49,8 +49,8 @@ def dpo_loss_fn(model: CausalLM, options: LossOptions) -> LossFn:
         options: Temperature and label smoothing.
 
     Returns:
-        `loss_fn(params, ref_params, batch) -> (loss, metrics)` on batches of (chosen, rejected), with metrics under TRL's
-        names. No gradient flows into `ref_params`.
+        `loss_fn(params, ref_params, batch) -> (loss, metrics)` on batches of (chosen, rejected), with metrics under
+        TRL's names. No gradient flows into `ref_params`.
     """
 
     def loss_fn(params: Params, ref_params: Params | None, batch: Batch):

@@ -1,0 +1,101 @@
+"""`qstar VERB`: parses options, runs the verb, and turns errors into one plain sentence and an exit code."""
+
+import difflib
+import importlib
+import os
+import re
+import sys
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from qstar_jax import __version__, config
+from qstar_jax.errors import InputError
+
+# verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called
+VERBS: dict[str, tuple[type, str]] = {
+    "demo": (config.DemoConfig, "show the paper's insights on a small task, offline, in minutes"),
+    "sft": (config.SftConfig, "fine-tune on answers"),
+    "dpo": (config.DpoConfig, "train on preference pairs"),
+    "score": (config.ScoreConfig, "give every token of every answer its reward"),
+    "generate": (config.GenerateConfig, "answer prompts: greedy, sampled or with beams"),
+    "env": (config.EnvConfig, "print versions and devices, for a bug report"),
+}
+
+
+class Parser(ArgumentParser):
+    """A parser that names the nearest known option where one is unknown."""
+
+    def error(self, message: str, ex: Exception | None = None):
+        """Prints the message with a suggestion and exits with 2."""
+        unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+        if unknown:
+            name = unknown.group(1) or unknown.group(2)
+            known = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
+            message += f"; the nearest known option is --{difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}"
+        super().error(message, ex)
+
+
+def build_parser() -> Parser:
+    """Builds the parser of all verbs."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    parser = Parser(prog="qstar", description="Train, read and search a language model as a Q-function.")
+    parser.add_argument("--version", action="version", version=f"qstar_jax {__version__}")
+    verbs = parser.add_subcommands(dest="verb", required=True)
+    for verb, (options, summary) in VERBS.items():
+        sub = Parser(
+            usage=f"qstar {verb} [--config FILE.yaml] [--OPTION VALUE ...]",
+            description=options.__doc__.split("\n\n")[0],
+        )
+        sub.add_argument("--config", action="config", help="YAML file with any of these options")
+        sub.add_class_arguments(options)
+        for action in sub._actions:
+            if _is_flag(options, action.dest):
+                action.nargs, action.const = "?", True  # --resume alone means --resume true
+        verbs.add_subcommand(verb, sub, help=summary)
+    return parser
+
+
+def _is_flag(options: type, name: str) -> bool:
+    for part in name.split("."):
+        options = getattr(options, "__dataclass_fields__", {}).get(part)
+        options = options and options.type
+    return options is bool
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: Words after `qstar`; those of the process by default.
+
+    Returns:
+        Exit code: 0, 2 for wrong usage or input, 1 for a failure.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a model's text must not crash a terminal with few characters
+    parser = build_parser()
+    parsed = parser.parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        verb = importlib.import_module(f"qstar_jax.cli.{parsed.verb}")
+        verb.run(_options(parser, parsed))
+    except InputError as error:
+        print(f"qstar {parsed.verb}: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, FloatingPointError, ImportError, OSError) as error:
+        if os.environ.get("QSTAR_TRACEBACK"):
+            raise
+        print(f"qstar {parsed.verb}: {error}\n(QSTAR_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _options(parser: Parser, parsed: Namespace) -> Any:
+    values = parser.instantiate(parsed)[parsed.verb]
+    fields = VERBS[parsed.verb][0].__dataclass_fields__
+    return VERBS[parsed.verb][0](**{name: values[name] for name in fields})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
