@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax.data.tokenization import Example
-from qstar_jax.errors import InputError
 
 
 @jax.tree_util.register_dataclass
@@ -146,26 +145,3 @@ def eval_batches(num_examples: int, batch_size: int) -> Iterator[np.ndarray]:
     """
     for start in range(0, num_examples, batch_size):
         yield np.arange(start, min(start + batch_size, num_examples), dtype=np.int64)
-
-
-def host_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of a (filled-up) global batch that one host feeds to its devices.
-
-    Args:
-        batch_size: Rows over all hosts.
-        process_index: This host, counted from 0.
-        process_count: Number of hosts.
-
-    Returns:
-        A slice of batch_size / process_count rows.
-
-    Raises:
-        InputError: The rows cannot be shared out evenly.
-    """
-    if batch_size % process_count:
-        raise InputError(
-            f"a batch of {batch_size} rows cannot be shared evenly by {process_count} hosts; "
-            f"set the batch size to a multiple of {process_count}"
-        )
-    rows = batch_size // process_count
-    return slice(process_index * rows, (process_index + 1) * rows)

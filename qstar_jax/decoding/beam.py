@@ -103,7 +103,7 @@ def beam_search(
 
 
 def _extend(live: _Beam, logits: Float[Array, "BK V"], t: Int[Array, ""], eos_ids: tuple[int, ...]):
-    """Extends live hypotheses by one token: the new live ones, those that end here, and the parents of the live ones."""
+    """Extends live hypotheses by one token: the new live ones, those that end here, the live ones' parents."""
     beams = live.scores.shape[1]
     logp = rearrange(jax.nn.log_softmax(logits), "(b k) v -> b k v", k=beams)
     scores = live.scores[..., None] + logp

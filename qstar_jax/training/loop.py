@@ -130,6 +130,7 @@ def check_starts_at_ln2(metrics: dict[str, float]):
         raise RuntimeError(
             f"the DPO loss at step 0 is {metrics['loss']:.6f}; expected ln 2 = {math.log(2):.6f}, because the policy "
             f"starts as its own reference and every reward is then 0 "
-            f"(found: rewards/chosen {metrics['rewards/chosen']:.6f}, rewards/rejected {metrics['rewards/rejected']:.6f}). Policy and reference differ in their parameters, "
+            f"(found: rewards/chosen {metrics['rewards/chosen']:.6f}, "
+            f"rewards/rejected {metrics['rewards/rejected']:.6f}). Policy and reference differ in their parameters, "
             "in their number type or in randomness such as dropout"
         )

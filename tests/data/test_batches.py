@@ -2,9 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from qstar_jax.data.batches import Batch, eval_batches, host_rows, make_batch, padded_lengths, step_indices
+from qstar_jax.data.batches import Batch, eval_batches, make_batch, padded_lengths, step_indices
 from qstar_jax.data.tokenization import Example, Response
-from qstar_jax.errors import InputError
 
 EOS = 2
 
@@ -101,10 +100,3 @@ def test_order_is_pinned():
 
 def test_eval_batches():
     assert [b.tolist() for b in eval_batches(5, 2)] == [[0, 1], [2, 3], [4]]
-
-
-def test_host_rows():
-    rows = [np.arange(6)[host_rows(6, process, 3)].tolist() for process in range(3)]
-    assert rows == [[0, 1], [2, 3], [4, 5]]
-    with pytest.raises(InputError, match="6 rows cannot be shared evenly by 4 hosts.*multiple of 4"):
-        host_rows(6, 0, 4)
