@@ -19,17 +19,9 @@ from qstar_jax.loading import load_model
 from qstar_jax.sharding import make_mesh
 
 
-def run(config: GenerateConfig, console: Console | None = None) -> list[dict]:
-    """Answers prompts; writes generations.jsonl.
-
-    Args:
-        config: The options.
-        console: Where to show answers; the standard output by default.
-
-    Returns:
-        One record an answer, as in generations.jsonl.
-    """
-    console = console or Console()
+def run(config: GenerateConfig):
+    """Answers prompts; writes generations.jsonl."""
+    console = Console()
     check_options(config.decode)
     mesh = make_mesh(config.mesh)
     records = []
@@ -58,7 +50,6 @@ def run(config: GenerateConfig, console: Console | None = None) -> list[dict]:
     with (out / "generations.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     console.print(f"{len(records)} answers: {out / 'generations.jsonl'}", markup=False, highlight=False, soft_wrap=True)
-    return records
 
 
 def _prompts(config: GenerateConfig, tokenizer) -> list[Example]:

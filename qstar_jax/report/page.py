@@ -10,21 +10,22 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from qstar_jax.evaluation.scored import ScoredResponse, by_row, pair_margin
 from qstar_jax.report.chart import Bounds, chart_bounds, chart_points, chart_ticks
 from qstar_jax.report.colours import DARK, LIGHT, reward_colour, reward_scale, strength
-from qstar_jax.report.scored import ScoredResponse, by_row, pair_margin
 from qstar_jax.report.visible import one_line, visible
 
 _UNDERLINE_BELOW = -0.5  # strong negatives carry a second sign, for greyscale prints and colour-blind eyes
 _LEGEND_STEPS = 10
 
 
-def heatmap_page(responses: Sequence[ScoredResponse], title: str) -> str:
+def heatmap_page(responses: Sequence[ScoredResponse], title: str, notes: Sequence[str] = ()) -> str:
     """Draws answers side by side on one colour scale.
 
     Args:
         responses: Answers to show; those of one row stand under their common prompt.
         title: Heading of the page.
+        notes: Paragraphs under it.
 
     Returns:
         A whole HTML document that works from a file, offline, and without scripts (then with plain tooltips).
@@ -41,6 +42,7 @@ def heatmap_page(responses: Sequence[ScoredResponse], title: str) -> str:
     )
     return environment.get_template("heatmap.html.j2").render(
         title=one_line(title),
+        notes=notes,
         betas=sorted({response.beta for response in responses}),
         scale=scale,
         legend=[_colours(scale * step / _LEGEND_STEPS, scale) for step in range(-_LEGEND_STEPS, _LEGEND_STEPS + 1)],

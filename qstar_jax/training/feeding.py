@@ -1,6 +1,6 @@
 """Batches onto the mesh, and evaluation over a whole file."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import jax
@@ -13,6 +13,8 @@ from qstar_jax.errors import InputError
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.sharding import BATCH
 from qstar_jax.training.objectives import Metrics
+
+Track = Callable[[Iterable[Batch], str, int], Iterable[Batch]]
 
 
 class Feeder:
@@ -52,6 +54,11 @@ class Feeder:
             lambda x: jax.make_array_from_callback(x.shape, self._sharding, lambda index: x[index]), batch
         )
 
+    @property
+    def batches(self) -> int:
+        """How many batches `in_order` yields."""
+        return -(-len(self.dataset.examples) // self.batch_size)
+
     def at_step(self, seed: int, step: int) -> Batch:
         """The training batch of a step: a pure function of (seed, step)."""
         return self._place(step_indices(seed, step, len(self.dataset.examples), self.batch_size))
@@ -69,6 +76,7 @@ class Evaluator:
         feeder: The held-out examples.
         eval_step: `(params, batch) -> metrics`, jitted.
         ref_logprobs: `batch -> ref_logp`, where the objective needs them.
+        track: `(batches, description, total)` wraps batches, for a progress bar.
     """
 
     def __init__(
@@ -76,17 +84,24 @@ class Evaluator:
         feeder: Feeder,
         eval_step: Callable[[Params, Batch], Metrics],
         ref_logprobs: Callable[[Batch], jax.Array] | None = None,
+        track: Track = lambda batches, description, total: batches,
     ):
-        self._feeder, self._eval_step = feeder, eval_step
-        self._ref_logps = None if ref_logprobs is None else [ref_logprobs(batch) for batch in feeder.in_order()]
+        self._feeder, self._eval_step, self._track = feeder, eval_step, track
+        self._ref_logps = None
+        if ref_logprobs is not None:
+            batches = self._batches("reference on held-out rows")
+            self._ref_logps = [jax.block_until_ready(ref_logprobs(batch)) for batch in batches]
+
+    def _batches(self, description: str) -> Iterable[Batch]:
+        return self._track(self._feeder.in_order(), description, self._feeder.batches)
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Evaluates parameters; returns metric name (with prefix `eval_`) -> mean."""
         parts = []
-        for i, batch in enumerate(self._feeder.in_order()):
+        for i, batch in enumerate(self._batches("evaluation")):
             if self._ref_logps is not None:
                 batch = replace(batch, ref_logp=self._ref_logps[i])
-            parts.append(self._eval_step(params, batch))
+            parts.append(jax.block_until_ready(self._eval_step(params, batch)))
         return {f"eval_{name}": value for name, value in mean_metrics(parts).items() if not name.startswith("count/")}
 
 

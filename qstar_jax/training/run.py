@@ -67,7 +67,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
                 steps=steps,
                 train_step=_jit_step(config, loss_fn, steps, state, mesh),
                 feeder=feeder,
-                evaluator=eval_feeder and _evaluator(start.model, loss_fn, eval_feeder, state),
+                evaluator=eval_feeder and _evaluator(start.model, loss_fn, eval_feeder, state, log),
                 schedule=learning_rate_schedule(config.optimizer, steps),
                 step_flops=partial(_step_flops, config, start.model, feeder),
                 peak_flops=peak_flops(jax.devices()),
@@ -110,12 +110,13 @@ def _jit_step(config: SftConfig | DpoConfig, loss_fn: LossFn, steps: int, state:
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
-def _evaluator(model: CausalLM, loss_fn: LossFn, feeder: Feeder, state: TrainState) -> Evaluator:
+def _evaluator(model: CausalLM, loss_fn: LossFn, feeder: Feeder, state: TrainState, log: RunLog | None) -> Evaluator:
     eval_step = jax.jit(lambda params, batch: loss_fn(params, None, batch)[1])
+    track = {"track": log.track} if log else {}
     if state.ref_params is None:
-        return Evaluator(feeder, eval_step)
+        return Evaluator(feeder, eval_step, **track)
     logprobs = jax.jit(lambda params, batch: response_logprobs(model, params, batch)[0])
-    return Evaluator(feeder, eval_step, lambda batch: logprobs(state.ref_params, batch))
+    return Evaluator(feeder, eval_step, lambda batch: logprobs(state.ref_params, batch), **track)
 
 
 def _step_flops(config: SftConfig | DpoConfig, model: CausalLM, feeder: Feeder, counts: dict[str, float]) -> float:

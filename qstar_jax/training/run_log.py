@@ -1,6 +1,7 @@
 """What a run writes while it goes: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -47,6 +48,14 @@ class RunLog:
     def advance(self, done: int):
         """Moves the bar."""
         self._bar.update(self._task, completed=done)
+
+    def track(self, items: Iterable, description: str, total: int) -> Iterator:
+        """Yields items under a bar of their own; where there is no terminal, a line says that they are begun."""
+        if self.console.is_terminal:
+            yield from self._bar.track(items, total=total, description=description)
+        else:
+            self.console.print(f"{description}: {total} batches", markup=False, highlight=False)
+            yield from items
 
     def write(self, step: int, metrics: dict[str, float]):
         """Writes one line of metrics.

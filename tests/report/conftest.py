@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qstar_jax.report.scored import ScoredResponse
+from qstar_jax.evaluation.scored import ScoredResponse
 
 
 @pytest.fixture

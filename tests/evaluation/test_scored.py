@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qstar_jax.report.scored import ScoredResponse, by_row, pair_margin, token_pieces
+from qstar_jax.evaluation.scored import ScoredResponse, by_row, pair_margin, token_pieces
 
 
 def test_json_round_trip(respond):

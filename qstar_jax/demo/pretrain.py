@@ -1,0 +1,98 @@
+"""The base model of the demo, pretrained on the language of its task.
+
+`python -m qstar_jax.demo.pretrain OUT` makes the folder that ships in the package (`qstar_jax/demo/base`) again.
+"""
+
+import hashlib
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions, OptimizerOptions, SftConfig, TrainOptions
+from qstar_jax.demo.task import pretraining_rows
+from qstar_jax.demo.vocabulary import build_tokenizer
+from qstar_jax.hub import write_folder
+from qstar_jax.loading import load_model
+from qstar_jax.models import CausalLM
+from qstar_jax.models.llama import LlamaConfig
+from qstar_jax.sharding import make_mesh
+from qstar_jax.training.run import train
+
+BASE = Path(__file__).parent / "base"
+STEPS, BATCH_SIZE, SEED = 3000, 64, 0
+OPTIMIZER = OptimizerOptions(
+    learning_rate=3e-3, warmup_steps=100, schedule="cosine", weight_decay=0.1, beta2=0.95, max_grad_norm=1.0
+)
+
+
+def base_config(vocab_size: int) -> LlamaConfig:
+    """Returns the shape of the base model: about one million parameters."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+
+
+def pretrain(out: Path, *, seed: int = SEED, steps: int = STEPS, console: Console | None = None) -> Path:
+    """Pretrains the base model from random parameters.
+
+    Args:
+        out: Gets the run, and the finished model in `out/base` (config.json, model.safetensors in bfloat16, tokenizer,
+            and pretraining.json: seed, steps, versions and the SHA-256 of the weights).
+        seed: Of the documents, of the parameters and of the order.
+        steps: Length of the run.
+        console: Where to show progress.
+
+    Returns:
+        The folder of the finished model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    model = CausalLM("llama", base_config(len(tokenizer)))
+    write_folder(out / "random", model, model.init(jax.random.key(seed)), tokenizer, "float32")
+    documents = pretraining_rows(BATCH_SIZE * steps, seed)
+    with (out / "documents.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in documents)
+    config = SftConfig(
+        model=str(out / "random"),
+        out=str(out / "run"),
+        data=DataOptions(train=str(out / "documents.jsonl"), max_length=128, max_prompt_length=64),
+        optimizer=OPTIMIZER,
+        train=TrainOptions(steps=steps, batch_size=BATCH_SIZE, seed=seed, log_every=50),
+    )
+    summary = train(config, console)
+    trained = load_model(out / "run", ComputeOptions(), make_mesh(), MeshOptions())
+    base = out / "base"
+    write_folder(base, model, trained.params, tokenizer, "bfloat16")
+    record = {
+        "command": "python -m qstar_jax.demo.pretrain OUT",
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
+        "seed": seed,
+        "steps": steps,
+        "batch_size": BATCH_SIZE,
+        "final_loss": summary["loss"],
+        "sha256": weights_hash(base),
+        "versions": {package: version(package) for package in ("jax", "jaxlib", "flax", "optax")},
+    }
+    (base / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return base
+
+
+def weights_hash(folder: Path) -> str:
+    """Returns the SHA-256 of a folder's model.safetensors."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    pretrain(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""What a trained model thinks, measured: rewards of single tokens."""
