@@ -43,7 +43,7 @@ class Batch:
         return self.response_lengths[..., None] > np.arange(self.targets.shape[-1])
 
 
-def padded_lengths(examples: Sequence[Example], multiple: int = 64) -> tuple[int, int]:
+def padded_lengths(examples: Sequence[Example], multiple: int = 32) -> tuple[int, int]:
     """Lengths into which every example fits, so that one compiled shape serves all batches.
 
     Args:

@@ -55,13 +55,14 @@ class Loop:
             start: Steps that are done already.
 
         Returns:
-            The last training metrics; evaluation before the first step of this call (`before_eval_...`) and at the end.
+            The last training metrics; evaluation before step 0 (`before_eval_...`) and at the end (`eval_...`).
 
         Raises:
             RuntimeError: If the DPO loss at step 0 is not ln 2.
             FloatingPointError: If the loss is not finite.
         """
-        summary = {f"before_{name}": value for name, value in self._evaluate(state, start).items()}
+        before = self._evaluate(state, 0) if start == 0 else {}
+        summary = {f"before_{name}": value for name, value in before.items()}
         window, clock = [], time.perf_counter()
         for step in range(start, self.steps):
             batch = self.feeder.at_step(self.options.seed, step)

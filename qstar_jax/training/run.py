@@ -55,6 +55,10 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
         start = find_start(config, store, mesh)
         feeder, eval_feeder = _feeders(config, start, mesh, console)
         steps = config.train.steps or -(-len(feeder.dataset.examples) // feeder.batch_size)
+        if start.step >= steps:
+            console.print(f"{out} is complete: {start.step} of {steps} steps are done", markup=False, highlight=False)
+            summary = out / "summary.json"
+            return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
         description = describe(config, start)
         state = build_state(config, start, store, mesh, steps, description)
         if is_main:

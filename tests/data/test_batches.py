@@ -71,7 +71,7 @@ def test_examples_with_other_numbers_of_answers():
 def test_padded_lengths():
     assert padded_lengths(PAIRS, multiple=1) == (5, 4)
     assert padded_lengths(PAIRS, multiple=4) == (8, 4)
-    assert padded_lengths(PAIRS) == (64, 64)
+    assert padded_lengths(PAIRS) == (32, 32)
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 3), (7, 7), (3, 8), (1, 2)])

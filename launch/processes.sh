@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Runs one qstar command as N processes on this machine, joined over loopback: to try a multi-host run without a cluster.
+#   N=2 launch/processes.sh dpo --model MODEL --out runs/two --data.train pairs.jsonl ...
+set -euo pipefail
+export JAX_NUM_PROCESSES=${N:?number of processes} JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-12345}
+for ((id = 1; id < N; id++)); do
+    JAX_PROCESS_ID=$id qstar "$@" --mesh.multi_process true &
+done
+JAX_PROCESS_ID=0 qstar "$@" --mesh.multi_process true
+wait

@@ -1,0 +1,103 @@
+"""Speed of a DPO step as a share of what this machine's matrix products reach, both measured in one run, in turn.
+
+    python tests/benchmarks/dpo_step.py [--model FOLDER] [--pairs 4] [--length 256] [--rounds 3]
+
+Prints JSON. Tokens are random and rows are full, so that every token counted is a token computed.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from jsonargparse import auto_cli
+
+from qstar_jax.config import ComputeOptions, Dtype, LossOptions, MeshOptions, OptimizerOptions
+from qstar_jax.data.batches import Batch
+from qstar_jax.demo.pretrain import BASE
+from qstar_jax.loading import load_model
+from qstar_jax.models import CausalLM
+from qstar_jax.sharding import make_mesh
+from qstar_jax.training.objectives import dpo_loss_fn
+from qstar_jax.training.step import TrainState, make_optimizer, make_train_step
+from qstar_jax.training.throughput import measured_matmul_peak, peak_memory_bytes
+
+
+def full_batch(model: CausalLM, pairs: int, length: int) -> Batch:
+    """Makes pairs of random tokens that fill their rows; the first quarter of a row is the prompt."""
+    prompt = length // 4
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (pairs, 2, length), dtype=np.int32)
+    return Batch(
+        tokens=jnp.asarray(tokens),
+        prompt_lengths=jnp.full(pairs, prompt),
+        targets=jnp.asarray(tokens[..., prompt:]),
+        response_lengths=jnp.full((pairs, 2), length - prompt),
+        truncated=jnp.zeros((pairs, 2), bool),
+        weights=jnp.ones(pairs),
+    )
+
+
+def main(
+    model: str = str(BASE),
+    pairs: int = 4,
+    length: int = 256,
+    rounds: int = 3,
+    dtype: Dtype = "float32",
+    matmul_size: int = 2048,
+):
+    """Measures matrix products and DPO steps in turn.
+
+    Args:
+        model: Hugging Face folder, hub name or run folder; the demo's base model by default.
+        pairs: Pairs a step.
+        length: Tokens of a row.
+        rounds: Rounds, of which the medians count.
+        dtype: Type of activations and of the measured matrix products.
+        matmul_size: Edge of the measured matrices.
+    """
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        loaded = load_model(model, ComputeOptions(dtype=dtype), mesh, MeshOptions())
+        optimizer = make_optimizer(OptimizerOptions(), steps=100)
+        step = jax.jit(make_train_step(dpo_loss_fn(loaded.model, LossOptions()), optimizer), donate_argnums=0)
+        reference = jax.tree.map(jnp.copy, loaded.params)
+        state = TrainState(jnp.int32(0), loaded.params, jax.jit(optimizer.init)(loaded.params), reference)
+        batch = full_batch(loaded.model, pairs, length)
+        state, _ = jax.block_until_ready(step(state, batch))  # compiles
+        peaks, seconds = [], []
+        for _ in range(rounds):
+            peaks.append(measured_matmul_peak(dtype, matmul_size))
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(step(state, batch))
+            seconds.append(time.perf_counter() - start)
+    tokens = 2 * pairs * length
+    forward = loaded.model.family.forward_flops(
+        loaded.model.config, tokens=tokens, scored_tokens=tokens * 3 / 4, context=length / 2
+    )
+    flops = 4 * forward / statistics.median(seconds)  # policy forward and backward, reference forward
+    result = {
+        "model": Path(model).name,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(reference)),
+        "compute": asdict(loaded.model.compute),
+        "device": jax.devices()[0].device_kind,
+        "physical_cores": psutil.cpu_count(logical=False),
+        "pairs": pairs,
+        "length": length,
+        "seconds_per_step": statistics.median(seconds),
+        "pairs_per_second": pairs / statistics.median(seconds),
+        "tokens_per_second": tokens / statistics.median(seconds),
+        "model_gflops_per_second": flops / 1e9,
+        "matmul_gflops_per_second": statistics.median(peaks) / 1e9,
+        "share_of_matmul_peak": flops / statistics.median(peaks),
+        "peak_memory_gib": peak_memory_bytes() / 2**30,
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    auto_cli(main)
