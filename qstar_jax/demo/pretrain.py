@@ -27,7 +27,7 @@ BASE = Path(__file__).parent / "base"
 STEPS, BATCH_SIZE, SEED = 1600, 32, 0
 EMBEDDING_SCALE = 0.3  # standard deviation; with the default of 1 / sqrt(128) it learns to copy facts much later
 OPTIMIZER = OptimizerOptions(
-    learning_rate=3e-3, warmup_steps=100, schedule="cosine", weight_decay=0.1, beta2=0.98, max_grad_norm=1.0
+    learning_rate=3e-3, warmup_steps=100, schedule="constant", weight_decay=0.1, beta2=0.98, max_grad_norm=1.0
 )
 
 
@@ -79,7 +79,7 @@ def pretrain(out: Path, *, seed: int = SEED, steps: int = STEPS, console: Consol
     config = SftConfig(
         model=str(out / "random"),
         out=str(out / "run"),
-        data=DataOptions(train=str(out / "documents.jsonl"), max_length=128, max_prompt_length=64),
+        data=DataOptions(train=str(out / "documents.jsonl"), max_length=96, max_prompt_length=64),
         optimizer=OPTIMIZER,
         train=TrainOptions(steps=steps, batch_size=BATCH_SIZE, seed=seed, log_every=50),
     )

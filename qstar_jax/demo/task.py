@@ -13,7 +13,7 @@ from qstar_jax.demo.vocabulary import CATEGORIES, CUE, FAMILIES, FILLERS, MEN, W
 CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word in words}
 RIGHT_FACT, WRONG_FACT, RIGHT_END, LATE_WORD = 1.0, -1.0, 1.0, -0.2
 MAX_SUMMARY_WORDS = 20
-FLAWED_COMPLETIONS, FLAWED_DOCUMENTS = 0.25, 1 / 3
+HASTY, FLAWED_COMPLETIONS, FLAWED_DOCUMENTS = 0.65, 0.1, 1 / 3
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,14 @@ def run_on(post: Post, rng: Random) -> str:
     return f"{reference_summary(post, rng.randrange(3))} {tail}"
 
 
+def hasty_summary(post: Post, rng: Random) -> str | None:
+    """Writes a summary with the number that the post mentions last; None where that one is right."""
+    numbers = [word for word in split_words(post.text) if CATEGORY_OF.get(word) == "number"]
+    if "number" not in post.facts or numbers[-1] == post.facts["number"]:
+        return None
+    return rng.choice(post.family.summaries).format(**(post.facts | {"number": numbers[-1]}))
+
+
 def true_rewards(post: Post, summary_words: list[str]) -> list[float]:
     """Gives every word of a summary its true reward.
 
@@ -131,7 +139,7 @@ def true_reward(post: Post, summary_text: str) -> float:
 
 
 def preference_rows(n: int, seed: int) -> list[dict[str, str]]:
-    """Makes preference pairs: a right summary against one with a wrong fact or one that runs on.
+    """Makes preference pairs: a right summary against a hasty one, one with a wrong fact or one that runs on.
 
     Args:
         n: Number of pairs.
@@ -144,17 +152,27 @@ def preference_rows(n: int, seed: int) -> list[dict[str, str]]:
     rows = []
     for _ in range(n):
         post = make_post(rng)
-        rejected, kind = _flawed(post, rng)
+        hasty = hasty_summary(post, rng)
+        rejected, kind = (hasty, "distractor") if hasty and rng.random() < HASTY else _flawed(post, rng)
         chosen = reference_summary(post, rng.randrange(3))
         rows.append({"prompt": post.prompt, "chosen": chosen, "rejected": rejected, "kind": kind})
     return rows
 
 
 def completion_rows(n: int, seed: int) -> list[dict[str, str]]:
-    """Makes rows for supervised fine-tuning: `prompt` and `completion`, a quarter of them flawed, as real data are."""
+    """Makes rows for supervised fine-tuning (`prompt`, `completion`), about a quarter of them flawed, as real data are.
+
+    Most flaws are of one kind: where a wrong number is mentioned last, most writers take it. A model that imitates them
+    is wrong on such posts even when it decodes greedily, which leaves something for DPO to mend.
+    """
     rng = Random(f"completions {seed}")
-    posts = [make_post(rng) for _ in range(n)]
-    return [{"prompt": post.prompt, "completion": _sometimes_flawed(post, rng, FLAWED_COMPLETIONS)} for post in posts]
+    rows = []
+    for _ in range(n):
+        post = make_post(rng)
+        hasty = hasty_summary(post, rng)
+        plain = _sometimes_flawed(post, rng, FLAWED_COMPLETIONS)
+        rows.append({"prompt": post.prompt, "completion": hasty if hasty and rng.random() < HASTY else plain})
+    return rows
 
 
 def pretraining_rows(n: int, seed: int) -> list[dict[str, str]]:

@@ -87,7 +87,7 @@ def test_missing_chat_template(plain_tokenizer):
 
 
 def test_missing_eos(character_tokenizer):
-    with pytest.raises(InputError, match="no EOS token.*eos_token"):
+    with pytest.raises(InputError, match=r"no EOS token.*eos_token"):
         tokenize([Record("a", ("b",), 0)], character_tokenizer(eos=None), DataOptions())
 
 
