@@ -35,9 +35,11 @@ def token_logprobs(
 
     @jax.checkpoint
     def one_chunk(hidden: Float[Array, "B C D"], targets: Int[Array, "B C"]):
-        logits = jnp.einsum("bcd,vd->bcv", hidden, unembedding, preferred_element_type=jnp.float32)
+        flat = hidden.reshape(-1, width)  # a product of matrices; with three dimensions XLA transposes on a CPU
+        logits = jnp.einsum("nd,vd->nv", flat, unembedding, preferred_element_type=jnp.float32)
         logz = jax.nn.logsumexp(logits, axis=-1)
-        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - logz, logz
+        logp = jnp.take_along_axis(logits, targets.reshape(-1, 1), axis=-1)[:, 0] - logz
+        return logp.reshape(targets.shape), logz.reshape(targets.shape)
 
     _, (logp, logz) = jax.lax.scan(
         lambda carry, chunk: (carry, one_chunk(*chunk)), None, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1))

@@ -8,6 +8,7 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from rich.console import Console
@@ -23,8 +24,11 @@ from qstar_jax.models.llama import LlamaConfig
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.run import train
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 BASE = Path(__file__).parent / "base"
-STEPS, BATCH_SIZE, SEED = 1600, 32, 0
+STEPS, BATCH_SIZE, SEED = 900, 32, 0
 EMBEDDING_SCALE = 0.3  # standard deviation; with the default of 1 / sqrt(128) it learns to copy facts much later
 OPTIMIZER = OptimizerOptions(
     learning_rate=3e-3, warmup_steps=100, schedule="constant", weight_decay=0.1, beta2=0.98, max_grad_norm=1.0
@@ -84,21 +88,22 @@ def pretrain(out: Path, *, seed: int = SEED, steps: int = STEPS, console: Consol
         train=TrainOptions(steps=steps, batch_size=BATCH_SIZE, seed=seed, log_every=50),
     )
     summary = train(config, console)
+    _write_base(out, model, tokenizer, {"seed": seed, "steps": steps, "final_loss": summary["loss"]})
+    return out / "base"
+
+
+def _write_base(out: Path, model: CausalLM, tokenizer: "PreTrainedTokenizerBase", record: dict):
     trained = load_model(out / "run", ComputeOptions(), make_mesh(), MeshOptions())
-    base = out / "base"
-    write_folder(base, model, trained.params, tokenizer, "bfloat16")
+    write_folder(out / "base", model, trained.params, tokenizer, "bfloat16")
     record = {
         "command": "python -m qstar_jax.demo.pretrain OUT",
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
-        "seed": seed,
-        "steps": steps,
         "batch_size": BATCH_SIZE,
-        "final_loss": summary["loss"],
-        "sha256": weights_hash(base),
+        **record,
+        "sha256": weights_hash(out / "base"),
         "versions": {package: version(package) for package in ("jax", "jaxlib", "flax", "optax")},
     }
-    (base / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return base
+    (out / "base" / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def weights_hash(folder: Path) -> str:

@@ -106,8 +106,7 @@ def true_rewards(post: Post, summary_words: list[str]) -> list[float]:
 
     The first value stated for a category is right (+1) or wrong (-1); any further one is wrong, and so is a value of a
     category that the summary should not mention. A word after the first full stop or the twentieth word comes late
-    (-0.2).
-    Ending right after the first full stop is right (+1). All else is neutral.
+    (-0.2). Ending right after the first full stop is right (+1). All else is neutral.
 
     Args:
         post: The post that was summarised.

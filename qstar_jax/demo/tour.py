@@ -6,8 +6,6 @@ from pathlib import Path
 from random import Random
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
@@ -15,7 +13,6 @@ from rich.table import Table
 from qstar_jax.config import (
     ComputeOptions,
     DataOptions,
-    DecodeOptions,
     DemoConfig,
     DpoConfig,
     LossOptions,
@@ -24,27 +21,20 @@ from qstar_jax.config import (
     SftConfig,
     TrainOptions,
 )
-from qstar_jax.data.loading import load_examples
-from qstar_jax.decoding.generate import generate
 from qstar_jax.demo import task
+from qstar_jax.demo.insights import BETA, LENGTHS, credit_assignment, findings, reward_of_samples, search
 from qstar_jax.demo.pretrain import BASE, pretrain, weights_hash
 from qstar_jax.demo.vocabulary import split_words
-from qstar_jax.evaluation.scored import ScoredResponse, by_row
-from qstar_jax.evaluation.token_rewards import score_dataset
+from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.loading import load_model
 from qstar_jax.report.page import heatmap_page
 from qstar_jax.report.terminal import print_heatmaps
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.run import train
 
-DATA = {"max_length": 128, "max_prompt_length": 96}
 SFT_STEPS, SFT_BATCH, SFT_RATE = 80, 64, 5e-4
-DPO_STEPS, DPO_BATCH, DPO_RATE, BETA = 80, 32, 2e-4, 0.1
-CORRUPTED, SUMMARISED, SHOWN = 128, 128, 3  # test posts for insights 1 and 2, and pairs that are shown
-DECODERS = {
-    "greedy": DecodeOptions(max_new_tokens=40),
-    "5 beams": DecodeOptions(max_new_tokens=40, beams=5),
-}
+DPO_STEPS, DPO_BATCH, DPO_RATE = 100, 32, 2e-4
+CORRUPTED, SUMMARISED, SHOWN = 128, 128, 3  # test posts for insight 1, for insights 2 and 3, and pairs that are shown
 
 
 def run(config: DemoConfig, console: Console) -> dict:
@@ -68,21 +58,27 @@ def run(config: DemoConfig, console: Console) -> dict:
 
     mesh = make_mesh()
     with jax.set_mesh(mesh):
-        credit, shown = _credit_assignment(out, mesh)
-        search = _search(out, config.seed, mesh)
+        sft_model, dpo_model = (
+            load_model(out / name, ComputeOptions(), mesh, MeshOptions()) for name in ("sft", "dpo")
+        )
+        credit, scored = credit_assignment(dpo_model, sft_model, out / "data" / "corrupted.jsonl", mesh)
+        found, samples = search({"sft": sft_model, "dpo": dpo_model}, _posts(config.seed), mesh)
+        path = out / "data" / "reference_samples.jsonl"
+        on_samples = reward_of_samples(dpo_model, sft_model, samples, path, mesh)
+    held_out = {name: dpo[f"eval_rewards/{name}"] for name in ("chosen", "rejected", "margins", "accuracies")}
     summary = {
         "credit": credit,
-        "search": search,
-        "decline": {name: dpo[f"eval_rewards/{name}"] for name in ("chosen", "rejected", "margins", "accuracies")},
+        "search": found,
+        "decline": {**held_out, "reference_samples": on_samples},
         "base_sha256": weights_hash(base),
         "seconds": time.perf_counter() - began,
     }
-    findings = _findings(summary)
+    said, shown = findings(summary), scored[: 2 * SHOWN]
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (out / "metrics.jsonl").write_bytes((out / "dpo" / "metrics.jsonl").read_bytes())
-    page = heatmap_page(shown, "What DPO taught a small model about summaries", notes=findings)
+    page = heatmap_page(shown, "What DPO taught a small model about summaries", notes=said)
     (out / "report.html").write_text(page, encoding="utf-8")
-    _show(shown, search, findings, out, console)
+    _show(shown, found, said, out, console)
     return summary
 
 
@@ -115,6 +111,11 @@ def _write_data(folder: Path, seed: int):
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
+def _posts(seed: int) -> list[task.Post]:
+    rng = Random(f"search {seed}")
+    return [task.make_post(rng) for _ in range(SUMMARISED)]
+
+
 def _corrupted_rows(n: int, seed: int) -> list[dict]:
     """Makes pairs that differ in one word only, as in the paper's Figure 1."""
     rng = Random(f"corrupted {seed}")
@@ -143,14 +144,14 @@ def _sft_config(base: Path, out: Path, seed: int) -> SftConfig:
     return SftConfig(
         model=str(base),
         out=str(out / "sft"),
-        data=DataOptions(train=str(out / "data" / "sft.jsonl"), **DATA),
+        data=DataOptions(train=str(out / "data" / "sft.jsonl"), **LENGTHS),
         optimizer=OptimizerOptions(learning_rate=SFT_RATE, warmup_steps=10, schedule="cosine"),
         train=TrainOptions(steps=SFT_STEPS, batch_size=SFT_BATCH, seed=seed),
     )
 
 
 def _dpo_config(out: Path, seed: int) -> DpoConfig:
-    data = DataOptions(train=str(out / "data" / "pairs.jsonl"), eval=str(out / "data" / "pairs_test.jsonl"), **DATA)
+    data = DataOptions(train=str(out / "data" / "pairs.jsonl"), eval=str(out / "data" / "pairs_test.jsonl"), **LENGTHS)
     return DpoConfig(
         model=str(out / "sft"),
         out=str(out / "dpo"),
@@ -161,74 +162,12 @@ def _dpo_config(out: Path, seed: int) -> DpoConfig:
     )
 
 
-def _credit_assignment(out: Path, mesh: Mesh) -> tuple[dict, list[ScoredResponse]]:
-    """Insight 1: in a summary with one wrong word, does that word get the lowest reward?"""
-    path = out / "data" / "corrupted.jsonl"
-    policy = load_model(out / "dpo", ComputeOptions(), mesh, MeshOptions())
-    reference = load_model(policy.reference, ComputeOptions(), mesh, MeshOptions())
-    dataset = load_examples(str(path), "test", "preferences", policy.tokenizer, DataOptions(**DATA))
-    scored = score_dataset(policy, reference.params, dataset, beta=BETA, batch_size=32, mesh=mesh)
-    wrong_word = [json.loads(line)["wrong_word"] for line in path.read_text(encoding="utf-8").splitlines()]
-    pairs = by_row(scored)
-    hits = [int(np.argmin(bad.reward)) == wrong_word[bad.row] for _, bad in pairs]
-    wins = [good.total_reward > bad.total_reward for good, bad in pairs]
-    gap = [bad.reward[wrong_word[bad.row]] - good.reward[wrong_word[bad.row]] for good, bad in pairs]
-    return {
-        "pairs": len(pairs),
-        "wrong_word_is_lowest": float(np.mean(hits)),
-        "chance": float(np.mean([1 / len(bad.reward) for _, bad in pairs])),
-        "right_summary_preferred": float(np.mean(wins)),
-        "reward_of_wrong_word_minus_right_word": float(np.mean(gap)),
-    }, [answer for pair in pairs[:SHOWN] for answer in pair]
-
-
-def _search(out: Path, seed: int, mesh: Mesh) -> dict[str, dict[str, dict[str, float]]]:
-    """Insight 2: true rewards of greedy and beam answers to new posts, before and after DPO."""
-    rng = Random(f"search {seed}")
-    posts = [task.make_post(rng) for _ in range(SUMMARISED)]
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    for name in ("sft", "dpo"):
-        loaded = load_model(out / name, ComputeOptions(), mesh, MeshOptions())
-        prompts = [np.array(loaded.tokenizer(post.prompt)["input_ids"], np.int32) for post in posts]
-        results[name] = {}
-        for decoder, options in DECODERS.items():
-            answers = [found[0] for found in generate(loaded, prompts, options, mesh)]
-            rewards = [task.true_reward(post, answer.text) for post, answer in zip(posts, answers, strict=True)]
-            best = [task.true_reward(post, task.reference_summary(post)) for post in posts]
-            results[name][decoder] = {
-                "true_reward": float(np.mean(rewards)),
-                "best_possible": float(np.mean(best)),
-                "perfect": float(np.mean(np.isclose(rewards, best))),
-                "tokens": float(np.mean([len(answer.tokens) for answer in answers])),
-            }
-    return results
-
-
-def _findings(summary: dict) -> list[str]:
-    credit, search, decline = summary["credit"], summary["search"], summary["decline"]
-    before, greedy, beams = search["sft"]["greedy"], search["dpo"]["greedy"], search["dpo"]["5 beams"]
-    moved = "fell" if decline["chosen"] < 0 else "rose"
-    return [
-        f"1. Credit. In {credit['wrong_word_is_lowest']:.0%} of {credit['pairs']} summaries with one wrong word, that "
-        f"word got the lowest reward of all (chance: {credit['chance']:.0%}), although training saw labels of whole "
-        "answers only.",
-        f"2. Search. The mean true reward of greedy summaries went from {before['true_reward']:.2f} after SFT to "
-        f"{greedy['true_reward']:.2f} after DPO (best possible {greedy['best_possible']:.2f}); five beams by "
-        f"likelihood reach {beams['true_reward']:.2f}, and {beams['perfect']:.0%} of their summaries are perfect "
-        f"(greedy: {greedy['perfect']:.0%}).",
-        f"3. Decline. On held-out pairs the implicit reward of chosen summaries {moved} from 0 to "
-        f"{decline['chosen']:+.2f}, while the margin grew to {decline['margins']:+.2f} and "
-        f"{decline['accuracies']:.0%} of pairs were ranked right. What counts is the margin; on samples of the "
-        "reference itself, theory asks for a fall (Eq. 16).",
-    ]
-
-
-def _show(shown: list[ScoredResponse], search: dict, findings: list[str], out: Path, console: Console):
+def _show(shown: list[ScoredResponse], found: dict, said: list[str], out: Path, console: Console):
     console.print(Rule("Insight 1: answer-level labels, token-level credit"))
     print_heatmaps(shown, console)
     console.print(Rule("Insight 2: search by likelihood is search by reward"))
     table = Table("model", "decoder", "true reward", "best possible", "perfect", "tokens")
-    for name, decoders in search.items():
+    for name, decoders in found.items():
         for decoder, result in decoders.items():
             table.add_row(
                 name,
@@ -240,7 +179,7 @@ def _show(shown: list[ScoredResponse], search: dict, findings: list[str], out: P
             )
     console.print(table)
     console.print(Rule("What it showed"))
-    for finding in findings:
+    for finding in said:
         console.print(finding, markup=False, highlight=False)
     console.print("\nFiles:", style="bold")
     for name, what in (

@@ -1,5 +1,6 @@
 """Losses that learn from pairs: a chosen and a rejected answer to one prompt."""
 
+import chex
 import jax
 from jaxtyping import Array, Bool, Float
 
@@ -30,10 +31,15 @@ def dpo(
     Returns:
         Loss of each pair, in nats. Shape [...].
 
+    Raises:
+        AssertionError: If an answer's log-ratios and mask differ in shape, and would be broadcast.
+
     References:
         arXiv 2404.12358, Eq. 9; arXiv 2305.18290, Eq. 7; label smoothing: E. Mitchell, "A note on DPO with noisy
         preferences", 2023.
     """
+    chex.assert_equal_shape([chosen_log_ratios, chosen_mask])
+    chex.assert_equal_shape([rejected_log_ratios, rejected_mask])
     chosen = (chosen_log_ratios * chosen_mask).sum(-1)
     rejected = (rejected_log_ratios * rejected_mask).sum(-1)
     margin = beta * (chosen - rejected)

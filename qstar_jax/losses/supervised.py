@@ -1,5 +1,6 @@
 """The loss that imitates answers."""
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -15,4 +16,5 @@ def negative_log_likelihood(logp: Float[Array, "*B T"], mask: Bool[Array, "*B T"
         Summed (not averaged) over the tokens of each answer, in nats. Shape [...]; divide the batch's sum by its number
         of tokens for the usual cross-entropy.
     """
+    chex.assert_equal_shape([logp, mask])
     return -jnp.where(mask, logp, 0.0).sum(-1)

@@ -91,31 +91,31 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "N D"],
         positions: Int[Array, "B S"],
         mask: Bool[Array, "B S K"],
         frequencies: Float[Array, " F"],
         remember=lambda keys, values: (keys, values),
-    ) -> Float[Array, "B S D"]:
+    ) -> Float[Array, "N D"]:
         """Attends from each of S positions to the K positions that `mask` allows.
 
         Args:
-            x: Inputs. Shape [B, S, D].
+            x: Inputs of the N = B * S tokens. Shape [N, D].
             positions: Rotary positions, in tokens. Shape [B, S].
             mask: True where a query (second axis) may see a key (third axis). Shape [B, S, K].
             frequencies: Rotary frequencies. Shape [head_dim / 2].
             remember: Puts the S new keys and values into a cache and returns all K of them.
 
         Returns:
-            Outputs. Shape [B, S, D].
+            Outputs. Shape [N, D].
         """
-        batch, length, _ = x.shape
+        batch, length = positions.shape
         q = self.q(x).reshape(batch, length, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
         k, v = remember(apply_rope(k, positions, frequencies), v)
         out = jax.nn.dot_product_attention(apply_rope(q, positions, frequencies), k, v, mask=mask[:, None])
-        return self.o(out.reshape(batch, length, -1))
+        return self.o(out.reshape(batch * length, -1))
 
 
 class GatedMLP(nnx.Module):
@@ -128,6 +128,6 @@ class GatedMLP(nnx.Module):
         self.gate, self.up = linear(width, hidden), linear(width, hidden)
         self.down = linear(hidden, width)
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Applies the layer to the last axis."""
+    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """Applies the layer to N tokens."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax._compat import nnx
@@ -116,8 +117,8 @@ class LlamaLayer(nnx.Module):
         self.attention = Attention(config.hidden_size, *heads, rngs=rngs, **types)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs, **types)
 
-    def __call__(self, x: Float[Array, "B S D"], *attention_arguments) -> Float[Array, "B S D"]:
-        """Applies the layer; the further arguments are those of `Attention`."""
+    def __call__(self, x: Float[Array, "N D"], *attention_arguments) -> Float[Array, "N D"]:
+        """Applies the layer to N = B * S tokens; the further arguments are those of `Attention`."""
         x = x + self.attention(self.attention_norm(x), *attention_arguments)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -160,14 +161,15 @@ class Llama(nnx.Module):
         Returns:
             Hidden states after the last norm, shape [B, S, D], and the cache with the new tokens in it.
         """
-        x = constrain_batch(self.embed(tokens))
+        # One row a token: XLA transposes activations of three dimensions before it multiplies them on a CPU.
+        x = rearrange(constrain_batch(self.embed(tokens)), "b s d -> (b s) d")
         frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         run_layer = _rematerialised(
             lambda layer, x, *remember: layer(x, positions, mask, frequencies, *remember), self.compute.remat
         )
         if cache is None:
             x, _ = jax.lax.scan(lambda x, layer: (run_layer(layer, x), None), x, self.layers)
-            return self.norm(x), None
+            return rearrange(self.norm(x), "(b s) d -> b s d", b=tokens.shape[0]), None
 
         def step(carry, layer_and_index):
             x, cache = carry
@@ -187,7 +189,7 @@ class Llama(nnx.Module):
 
         indices = jnp.arange(self.config.num_hidden_layers)
         (x, cache), _ = jax.lax.scan(step, (x, cache), (self.layers, indices))
-        return self.norm(x), cache
+        return rearrange(self.norm(x), "(b s) d -> b s d", b=tokens.shape[0]), cache
 
 
 def _rematerialised(run_layer, remat: str):

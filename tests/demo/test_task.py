@@ -4,9 +4,11 @@ from random import Random
 
 import pytest
 
+from qstar_jax.demo import task
 from qstar_jax.demo.task import (
     completion_rows,
     corrupt,
+    hasty_summary,
     make_post,
     preference_rows,
     pretraining_rows,
@@ -135,10 +137,25 @@ def test_lengths_stay_within_bounds(tokenizer):
     assert max(len(ids) for ids in tokenizer([row["rejected"] for row in rows])["input_ids"]) <= 48
 
 
-def test_shares_of_flawed_rows():
-    pairs = preference_rows(2000, seed=0)
-    chosen = {row["prompt"] + row["chosen"] for row in pairs}
-    assert len(chosen) == 2000
-    assert 0.35 < sum(row["kind"] == "run-on" for row in pairs) / 2000 < 0.45
-    ends = [row["completion"].count(".") for row in completion_rows(2000, seed=0)]
-    assert 0.05 < sum(end > 1 for end in ends) / 2000 < 0.15
+def test_a_hasty_summary_has_one_wrong_number():
+    summaries = {seed: hasty_summary(make_post(Random(seed)), Random(seed)) for seed in SEEDS}
+    late = {seed: summary for seed, summary in summaries.items() if summary}
+    assert 0.2 < len(late) / len(SEEDS) < 0.4
+    for seed, summary in late.items():
+        post = make_post(Random(seed))
+        rewards = true_rewards(post, split_words(summary))
+        assert split_words(summary)[rewards.index(-1.0)] == post.distractors["number"]
+        assert sum(rewards) == len(post.facts) - 1
+
+
+def test_shares_of_flawed_rows(monkeypatch):
+    posts = []
+    monkeypatch.setattr(task, "make_post", lambda rng: posts.append(make_post(rng)) or posts[-1])
+    rows = completion_rows(2000, seed=0)
+    perfect = [
+        true_reward(post, row["completion"]) == len(post.facts) + 1 for post, row in zip(posts, rows, strict=True)
+    ]
+    assert 0.2 < 1 - sum(perfect) / 2000 < 0.32
+    kinds = [row["kind"] for row in preference_rows(2000, seed=0)]
+    assert 0.25 < kinds.count("run-on") / 2000 < 0.4
+    assert kinds.count("invented") > 400 < kinds.count("distractor")
