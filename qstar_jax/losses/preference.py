@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
@@ -40,7 +41,7 @@ def dpo(
     """
     chex.assert_equal_shape([chosen_log_ratios, chosen_mask])
     chex.assert_equal_shape([rejected_log_ratios, rejected_mask])
-    chosen = (chosen_log_ratios * chosen_mask).sum(-1)
-    rejected = (rejected_log_ratios * rejected_mask).sum(-1)
+    chosen = jnp.where(chosen_mask, chosen_log_ratios, 0.0).sum(-1)
+    rejected = jnp.where(rejected_mask, rejected_log_ratios, 0.0).sum(-1)
     margin = beta * (chosen - rejected)
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)

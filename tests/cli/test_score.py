@@ -1,0 +1,143 @@
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qstar_jax.checkpoints import find_checkpoint
+from qstar_jax.cli.main import main
+from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
+from qstar_jax.data.loading import load_examples
+from qstar_jax.loading import load_model
+
+BETA = 0.3
+
+
+def score(out, *words):
+    return main(["score", "--out", str(out), *map(str, words)])
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def scored(dpo_run, eval_file, tmp_path_factory):
+    """Scores from the run's folder alone: the model from which it began is gone, and the folder has moved."""
+    place = tmp_path_factory.mktemp("score")
+    run = shutil.copytree(dpo_run, place / "moved")
+    with pytest.MonkeyPatch.context() as patch:
+        from qstar_jax import sharding
+
+        patch.setattr("qstar_jax.cli.score.make_mesh", lambda options: sharding.make_mesh(options, jax.devices()[:1]))
+        assert score(place / "out", "--model", run, "--data.eval", eval_file, "--show", 2) == 0
+    return place / "out"
+
+
+def test_numbers_equal_those_from_full_logits(scored, dpo_run, eval_file, tiny_params, tiny_tokenizer, one_device):
+    policy = load_model(find_checkpoint(dpo_run), ComputeOptions(), one_device, MeshOptions())
+    logits_of = jax.jit(policy.model.logits)
+    found = iter(records(scored))
+    for example in load_examples(str(eval_file), "", "preferences", tiny_tokenizer, DataOptions()).examples:
+        for role, response in zip(("chosen", "rejected"), example.responses, strict=True):
+            record, start, n = next(found), len(example.prompt), len(response.ids)
+            ids = np.concatenate([example.prompt, response.ids])
+            row = jnp.zeros((1, 32), jnp.int32).at[0, : len(ids)].set(ids)
+            z, z_ref = (
+                np.asarray(logits_of(params, row, jnp.array([len(ids)]))[0, start - 1 : start + n - 1], np.float64)
+                for params in (policy.params, tiny_params)
+            )
+            logz, logz_ref = (np.log(np.exp(x).sum(-1)) for x in (z, z_ref))
+            chosen = z[np.arange(n), response.ids]
+            logp, ref = chosen - logz, z_ref[np.arange(n), response.ids] - logz_ref
+            assert (record["row"], record["role"]) == (example.row, role)
+            assert record["token_ids"] == response.ids.tolist() and record["beta"] == BETA
+            assert record["prompt"] == tiny_tokenizer.decode(example.prompt)
+            expected = {
+                "logp": logp,
+                "ref_logp": ref,
+                "reward": BETA * (logp - ref),
+                "q": BETA * chosen,
+                "v": BETA * logz,
+            }
+            for name, values in expected.items():
+                np.testing.assert_allclose(record[name], values, rtol=0, atol=3e-5, err_msg=name)
+            np.testing.assert_allclose(record["total_reward"], expected["reward"].sum(), rtol=0, atol=1e-4)
+    assert next(found, None) is None
+    totals = [abs(record["total_reward"]) for record in records(scored)]
+    assert max(totals) > 1e-2  # training has moved the policy
+
+
+def test_page_and_records_are_there(scored):
+    assert len(records(scored)) == 22
+    page = (scored / "heatmap.html").read_text()
+    assert page.lower().startswith("<!doctype html") and "w" in page
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/4"])
+def test_every_folder_of_the_run_will_do(place, dpo_run, eval_file, scored, tmp_path, on_devices):
+    on_devices(1)
+    assert score(tmp_path, "--model", dpo_run / place, "--data.eval", eval_file) == 0
+    assert records(tmp_path) == records(scored)
+
+
+def test_single_answers_and_other_options(dpo_run, eval_file, scored, tmp_path, on_devices):
+    on_devices(1)
+    words = ["--model", dpo_run, "--data.eval", eval_file, "--answers", "single", "--beta", "1", "--batch_size", "3"]
+    assert score(tmp_path, *words, "--show", "0", "--data.max_eval_rows", "5") == 0
+    found, pairs = records(tmp_path), [r for r in records(scored) if r["role"] == "chosen"]
+    assert [r["role"] for r in found] == ["answer"] * 5
+    for record, other in zip(found, pairs[:5], strict=True):
+        assert record["token_ids"] == other["token_ids"] and record["beta"] == 1
+        np.testing.assert_allclose(record["reward"], np.array(other["reward"]) / BETA, rtol=1e-4, atol=1e-4)
+    assert not (tmp_path / "heatmap.html").exists()
+
+
+def test_a_folder_model_with_a_given_reference(hf_folder, dpo_run, eval_file, tmp_path, on_devices):
+    on_devices(1)
+    words = ["--model", hf_folder, "--reference", hf_folder, "--beta", "0.1", "--data.eval", eval_file]
+    assert score(tmp_path, *words) == 0
+    assert all(reward == 0 for record in records(tmp_path) for reward in record["reward"])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--model", "{hf}", "--data.eval", "{eval}"], "carries no reference.*--reference"),
+        (["--model", "{hf}", "--reference", "{hf}", "--data.eval", "{eval}"], "--beta"),
+        (["--model", "{run}"], "--data.eval is missing"),
+        (["--model", "{run}", "--data.eval", "{eval}", "--batch_size", "0"], "--batch_size 0"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(words, named, hf_folder, dpo_run, eval_file, tmp_path, on_devices, capsys):
+    import re
+
+    on_devices(1)
+    names = {"hf": hf_folder, "run": dpo_run, "eval": eval_file}
+    assert score(tmp_path / "out", *[word.format(**names) for word in words]) == 2
+    assert re.search(named, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_of_another_shape_is_refused(
+    dpo_run, tiny_config, tiny_tokenizer, eval_file, tmp_path, on_devices, capsys
+):
+    from qstar_jax import hub
+    from qstar_jax.models import CausalLM
+
+    on_devices(1)
+    model = CausalLM.from_hf(tiny_config | {"num_hidden_layers": 1})
+    hub.write_folder(tmp_path / "other", model, jax.jit(model.init)(jax.random.key(0)), tiny_tokenizer, "float32")
+    words = ["--model", dpo_run, "--reference", tmp_path / "other", "--data.eval", eval_file]
+    assert score(tmp_path / "out", *words) == 2
+    assert "different shapes" in capsys.readouterr().err
+
+
+def test_scores_on_eight_devices_equal_those_on_one(dpo_run, eval_file, scored, tmp_path):
+    words = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.min_shard_size", "64"]
+    assert score(tmp_path, "--model", dpo_run, "--data.eval", eval_file, *words) == 0
+    for record, other in zip(records(tmp_path), records(scored), strict=True):
+        np.testing.assert_allclose(record["reward"], other["reward"], rtol=0, atol=3e-5)
+        np.testing.assert_allclose(record["q"], other["q"], rtol=0, atol=3e-5)

@@ -1,0 +1,198 @@
+"""Eight virtual devices, shapes checked while tests run, and a tiny model that every floor shares."""
+
+# ruff: noqa: E402 (what stands before the imports must)
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Before anything imports jax: sharding is tested in process, on eight virtual CPU devices.
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Compiling dominates the time of tests; what LLVM would still gain is nothing for arrays of this size.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Tests compile the same small programs again and again, in this process and in those it starts.
+CACHE = tempfile.mkdtemp(prefix="qstar_jax_tests_")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import json
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+# The shapes and types that signatures of pure functions promise are checked at every call of the tests. Where an array
+# lies is not: copies on the host of what these functions return hold numpy arrays.
+jaxtyping.Array = jax.Array | np.ndarray
+CHECKED = [f"qstar_jax.{name}" for name in ("mdp", "logprobs", "losses", "scoring", "decoding")]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+from qstar_jax import hub
+from qstar_jax.config import MeshOptions
+from qstar_jax.data.batches import make_batch
+from qstar_jax.data.tokenization import Example, Response
+from qstar_jax.models import CausalLM
+from qstar_jax.sharding import make_mesh
+
+WORDS = [f"w{i}" for i in range(56)]
+SPECIALS = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": len(SPECIALS) + len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def norm_close(found, expected, tolerance: float):
+    """Leaf by leaf, ||found - expected|| <= tolerance * ||expected||; sums in another order round every element."""
+    found, expected = jax.device_get((found, expected))
+
+    def check(path, a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        difference, size = np.linalg.norm(a - b), np.linalg.norm(b)
+        name = jax.tree_util.keystr(path)
+        assert difference <= tolerance * size, f"{name}: difference {difference:.3g} of {size:.3g}"
+
+    jax.tree_util.tree_map_with_path(check, found, expected)
+
+
+@pytest.fixture(scope="session")
+def assert_norm_close():
+    """See `norm_close`."""
+    return norm_close
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    """A mesh of one device."""
+    return make_mesh(MeshOptions(data=1), devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict:
+    """The dictionary of a small Llama's config.json: two layers, grouped queries, sixty words."""
+    return dict(TINY_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> CausalLM:
+    return CausalLM.from_hf(TINY_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_model):
+    """Random parameters; norms are not 1 and logits are not flat, so that no part of the model can be left out."""
+    params = jax.jit(tiny_model.init)(jax.random.key(0))
+    noise = jax.random.key(1)
+
+    def shake(path, x):
+        if "norm" not in jax.tree_util.keystr(path):
+            return x
+        return x + 0.3 * jax.random.normal(jax.random.fold_in(noise, x.size), x.shape)
+
+    return jax.tree_util.tree_map_with_path(shake, params)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """One token a word; BOS is put before prompts, PAD is a token of its own."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(SPECIALS + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="[BOS]", eos_token="[EOS]", pad_token="[PAD]", unk_token="[UNK]"
+    )
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory, tiny_model, tiny_params, tiny_tokenizer):
+    """The tiny model as a Hugging Face folder. Nobody may write into it."""
+    folder = tmp_path_factory.mktemp("hf") / "tiny"
+    hub.write_folder(folder, tiny_model, tiny_params, tiny_tokenizer, "float32")
+    return folder
+
+
+def write_pairs(path, rows: int, seed: int):
+    """Pairs that share no length: prompts of 2 to 6 words, answers of 1 to 8."""
+    rng = np.random.default_rng(seed)
+
+    def text(low, high):
+        return " ".join(rng.choice(WORDS, rng.integers(low, high + 1)))
+
+    lines = [{"prompt": text(2, 6), "chosen": text(1, 8), "rejected": text(1, 8)} for _ in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory):
+    """Forty pairs in JSON lines."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "train.jsonl", rows=40, seed=0)
+
+
+@pytest.fixture(scope="session")
+def eval_file(tmp_path_factory):
+    """Eleven pairs in JSON lines: no multiple of any batch here."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "eval.jsonl", rows=11, seed=1)
+
+
+@pytest.fixture
+def on_devices(monkeypatch):
+    """`on_devices(n)` lets runs and verbs see the first n devices only: fewer devices compile faster."""
+
+    def choose(count: int):
+        def make(options=MeshOptions(), devices=None):
+            return make_mesh(options, jax.devices()[:count] if devices is None else devices)
+
+        for module in ("training.run", "cli.score", "cli.generate"):
+            monkeypatch.setattr(f"qstar_jax.{module}.make_mesh", make)
+        # Measuring the processor takes longer than a tiny run.
+        monkeypatch.setattr("qstar_jax.training.run.peak_flops", lambda devices: 1e12)
+
+    return choose
+
+
+@pytest.fixture(scope="session")
+def pair_batch():
+    """Makes a batch of random pairs: `pair_batch(rows, seed=0, length=16, response_length=8, fill_to=None)`."""
+
+    def make(rows, *, seed=0, length=16, response_length=8, fill_to=None, pad_id=0, answers=2):
+        rng = np.random.default_rng(seed)
+
+        def ids(low, high):
+            return rng.integers(3, 60, rng.integers(low, high + 1)).astype(np.int32)
+
+        examples = [
+            Example(
+                ids(2, length - response_length),
+                False,
+                tuple(Response(ids(1, response_length), False) for _ in range(answers)),
+                row,
+            )
+            for row in range(rows)
+        ]
+        batch = make_batch(examples, length=length, response_length=response_length, pad_id=pad_id, fill_to=fill_to)
+        return jax.tree.map(jax.numpy.asarray, batch)
+
+    return make

@@ -1,0 +1,278 @@
+"""Parity with torch transformers (the oracle), and what must hold without any oracle."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qstar_jax import hub
+from qstar_jax.config import ComputeOptions, MeshOptions
+from qstar_jax.errors import InputError
+from qstar_jax.loading import param_shardings
+from qstar_jax.models import CausalLM
+from qstar_jax.models.causal_lm import left_padded, right_padded
+from qstar_jax.models.llama import LlamaConfig, forward_flops, hf_tensors
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+VARIANTS = {
+    "grouped queries": {},
+    "tied": {"tie_word_embeddings": True},
+    "one key a query": {"num_key_value_heads": 4},
+    "one key for all": {"num_key_value_heads": 1},
+    "llama3 scaling": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+    "linear scaling": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "wide heads": {"head_dim": 12},
+}
+
+
+def torch_model(torch, tiny_config, **changes):
+    """A small random torch Llama whose every part bears on the logits."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = {name: value for name, value in tiny_config.items() if name not in ("architectures", "model_type")}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | changes)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.add_(torch.randn_like(weight) * (0.2 if "norm" in name else 0.1))
+    return model
+
+
+def read(folder, mesh, compute=ComputeOptions()):
+    model = CausalLM.from_hf(hub.read_config(folder), compute)
+    return model, hub.read_params(folder, model, param_shardings(model, mesh, MeshOptions()))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    # Longer than the 16 positions of the original context in LLAMA3, so that every branch of the scaling is met.
+    return np.random.default_rng(0).integers(0, 60, (3, 40))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_equal_those_of_torch(changes, tiny_config, tokens, tmp_path, one_device):
+    torch = pytest.importorskip("torch")
+    oracle = torch_model(torch, tiny_config, **changes)
+    oracle.save_pretrained(tmp_path)
+    model, params = read(tmp_path, one_device)
+    with torch.no_grad():
+        expected = oracle(torch.tensor(tokens)).logits.numpy()
+    assert expected.std() > 0.1  # flat logits would agree with anything
+    found = jax.jit(model.logits)(params, jnp.asarray(tokens))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parity
+def test_files_in_shards_and_in_bfloat16(tiny_config, tokens, tmp_path, one_device):
+    torch = pytest.importorskip("torch")
+    oracle = torch_model(torch, tiny_config).to(torch.bfloat16)
+    oracle.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file() and len(list(tmp_path.glob("*.safetensors"))) > 2
+    model, params = read(tmp_path, one_device)
+    # Read anew in float32: `.to(bfloat16)` has rounded the rotary frequencies too, which are no part of the file.
+    again = type(oracle).from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = again(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(jax.jit(model.logits)(params, jnp.asarray(tokens)), expected, rtol=0, atol=1e-4)
+    # Stored in bfloat16, the values must be exactly those of the file.
+    _, params = read(tmp_path, one_device, ComputeOptions(param_dtype="bfloat16"))
+    table = params["embed"]["embedding"]
+    assert table.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        np.asarray(table, np.float32), oracle.model.embed_tokens.weight.detach().float().numpy()
+    )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["tied", "llama3 scaling", "linear scaling", "wide heads"])
+def test_written_folders_are_read_by_torch(name, tiny_config, tiny_tokenizer, tokens, tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    model = CausalLM.from_hf(tiny_config | VARIANTS[name])
+    params = jax.jit(model.init)(jax.random.key(0))
+    hub.write_folder(tmp_path, model, params, tiny_tokenizer, "float32")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = oracle(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(jax.jit(model.logits)(params, jnp.asarray(tokens)), expected, rtol=0, atol=1e-4)
+
+
+def full(model, params, tokens):
+    hidden, _ = jax.jit(model.hidden_states)(
+        params, tokens, *right_padded(jnp.full(len(tokens), tokens.shape[1]), tokens.shape[1])
+    )
+    return hidden
+
+
+def test_decoding_with_a_cache_equals_the_full_pass(tiny_model, tiny_params, tokens):
+    tokens = jnp.asarray(tokens[:, :12])
+    expected = full(tiny_model, tiny_params, tokens)
+    step = jax.jit(tiny_model.hidden_states)
+    cache, slots = tiny_model.init_cache(3, 12), jnp.arange(12)
+    for first, last in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 12)):  # many tokens at once, and one by one
+        positions = jnp.broadcast_to(slots[first:last], (3, last - first))
+        mask = slots[None, None, :] <= positions[..., None]
+        hidden, cache = step(tiny_params, tokens[:, first:last], positions, mask, cache, first)
+        np.testing.assert_allclose(hidden, expected[:, first:last], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rubbish", [0, 59])
+def test_padding_on_either_side_changes_no_valid_position(tiny_model, tiny_params, tokens, rubbish):
+    lengths, width = np.array([7, 1, 10]), 10
+    rows = [jnp.asarray(tokens[i : i + 1, :n]) for i, n in enumerate(lengths)]
+    step = jax.jit(tiny_model.hidden_states)
+    right, left = np.full((3, width), rubbish), np.full((3, width), rubbish)
+    for i, n in enumerate(lengths):
+        right[i, :n], left[i, width - n :] = rows[i][0], rows[i][0]
+    from_right, _ = step(tiny_params, jnp.asarray(right), *right_padded(jnp.asarray(lengths), width))
+    from_left, _ = step(tiny_params, jnp.asarray(left), *left_padded(jnp.asarray(lengths), width))
+    assert np.isfinite(from_right).all() and np.isfinite(from_left).all()
+    for i, n in enumerate(lengths):
+        alone = full(tiny_model, tiny_params, rows[i])[0]
+        np.testing.assert_allclose(from_right[i, :n], alone, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(from_left[i, width - n :], alone, rtol=0, atol=1e-5)
+
+
+def test_logits_of_right_padded_rows_ignore_what_follows(tiny_model, tiny_params, tokens):
+    rows = jnp.asarray(tokens[:2, :6])
+    expected = jax.jit(tiny_model.logits)(tiny_params, rows)
+    assert expected.shape == (2, 6, 60) and expected.dtype == jnp.float32
+    found = jax.jit(tiny_model.logits)(tiny_params, rows.at[0, 4:].set(9), jnp.array([4, 6]))
+    np.testing.assert_allclose(found[0, :4], expected[0, :4], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=1e-5)
+
+
+def loss_of(model, tokens):
+    return lambda params: (model.logits(params, tokens) ** 2).mean()
+
+
+def test_rematerialisation_changes_no_gradient_but_the_program(tiny_config, tiny_params, tokens):
+    found, programs = {}, {}
+    for remat in ("none", "dots", "full"):
+        model = CausalLM.from_hf(tiny_config, ComputeOptions(remat=remat))
+        grad = jax.grad(loss_of(model, jnp.asarray(tokens[:, :8])))
+        found[remat] = jax.jit(grad)(tiny_params)
+        programs[remat] = str(jax.make_jaxpr(grad)(tiny_params))
+    for remat in ("dots", "full"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max() + 1)),
+            found[remat],
+            found["none"],
+        )
+    assert len(set(programs.values())) == 3 and "checkpoint" not in programs["none"]
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_types_are_those_that_are_asked_for(tiny_config, param_dtype, dtype):
+    model = CausalLM.from_hf(tiny_config, ComputeOptions(param_dtype=param_dtype, dtype=dtype))
+    params = model.abstract_params()
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(param_dtype)}
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    arguments = (params, tokens, *right_padded(jnp.array([4]), 4))
+    assert jax.eval_shape(model.hidden_states, *arguments)[0].dtype == jnp.dtype(dtype)
+    assert jax.eval_shape(model.unembedding, params).dtype == jnp.dtype(dtype)
+    assert jax.eval_shape(model.logits, params, tokens).dtype == jnp.float32
+    cache = jax.eval_shape(lambda: model.init_cache(1, 4))
+    assert cache.keys.dtype == jnp.dtype(dtype)
+    hidden, cache = jax.eval_shape(model.hidden_states, *arguments, cache, 0)
+    assert hidden.dtype == cache.values.dtype == jnp.dtype(dtype)
+
+
+def equations(jaxpr) -> int:
+    """Equations of a program, those of its inner programs too."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                count += equations(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+def test_the_program_does_not_grow_with_depth(tiny_config):
+    def sizes(layers):
+        model = CausalLM.from_hf(tiny_config | {"num_hidden_layers": layers})
+        params, tokens = model.abstract_params(), jnp.zeros((2, 8), jnp.int32)
+        forward = jax.make_jaxpr(model.logits)(params, tokens)
+        backward = jax.make_jaxpr(jax.grad(loss_of(model, tokens)))(params)
+        cached = jax.make_jaxpr(model.hidden_states)(
+            params, tokens, *right_padded(jnp.array([8, 8]), 8), model.init_cache(2, 8)
+        )
+        return [equations(program.jaxpr) for program in (forward, backward, cached)]
+
+    assert sizes(2) == sizes(6)
+
+
+def test_layers_differ_from_each_other(tiny_model):
+    # One key for all layers would start them as copies.
+    kernel = jax.jit(tiny_model.init)(jax.random.key(0))["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.shape[0] == 2 and not np.allclose(kernel[0], kernel[1])
+
+
+def test_models_are_hashable_and_equal_by_value(tiny_config, tiny_model):
+    assert hash(CausalLM.from_hf(tiny_config)) == hash(tiny_model) and CausalLM.from_hf(tiny_config) == tiny_model
+    assert replace(tiny_model, compute=ComputeOptions(dtype="bfloat16")) != tiny_model
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_config_survives_writing_and_reading(name, tiny_config):
+    config = LlamaConfig.from_hf(tiny_config | VARIANTS[name])
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+
+
+def test_both_places_of_theta_are_read(tiny_config):
+    old = tiny_config | {"rope_theta": 500.0}
+    new = {k: v for k, v in tiny_config.items() if k != "rope_theta"}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
+    assert LlamaConfig.from_hf(old) == LlamaConfig.from_hf(new)
+    assert LlamaConfig.from_hf(new).rope_theta == 500.0
+
+
+def test_every_parameter_has_its_tensor(tiny_model):
+    paths = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tiny_model.abstract_params())
+    }
+    assert paths == set(hf_tensors(tiny_model.config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "mamba", "architectures": ["MambaLM"]}, r"model_type 'mamba'.*MambaLM.*known: llama"),
+        ({"model_type": None}, r"model_type None"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'; expected default, linear or llama3"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(changes, named, tiny_config):
+    with pytest.raises(InputError, match=named):
+        CausalLM.from_hf(tiny_config | changes)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"])
+def test_missing_keys_are_named(key, tiny_config):
+    with pytest.raises(InputError, match=f"no key '{key}'"):
+        CausalLM.from_hf({name: value for name, value in tiny_config.items() if name != key})
+
+
+def test_flops_by_hand():
+    config = LlamaConfig(10, 4, 6, 2, 2, 1, 2)
+    # A layer: q and o 4*4 each, k and v 4*2 each, three 4*6 in the MLP: 120 weights. Context 3: 4 * 3 * 4 = 48.
+    assert forward_flops(config, tokens=5, scored_tokens=3, context=3) == 5 * 2 * (2 * 120 + 48) + 3 * 2 * 4 * 10

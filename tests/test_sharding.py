@@ -1,0 +1,165 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from qstar_jax.config import MeshOptions
+from qstar_jax.errors import InputError
+from qstar_jax.sharding import constrain_batch, make_mesh, parameter_spec, tree_shardings
+
+AXES = {"data": 1, "fsdp": 2, "tensor": 2}
+
+
+def spec(path, shape, axes=AXES, **options):
+    return parameter_spec(path, shape, axes, **{"min_shard_size": 0, **options})
+
+
+def test_tensor_takes_the_largest_divisible_dimension_and_fsdp_the_next():
+    assert spec("embed/embedding", (60, 32)) == P("tensor", "fsdp")
+    assert spec("unembed/embedding", (32, 60)) == P("fsdp", "tensor")
+    assert spec("some/kernel", (8, 6, 4)) == P("tensor", "fsdp", None)
+
+
+def test_dimensions_that_an_axis_does_not_divide_are_passed_over():
+    assert spec("embed/embedding", (61, 32)) == P(None, "tensor")
+    assert spec("embed/embedding", (60, 31)) == P("tensor", None)
+    assert spec("embed/embedding", (61, 31)) == P(None, None)
+    axes = {"data": 1, "fsdp": 3, "tensor": 4}
+    assert spec("embed/embedding", (60, 32), axes) == P("tensor", None)  # 3 does not divide 32
+
+
+def test_equal_dimensions_are_taken_from_the_last_to_the_first():
+    assert spec("layers/attention/q/kernel", (2, 32, 32)) == P(None, "fsdp", "tensor")
+
+
+def test_axes_of_one_device_cut_nothing():
+    assert spec("embed/embedding", (60, 32), {"data": 8, "fsdp": 1, "tensor": 1}) == P(None, None)
+    assert spec("embed/embedding", (60, 32), {"data": 1, "fsdp": 4, "tensor": 1}) == P("fsdp", None)
+
+
+def test_the_axis_of_stacked_layers_is_never_cut():
+    assert spec("layers/mlp/up/kernel", (64, 4, 8)) == P(None, "fsdp", "tensor")
+    assert spec("layers/norm/scale", (64, 7)) == P(None, None)
+    # An optimizer's moments carry their parameter's path inside their own.
+    assert spec("0/mu/layers/mlp/up/kernel", (64, 4, 8)) == P(None, "fsdp", "tensor")
+    # "layers/" must be a whole name.
+    assert spec("my_layers/kernel", (64, 4)) == P("tensor", "fsdp")
+
+
+def test_small_arrays_are_replicated():
+    assert spec("embed/embedding", (60, 32), min_shard_size=60 * 32 + 1) == P()
+    assert spec("embed/embedding", (60, 32), min_shard_size=60 * 32) == P("tensor", "fsdp")
+    assert parameter_spec("norm/scale", (32,), AXES) == P()  # by default
+
+
+def test_overrides_win_and_the_first_match_counts():
+    overrides = {"embed/": ["fsdp", None], "embed": [None, "tensor"]}
+    assert spec("embed/embedding", (60, 32), overrides=overrides) == P("fsdp", None)
+    assert spec("unembed", (60, 32), overrides=overrides) == P(None, "tensor")
+    assert spec("other", (60, 32), overrides=overrides) == P("tensor", "fsdp")
+    assert spec("embed/embedding", (60, 32), overrides=overrides, min_shard_size=10**9) == P("fsdp", None)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        (["fsdp"], (60, 32)),
+        (["fsdp", None, None], (60, 32)),
+        (["model", None], (60, 32)),
+        ([None, "fsdp"], (60, 31)),
+        (["fsdp", "fsdp"], (60, 32)),
+    ],
+    ids=["too few", "too many", "unknown axis", "does not divide", "one axis twice"],
+)
+def test_bad_overrides_name_pattern_and_path(axes, shape):
+    with pytest.raises(InputError, match=r"'emb\.d'.*embed/embedding of shape \(60, 3"):
+        spec("embed/embedding", shape, overrides={"emb.d": axes})
+
+
+def test_a_pattern_that_is_no_regular_expression_is_named():
+    with pytest.raises(InputError, match=r"\(embed"):
+        spec("embed/embedding", (60, 32), overrides={"(embed": [None, None]})
+
+
+def test_the_user_overrides_win_over_those_of_the_family():
+    mesh = make_mesh(MeshOptions(data=2, fsdp=2, tensor=2))
+    tree = {"layers": {"attention": {"o": {"kernel": jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)}}}}
+    family = {r"layers/attention/o/kernel$": (None, "tensor", "fsdp")}
+
+    def cut(**overrides):
+        shardings = tree_shardings(tree, mesh, MeshOptions(overrides=overrides), family)
+        return shardings["layers"]["attention"]["o"]["kernel"].spec
+
+    assert cut() == P(None, "tensor", "fsdp")
+    assert cut(**{"o/kernel": [None, None, "tensor"]}) == P(None, None, "tensor")
+    # The family's own pattern, copied and changed, is the likeliest thing that a user writes.
+    assert cut(**{r"layers/attention/o/kernel$": [None, "fsdp", None]}) == P(None, "fsdp", None)
+
+
+def test_family_overrides_that_do_not_fit_the_mesh_give_way_to_the_rule():
+    # Nobody asked for the family's override, so a mesh that cannot have it must not be refused because of it.
+    mesh = make_mesh(MeshOptions(data=1, fsdp=8))
+    tree = {"layers": {"attention": {"o": {"kernel": jax.ShapeDtypeStruct((2, 32, 36), jnp.float32)}}}}
+    family = {r"layers/attention/o/kernel$": (None, "tensor", "fsdp")}
+    shardings = tree_shardings(tree, mesh, MeshOptions(min_shard_size=0), family)
+    assert shardings["layers"]["attention"]["o"]["kernel"].spec == P(None, "fsdp", None)
+
+
+def test_trees_of_parameters_and_moments_are_cut_alike():
+    import optax
+
+    mesh = make_mesh(MeshOptions(data=2, fsdp=4))
+    params = {"embed": {"embedding": jnp.ones((60, 32))}, "norm": {"scale": jnp.ones(32)}}
+    options = MeshOptions(min_shard_size=64)
+    cut = tree_shardings(params, mesh, options)
+    assert cut["embed"]["embedding"].spec == P("fsdp", None) and cut["norm"]["scale"].spec == P()
+    moments = tree_shardings(jax.eval_shape(optax.adamw(1e-3).init, params), mesh, options)
+    assert moments[0].mu == cut and moments[0].nu == cut
+    assert moments[0].count.spec == P()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (MeshOptions(), (8, 1, 1)),
+        (MeshOptions(data=2, fsdp=-1), (2, 4, 1)),
+        (MeshOptions(data=2, fsdp=2, tensor=-1), (2, 2, 2)),
+        (MeshOptions(data=1, fsdp=1, tensor=8), (1, 1, 8)),
+    ],
+)
+def test_mesh_shapes(options, expected):
+    mesh = make_mesh(options)
+    assert tuple(mesh.shape.values()) == expected and mesh.axis_names == ("data", "fsdp", "tensor")
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        MeshOptions(data=3),
+        MeshOptions(data=4),
+        MeshOptions(data=-1, fsdp=3),
+        MeshOptions(data=-1, fsdp=-1),
+        MeshOptions(data=0),
+        MeshOptions(data=-1, fsdp=0),
+        MeshOptions(data=-2, fsdp=-4),
+        MeshOptions(data=16),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(options):
+    with pytest.raises(InputError, match=rf"mesh data={options.data}, fsdp={options.fsdp}.*8 device"):
+        make_mesh(options)
+
+
+def test_some_of_the_devices():
+    assert make_mesh(MeshOptions(data=2), devices=jax.devices()[2:4]).devices.size == 2
+
+
+def test_activations_are_cut_by_rows_inside_a_mesh_only():
+    x = jnp.arange(32.0).reshape(8, 4)
+    np.testing.assert_array_equal(jax.jit(constrain_batch)(x), x)
+    mesh = make_mesh(MeshOptions(data=2, fsdp=4))
+    with jax.set_mesh(mesh):
+        y = jax.jit(constrain_batch)(x)
+    assert y.sharding.shard_shape(y.shape) == (1, 4)

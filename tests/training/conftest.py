@@ -1,0 +1,88 @@
+"""Tiny runs from file to checkpoint."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from qstar_jax import sharding
+from qstar_jax.checkpoints import CheckpointStore, abstract_with_shardings, find_checkpoint, read_description
+from qstar_jax.config import (
+    ComputeOptions,
+    DataOptions,
+    DpoConfig,
+    MeshOptions,
+    OptimizerOptions,
+    SftConfig,
+    TrainOptions,
+)
+from qstar_jax.training import run as run_module
+from qstar_jax.training.step import make_optimizer
+
+
+@pytest.fixture(scope="session")
+def make_config(hf_folder, train_file):
+    """`make_config(out, verb="dpo", **sections)`: six steps of eight pairs, logged at each, saved at every second."""
+
+    def make(out, verb="dpo", **changes):
+        sections = {
+            "data": DataOptions(train=str(train_file)),
+            "optimizer": OptimizerOptions(learning_rate=3e-3),
+            "train": TrainOptions(steps=6, batch_size=8, log_every=1, save_every=2),
+            "mesh": MeshOptions(data=1, fsdp=2, min_shard_size=64),
+        }
+        for name, change in changes.items():
+            sections[name] = replace(sections[name], **change) if isinstance(change, dict) else change
+        kind = DpoConfig if verb == "dpo" else SftConfig
+        return kind(model=str(hf_folder), out=str(out), **sections)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_train():
+    """`tiny_train(config)` trains on as many of the devices as the mesh asks for, and shows nothing."""
+
+    def train(config):
+        count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+        with pytest.MonkeyPatch.context() as patch:
+            make = lambda options: sharding.make_mesh(options, jax.devices()[:count])  # noqa: E731
+            patch.setattr(run_module, "make_mesh", make)
+            patch.setattr(run_module, "peak_flops", lambda devices: 1e12)  # measuring takes longer than the run
+            return run_module.train(config, Console(quiet=True))
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def metric_lines():
+    """`metric_lines(out)`: lines of metrics.jsonl, without those numbers that are times."""
+
+    def read(out):
+        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def arrays_of(one_device):
+    """`arrays_of(out)`: parameters and optimizer state of a run's newest checkpoint, as numpy arrays."""
+
+    def read(out):
+        step = int(find_checkpoint(Path(out)).name)
+        description = read_description(find_checkpoint(Path(out)))
+        model = description.build_model(ComputeOptions())
+        options = OptimizerOptions(**description.options["optimizer"])
+        abstract = model.abstract_params()
+        opt_state = jax.eval_shape(make_optimizer(options, description.options["train"]["steps"]).init, abstract)
+        one = sharding.tree_shardings((abstract, opt_state), one_device)
+        with CheckpointStore(Path(out), keep=9) as store:
+            found = store.restore(step, *abstract_with_shardings((abstract, opt_state), one))
+        return jax.tree.map(np.asarray, found)
+
+    return read

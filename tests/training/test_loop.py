@@ -1,0 +1,33 @@
+import math
+
+import pytest
+
+from qstar_jax.training.feeding import mean_metrics
+from qstar_jax.training.loop import check_starts_at_ln2
+
+
+def metrics(loss):
+    return {"loss": loss, "rewards/chosen": 0.25, "rewards/rejected": -0.5}
+
+
+def test_ln_2_is_accepted():
+    check_starts_at_ln2(metrics(math.log(2)))
+    check_starts_at_ln2(metrics(math.log(2) + 9e-4))
+
+
+@pytest.mark.parametrize("loss", [math.log(2) + 2e-3, math.log(2) - 2e-3, 0.0])
+def test_any_other_first_loss_is_refused_with_what_was_found(loss):
+    with pytest.raises(
+        RuntimeError, match=r"ln 2 = 0\.693147.*rewards/chosen 0\.25.*rewards/rejected -0\.5.*reference"
+    ):
+        check_starts_at_ln2(metrics(loss))
+
+
+def test_means_weigh_sums_by_their_denominators():
+    parts = [{"a": (6.0, 3.0), "b": (1.0, 1.0)}, {"a": (1.0, 1.0), "b": (0.0, 0.0)}]
+    assert mean_metrics(parts) == {"a": 7 / 4, "b": 1.0}
+
+
+def test_means_add_up_in_float64():
+    # 2^24 + 1 is no float32.
+    assert mean_metrics([{"a": (2.0**24, 1.0)}, {"a": (1.0, 0.0)}])["a"] == 2**24 + 1

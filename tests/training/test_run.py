@@ -1,0 +1,361 @@
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from qstar_jax.checkpoints import find_checkpoint, read_description
+from qstar_jax.config import DataOptions, LossOptions, OptimizerOptions
+from qstar_jax.data.loading import load_examples
+from qstar_jax.errors import InputError
+from qstar_jax.training import loop as loop_module
+from qstar_jax.training import run as run_module
+from qstar_jax.training.run_log import RunLog
+from qstar_jax.training.step import TrainState
+
+DPO_METRICS = {
+    "step",
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+}
+
+
+@pytest.fixture(scope="module", params=["dpo", "sft"])
+def whole(request, tmp_path_factory, make_config, tiny_train, eval_file):
+    """(verb, run folder, summary) of an uninterrupted run that evaluates with each checkpoint."""
+    out = tmp_path_factory.mktemp("runs") / request.param
+    return request.param, out, tiny_train(make_config(out, request.param, **evaluated(eval_file)))
+
+
+def evaluated(eval_file, **train):
+    return {"data": {"eval": str(eval_file)}, "train": {"eval_every": 2, "eval_batch_size": 4, **train}}
+
+
+@pytest.fixture(scope="module")
+def dpo_run(tmp_path_factory, make_config, tiny_train, eval_file):
+    """A DPO run that evaluates eleven pairs in batches of four, every third step."""
+    out = tmp_path_factory.mktemp("runs") / "with_eval"
+    train = {"eval_every": 3, "eval_batch_size": 4, "keep_checkpoints": 1}
+    return out, tiny_train(make_config(out, data={"eval": str(eval_file)}, train=train))
+
+
+def test_run_folder_and_metric_names(dpo_run, metric_lines):
+    out, summary = dpo_run
+    names = {path.name for path in out.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "reference", "tensorboard"} <= names
+    assert next((out / "tensorboard").glob("events.out.tfevents.*")).stat().st_size > 1000
+    assert json.loads((out / "summary.json").read_text()) == summary
+    lines = metric_lines(out)
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(6))
+    assert all(line.keys() == DPO_METRICS for line in training)
+    evaluations = [line for line in lines if "loss" not in line]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
+    assert evaluations[0].keys() == {"step"} | {
+        f"eval_{name}" for name in DPO_METRICS - {"step", "grad_norm", "learning_rate", "epoch"}
+    }
+    raw = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line for line in raw if "perf/tokens_per_second" in line]
+    assert len(speeds) == 5 and all(line["perf/mfu"] > 0 and line["perf/seconds_per_step"] > 0 for line in speeds)
+
+
+def test_config_yaml_is_the_resolved_configuration(dpo_run, hf_folder):
+    config = yaml.safe_load((dpo_run[0] / "config.yaml").read_text())
+    assert config["model"] == str(hf_folder) and config["train"]["batch_size"] == 8
+    assert config["loss"] == {"beta": 0.1, "label_smoothing": 0.0}
+    assert read_description(find_checkpoint(dpo_run[0])).options == config
+
+
+def test_summary_has_the_evaluation_before_and_after(dpo_run, metric_lines):
+    out, summary = dpo_run
+    evaluations = [line for line in metric_lines(out) if "loss" not in line]
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+        assert summary[f"before_{name}"] == evaluations[0][name] and summary[name] == evaluations[-1][name]
+    assert summary["before_eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary["eval_loss"] != summary["before_eval_loss"]
+    assert summary["steps"] == 6 and summary["seconds"] > 0 and summary["peak_memory_bytes"] > 2**20
+
+
+def test_first_loss_is_ln_2_and_the_next_is_not(dpo_run, metric_lines):
+    losses = [line["loss"] for line in metric_lines(dpo_run[0]) if "loss" in line]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and abs(losses[-1] - math.log(2)) > 1e-3
+
+
+def test_rates_and_epochs_are_those_of_the_steps(dpo_run, metric_lines):
+    training = [line for line in metric_lines(dpo_run[0]) if "loss" in line]
+    np.testing.assert_allclose(
+        [line["learning_rate"] for line in training], [3e-3 * (1 - i / 6) for i in range(6)], rtol=1e-5
+    )
+    np.testing.assert_allclose([line["epoch"] for line in training], [(i + 1) * 8 / 40 for i in range(6)])
+
+
+def test_evaluation_is_the_plain_mean_over_all_rows(
+    dpo_run, eval_file, tiny_model, tiny_params, tiny_tokenizer, arrays_of
+):
+    # Eleven rows in batches of four: the fill-up row must not count, and the last batch must not weigh too much.
+    out, summary = dpo_run
+    after = arrays_of(out)[0]
+    logits = jax.jit(tiny_model.logits)
+    rewards = []
+    for example in load_examples(str(eval_file), "", "preferences", tiny_tokenizer, DataOptions()).examples:
+        sums = []
+        for response in example.responses:
+            ids = np.concatenate([example.prompt, response.ids])
+            row, start = jnp.zeros((1, 32), jnp.int32).at[0, : len(ids)].set(ids), len(example.prompt)
+            ratio = 0.0
+            for sign, params in ((1, after), (-1, tiny_params)):
+                logp = jax.nn.log_softmax(logits(params, row, jnp.array([len(ids)]))[0])
+                ratio += sign * float(logp[jnp.arange(start - 1, len(ids) - 1), ids[start:]].sum())
+            sums.append(0.1 * ratio)
+        rewards.append(sums)
+    chosen, rejected = np.array(rewards).T
+    margin = chosen - rejected
+    assert len(margin) == 11
+    np.testing.assert_allclose(summary["eval_rewards/chosen"], chosen.mean(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(summary["eval_rewards/margins"], margin.mean(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(summary["eval_loss"], np.log1p(np.exp(-margin)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(summary["eval_rewards/accuracies"], (margin > 0).mean(), rtol=1e-6)
+
+
+def test_only_so_many_checkpoints_are_kept(dpo_run, whole):
+    assert [path.name for path in (dpo_run[0] / "checkpoints").iterdir() if path.name.isdigit()] == ["6"]
+    assert sorted(path.name for path in (whole[1] / "checkpoints").iterdir() if path.name.isdigit()) == ["4", "6"]
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    whole, tmp_path, make_config, tiny_train, arrays_of, metric_lines, monkeypatch, eval_file
+):
+    verb, expected, _ = whole
+    out = tmp_path / "run"
+
+    class Interrupted(BaseException):
+        """As a signal would, at step 5: a step after the checkpoint at 4."""
+
+    real = RunLog.advance
+    with monkeypatch.context() as patch:
+
+        def advance(self, done):
+            real(self, done)
+            if done == 5:
+                raise Interrupted
+
+        patch.setattr(RunLog, "advance", advance)
+        with pytest.raises(Interrupted):
+            tiny_train(make_config(out, verb, **evaluated(eval_file)))
+    assert find_checkpoint(out).name == "4"
+    # Rhythm and place are free to change.
+    tiny_train(_resume(make_config(out, verb, **evaluated(eval_file, keep_checkpoints=5))))
+    assert find_checkpoint(out).name == "6"
+    jax.tree.map(np.testing.assert_array_equal, arrays_of(out), arrays_of(expected))
+    assert metric_lines(out) == metric_lines(expected)
+
+
+def _resume(config):
+    return replace(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "named"),
+    [
+        ("optimizer", {"learning_rate": 1e-4}, "optimizer.learning_rate was 0.003.*0.0001"),
+        ("train", {"seed": 1}, "train.seed was 0"),
+        ("train", {"batch_size": 4}, "train.batch_size was 8"),
+        ("train", {"steps": 9}, "train.steps was 6"),
+        ("loss", LossOptions(beta=0.2), "loss.beta was 0.1"),
+        ("data", {"max_length": 512}, "data.max_length was 1024"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_options(section, change, named, dpo_run, make_config, tiny_train, eval_file):
+    sections = {"data": {}, section: change}
+    config = make_config(dpo_run[0], **{k: v for k, v in sections.items() if v})
+    with pytest.raises(InputError, match=named):
+        tiny_train(_resume(config))
+
+
+def test_a_run_does_not_go_on_with_other_data(dpo_run, make_config, tiny_train, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "w1", "chosen": "w2", "rejected": "w3"}\n' * 8)
+    with pytest.raises(InputError, match=r"data\.train was"):
+        tiny_train(_resume(make_config(dpo_run[0], data={"train": str(other)})))
+
+
+def test_another_verb_does_not_go_on(whole, make_config, tiny_train, tmp_path):
+    verb, out, _ = whole
+    out = shutil.copytree(out, tmp_path / "run")
+    with pytest.raises(InputError, match="--resume"):
+        tiny_train(_resume(make_config(out, "sft" if verb == "dpo" else "dpo")))
+
+
+def test_a_complete_run_stays_as_it_is(dpo_run, make_config, tiny_train):
+    out, summary = dpo_run
+    before = (out / "metrics.jsonl").read_bytes()
+    assert tiny_train(_resume(make_config(out))) == summary
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_existing_run_is_not_touched_without_resume(dpo_run, make_config, tiny_train):
+    before = (dpo_run[0] / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"already holds a run with a checkpoint at step 6.*--resume"):
+        tiny_train(make_config(dpo_run[0]))
+    assert (dpo_run[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_torn_last_line_of_metrics_does_not_stop_a_resumed_run(tmp_path):
+    # A process that is killed can leave half a line.
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 0, "loss": 0.7}\n{"step": 1, "loss": 0.6}\n{"step": 2, "eval_loss": 0.5}\n{"step": 3, "lo'
+    )
+    with RunLog(tmp_path, steps=4, start=2, console=Console(quiet=True)):
+        pass
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("option", "size"), [("batch_size", 7), ("batch_size", 0), ("eval_batch_size", 3)])
+def test_batches_that_cannot_be_cut_evenly_are_refused(option, size, make_config, tiny_train, tmp_path, eval_file):
+    config = make_config(tmp_path / "run", data={"eval": str(eval_file)}, train={option: size})
+    with pytest.raises(InputError, match=rf"--train\.{option} {size} cannot be cut evenly over 2 devices"):
+        tiny_train(config)
+
+
+def test_missing_training_data_is_named(make_config, tiny_train, tmp_path):
+    with pytest.raises(InputError, match=r"--data\.train is missing"):
+        tiny_train(make_config(tmp_path / "run", data={"train": ""}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_that_is_not_its_reference_is_refused(make_config, tiny_train, tmp_path, monkeypatch):
+    real = run_module.build_state
+
+    def build_state(*arguments):
+        state = real(*arguments)
+        return TrainState(state.step, state.params, state.opt_state, jax.tree.map(lambda x: x * 1.1, state.ref_params))
+
+    monkeypatch.setattr(run_module, "build_state", build_state)
+    with pytest.raises(RuntimeError, match=r"DPO loss at step 0 is .*expected ln 2.*rewards/chosen.*dropout"):
+        tiny_train(make_config(tmp_path / "run"))
+    assert find_checkpoint(tmp_path / "run") is None
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
+    make_config, tiny_train, tmp_path, monkeypatch, arrays_of
+):
+    real = run_module.make_train_step
+
+    def make_train_step(loss_fn, optimizer):
+        step = real(loss_fn, optimizer)
+
+        def poisoned(state, batch):
+            # From the fourth step on: two steps after the checkpoint at 2, before the one at 4.
+            after, metrics = step(state, batch)
+            bad = jnp.where(state.step >= 3, jnp.nan, 0.0)
+            metrics["loss"] = (metrics["loss"][0] + bad, metrics["loss"][1])
+            return after, metrics
+
+        return poisoned
+
+    monkeypatch.setattr(run_module, "make_train_step", make_train_step)
+    with pytest.raises(FloatingPointError, match=r"loss is nan.*step 3.*last checkpoint is untouched.*learning_rate"):
+        tiny_train(make_config(tmp_path / "run"))
+    assert find_checkpoint(tmp_path / "run").name == "2"
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(arrays_of(tmp_path / "run")))
+
+
+def test_parameters_that_are_not_finite_are_never_saved(make_config, tiny_train, tmp_path, monkeypatch):
+    # The loss of a step is that before its update: a gradient of NaN shows in it one step late.
+    real = run_module.make_train_step
+
+    def make_train_step(loss_fn, optimizer):
+        def broken(params, ref_params, batch):
+            loss, metrics = loss_fn(params, ref_params, batch)
+            zero = jax.tree.leaves(params)[0].ravel()[0] * 0
+            return loss + jnp.where(zero == 0, jnp.sqrt(zero), 0.0), metrics  # sqrt(0): value 0, gradient NaN
+
+        return real(broken, optimizer)
+
+    monkeypatch.setattr(run_module, "make_train_step", make_train_step)
+    with pytest.raises(FloatingPointError):
+        tiny_train(make_config(tmp_path / "run", train={"steps": 1}))
+    assert find_checkpoint(tmp_path / "run") is None
+
+
+@pytest.fixture
+def prepared(make_config, tiny_train, tmp_path, monkeypatch):
+    """`prepared(**sections)`: the loop that a configuration leads to; nothing is trained."""
+    found = []
+
+    def run(self, state, start):
+        found.append(self)
+        return {}
+
+    monkeypatch.setattr(loop_module.Loop, "run", run)
+    monkeypatch.setattr(run_module, "_evaluator", lambda *arguments: None)
+
+    def prepare(verb="dpo", **sections):
+        tiny_train(make_config(tmp_path / f"run{len(found)}", verb, **sections))
+        return found[-1]
+
+    return prepare
+
+
+def test_options_of_data_and_order_change_the_batches(prepared):
+    plain = prepared().feeder.at_step(0, 0)
+    assert (np.asarray(plain.tokens) != prepared().feeder.at_step(1, 0).tokens).any()
+    short = prepared(data={"max_length": 8, "max_prompt_length": 4}).feeder.at_step(0, 0)
+    assert (np.asarray(short.prompt_lengths) <= 4).all() and np.asarray(short.truncated).any()
+    assert not np.asarray(plain.truncated).any()
+    few = prepared(data={"max_train_rows": 2})
+    assert len(few.feeder.dataset.examples) == 2
+    assert prepared(train={"batch_size": 4}).feeder.at_step(0, 0).tokens.shape[0] == 4
+    swapped = prepared(data={"chosen": "rejected", "rejected": "chosen"}).feeder.at_step(0, 0)
+    np.testing.assert_array_equal(swapped.targets, plain.targets[:, ::-1])
+
+
+def test_zero_steps_mean_once_through_the_rows(prepared):
+    assert prepared(train={"steps": 0}).steps == 5 and prepared(train={"steps": 0, "batch_size": 16}).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("optimizer", {"learning_rate": 6e-3}),
+        ("train", {"seed": 1}),
+        ("loss", LossOptions(beta=0.5)),
+    ],
+    ids=str,
+)
+def test_options_reach_the_run(section, change, make_config, tiny_train, tmp_path, dpo_run, metric_lines):
+    # That each option of the optimizer changes its walk is shown in test_step.py.
+    changes = {"train": {"save_every": 0}}
+    changes[section] = {**changes.get(section, {}), **change} if isinstance(change, dict) else change
+    tiny_train(make_config(tmp_path / "run", **changes))
+    found, plain = (
+        [line["loss"] for line in metric_lines(out) if "loss" in line][-1] for out in (tmp_path / "run", dpo_run[0])
+    )
+    assert abs(found - plain) > 1e-4
+
+
+def test_a_run_starts_from_an_earlier_run(dpo_run, make_config, tiny_train, tmp_path, arrays_of):
+    first = dpo_run[0]
+    config = replace(
+        make_config(tmp_path / "run", train={"steps": 1}, optimizer=OptimizerOptions(learning_rate=0.0)),
+        model=str(first),
+    )
+    tiny_train(config)
+    jax.tree.map(np.testing.assert_array_equal, arrays_of(tmp_path / "run")[0], arrays_of(first)[0])
+    assert Path(tmp_path / "run" / "reference").is_dir()
