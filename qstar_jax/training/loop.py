@@ -87,10 +87,12 @@ class Loop:
 
     def _report(self, step: int, means: dict[str, float], steps: int, seconds: float | None) -> dict[str, float]:
         counts = {name: means.pop(name) for name in list(means) if name.startswith("count/")}
-        if not math.isfinite(means["loss"]):
+        # The loss is that before the update, so a gradient that spoils the parameters shows in its norm first.
+        broken = [f"{name} is {means[name]}" for name in ("loss", "grad_norm") if not math.isfinite(means[name])]
+        if broken:
             raise FloatingPointError(
-                f"the loss is {means['loss']} in the {steps} step(s) up to step {step}; the last checkpoint is "
-                "untouched. A lower optimizer.learning_rate, more warmup_steps or compute.dtype float32 usually help"
+                f"{' and '.join(broken)} in the {steps} step(s) up to step {step}; the last checkpoint is untouched. "
+                "A lower optimizer.learning_rate, more warmup_steps or compute.dtype float32 usually help"
             )
         if step == 0 and self.starts_at_ln2:
             check_starts_at_ln2(means)

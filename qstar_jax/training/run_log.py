@@ -75,6 +75,9 @@ class RunLog:
 
 
 def _is_before(line: str, start: int) -> bool:
-    metrics = json.loads(line)
+    try:
+        metrics = json.loads(line)
+    except json.JSONDecodeError:
+        return False  # half a line, from a process that was killed while it wrote
     # A checkpoint at step s is written after the evaluation at s and before the training line of s.
     return metrics["step"] < start or (metrics["step"] == start and "loss" not in metrics)
