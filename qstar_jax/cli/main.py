@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     parsed = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that torch is missing is as it should be
     try:
         verb = importlib.import_module(f"qstar_jax.cli.{parsed.verb}")
         verb.run(_options(parser, parsed))

@@ -99,5 +99,7 @@ def sample(
     zeros = jnp.zeros(rows, jnp.int32)
     start = (0, zeros > 0, jnp.zeros((rows, max_new_tokens), jnp.int32), zeros, jnp.zeros(rows), state, key)
     _, done, tokens, lengths, logp, _, _ = jax.lax.while_loop(unfinished, step, start)
-    answers = Hypotheses(tokens=tokens, lengths=lengths, logp=logp, finished=done)
-    return jax.tree.map(lambda x: rearrange(x, "(b n) ... -> b n ...", n=num_samples), answers)
+    tokens, lengths, logp, done = (
+        rearrange(x, "(b n) ... -> b n ...", n=num_samples) for x in (tokens, lengths, logp, done)
+    )
+    return Hypotheses(tokens=tokens, lengths=lengths, logp=logp, finished=done)
