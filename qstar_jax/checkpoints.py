@@ -162,15 +162,27 @@ def read_description(checkpoint: Path) -> Description:
     try:
         with _context():
             return Description(**ocp.load_checkpointables(checkpoint.absolute(), {"description": None})["description"])
-    except (ValueError, OSError, TypeError) as error:
-        raise InputError(f"{checkpoint}: not a complete checkpoint ({error})") from error
+    except Exception as error:  # Orbax raises many types for what is torn or missing
+        raise _torn(checkpoint, error) from error
 
 
 def read_checkpoint_params(checkpoint: Path, model: CausalLM, shardings):
-    """Reads the parameters alone, on the shardings and in the type that are asked for, whatever mesh wrote them."""
+    """Reads the parameters alone, on the shardings and in the type that are asked for, whatever mesh wrote them.
+
+    Raises:
+        InputError: If the folder is no complete checkpoint.
+    """
     abstract = abstract_with_shardings(model.abstract_params(), shardings)
-    with _context():
-        return ocp.load_checkpointables(checkpoint.absolute(), {"params": abstract})["params"]
+    try:
+        with _context():
+            return ocp.load_checkpointables(checkpoint.absolute(), {"params": abstract})["params"]
+    except Exception as error:
+        raise _torn(checkpoint, error) from error
+
+
+def _torn(checkpoint: Path, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"{checkpoint}: not a complete checkpoint ({reason[:200]})")
 
 
 def abstract_with_shardings(tree, shardings):

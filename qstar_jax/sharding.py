@@ -57,6 +57,7 @@ def parameter_spec(
     *,
     min_shard_size: int = MeshOptions.min_shard_size,
     overrides: Mapping[str, Sequence[str | None]] | None = None,
+    hints: Mapping[str, Sequence[str | None]] | None = None,
 ) -> PartitionSpec:
     """Says how one array is cut: the `tensor` axis takes its largest divisible dimension, `fsdp` the next.
 
@@ -68,17 +69,28 @@ def parameter_spec(
         axis_sizes: Size of each mesh axis.
         min_shard_size: Arrays with fewer elements are replicated.
         overrides: Regular expression searched in `path` -> an axis name or None for each dimension; the first match
-        wins.
+            wins.
+        hints: The same from the model's family: below `overrides`, and passed over where the mesh cannot have them.
 
     Returns:
         The specification; dimensions of equal size are taken from the last to the first.
 
     Raises:
-        InputError: If an override has another number of dimensions, an unknown axis, or does not divide its dimension.
+        InputError: If an override is no regular expression, has another number of dimensions, names an unknown axis or
+            one axis twice, or does not divide its dimension.
     """
     for pattern, axes in (overrides or {}).items():
-        if re.search(pattern, path) and len(shape) > 0:
-            return _checked_override(pattern, axes, path, shape, axis_sizes)
+        if len(shape) > 0 and _matches(pattern, path):
+            if not _fits(axes, shape, axis_sizes):
+                raise InputError(
+                    f"mesh.overrides {pattern!r}: {list(axes)} does not fit {path} of shape {tuple(shape)}; expected "
+                    f"one of {', '.join(axis_sizes)} (each at most once) or null for each dimension, whose size the "
+                    f"axis must divide ({dict(axis_sizes)})"
+                )
+            return PartitionSpec(*axes)
+    for pattern, axes in (hints or {}).items():
+        if _matches(pattern, path) and _fits(axes, shape, axis_sizes):
+            return PartitionSpec(*axes)
     if math.prod(shape) < min_shard_size:
         return PartitionSpec()
     spec: list[str | None] = [None] * len(shape)
@@ -91,17 +103,18 @@ def parameter_spec(
     return PartitionSpec(*spec)
 
 
-def _checked_override(pattern, axes, path, shape, axis_sizes) -> PartitionSpec:
-    fits = len(axes) == len(shape) and all(
-        axis is None or (axis in axis_sizes and dim % axis_sizes[axis] == 0)
-        for axis, dim in zip(axes, shape, strict=True)
-    )
-    if not fits:
-        raise InputError(
-            f"mesh.overrides {pattern!r}: {list(axes)} does not fit {path} of shape {tuple(shape)}; expected one of "
-            f"{', '.join(axis_sizes)} or null for each dimension, whose size the axis must divide ({dict(axis_sizes)})"
-        )
-    return PartitionSpec(*axes)
+def _matches(pattern: str, path: str) -> bool:
+    try:
+        return re.search(pattern, path) is not None
+    except re.error as error:
+        raise InputError(f"mesh.overrides {pattern!r}: not a regular expression ({error})") from error
+
+
+def _fits(axes: Sequence[str | None], shape: Sequence[int], axis_sizes: Mapping[str, int]) -> bool:
+    named = [axis for axis in axes if axis is not None]
+    if len(axes) != len(shape) or len(set(named)) != len(named) or not set(named) <= set(axis_sizes):
+        return False
+    return all(axis is None or dim % axis_sizes[axis] == 0 for axis, dim in zip(axes, shape, strict=True))
 
 
 def tree_shardings(tree, mesh: Mesh, options: MeshOptions = MeshOptions(), family_overrides=None):
@@ -113,16 +126,22 @@ def tree_shardings(tree, mesh: Mesh, options: MeshOptions = MeshOptions(), famil
         tree: Arrays or `jax.ShapeDtypeStruct`s.
         mesh: The mesh.
         options: `min_shard_size` and the user's overrides.
-        family_overrides: Overrides that a model family brings; the user's come first.
+        family_overrides: What a model family would like; the user's overrides come first.
 
     Returns:
         A tree of `NamedSharding`s of the same structure.
     """
-    overrides = {**options.overrides, **(family_overrides or {})}
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = parameter_spec(name, leaf.shape, mesh.shape, min_shard_size=options.min_shard_size, overrides=overrides)
+        spec = parameter_spec(
+            name,
+            leaf.shape,
+            mesh.shape,
+            min_shard_size=options.min_shard_size,
+            overrides=options.overrides,
+            hints=family_overrides,
+        )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -2,10 +2,7 @@
 
 # ruff: noqa: E402 (what stands before the imports must)
 
-import atexit
 import os
-import shutil
-import tempfile
 
 # Before anything imports jax: sharding is tested in process, on eight virtual CPU devices.
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
@@ -13,19 +10,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Compiling dominates the time of tests; what LLVM would still gain is nothing for arrays of this size.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-# Tests compile the same small programs again and again, in this process and in those it starts.
-CACHE = tempfile.mkdtemp(prefix="qstar_jax_tests_")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # see `kept_programs`
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import json
+from collections.abc import Callable
+from contextlib import contextmanager
 
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 # The shapes and types that signatures of pure functions promise are checked at every call of the tests. Where an array
@@ -38,6 +35,7 @@ from qstar_jax import hub
 from qstar_jax.config import MeshOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.tokenization import Example, Response
+from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh
 
@@ -157,20 +155,41 @@ def eval_file(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs") / "eval.jsonl", rows=11, seed=1)
 
 
+@pytest.fixture(scope="session")
+def kept_programs(tmp_path_factory):
+    """`with kept_programs():` keeps what is compiled in it, and takes it again: each run compiles its programs anew.
+
+    For one device only: on a CPU, programs with collectives that come out of JAX's cache can enter these in another
+    order on each device, and wait for each other for ever (jaxlib 0.10.2).
+    """
+    folder = str(tmp_path_factory.mktemp("programs"))
+
+    @contextmanager
+    def keep():
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # or JAX goes on with what it found at its first compilation
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
+
+    return keep
+
+
 @pytest.fixture
-def on_devices(monkeypatch):
-    """`on_devices(n)` lets runs and verbs see the first n devices only: fewer devices compile faster."""
+def one_device_only(monkeypatch, kept_programs):
+    """Lets runs and verbs see the first device only, which compiles faster."""
 
-    def choose(count: int):
-        def make(options=MeshOptions(), devices=None):
-            return make_mesh(options, jax.devices()[:count] if devices is None else devices)
+    def make(options=MeshOptions(), devices=None):
+        return make_mesh(options, jax.devices()[:1] if devices is None else devices)
 
-        for module in ("training.run", "cli.score", "cli.generate"):
-            monkeypatch.setattr(f"qstar_jax.{module}.make_mesh", make)
-        # Measuring the processor takes longer than a tiny run.
-        monkeypatch.setattr("qstar_jax.training.run.peak_flops", lambda devices: 1e12)
-
-    return choose
+    for module in ("training.run", "cli.score", "cli.generate"):
+        monkeypatch.setattr(f"qstar_jax.{module}.make_mesh", make)
+    # Measuring the processor takes longer than a tiny run.
+    monkeypatch.setattr("qstar_jax.training.run.peak_flops", lambda devices: 1e12)
+    with kept_programs():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -194,5 +213,32 @@ def pair_batch():
         ]
         batch = make_batch(examples, length=length, response_length=response_length, pad_id=pad_id, fill_to=fill_to)
         return jax.tree.map(jax.numpy.asarray, batch)
+
+    return make
+
+
+@pytest.fixture
+def respond() -> Callable[..., ScoredResponse]:
+    """Makes an answer out of pieces and rewards; the other numbers follow from these and can be told apart."""
+
+    def make(pieces, rewards, *, role="answer", row=0, prompt="Say it.", truncated=False) -> ScoredResponse:
+        beta, count = 0.1, len(pieces)
+        ref_logp = tuple(-1.0 - 0.12 * index for index in range(count))
+        logp = tuple(ref + reward / beta for ref, reward in zip(ref_logp, rewards, strict=True))
+        v = tuple(2.0 + 0.25 * index for index in range(count))
+        return ScoredResponse(
+            row=row,
+            role=role,
+            prompt=prompt,
+            pieces=tuple(pieces),
+            token_ids=tuple(range(100, 100 + count)),
+            logp=logp,
+            ref_logp=ref_logp,
+            reward=tuple(rewards),
+            q=tuple(beta * lp + value for lp, value in zip(logp, v, strict=True)),
+            v=v,
+            truncated=truncated,
+            beta=beta,
+        )
 
     return make

@@ -23,6 +23,8 @@ def run(config: GenerateConfig):
     """Answers prompts; writes generations.jsonl."""
     console = Console()
     check_options(config.decode)
+    if config.batch_size < 1:
+        raise InputError(f"--batch_size {config.batch_size}: expected at least 1 prompt at once")
     mesh = make_mesh(config.mesh)
     records = []
     with jax.set_mesh(mesh), Progress(console=console, disable=not console.is_terminal) as progress:

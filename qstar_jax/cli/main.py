@@ -31,9 +31,27 @@ class Parser(ArgumentParser):
         unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
         if unknown:
             name = unknown.group(1) or unknown.group(2)
-            known = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
+            verb = re.search(r"Subcommand '(\w+)'", message)
+            known = _options_of(_verb_parser(verb.group(1))) if verb else _options_of(self)
             message += f"; the nearest known option is --{difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}"
         super().error(message, ex)
+
+
+def _options_of(parser: ArgumentParser) -> list[str]:
+    return [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+
+
+def _verb_parser(verb: str) -> Parser:
+    options = VERBS[verb][0]
+    parser = Parser(
+        usage=f"qstar {verb} [--config FILE.yaml] [--OPTION VALUE ...]", description=options.__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_class_arguments(options)
+    for action in parser._actions:
+        if _is_flag(options, action.dest):
+            action.nargs, action.const = "?", True  # --resume alone means --resume true
+    return parser
 
 
 def build_parser() -> Parser:
@@ -42,17 +60,8 @@ def build_parser() -> Parser:
     parser = Parser(prog="qstar", description="Train, read and search a language model as a Q-function.")
     parser.add_argument("--version", action="version", version=f"qstar_jax {__version__}")
     verbs = parser.add_subcommands(dest="verb", required=True)
-    for verb, (options, summary) in VERBS.items():
-        sub = Parser(
-            usage=f"qstar {verb} [--config FILE.yaml] [--OPTION VALUE ...]",
-            description=options.__doc__.split("\n\n")[0],
-        )
-        sub.add_argument("--config", action="config", help="YAML file with any of these options")
-        sub.add_class_arguments(options)
-        for action in sub._actions:
-            if _is_flag(options, action.dest):
-                action.nargs, action.const = "?", True  # --resume alone means --resume true
-        verbs.add_subcommand(verb, sub, help=summary)
+    for verb, (_, summary) in VERBS.items():
+        verbs.add_subcommand(verb, _verb_parser(verb), help=summary)
     return parser
 
 
@@ -73,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0, 2 for wrong usage or input, 1 for a failure.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a model's text must not crash a terminal with few characters
+        if hasattr(stream, "reconfigure"):  # notebooks put other objects in their place
+            stream.reconfigure(errors="backslashreplace")  # a model's text must not crash a poor terminal
     parser = build_parser()
     parsed = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

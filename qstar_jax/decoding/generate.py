@@ -40,8 +40,8 @@ def check_options(options: DecodeOptions):
     wrong = None
     if options.beams < 1 or options.max_new_tokens < 1 or options.return_sequences < 1:
         wrong = "beams, max_new_tokens and return_sequences are at least 1"
-    elif options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
-        wrong = "temperature and top_k are at least 0, top_p is above 0 and at most 1"
+    elif not 0 <= options.temperature < float("inf") or options.top_k < 0 or not 0 < options.top_p <= 1:
+        wrong = "temperature and top_k are numbers of at least 0, top_p is above 0 and at most 1"
     elif options.beams > 1 and options.temperature > 0:
         wrong = f"beams {options.beams} search, temperature {options.temperature} samples; set beams 1 or temperature 0"
     elif options.temperature == 0 and (options.top_k > 0 or options.top_p < 1):
@@ -68,7 +68,7 @@ def generate(
             ones (in steps of 64 tokens), compiles.
         options: How to decode.
         mesh: Devices of the model.
-        seed_offset: Added to the seed, so that batches draw different samples.
+        seed_offset: Number of the batch, folded into the key, so that batches draw different samples.
 
     Returns:
         `options.return_sequences` answers a prompt, the best first where there is a search.
@@ -93,7 +93,7 @@ def generate(
             loaded.params,
             padded,
             lengths,
-            jax.random.key(options.seed + seed_offset),
+            jax.random.fold_in(jax.random.key(options.seed), seed_offset),
             num_samples=options.return_sequences,
             temperature=options.temperature,
             top_k=options.top_k,

@@ -1,6 +1,5 @@
 """Weights from safetensors straight onto their shardings: each device's part is read, and nothing else is held."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import jax
 import numpy as np
 
 from qstar_jax.errors import InputError
+from qstar_jax.hub.folder import read_json_object
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 
@@ -56,7 +56,10 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{index}: no key 'weight_map' with a name of a file for each tensor")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise InputError(f"{index}: names files that are not there: {', '.join(missing)}")

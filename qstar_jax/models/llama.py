@@ -99,6 +99,8 @@ def _rope_scaling(parameters: dict[str, Any]) -> RopeScaling | None:
         return None
     if kind not in ("linear", "llama3"):
         raise InputError(f"config.json: rotary scaling of type {kind!r}; expected default, linear or llama3")
+    if "factor" not in parameters:
+        raise InputError(f"config.json: rotary scaling of type {kind!r} has no factor (found: {parameters})")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return RopeScaling(kind=kind, **{name: parameters[name] for name in names if name in parameters})
 

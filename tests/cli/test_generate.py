@@ -18,8 +18,7 @@ def records(out):
     return [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
 
 
-def test_beams_from_a_run_are_sorted_and_scored_by_log_pi(dpo_run, tmp_path, on_devices, one_device):
-    on_devices(1)
+def test_beams_from_a_run_are_sorted_and_scored_by_log_pi(dpo_run, tmp_path, one_device_only, one_device):
     words = ["--model", dpo_run, "--prompt", "w5 w6 w7", "--decode.beams", "5", "--decode.return_sequences", "5"]
     assert generate(tmp_path, *words) == 0
     found = records(tmp_path)
@@ -39,8 +38,7 @@ def test_beams_from_a_run_are_sorted_and_scored_by_log_pi(dpo_run, tmp_path, on_
         assert record["text"] == loaded.tokenizer.decode(record["tokens"], skip_special_tokens=True)
 
 
-def test_every_prompt_of_a_file_is_answered_in_order(hf_folder, eval_file, tmp_path, on_devices):
-    on_devices(1)
+def test_every_prompt_of_a_file_is_answered_in_order(hf_folder, eval_file, tmp_path, one_device_only):
     assert generate(tmp_path / "a", "--model", hf_folder, "--data.eval", eval_file, "--batch_size", "4") == 0
     found = records(tmp_path / "a")
     assert [r["row"] for r in found] == list(range(11))
@@ -51,8 +49,7 @@ def test_every_prompt_of_a_file_is_answered_in_order(hf_folder, eval_file, tmp_p
     assert [r["tokens"] for r in records(tmp_path / "b")] == [r["tokens"] for r in found]
 
 
-def test_sampling_options_reach_the_sampler(hf_folder, tmp_path, on_devices):
-    on_devices(1)
+def test_sampling_options_reach_the_sampler(hf_folder, tmp_path, one_device_only):
     words = ["--model", hf_folder, "--prompt", "w5 w6", "--decode.return_sequences", "4", "--decode.temperature"]
     results = {}
     for name, more in {"plain": ["1"], "again": ["1"], "seed": ["1", "--decode.seed", "1"], "cold": ["0.1"]}.items():
@@ -75,8 +72,7 @@ def test_sampling_options_reach_the_sampler(hf_folder, tmp_path, on_devices):
         (["--prompt", "w1", "--batch_size", "-1"], "--batch_size -1"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(words, named, hf_folder, tmp_path, on_devices, capsys):
-    on_devices(1)
+def test_options_that_do_not_go_together_are_refused(words, named, hf_folder, tmp_path, one_device_only, capsys):
     assert generate(tmp_path / "out", "--model", hf_folder, *words) == 2
     assert re.search(named, capsys.readouterr().err)
     assert not (tmp_path / "out" / "generations.jsonl").exists()

@@ -77,14 +77,12 @@ def test_page_and_records_are_there(scored):
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/4"])
-def test_every_folder_of_the_run_will_do(place, dpo_run, eval_file, scored, tmp_path, on_devices):
-    on_devices(1)
+def test_every_folder_of_the_run_will_do(place, dpo_run, eval_file, scored, tmp_path, one_device_only):
     assert score(tmp_path, "--model", dpo_run / place, "--data.eval", eval_file) == 0
     assert records(tmp_path) == records(scored)
 
 
-def test_single_answers_and_other_options(dpo_run, eval_file, scored, tmp_path, on_devices):
-    on_devices(1)
+def test_single_answers_and_other_options(dpo_run, eval_file, scored, tmp_path, one_device_only):
     words = ["--model", dpo_run, "--data.eval", eval_file, "--answers", "single", "--beta", "1", "--batch_size", "3"]
     assert score(tmp_path, *words, "--show", "0", "--data.max_eval_rows", "5") == 0
     found, pairs = records(tmp_path), [r for r in records(scored) if r["role"] == "chosen"]
@@ -95,8 +93,7 @@ def test_single_answers_and_other_options(dpo_run, eval_file, scored, tmp_path, 
     assert not (tmp_path / "heatmap.html").exists()
 
 
-def test_a_folder_model_with_a_given_reference(hf_folder, dpo_run, eval_file, tmp_path, on_devices):
-    on_devices(1)
+def test_a_folder_model_with_a_given_reference(hf_folder, dpo_run, eval_file, tmp_path, one_device_only):
     words = ["--model", hf_folder, "--reference", hf_folder, "--beta", "0.1", "--data.eval", eval_file]
     assert score(tmp_path, *words) == 0
     assert all(reward == 0 for record in records(tmp_path) for reward in record["reward"])
@@ -111,10 +108,11 @@ def test_a_folder_model_with_a_given_reference(hf_folder, dpo_run, eval_file, tm
         (["--model", "{run}", "--data.eval", "{eval}", "--batch_size", "0"], "--batch_size 0"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(words, named, hf_folder, dpo_run, eval_file, tmp_path, on_devices, capsys):
+def test_what_cannot_be_scored_is_refused(
+    words, named, hf_folder, dpo_run, eval_file, tmp_path, one_device_only, capsys
+):
     import re
 
-    on_devices(1)
     names = {"hf": hf_folder, "run": dpo_run, "eval": eval_file}
     assert score(tmp_path / "out", *[word.format(**names) for word in words]) == 2
     assert re.search(named, capsys.readouterr().err)
@@ -122,12 +120,11 @@ def test_what_cannot_be_scored_is_refused(words, named, hf_folder, dpo_run, eval
 
 
 def test_a_reference_of_another_shape_is_refused(
-    dpo_run, tiny_config, tiny_tokenizer, eval_file, tmp_path, on_devices, capsys
+    dpo_run, tiny_config, tiny_tokenizer, eval_file, tmp_path, one_device_only, capsys
 ):
     from qstar_jax import hub
     from qstar_jax.models import CausalLM
 
-    on_devices(1)
     model = CausalLM.from_hf(tiny_config | {"num_hidden_layers": 1})
     hub.write_folder(tmp_path / "other", model, jax.jit(model.init)(jax.random.key(0)), tiny_tokenizer, "float32")
     words = ["--model", dpo_run, "--reference", tmp_path / "other", "--data.eval", eval_file]

@@ -1,6 +1,7 @@
 """Tiny runs from file to checkpoint."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def make_config(hf_folder, train_file):
             "data": DataOptions(train=str(train_file)),
             "optimizer": OptimizerOptions(learning_rate=3e-3),
             "train": TrainOptions(steps=6, batch_size=8, log_every=1, save_every=2),
-            "mesh": MeshOptions(data=1, fsdp=2, min_shard_size=64),
+            "mesh": MeshOptions(data=1, min_shard_size=64),
         }
         for name, change in changes.items():
             sections[name] = replace(sections[name], **change) if isinstance(change, dict) else change
@@ -44,12 +45,13 @@ def make_config(hf_folder, train_file):
 
 
 @pytest.fixture(scope="session")
-def tiny_train():
+def tiny_train(kept_programs):
     """`tiny_train(config)` trains on as many of the devices as the mesh asks for, and shows nothing."""
 
     def train(config):
         count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
-        with pytest.MonkeyPatch.context() as patch:
+        keep = kept_programs if count == 1 else nullcontext
+        with keep(), pytest.MonkeyPatch.context() as patch:
             make = lambda options: sharding.make_mesh(options, jax.devices()[:count])  # noqa: E731
             patch.setattr(run_module, "make_mesh", make)
             patch.setattr(run_module, "peak_flops", lambda devices: 1e12)  # measuring takes longer than the run

@@ -35,7 +35,7 @@ def test_two_processes_train_as_one_does(
     assert_norm_close,
 ):
     expected, out = tmp_path / "one", tmp_path / "two"
-    tiny_train(make_config(expected, train={"steps": 2, "save_every": 0}))
+    tiny_train(make_config(expected, train={"steps": 2, "save_every": 0}, mesh={"fsdp": 2}))
     options = {
         "model": hf_folder,
         "out": out,
