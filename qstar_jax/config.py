@@ -83,15 +83,51 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The preference loss.
+    """The preference loss: a name and the options that this loss has; one that it does not have is an error.
+
+    Each option that is not set takes the loss's own default. `qstar_jax.losses` has formulas, papers and defaults.
 
     Args:
+        name: sigmoid (DPO), sigmoid_norm, robust, hinge, ipo, ipo_sum, exo_pair, discopop, dpop, dpo_shift, nca_pair,
+            bco_pair, sppo_hard, apo_zero, apo_down, implicit_prm, aot, aot_unpaired, plackett_luce; without a reference
+            sft, simpo, cpo, orpo, cpl; or a list of them.
+        weights: Weight of each loss in a list; 1 each where it is not set.
         beta: Temperature of the implicit reward beta * (log pi - log pi_ref), in nats of reward a nat of log-ratio.
-        label_smoothing: Probability that a label is flipped (conservative DPO); 0 is the paper's loss.
+        label_smoothing: Probability that a label is flipped (sigmoid: conservative DPO).
+        divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence to the reference.
+        divergence_alpha: Order of alpha_divergence.
+        ld_alpha: LD-DPO: weight of tokens beyond the shorter answer's length.
+        tau: discopop: width of the blend.
+        penalty: dpop: price of a nat by which the chosen answer falls below the reference.
+        shift: dpo_shift: weight of the rejected answer.
+        gamma: simpo: margin of reward.
+        nll_weight: cpo: weight of the chosen answer's negative log-likelihood.
+        odds_weight: orpo: weight of the odds ratio.
+        normalize: sft, cpo, orpo: how the negative log-likelihood is averaged: batch_tokens, answer_tokens or none.
+        bias: cpl: weight of the rejected segment.
+        discount: cpl: discount a token.
+        bc_weight: cpl: weight of behaviour cloning.
+        bc_data: cpl: what is cloned: all or chosen.
     """
 
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    name: list[str] | str = "sigmoid"
+    weights: list[float] | None = None
+    beta: float | None = None
+    label_smoothing: float | None = None
+    divergence: str | None = None
+    divergence_alpha: float | None = None
+    ld_alpha: float | None = None
+    tau: float | None = None
+    penalty: float | None = None
+    shift: float | None = None
+    gamma: float | None = None
+    nll_weight: float | None = None
+    odds_weight: float | None = None
+    normalize: Literal["batch_tokens", "answer_tokens", "none"] | None = None
+    bias: float | None = None
+    discount: float | None = None
+    bc_weight: float | None = None
+    bc_data: Literal["all", "chosen"] | None = None
 
 
 @dataclass(frozen=True)
@@ -166,10 +202,11 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class DpoConfig:
-    """Direct preference optimisation: the policy's log-ratios become a token-level reward.
+    """Training on preference pairs, by DPO unless another loss is named: log-ratios become a token-level reward.
 
     Args:
-        model: Hugging Face folder, hub name, or an earlier run's folder; also the frozen reference.
+        model: Hugging Face folder, hub name, or an earlier run's folder; also the frozen reference, if the loss has
+            one.
         out: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, reference/, summary.json.
         resume: Go on from the newest checkpoint in `out`.
     """

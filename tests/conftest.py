@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 # The shapes and types that signatures of pure functions promise are checked at every call of the tests. Where an array
 # lies is not: copies on the host of what these functions return hold numpy arrays.
 jaxtyping.Array = jax.Array | np.ndarray
-CHECKED = [f"qstar_jax.{name}" for name in ("mdp", "logprobs", "losses", "scoring", "decoding")]
+CHECKED = [f"qstar_jax.{name}" for name in ("mdp", "tabular", "logprobs", "losses", "scoring", "decoding")]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 from qstar_jax import hub

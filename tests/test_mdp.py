@@ -1,8 +1,14 @@
-import chex
+import importlib.util
+import inspect
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import permutations, product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from qstar_jax import mdp
 
@@ -11,53 +17,789 @@ REF = jnp.array([[-1.5, -2.0, -0.5], [-1.0, -1.25, -2.0]])
 LOGZ = jnp.array([[2.0, 0.5, -1.0], [3.0, 1.0, 0.0]])
 MASK = jnp.array([[True, True, True], [True, True, False]])
 
+# Whole, right-padded, left-padded with a hole, left-padded, empty.
+MASKS = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0]], bool)
+CUT = jnp.array([True, False, True, False, True])
+RUBBISH = [jnp.nan, jnp.inf, -jnp.inf, 1e30]
+
+
+# Compiled once a shape, which is faster than one by one.
+are_equivalent = jax.jit(mdp.are_equivalent, static_argnames="atol")
+preference_log_prob = jax.jit(mdp.preference_log_prob)
+preference_and_gradient = jax.jit(jax.value_and_grad(mdp.preference_log_prob))
+token_scores = jax.jit(mdp.token_scores)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of a function: every array has one leading batch axis."""
+
+    name: str
+    arrays: dict
+    options: dict = field(default_factory=dict)
+    tag: str = ""
+
+    @property
+    def id(self):
+        return f"{self.name}-{self.tag}" if self.tag else self.name
+
+    @property
+    def key(self):
+        """The argument that says what is padding."""
+        return next((key for key in ("mask", "present") if key in self.arrays), None)
+
+    def __call__(self, arrays=None, module=mdp, **options):
+        arrays = self.arrays if arrays is None else arrays
+        return jax.tree.leaves(getattr(module, self.name)(**arrays, **self.options | options))
+
+    def total(self, arrays, **options):
+        """One number that depends on every entry of the results in its own way."""
+        leaves = [x for x in self(arrays, **options) if is_float(x)]
+        return sum((x * np.cos(np.arange(x.size)).reshape(x.shape).astype(x.dtype)).sum() for x in leaves)
+
+    def spoil(self, *rubbish):
+        """Puts rubbish wherever nothing may be read."""
+        mask = np.asarray(self.arrays[self.key])
+
+        def change(name, x):
+            read = mask if x.ndim == mask.ndim else mask[..., None]
+            if name == "final_values":
+                read = np.asarray(self.arrays["truncated"]) & mask.any(-1)
+            return jnp.asarray(np.where(read, x, np.resize(np.float32(rubbish), x.shape)))
+
+        return {name: change(name, x) if is_float(x) else x for name, x in self.arrays.items()}
+
+
+def is_float(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def tokens(*names):
+    return {name: normal(seed, *MASKS.shape) for seed, name in enumerate(names)} | {"mask": MASKS}
+
+
+BETA = {"beta": 0.3}
+ENDS = {"truncated": CUT, "final_values": normal(9, 5)}
+LOGITS = {"logits": 2 * normal(10, 5, 4, 6), "ref_logits": 2 * normal(11, 5, 4, 6)}
+RESPONSES = {
+    "rewards": normal(12, 2, 5, 4),
+    "other": normal(13, 2, 5, 4),
+    "mask": jnp.stack([MASKS, MASKS[::-1, ::-1]]),
+}
+STEP_IDS = jnp.array([[0, 0, 1, 2], [1, 1, 0, 0], [5, -1, 2, 2], [-7, 3, 0, 1], [0, 1, 2, 3]])
+CASES = [
+    Case("token_scores", LOGITS | {"tokens": jnp.where(MASKS, jnp.arange(20).reshape(5, 4) % 6, -100), "mask": MASKS}),
+    Case("log_ratios", tokens("logp", "ref_logp")),
+    Case("implicit_rewards", tokens("logp", "ref_logp"), BETA),
+    Case("state_values", tokens("logz"), BETA),
+    Case("q_values", tokens("logp", "logz"), BETA),
+    Case("advantages", tokens("logp"), BETA),
+    Case("to_kl_convention", tokens("values", "ref_logp"), BETA),
+    Case("to_paper_convention", tokens("values", "ref_logp"), BETA),
+    Case("successor_values", tokens("values")),
+    Case("successor_values", tokens("values") | ENDS, tag="truncated"),
+    Case("returns_to_go", tokens("rewards")),
+    Case("returns_to_go", tokens("rewards") | ENDS, tag="truncated"),
+    Case("prefix_values", tokens("rewards")),
+    Case("bellman_residual", tokens("rewards", "q", "next_values", "ref_logp"), BETA),
+    Case("shape_rewards", tokens("rewards", "potentials", "next_potentials")),
+    Case("are_equivalent", RESPONSES),
+    Case("are_equivalent", RESPONSES | {"truncated": jnp.stack([CUT, ~CUT])}, tag="truncated"),
+    Case("preference_log_prob", {"returns": 3 * normal(14, 5, 4)}),
+    Case("preference_log_prob", {"returns": 3 * normal(14, 5, 4), "present": MASKS}, tag="present"),
+    Case("kl_to_reference", LOGITS | {"mask": MASKS}),
+    Case("kl_from_reference", LOGITS | {"mask": MASKS}),
+    Case("expected_reference_rewards", LOGITS | {"mask": MASKS}, BETA),
+    Case("step_rewards", tokens("rewards") | {"step_ids": STEP_IDS}, {"num_steps": 3}),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+padded_case = pytest.mark.parametrize("case", [case for case in CASES if case.key], ids=lambda case: case.id)
+
+
+@cache
+def compiled(number):
+    case = CASES[number]
+
+    def run(floats, rest):
+        return case(floats | rest)
+
+    def total(floats, rest):
+        return case.total(floats | rest)
+
+    return jax.jit(run), jax.jit(jax.grad(total))
+
+
+def split(arrays):
+    return tuple({k: x for k, x in arrays.items() if is_float(x) == wanted} for wanted in (True, False))
+
+
+def value_and_grad(case, arrays):
+    run, grad = compiled(CASES.index(case))
+    return run(*split(arrays)), grad(*split(arrays))
+
+
+def assert_same(found, expected, **tolerance):
+    check = np.testing.assert_allclose if tolerance else np.testing.assert_array_equal
+    jax.tree.map(lambda a, b: check(a, b, **tolerance), found, expected)
+
+
+def float64(tree):
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64) if is_float(x) else x, tree)
+
+
+# Of every function.
+
+
+def test_the_table_covers_every_public_function():
+    functions = inspect.getmembers(mdp, inspect.isfunction)
+    public = {name for name, f in functions if f.__module__ == mdp.__name__ and not name.startswith("_")}
+    assert {case.name for case in CASES} == public
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH)
+@padded_case
+def test_what_stands_under_the_mask_changes_neither_value_nor_gradient(case, rubbish):
+    assert_same(value_and_grad(case, case.spoil(rubbish)), value_and_grad(case, case.arrays))
+
+
+@padded_case
+def test_neither_does_it_without_jit(case):
+    with jax.disable_jit():
+        dirty = case.spoil(*RUBBISH)
+        found = case(dirty), jax.grad(lambda x, y: case.total(x | y))(*split(dirty))
+    assert_same(found, value_and_grad(case, case.arrays), rtol=1e-5, atol=1e-6)
+
+
+@padded_case
+def test_results_and_gradients_are_zero_under_the_mask(case):
+    mask = np.asarray(case.arrays[case.key])
+    value, grad = value_and_grad(case, case.spoil(jnp.nan))
+    for x in (*value, *grad.values()):
+        if x.shape[: mask.ndim] == mask.shape:
+            assert not np.asarray(x)[~mask].any()
+
+
+@padded_case
+def test_an_empty_response_is_worth_nothing(case):
+    empty = case.arrays | {case.key: jnp.zeros_like(case.arrays[case.key])}
+    broken = {k: jnp.full_like(x, jnp.nan) if is_float(x) else x for k, x in empty.items()}
+    for arrays in (empty, broken):
+        value, grad = value_and_grad(case, arrays)
+        assert not any(x.any() for x in (*value, *grad.values()) if is_float(x))
+
+
+@every_case
+def test_batched_equals_vmapped_and_takes_any_leading_axes(case):
+    def row(x):
+        return x[1]
+
+    def more(x):
+        return jnp.stack([x, x[::-1]])[None]
+
+    @jax.jit
+    def run(arrays):
+        value = case(arrays)
+        found = jax.vmap(case)(arrays), case(jax.tree.map(row, arrays)), case(jax.tree.map(more, arrays))
+        return found, (value, jax.tree.map(row, value), jax.tree.map(more, value))
+
+    found, expected = run(case.arrays)
+    assert_same(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_case
+def test_compiled_equals_eager(case):
+    assert_same(value_and_grad(case, case.arrays)[0], case(), rtol=1e-5, atol=1e-6)
+
+
+@every_case
+def test_takes_numpy_arrays(case):
+    assert_same(case({k: np.asarray(x) for k, x in case.arrays.items()}), case())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "beta" in case.options], ids=lambda case: case.id)
+def test_temperature_may_be_traced_and_enters_linearly(case):
+    total = jax.jit(jax.value_and_grad(lambda beta: case.total(case.arrays, beta=beta)))
+    (start, slope), (end, _) = total(0.0), total(1.0)
+    np.testing.assert_allclose(slope, end - start, rtol=1e-4)
+    np.testing.assert_allclose(total(0.3)[0], case.total(case.arrays), rtol=1e-4, atol=1e-6)
+
+
+@every_case
+def test_gradients_equal_finite_differences(case):
+    with jax.enable_x64(True):
+        floats, rest = split(float64(case.arrays))
+        check_grads(jax.jit(lambda x: case.total(x | rest)), (floats,), order=1, modes="rev", rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@every_case
+def test_results_have_the_precision_of_the_arguments(case, dtype):
+    with jax.enable_x64(True):
+        arrays = {k: jax.ShapeDtypeStruct(x.shape, dtype if is_float(x) else x.dtype) for k, x in case.arrays.items()}
+        results = jax.eval_shape(case, arrays)
+    assert {str(x.dtype) for x in results} - {"bool"} == {dtype}
+
+
+def along(case, change):
+    """Changes every argument along the axis of tokens, or of a ranking's places."""
+    shape = case.arrays[case.key].shape
+    return {k: change(x, len(shape) - 1) if x.shape[: len(shape)] == shape else x for k, x in case.arrays.items()}
+
+
+def crop(x, axis, start, length):
+    return np.asarray(x)[(slice(None),) * axis + (slice(start, start + length),)]
+
+
+@padded_case
+def test_padding_on_either_side_changes_nothing(case, length=3):
+    def pad(x, axis):
+        widths = [(2, 3) if i == axis else (0, 0) for i in range(x.ndim)]
+        return np.pad(crop(x, axis, 0, length), widths, constant_values=np.nan if is_float(x) else 0)
+
+    padded, short = along(case, pad), along(case, lambda x, axis: crop(x, axis, 0, length))
+    shape = padded[case.key].shape
+    found, expected = jax.jit(lambda padded, short: (case(padded), case(short)))(padded, short)
+    found = [crop(x, len(shape) - 1, 2, length) if x.shape == shape else x for x in found]
+    assert [x.shape for x in found] == [x.shape for x in expected]
+    assert_same(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@padded_case
+def test_arrays_without_tokens_are_allowed(case):
+    jax.eval_shape(case, along(case, lambda x, axis: crop(x, axis, 0, 0)))
+
+
+@pytest.fixture(scope="module")
+def unchecked():
+    """The module as users have it, without the checks of shapes that tests install."""
+    spec = importlib.util.spec_from_file_location("unchecked_mdp", mdp.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments():
+    for case in CASES:
+        for name in case.arrays if len(case.arrays) > 1 else ():
+            yield pytest.param(case, name, id=f"{case.id}-{name}")
+
+
+@pytest.mark.parametrize(("case", "name"), arguments())
+def test_shapes_that_would_be_broadcast_raise(unchecked, case, name):
+    jax.eval_shape(lambda x: case(x, unchecked), case.arrays)
+    with pytest.raises((AssertionError, ValueError, TypeError)):
+        jax.eval_shape(lambda x: case(x, unchecked), case.arrays | {name: case.arrays[name][:1]})
+
+
+# Readings of log-probabilities.
+
 
 def test_rewards_by_hand():
     # beta * (logp - ref): 0.1 * [0.5, -0.5, 0], 0.1 * [-2, 1, masked]
     rewards = mdp.implicit_rewards(LOGP, REF, MASK, beta=0.1)
     np.testing.assert_allclose(rewards, [[0.05, -0.05, 0.0], [-0.2, 0.1, 0.0]], rtol=0, atol=1e-7)
+    np.testing.assert_array_equal(mdp.log_ratios(LOGP, REF, MASK), [[0.5, -0.5, 0.0], [-2.0, 1.0, 0.0]])
 
 
-def test_values_and_q_values_by_hand():
-    np.testing.assert_allclose(mdp.state_values(LOGZ, beta=2.0), [[4.0, 1.0, -2.0], [6.0, 2.0, 0.0]])
-    np.testing.assert_allclose(mdp.q_values(LOGP, LOGZ, beta=2.0), [[2.0, -4.0, -3.0], [0.0, 1.5, -8.0]])
+def test_values_q_values_and_advantages_by_hand():
+    np.testing.assert_allclose(mdp.state_values(LOGZ, MASK, beta=2.0), [[4.0, 1.0, -2.0], [6.0, 2.0, 0.0]])
+    np.testing.assert_allclose(mdp.q_values(LOGP, LOGZ, MASK, beta=2.0), [[2.0, -4.0, -3.0], [0.0, 1.5, 0.0]])
+    np.testing.assert_allclose(mdp.advantages(LOGP, MASK, beta=2.0), [[-2.0, -5.0, -1.0], [-6.0, -0.5, 0.0]])
 
 
-def test_q_minus_v_is_beta_log_pi_and_q_is_beta_times_the_logit():
-    logits = jax.random.normal(jax.random.key(0), (2, 3, 7)) * 3
-    action = jnp.array([[0, 6, 2], [3, 3, 1]])
-    logz = jax.nn.logsumexp(logits, -1)
-    chosen = jnp.take_along_axis(logits, action[..., None], -1)[..., 0]
-    q, v = mdp.q_values(chosen - logz, logz, beta=0.3), mdp.state_values(logz, beta=0.3)
-    np.testing.assert_allclose(q - v, 0.3 * (chosen - logz), atol=1e-6)
-    np.testing.assert_allclose(q, 0.3 * chosen, atol=1e-6)
-    # V is the soft maximum of Q over all actions (Eq. 6).
-    np.testing.assert_allclose(v, 0.3 * jax.nn.logsumexp(0.3 * logits / 0.3, -1), atol=1e-6)
-
-
-def test_rewards_do_not_know_the_potential_of_the_logits():
-    # Shifting all logits of a state moves Q and V alike and leaves the advantage alone.
-    q, v = mdp.q_values(LOGP, LOGZ, beta=0.5), mdp.state_values(LOGZ, beta=0.5)
-    shifted_q, shifted_v = mdp.q_values(LOGP, LOGZ + 7.0, beta=0.5), mdp.state_values(LOGZ + 7.0, beta=0.5)
-    np.testing.assert_allclose(shifted_q - q, 3.5, atol=1e-6)
-    np.testing.assert_allclose(shifted_q - shifted_v, q - v, atol=1e-6)
-
-
-@pytest.mark.parametrize("rubbish", [-jnp.inf, jnp.inf, jnp.nan, 1e30])
-@pytest.mark.parametrize("operand", [0, 1])
-def test_what_stands_under_the_mask_changes_neither_value_nor_gradient(rubbish, operand):
-    def total(logp, ref):
-        return (mdp.implicit_rewards(logp, ref, MASK, beta=0.1) ** 2).sum()
-
-    clean = [LOGP, REF]
-    dirty = list(clean)
-    dirty[operand] = dirty[operand].at[1, 2].set(rubbish)
-    chex.assert_trees_all_equal(
-        jax.value_and_grad(total, argnums=(0, 1))(*dirty), jax.value_and_grad(total, argnums=(0, 1))(*clean)
+def test_token_scores_restated_in_numpy():
+    arrays = CASES[0].arrays
+    z, ref, chosen = (
+        np.asarray(arrays[k]).astype(t) for k, t in (("logits", "f8"), ("ref_logits", "f8"), ("tokens", int))
     )
-    assert jax.grad(total)(*dirty)[1, 2] == 0
+    chosen = np.where(MASKS, chosen, 0)
+
+    def read(x):
+        logz = np.log(np.exp(x).sum(-1))
+        return np.take_along_axis(x, chosen[..., None], -1)[..., 0] - logz, logz
+
+    scores = token_scores(**arrays)
+    for found, expected in ((scores.logp, read(z)[0]), (scores.logz, read(z)[1]), (scores.ref_logp, read(ref)[0])):
+        np.testing.assert_allclose(found, np.where(MASKS, expected, 0.0), atol=1e-5)
 
 
-def test_batched_equals_vmapped():
-    row = jax.vmap(lambda *x: mdp.implicit_rewards(*x, beta=0.1))
-    np.testing.assert_array_equal(row(LOGP, REF, MASK), mdp.implicit_rewards(LOGP, REF, MASK, beta=0.1))
+def test_token_scores_of_excluded_tokens_and_huge_logits():
+    logits = jnp.array([[1e4, 0.0, -jnp.inf], [0.0, 0.0, -jnp.inf]])
+    chosen = jnp.array([0, 1])
+
+    def total(logits):
+        scores = token_scores(logits, logits[::-1], chosen, jnp.ones(2, bool))
+        return scores.logp.sum() + scores.ref_logp.sum()
+
+    scores = token_scores(logits, logits[::-1], chosen, jnp.ones(2, bool))
+    np.testing.assert_allclose(scores.logp, [0.0, -np.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(scores.ref_logp, [-np.log(2), -1e4], rtol=1e-6)
+    grad = jax.jit(jax.grad(total))(logits)
+    assert np.isfinite(grad).all() and not grad[:, 2].any()
+
+
+def test_q_minus_v_is_the_advantage_and_q_is_beta_times_the_logit():
+    logits, chosen, everywhere = normal(0, 2, 3, 7) * 3, jnp.array([[0, 6, 2], [3, 3, 1]]), jnp.ones((2, 3), bool)
+    scores = token_scores(logits, logits, chosen, everywhere)
+    q = mdp.q_values(scores.logp, scores.logz, everywhere, beta=0.3)
+    v = mdp.state_values(scores.logz, everywhere, beta=0.3)
+    np.testing.assert_allclose(q - v, mdp.advantages(scores.logp, everywhere, beta=0.3), atol=1e-6)
+    np.testing.assert_allclose(q, 0.3 * jnp.take_along_axis(logits, chosen[..., None], -1)[..., 0], atol=1e-6)
+
+
+def test_rewards_and_advantages_do_not_know_the_potential_of_the_logits():
+    logits, ref, chosen = normal(0, 2, 3, 7), normal(1, 2, 3, 7), jnp.zeros((2, 3), int)
+    shift = jnp.arange(6.0).reshape(2, 3)
+    everywhere = jnp.ones((2, 3), bool)
+    scores = token_scores(logits, ref, chosen, everywhere)
+    shifted = token_scores(logits + shift[..., None], ref - shift[..., None], chosen, everywhere)
+    np.testing.assert_allclose(shifted.logp, scores.logp, atol=1e-5)
+    np.testing.assert_allclose(shifted.ref_logp, scores.ref_logp, atol=1e-5)
+    np.testing.assert_allclose(shifted.logz, scores.logz + shift, atol=1e-5)
+
+
+@pytest.mark.parametrize("convert", ["to_kl_convention", "to_paper_convention"])
+def test_conventions_are_inverse_of_each_other(convert):
+    back = {"to_kl_convention": "to_paper_convention", "to_paper_convention": "to_kl_convention"}[convert]
+    there = getattr(mdp, convert)(LOGP, REF, MASK, beta=0.25)
+    assert (there != LOGP)[MASK].all()
+    np.testing.assert_allclose(getattr(mdp, back)(there, REF, MASK, beta=0.25), jnp.where(MASK, LOGP, 0), rtol=1e-6)
+
+
+def test_advantages_of_the_kl_convention_are_the_implicit_rewards():
+    converted = mdp.to_kl_convention(mdp.advantages(LOGP, MASK, beta=0.3), REF, MASK, beta=0.3)
+    np.testing.assert_allclose(converted, mdp.implicit_rewards(LOGP, REF, MASK, beta=0.3), atol=1e-6)
+
+
+# All answers of three tokens over a vocabulary of three, solved by backward induction in numpy.
+
+
+@dataclass(frozen=True)
+class Solved:
+    r: np.ndarray
+    ref: np.ndarray
+    q: np.ndarray
+    v: np.ndarray
+    after: np.ndarray
+    logp: np.ndarray
+    mask: np.ndarray
+    beta: float = 0.7
+
+
+@cache
+def solve():
+    rng, beta = np.random.default_rng(0), Solved.beta
+    tree = {}
+
+    def value(state):
+        if len(state) == 3:
+            return 0.0
+        r, ref = rng.normal(size=3), np.log(rng.dirichlet(np.ones(3)))
+        q = r + beta * ref + [value((*state, a)) for a in range(3)]
+        v = beta * np.log(np.exp(q / beta).sum())
+        tree[state] = r, ref, q, v
+        return v
+
+    value(())
+    paths = list(product(range(3), repeat=3))
+    r, ref, q = (np.array([[tree[p[:t]][i][p[t]] for t in range(3)] for p in paths]) for i in range(3))
+    v = np.array([[tree[p[:t]][3] for t in range(3)] for p in paths])
+    after = np.concatenate([v[:, 1:], np.zeros((27, 1))], 1)
+    return Solved(r, ref, q, v, after, (q - v) / beta, np.ones((27, 3), bool))
+
+
+@pytest.fixture
+def solved():
+    with jax.enable_x64(True):
+        yield solve()
+
+
+def test_optimal_values_are_read_off_the_optimal_policy(solved):
+    s, close = solved, {"rtol": 0, "atol": 1e-12}
+    logz = s.v / s.beta
+    assert_same(mdp.state_values(logz, s.mask, beta=s.beta), s.v, **close)
+    assert_same(mdp.q_values(s.logp, logz, s.mask, beta=s.beta), s.q, **close)
+    assert_same(mdp.successor_values(s.v, s.mask), s.after, **close)
+    assert_same(mdp.to_kl_convention(s.q, s.ref, s.mask, beta=s.beta), s.r + s.after, **close)
+    assert_same(mdp.to_paper_convention(s.r + s.after, s.ref, s.mask, beta=s.beta), s.q, **close)
+    assert_same(mdp.implicit_rewards(s.logp, s.ref, s.mask, beta=s.beta), s.r + s.after - s.v, **close)
+    assert_same(mdp.shape_rewards(s.r, s.v, s.after, s.mask), s.r + s.after - s.v, **close)
+    assert_same(mdp.bellman_residual(s.r, s.q, s.after, s.ref, s.mask, beta=s.beta), 0 * s.q, **close)
+    sums = np.cumsum(s.r, -1) + s.after - s.v[:, :1]
+    assert_same(mdp.prefix_values(s.r + s.after - s.v, s.mask), sums, **close)
+
+
+def test_implicit_rewards_of_the_optimum_are_equivalent_to_the_reward(solved):
+    s = solved
+    found = are_equivalent(s.r, mdp.implicit_rewards(s.logp, s.ref, s.mask, beta=s.beta), s.mask, atol=1e-12)
+    assert found.equivalent
+    np.testing.assert_allclose(found.potentials, s.v, atol=1e-12)
+    ranking = jnp.array([4, 20, 13])
+    total = (s.r + s.after - s.v).sum(-1)
+    np.testing.assert_allclose(
+        preference_log_prob(s.r.sum(-1)[ranking]), mdp.preference_log_prob(total[ranking]), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("argument", ["rewards", "q", "next_values", "ref_logp"])
+def test_bellman_residual_is_linear_in_every_error(solved, argument):
+    s = solved
+    arguments = {"rewards": s.r, "q": s.q, "next_values": s.after, "ref_logp": s.ref}
+    error = np.linspace(-1, 1, s.r.size).reshape(s.r.shape)
+    wrong = arguments | {argument: arguments[argument] + error}
+    slope = {"q": 1.0, "ref_logp": -s.beta}.get(argument, -1.0)
+    np.testing.assert_allclose(mdp.bellman_residual(**wrong, mask=s.mask, beta=s.beta), slope * error, atol=1e-12)
+
+
+def test_a_cut_answer_obeys_bellman_with_the_value_where_it_was_cut_only(solved):
+    s = solved
+    r, q, v, ref, mask = (x[:, :2] for x in (s.r, s.q, s.v, s.ref, s.mask))
+    cut = mdp.successor_values(v, mask, truncated=np.ones(27, bool), final_values=s.v[:, 2])
+    np.testing.assert_allclose(mdp.bellman_residual(r, q, cut, ref, mask, beta=s.beta), 0, atol=1e-12)
+    residual = mdp.bellman_residual(r, q, mdp.successor_values(v, mask), ref, mask, beta=s.beta)
+    np.testing.assert_allclose(residual, np.stack([0 * s.v[:, 2], s.v[:, 2]], -1), atol=1e-12)
+
+
+# Endings.
+
+V = jnp.arange(1.0, 21.0).reshape(5, 4)
+FINAL = jnp.array([100.0, 200.0, 300.0, 400.0, 500.0])
+
+
+def test_successor_values_by_hand():
+    ended = [[2, 3, 4, 0], [6, 0, 0, 0], [0, 12, 0, 0], [0, 0, 16, 0], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(mdp.successor_values(V, MASKS), ended)
+    # A row that was not cut does not read its final value.
+    cut = [[2, 3, 4, 100], [6, 0, 0, 0], [0, 12, 0, 300], [0, 0, 16, 0], [0, 0, 0, 0]]
+    found = mdp.successor_values(V, MASKS, truncated=CUT, final_values=FINAL)
+    np.testing.assert_array_equal(found, cut)
+
+
+def test_returns_to_go_by_hand():
+    ended = [[10, 9, 7, 4], [11, 6, 0, 0], [0, 22, 0, 12], [0, 0, 31, 16], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(mdp.returns_to_go(V, MASKS), ended)
+    found = mdp.returns_to_go(V, MASKS, truncated=CUT, final_values=FINAL)
+    expected = jnp.where(MASKS & CUT[:, None], jnp.array(ended) + FINAL[:, None], jnp.array(ended))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_prefix_values_by_hand():
+    expected = [[1, 3, 6, 10], [5, 11, 0, 0], [0, 10, 0, 22], [0, 0, 15, 31], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(mdp.prefix_values(V, MASKS), expected)
+
+
+def test_prefix_values_and_returns_to_go_split_the_return():
+    total = jnp.where(MASKS, V, 0).sum(-1, keepdims=True)
+    found = mdp.prefix_values(V, MASKS) + mdp.returns_to_go(V, MASKS)
+    np.testing.assert_array_equal(found, jnp.where(MASKS, total + V, 0))
+
+
+def test_successors_of_every_mask_of_five_restated():
+    masks = np.array(list(product([False, True], repeat=5)))
+    values = np.arange(1.0, 161.0, dtype=np.float32).reshape(32, 5)
+    final, cut = -np.arange(1.0, 33.0, dtype=np.float32), np.arange(32) % 2 == 0
+    expected = np.zeros_like(values)
+    for row, mask in enumerate(masks):
+        own = np.flatnonzero(mask)
+        expected[row, own] = [*values[row, own[1:]], final[row] * cut[row]][: len(own)]
+    found = mdp.successor_values(values, masks, truncated=cut, final_values=final)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("function", [mdp.successor_values, mdp.returns_to_go])
+@pytest.mark.parametrize("given", ["truncated", "final_values"])
+def test_half_an_ending_raises(function, given):
+    (missing,) = ENDS.keys() - {given}
+    with pytest.raises(ValueError, match=f"{given} is given without {missing}"):
+        function(V, MASKS, **{given: ENDS[given]})
+
+
+def test_nothing_cut_is_the_same_as_no_ending_given():
+    none = {"truncated": jnp.zeros(5, bool), "final_values": jnp.full(5, jnp.nan)}
+    for function in (mdp.successor_values, mdp.returns_to_go):
+        np.testing.assert_array_equal(function(V, MASKS, **none), function(V, MASKS))
+
+
+# Equivalence of rewards.
+
+
+@pytest.fixture
+def shaped():
+    """Rewards of six answers, and the same after shaping; Phi(s_0) = 1.5 for all of them, as they share the prompt."""
+    mask = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0]], bool)
+    with jax.enable_x64(True):
+        rewards, potentials = float64((normal(0, 6, 4), 5 * normal(1, 6, 4)))
+        potentials = jnp.where(mask & (jnp.cumsum(mask, -1) == 1), 1.5, potentials)
+        yield rewards, potentials, mask
+
+
+def shape(rewards, potentials, mask, **ends):
+    return mdp.shape_rewards(rewards, potentials, mdp.successor_values(potentials, mask, **ends), mask)
+
+
+def test_shaping_is_equivalent_and_the_potential_is_found(shaped):
+    rewards, potentials, mask = shaped
+    other = shape(*shaped)
+    assert not np.allclose(other, jnp.where(mask, rewards, 0))
+    found = are_equivalent(rewards, other, mask, atol=1e-12)
+    assert found.equivalent and found.spread < 1e-12
+    np.testing.assert_allclose(found.potentials, jnp.where(mask, potentials, 0), atol=1e-12)
+    rebuilt = mdp.shape_rewards(rewards, found.potentials, mdp.successor_values(found.potentials, mask), mask)
+    np.testing.assert_allclose(rebuilt, other, atol=1e-12)
+
+
+def test_equivalence_is_symmetric_and_its_potential_changes_sign(shaped):
+    rewards, _, mask = shaped
+    there, back = are_equivalent(rewards, shape(*shaped), mask), are_equivalent(shape(*shaped), rewards, mask)
+    assert there.equivalent and back.equivalent
+    np.testing.assert_allclose(there.potentials, -back.potentials, atol=1e-12)
+    same = are_equivalent(rewards, rewards, mask, atol=0.0)
+    assert same.equivalent and not same.potentials.any()
+
+
+@pytest.mark.parametrize("token", [(0, 3), (3, 3), (2, 0)])
+def test_one_changed_reward_breaks_equivalence(shaped, token):
+    rewards, _, mask = shaped
+    found = are_equivalent(rewards, shape(*shaped).at[token].add(0.01), mask)
+    assert not found.equivalent
+    np.testing.assert_allclose(found.spread, 0.01, rtol=1e-9)
+
+
+def test_atol_is_the_largest_spread_that_passes(shaped):
+    rewards, _, mask = shaped
+    other = shape(*shaped).at[0, 0].add(0.01)
+    assert are_equivalent(rewards, other, mask, atol=0.011).equivalent
+    assert not are_equivalent(rewards, other, mask, atol=0.009).equivalent
+
+
+def test_a_potential_that_is_not_zero_at_the_end_is_no_shaping(shaped):
+    rewards, potentials, mask = shaped
+    ends = {"truncated": jnp.arange(6) == 2, "final_values": jnp.full(6, 0.5)}
+    other = shape(rewards, potentials, mask, **ends)
+    assert not are_equivalent(rewards, other, mask).equivalent
+    # Where the answer was cut it may have any.
+    found = are_equivalent(rewards, other, mask, truncated=ends["truncated"])
+    assert found.equivalent
+    np.testing.assert_allclose(found.potentials, jnp.where(mask, potentials, 0), atol=1e-12)
+
+
+def test_responses_that_bind_nothing():
+    rewards, mask = normal(0, 3, 4), MASKS[:3]
+    everything_cut = are_equivalent(rewards, normal(1, 3, 4), mask, truncated=jnp.ones(3, bool))
+    assert everything_cut.equivalent and everything_cut.spread == 0
+    first = jnp.argmax(mask, -1)
+    np.testing.assert_array_equal(everything_cut.potentials[jnp.arange(3), first], 0)
+    assert are_equivalent(rewards, normal(1, 3, 4), jnp.zeros((3, 4), bool)).equivalent
+    # A single answer that ended binds only itself.
+    assert are_equivalent(rewards[:1], normal(1, 1, 4), mask[:1]).equivalent
+    alone = are_equivalent(rewards, normal(1, 3, 4), mask, truncated=jnp.array([True, False, True]))
+    assert alone.equivalent
+
+
+def test_an_empty_answer_binds_nothing(shaped):
+    rewards, potentials, mask = shaped
+    mask = mask.at[1].set(False)
+    found = are_equivalent(rewards, shape(rewards, potentials, mask), mask, atol=1e-12)
+    assert found.equivalent
+    np.testing.assert_allclose(found.potentials, jnp.where(mask, potentials, 0), atol=1e-12)
+
+
+def test_answers_that_bind_nothing_do_not_lend_the_others_a_spread():
+    rewards, other = jnp.zeros((4, 1)), jnp.full((4, 1), 1000.1)
+    mask = jnp.array([[True], [True], [True], [False]])
+    assert are_equivalent(rewards[:3], other[:3], mask[:3]).spread == 0
+    assert are_equivalent(rewards, other, mask).spread == 0
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_broken_rewards_are_equivalent_to_nothing(bad):
+    rewards, mask = normal(0, 3, 4), MASKS[:3]
+    assert not are_equivalent(rewards, rewards.at[0, 0].set(bad), mask).equivalent
+
+
+def test_verdicts_are_of_each_prompt():
+    rewards, mask = jnp.zeros((2, 2, 1)), jnp.ones((2, 2, 1), bool)
+    found = are_equivalent(rewards, jnp.array([[[1.0], [1.0]], [[1.0], [2.0]]]), mask)
+    np.testing.assert_array_equal(found.equivalent, [True, False])
+    np.testing.assert_array_equal(found.spread, [0.0, 1.0])
+    np.testing.assert_array_equal(found.potentials[0], [[-1.0], [-1.0]])
+
+
+# Preferences.
+
+
+def test_bradley_terry_by_hand():
+    # log sigma(0), log sigma(2) = -0.126928, log sigma(-2) = -2.126928
+    found = preference_log_prob(jnp.array([[1.0, 1.0], [3.0, 1.0], [-1.0, 1.0]]))
+    np.testing.assert_allclose(found, [-np.log(2), -0.126928, -2.126928], rtol=1e-5)
+
+
+def plackett_luce(returns):
+    """Product of softmaxes over what is left."""
+    u = np.asarray(returns, np.float64)
+    return sum(np.log(np.exp(u[k]) / np.exp(u[k:]).sum()) for k in range(len(u)))
+
+
+def test_plackett_luce_by_brute_force():
+    returns = 2 * normal(0, 4)
+    orders = np.array(list(permutations(range(4))))
+    found = preference_log_prob(returns[orders])
+    np.testing.assert_allclose(found, [plackett_luce(returns[order]) for order in orders], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(found).sum(), 1, rtol=1e-6)
+
+
+def test_absent_places_are_as_if_they_were_not_there():
+    returns = 2 * normal(0, 4)
+    present = np.array(list(product([False, True], repeat=4)))
+    found = preference_log_prob(jnp.broadcast_to(returns, (16, 4)), present)
+    expected = [plackett_luce(returns[row]) for row in present]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rankings_of_fewer_than_two_are_certain():
+    for returns, present in (
+        ([3.0], None),
+        ([jnp.nan, -1e30, jnp.inf], [False, True, False]),
+        ([jnp.nan, -1e30, jnp.inf], [False, False, False]),
+    ):
+        value, grad = preference_and_gradient(jnp.array(returns), present and jnp.array(present))
+        assert value == 0 and not grad.any()
+
+
+def test_preferences_do_not_know_a_common_shift():
+    returns = normal(0, 4)
+    (value, grad), (shifted, _) = preference_and_gradient(returns), preference_and_gradient(returns + 100)
+    np.testing.assert_allclose(shifted, value, rtol=1e-4)
+    np.testing.assert_allclose(grad.sum(), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("present", [(True, True, True), (True, True, False), (False, True, True), (True, False, True)])
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_huge_returns_have_finite_preferences_and_gradients(size, present):
+    for signs in product([-1.0, 0.0, 1.0], repeat=3):
+        value, grad = preference_and_gradient(size * jnp.array(signs), jnp.array(present))
+        left = np.compress(present, signs)
+        # In the limit each place costs the distance to the best that is left.
+        expected = -sum((left[k:].max() - left[k]) for k in range(len(left)))
+        np.testing.assert_allclose(value / size, expected, rtol=1e-5, atol=1e-3)
+        assert np.isfinite(grad).all() and not grad[~np.array(present)].any()
+
+
+# Divergences.
+
+
+def softmax(x):
+    e = np.exp(np.asarray(x, np.float64) - np.max(x, -1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def divergence(p, q):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(p > 0, p * (np.log(p) - np.log(q)), 0).sum(-1)
+
+
+def test_divergences_restated_in_float64():
+    pi, ref = softmax(LOGITS["logits"]), softmax(LOGITS["ref_logits"])
+    to, back = mdp.kl_to_reference(**LOGITS, mask=MASKS), mdp.kl_from_reference(**LOGITS, mask=MASKS)
+    np.testing.assert_allclose(to, np.where(MASKS, divergence(pi, ref), 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(back, np.where(MASKS, divergence(ref, pi), 0), rtol=1e-5, atol=1e-6)
+    assert (np.abs(to - back)[MASKS] > 1e-3).all()
+
+
+def test_divergences_by_hand():
+    # KL((3/4, 1/4) || (1/2, 1/2)) = 0.130812, KL((1/2, 1/2) || (3/4, 1/4)) = 0.143841
+    logits, ref, mask = jnp.log(jnp.array([[0.75, 0.25]])), jnp.zeros((1, 2)), jnp.array([True])
+    np.testing.assert_allclose(mdp.kl_to_reference(logits, ref, mask), [0.130812], rtol=1e-5)
+    np.testing.assert_allclose(mdp.kl_from_reference(logits, ref, mask), [0.143841], rtol=1e-5)
+
+
+def test_expected_rewards_of_the_reference_by_brute_force():
+    pi, ref = softmax(LOGITS["logits"]), softmax(LOGITS["ref_logits"])
+    expected = np.where(MASKS, (ref * 0.3 * (np.log(pi) - np.log(ref))).sum(-1), 0)
+    found = mdp.expected_reference_rewards(**LOGITS, mask=MASKS, beta=0.3)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert (found[MASKS] < 0).all()
+
+
+@pytest.mark.parametrize("name", ["kl_to_reference", "kl_from_reference", "expected_reference_rewards"])
+def test_at_the_reference_divergence_and_gradient_are_zero(name):
+    options = BETA if name.startswith("expected") else {}
+    ref = LOGITS["ref_logits"].at[..., 0].set(-jnp.inf)
+    shifted = ref + 3.0  # the same distribution
+    function = getattr(mdp, name)
+    np.testing.assert_array_equal(function(ref, ref, MASKS, **options), 0)
+    np.testing.assert_allclose(function(shifted, ref, MASKS, **options), 0, atol=1e-6)
+    grad = jax.jit(jax.grad(lambda x: function(x, ref, MASKS, **options).sum()))(ref)
+    np.testing.assert_allclose(grad, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["both", "first"])
+def test_tokens_that_are_ruled_out_add_nothing(where):
+    # KL(p || q): tokens with p = 0 have no part in it, whatever q says of them.
+    p, q = (x.at[..., 5].set(-jnp.inf) for x in LOGITS.values())
+    q = q if where == "both" else LOGITS["ref_logits"]
+    expected = np.where(MASKS, divergence(softmax(p), softmax(q)), 0)
+    np.testing.assert_allclose(mdp.kl_to_reference(p, q, MASKS), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mdp.kl_from_reference(q, p, MASKS), expected, rtol=1e-5, atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda p, q: mdp.kl_to_reference(p, q, MASKS).sum(), argnums=(0, 1)))
+    grads = gradient(p, q)
+    assert np.isfinite(grads).all() and not grads[0][..., 5].any()
+    # A very low logit stands for the same.
+    assert_same(grads, gradient(jnp.maximum(p, -1e4), jnp.maximum(q, -1e4)), rtol=1e-4, atol=1e-6)
+
+
+def test_divergence_is_infinite_where_the_other_rules_out_what_is_said():
+    logits, ref, mask = jnp.array([[0.0, -20.0]]), jnp.array([[0.0, -jnp.inf]]), jnp.array([True])
+    assert mdp.kl_to_reference(logits, ref, mask)[0] == jnp.inf
+    assert mdp.kl_from_reference(ref, logits, mask)[0] == jnp.inf
+    assert mdp.expected_reference_rewards(ref, logits, mask, beta=0.1)[0] == -jnp.inf
+
+
+def test_divergence_is_no_nan_where_a_probability_underflows():
+    logits, ref = jnp.array([[0.0, -200.0]]), jnp.array([[0.0, -jnp.inf]])
+    assert not jnp.isnan(mdp.kl_to_reference(logits, ref, jnp.array([True])))[0]
+
+
+def test_divergences_are_at_least_zero_near_the_reference():
+    ref = normal(0, 500, 100)
+    assert (mdp.kl_to_reference(ref + 1e-4 * normal(1, 500, 100), ref, jnp.ones(500, bool)) >= 0).all()
+
+
+# Steps.
+
+
+def test_step_rewards_by_hand():
+    rewards = jnp.array([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]])
+    mask = jnp.array([[True, True, False, True, True, True]])
+    ids = jnp.array([[0, 0, 0, 2, 3, -1]])
+    np.testing.assert_array_equal(mdp.step_rewards(rewards, mask, ids, num_steps=3), [[3.0, 0.0, 8.0]])
+    np.testing.assert_array_equal(mdp.step_rewards(rewards, mask, ids, num_steps=5), [[3.0, 0.0, 8.0, 16.0, 0.0]])
+    assert mdp.step_rewards(rewards, mask, ids, num_steps=0).shape == (1, 0)
+
+
+def test_steps_are_told_by_their_ids_in_any_order():
+    rewards, ids = jnp.array([1.0, 2.0, 4.0, 8.0]), jnp.array([2, 0, 2, 1])
+    np.testing.assert_array_equal(mdp.step_rewards(rewards, jnp.ones(4, bool), ids, num_steps=3), [2.0, 8.0, 5.0])
+
+
+def test_steps_sum_to_the_return():
+    rewards = normal(0, 5, 4)
+    steps = mdp.step_rewards(rewards, MASKS, STEP_IDS % 4, num_steps=4)
+    np.testing.assert_allclose(steps.sum(-1), jnp.where(MASKS, rewards, 0).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_broken_token_breaks_its_own_step_only():
+    steps = mdp.step_rewards(jnp.array([1.0, jnp.nan]), jnp.ones(2, bool), jnp.array([0, 1]), num_steps=3)
+    np.testing.assert_array_equal(steps, [1.0, jnp.nan, 0.0])
+
+
+def test_ids_under_the_mask_do_not_matter():
+    wild = jnp.where(MASKS, STEP_IDS, np.iinfo(np.int32).min)
+    rewards = normal(0, 5, 4)
+    np.testing.assert_array_equal(
+        mdp.step_rewards(rewards, MASKS, wild, num_steps=3), mdp.step_rewards(rewards, MASKS, STEP_IDS, num_steps=3)
+    )

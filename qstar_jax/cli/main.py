@@ -44,7 +44,9 @@ def _options_of(parser: ArgumentParser) -> list[str]:
 def _verb_parser(verb: str) -> Parser:
     options = VERBS[verb][0]
     parser = Parser(
-        usage=f"qstar {verb} [--config FILE.yaml] [--OPTION VALUE ...]", description=options.__doc__.split("\n\n")[0]
+        allow_abbrev=False,
+        usage=f"qstar {verb} [--config FILE.yaml] [--OPTION VALUE ...]",
+        description=options.__doc__.split("\n\n")[0],
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_class_arguments(options)
@@ -57,7 +59,9 @@ def _verb_parser(verb: str) -> Parser:
 def build_parser() -> Parser:
     """Builds the parser of all verbs."""
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
-    parser = Parser(prog="qstar", description="Train, read and search a language model as a Q-function.")
+    parser = Parser(
+        allow_abbrev=False, prog="qstar", description="Train, read and search a language model as a Q-function."
+    )
     parser.add_argument("--version", action="version", version=f"qstar_jax {__version__}")
     verbs = parser.add_subcommands(dest="verb", required=True)
     for verb, (_, summary) in VERBS.items():

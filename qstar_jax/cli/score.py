@@ -7,6 +7,7 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
+from qstar_jax import losses
 from qstar_jax.config import ScoreConfig
 from qstar_jax.data.loading import load_examples
 from qstar_jax.errors import InputError
@@ -62,7 +63,9 @@ def _reference_and_beta(config: ScoreConfig, policy: LoadedModel) -> tuple[str |
             "the model from which its training began"
         )
     options = policy.description.options if policy.description else {}
-    beta = config.beta if config.beta is not None else options.get("loss", {}).get("beta")
+    beta = config.beta
+    if beta is None and "loss" in options:
+        beta = losses.make_loss(**options["loss"]).beta
     if beta is None:
         raise InputError(f"{config.model} does not record a beta (only a DPO run does); give --beta, for instance 0.1")
     return source, beta

@@ -79,7 +79,7 @@ def _numbers(scores: mdp.TokenScores, beta: float) -> dict[str, tuple[float, ...
         "logp": scores.logp,
         "ref_logp": scores.ref_logp,
         "reward": mdp.implicit_rewards(scores.logp, scores.ref_logp, everywhere, beta=beta),
-        "q": mdp.q_values(scores.logp, scores.logz, beta=beta),
-        "v": mdp.state_values(scores.logz, beta=beta),
+        "q": mdp.q_values(scores.logp, scores.logz, everywhere, beta=beta),
+        "v": mdp.state_values(scores.logz, everywhere, beta=beta),
     }
     return {name: tuple(np.asarray(values).tolist()) for name, values in arrays.items()}

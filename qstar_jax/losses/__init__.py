@@ -1,4 +1,48 @@
-"""Losses on per-token log-probabilities: arrays and masks in, an unreduced loss for each row out."""
+"""Losses on per-token log-probabilities.
 
-from qstar_jax.losses.preference import dpo as dpo
-from qstar_jax.losses.supervised import negative_log_likelihood as negative_log_likelihood
+Every loss is a pure function of one form: arrays of token log-ratios (or log-probabilities) and a mask in, then hyper-
+parameters by keyword; out come the unreduced loss of each row and a `LossMetrics`. Answers lie along one axis: [..., 2,
+T], chosen first, or [..., R, T], best first. `make_loss` finds them by name.
+"""
+
+from qstar_jax.losses.answers import LossMetrics as LossMetrics
+from qstar_jax.losses.divergences import DIVERGENCES as DIVERGENCES
+from qstar_jax.losses.divergences import alpha_divergence as alpha_divergence
+from qstar_jax.losses.divergences import forward_kl as forward_kl
+from qstar_jax.losses.divergences import js_divergence as js_divergence
+from qstar_jax.losses.divergences import reverse_kl as reverse_kl
+from qstar_jax.losses.pairwise import discopop as discopop
+from qstar_jax.losses.pairwise import dpo_shift as dpo_shift
+from qstar_jax.losses.pairwise import dpop as dpop
+from qstar_jax.losses.pairwise import exo_pair as exo_pair
+from qstar_jax.losses.pairwise import hinge as hinge
+from qstar_jax.losses.pairwise import ipo as ipo
+from qstar_jax.losses.pairwise import ipo_sum as ipo_sum
+from qstar_jax.losses.pairwise import robust as robust
+from qstar_jax.losses.pairwise import sigmoid as sigmoid
+from qstar_jax.losses.pairwise import sigmoid_norm as sigmoid_norm
+from qstar_jax.losses.pointwise import apo_down as apo_down
+from qstar_jax.losses.pointwise import apo_zero as apo_zero
+from qstar_jax.losses.pointwise import bco_pair as bco_pair
+from qstar_jax.losses.pointwise import implicit_prm as implicit_prm
+from qstar_jax.losses.pointwise import kto as kto
+from qstar_jax.losses.pointwise import kto_baseline as kto_baseline
+from qstar_jax.losses.pointwise import nca_pair as nca_pair
+from qstar_jax.losses.pointwise import sppo_hard as sppo_hard
+from qstar_jax.losses.rankings import plackett_luce as plackett_luce
+from qstar_jax.losses.reference_free import cpl as cpl
+from qstar_jax.losses.reference_free import cpo as cpo
+from qstar_jax.losses.reference_free import negative_log_likelihood as negative_log_likelihood
+from qstar_jax.losses.reference_free import orpo as orpo
+from qstar_jax.losses.reference_free import sft as sft
+from qstar_jax.losses.reference_free import simpo as simpo
+from qstar_jax.losses.registry import LOSSES as LOSSES
+from qstar_jax.losses.registry import PreferenceLoss as PreferenceLoss
+from qstar_jax.losses.registry import make_loss as make_loss
+from qstar_jax.losses.token_level import tdpo1 as tdpo1
+from qstar_jax.losses.token_level import tdpo2 as tdpo2
+from qstar_jax.losses.token_level import tgdpo as tgdpo
+from qstar_jax.losses.transport import aot as aot
+from qstar_jax.losses.transport import aot_unpaired as aot_unpaired
+from qstar_jax.losses.weighting import desensitize_length as desensitize_length
+from qstar_jax.losses.weighting import wpo_weights as wpo_weights

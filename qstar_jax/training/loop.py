@@ -14,7 +14,9 @@ from qstar_jax.training.objectives import Metrics
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.step import TrainState
 
-LN2_TOLERANCE = 1e-3  # of the DPO loss at step 0: two compilations of one forward pass stay far below it
+START_TOLERANCE = (
+    1e-3  # of the first loss, relative if it is above 1: two compilations of one forward pass stay below it
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Loop:
         schedule: Learning rate at a step.
         step_flops: Mean counts of tokens a step -> model FLOPs of a step.
         peak_flops: FLOP/s of the hardware, or None where it is not known.
-        starts_at_ln2: Whether the loss at step 0 must be ln 2, since policy and reference are the same.
+        first_loss: What the loss at step 0 must be, since policy and reference are the same; None: anything.
         save: `(state, step)` writes a checkpoint.
         log: Where metrics go; None on all but the first process.
     """
@@ -43,7 +45,7 @@ class Loop:
     schedule: optax.Schedule
     step_flops: Callable[[dict[str, float]], float]
     peak_flops: float | None
-    starts_at_ln2: bool
+    first_loss: float | None
     save: Callable[[TrainState, int], None]
     log: RunLog | None
 
@@ -58,7 +60,7 @@ class Loop:
             The last training metrics; evaluation before step 0 (`before_eval_...`) and at the end (`eval_...`).
 
         Raises:
-            RuntimeError: If the DPO loss at step 0 is not ln 2.
+            RuntimeError: If the loss at step 0 is not `first_loss`.
             FloatingPointError: If the loss is not finite.
         """
         before = self._evaluate(state, 0) if start == 0 else {}
@@ -94,8 +96,8 @@ class Loop:
                 f"{' and '.join(broken)} in the {steps} step(s) up to step {step}; the last checkpoint is untouched. "
                 "A lower optimizer.learning_rate, more warmup_steps or compute.dtype float32 usually help"
             )
-        if step == 0 and self.starts_at_ln2:
-            check_starts_at_ln2(means)
+        if step == 0 and self.first_loss is not None:
+            check_first_loss(means, self.first_loss)
         means["learning_rate"] = float(self.schedule(step))
         means["epoch"] = (step + 1) * self.feeder.batch_size / len(self.feeder.dataset.examples)
         if seconds is not None:
@@ -120,18 +122,19 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_starts_at_ln2(metrics: dict[str, float]):
-    """Refuses a DPO run whose first loss is not ln 2, the loss of a policy that equals its reference.
+def check_first_loss(metrics: dict[str, float], expected: float):
+    """Refuses a run whose first loss is not that of a policy which equals its reference (of DPO, ln 2).
 
     Args:
         metrics: Metrics of step 0.
+        expected: That loss.
 
     Raises:
-        RuntimeError: If the loss is further than `LN2_TOLERANCE` from ln 2.
+        RuntimeError: If the loss is further than `START_TOLERANCE` from it.
     """
-    if abs(metrics["loss"] - math.log(2)) > LN2_TOLERANCE:
+    if abs(metrics["loss"] - expected) > START_TOLERANCE * max(expected, 1.0):
         raise RuntimeError(
-            f"the DPO loss at step 0 is {metrics['loss']:.6f}; expected ln 2 = {math.log(2):.6f}, because the policy "
+            f"the loss at step 0 is {metrics['loss']:.6f}; expected {expected:.6f}, because the policy "
             f"starts as its own reference and every reward is then 0 "
             f"(found: rewards/chosen {metrics['rewards/chosen']:.6f}, "
             f"rewards/rejected {metrics['rewards/rejected']:.6f}). Policy and reference differ in their parameters, "

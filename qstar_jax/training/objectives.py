@@ -4,6 +4,7 @@ A metric is a pair (sum, denominator), so that means over steps, batches of uneq
 """
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,16 @@ from jaxtyping import Array, Float
 from qstar_jax import losses, mdp
 from qstar_jax.config import LossOptions
 from qstar_jax.data.batches import Batch
+from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import response_logprobs, score_tokens
 
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 LossFn = Callable[[Params, Params | None, Batch], tuple[Float[Array, ""], Metrics]]
+
+# What a batch of pairs, the policy and its reference give a loss to read.
+_BATCH_ARRAYS = frozenset({"log_ratios", "logp", "ref_logp", "mask", "labels"})
 
 
 def sft_loss_fn(model: CausalLM) -> LossFn:
@@ -41,42 +46,83 @@ def sft_loss_fn(model: CausalLM) -> LossFn:
     return loss_fn
 
 
+def preference_loss(options: LossOptions) -> losses.PreferenceLoss:
+    """Builds the loss that the options name.
+
+    Args:
+        options: Names, weights and options of losses.
+
+    Returns:
+        The loss.
+
+    Raises:
+        InputError: If the options do not make a loss, or one that needs arrays which a training batch cannot give.
+    """
+    loss = losses.make_loss(**asdict(options))
+    unknown = sorted(loss.arrays - _BATCH_ARRAYS)
+    if unknown:
+        raise InputError(
+            f"loss.name {loss} needs {', '.join(unknown)}, which a batch of pairs does not give; "
+            "call it from a training loop of your own (qstar_jax.losses), or choose another loss"
+        )
+    return loss
+
+
+def resolve_loss(options: LossOptions) -> LossOptions:
+    """Fills in the defaults that the named loss has for options which are not set (each its own, in a list of losses).
+
+    Args:
+        options: Names, weights and options of losses.
+
+    Returns:
+        Options that say all of it, for the record; those of a list of losses as they are.
+
+    Raises:
+        InputError: See `preference_loss`.
+    """
+    loss = preference_loss(options)
+    return options if isinstance(options.name, list) else replace(options, **loss.options[0])
+
+
 def dpo_loss_fn(model: CausalLM, options: LossOptions) -> LossFn:
-    """Makes the token-level DPO loss, averaged over pairs.
+    """Makes a token-level preference loss, averaged over pairs.
 
     Args:
         model: The model; policy and reference have the same shape.
-        options: Temperature and label smoothing.
+        options: The loss and its options; DPO by default.
 
     Returns:
         `loss_fn(params, ref_params, batch) -> (loss, metrics)` on batches of (chosen, rejected), with metrics under
-        TRL's names. No gradient flows into `ref_params`.
+        TRL's names. No gradient flows into `ref_params`, which may be None where the loss has no reference.
+
+    Raises:
+        InputError: See `preference_loss`.
     """
+    loss = preference_loss(options)
 
     def loss_fn(params: Params, ref_params: Params | None, batch: Batch):
-        scores = score_tokens(model, params, ref_params, batch)
-        ratios = mdp.log_ratios(scores.logp, scores.ref_logp, batch.response_mask)
-        loss = losses.dpo(
-            ratios[:, 0],
-            ratios[:, 1],
-            batch.response_mask[:, 0],
-            batch.response_mask[:, 1],
-            beta=options.beta,
-            label_smoothing=options.label_smoothing,
-        )
+        # Rows that only fill up count as empty, for losses that look at the whole batch.
+        mask = batch.response_mask & (batch.weights > 0)[:, None, None]
+        arrays = {"mask": mask, "labels": jnp.broadcast_to(jnp.array([True, False]), mask.shape[:2])}
+        if loss.uses_reference:
+            scores = score_tokens(model, params, ref_params, batch)
+            ratios = mdp.log_ratios(scores.logp, scores.ref_logp, mask)
+            arrays |= {"logp": scores.logp, "ref_logp": scores.ref_logp, "log_ratios": ratios}
+        else:
+            arrays["logp"], _ = response_logprobs(model, params, batch)
+        values, record = loss(**{name: arrays[name] for name in loss.arrays})
         pairs = batch.weights.sum()
-        rewards = options.beta * jax.lax.stop_gradient(ratios).sum(-1)
-        logps = jax.lax.stop_gradient(scores.logp).sum(-1)
-        values = {
-            "loss": loss,
-            "rewards/chosen": rewards[:, 0],
-            "rewards/rejected": rewards[:, 1],
-            "rewards/margins": rewards[:, 0] - rewards[:, 1],
-            "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).astype(jnp.float32),
+        logps = jax.lax.stop_gradient(arrays["logp"]).sum(-1)
+        by_pair = {
+            "loss": values,
+            "rewards/chosen": record.rewards[:, 0],
+            "rewards/rejected": record.rewards[:, 1],
+            "rewards/margins": record.margins,
+            "rewards/accuracies": record.accuracies,
             "logps/chosen": logps[:, 0],
             "logps/rejected": logps[:, 1],
         }
-        metrics = {name: ((value * batch.weights).sum(), pairs) for name, value in values.items()}
+        metrics = {name: ((value * batch.weights).sum(), pairs) for name, value in by_pair.items()}
         return metrics["loss"][0] / jnp.maximum(pairs, 1), {**metrics, **_counts(batch)}
 
     return loss_fn

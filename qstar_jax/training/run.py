@@ -3,7 +3,7 @@
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.feeding import Evaluator, Feeder
 from qstar_jax.training.loop import Loop
-from qstar_jax.training.objectives import LossFn, dpo_loss_fn, sft_loss_fn
+from qstar_jax.training.objectives import LossFn, dpo_loss_fn, preference_loss, resolve_loss, sft_loss_fn
 from qstar_jax.training.run_log import RunLog
-from qstar_jax.training.setup import Start, build_state, describe, find_start
+from qstar_jax.training.setup import Start, build_state, describe, find_start, needs_reference
 from qstar_jax.training.step import TrainState, learning_rate_schedule, make_optimizer, make_train_step
 from qstar_jax.training.throughput import peak_flops, peak_memory_bytes
 
@@ -41,7 +41,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
 
     Raises:
         InputError: If the model, the data or the options cannot be used.
-        RuntimeError: If the DPO loss at step 0 is not ln 2.
+        RuntimeError: If the loss at step 0 is not that of a policy which equals its reference.
         FloatingPointError: If the loss is not finite.
     """
     began = time.perf_counter()
@@ -50,6 +50,12 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
     out = Path(config.out)
     if not config.data.train:
         raise InputError("--data.train is missing: name a JSONL or Parquet file, or a data set of the hub")
+    first_loss = None
+    if isinstance(config, DpoConfig):
+        config = replace(config, loss=resolve_loss(config.loss))
+        loss = preference_loss(config.loss)
+        first_loss = loss.loss_at_reference
+        console.print(f"loss: {loss}", markup=False, highlight=False, soft_wrap=True)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), CheckpointStore(out, config.train.keep_checkpoints) as store:
         start = find_start(config, store, mesh)
@@ -75,7 +81,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
                 schedule=learning_rate_schedule(config.optimizer, steps),
                 step_flops=partial(_step_flops, config, start.model, feeder),
                 peak_flops=peak_flops(jax.devices()),
-                starts_at_ln2=isinstance(config, DpoConfig),
+                first_loss=first_loss,
                 save=lambda state, step: store.save(step, state.params, state.opt_state, description),
                 log=log,
             )
@@ -124,7 +130,7 @@ def _evaluator(model: CausalLM, loss_fn: LossFn, feeder: Feeder, state: TrainSta
 
 
 def _step_flops(config: SftConfig | DpoConfig, model: CausalLM, feeder: Feeder, counts: dict[str, float]) -> float:
-    """Model FLOPs of a step: forward and backward of the policy, and the reference's forward pass."""
+    """Model FLOPs of a step: forward and backward of the policy, and forward of the reference if there is one."""
     rows = feeder.batch_size * len(feeder.dataset.examples[0].responses)
     forward = model.family.forward_flops(
         model.config,
@@ -132,4 +138,4 @@ def _step_flops(config: SftConfig | DpoConfig, model: CausalLM, feeder: Feeder, 
         scored_tokens=counts["count/scored_tokens"],
         context=counts["count/tokens"] / rows / 2,
     )
-    return forward * (4 if isinstance(config, DpoConfig) else 3)
+    return forward * (4 if needs_reference(config) else 3)

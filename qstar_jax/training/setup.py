@@ -22,6 +22,7 @@ from qstar_jax.loading import load_model, param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.sharding import tree_shardings
+from qstar_jax.training.objectives import preference_loss
 from qstar_jax.training.step import TrainState, make_optimizer
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
+def needs_reference(config: SftConfig | DpoConfig) -> bool:
+    """Whether the run's loss compares the policy with a reference."""
+    return isinstance(config, DpoConfig) and preference_loss(config.loss).uses_reference
+
+
 def describe(config: SftConfig | DpoConfig, start: Start) -> Description:
     """Collects what is stored beside the parameters."""
     verb = "dpo" if isinstance(config, DpoConfig) else "sft"
@@ -133,7 +139,7 @@ def build_state(
     abstract_params = abstract_with_shardings(model.abstract_params(), shardings)
     abstract_opt_state = jax.eval_shape(optimizer.init, abstract_params)
     opt_shardings = tree_shardings(abstract_opt_state, mesh, config.mesh, model.family.SHARDING_OVERRIDES)
-    wants_reference = isinstance(config, DpoConfig)
+    wants_reference = needs_reference(config)
     ref_params = None
     if start.params is None:
         abstract_opt_state = abstract_with_shardings(abstract_opt_state, opt_shardings)

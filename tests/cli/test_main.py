@@ -32,7 +32,7 @@ def test_options_reach_the_verb(seen):
     assert main([*BASE, "--loss.beta", "0.3", "--data.train=d.jsonl", "--mesh.fsdp", "2", "--train.seed=7"]) == 0
     config = seen[0]
     assert (config.model, config.out, config.loss.beta, config.mesh.fsdp, config.train.seed) == ("m", "o", 0.3, 2, 7)
-    assert config.data.train == "d.jsonl" and config.loss.label_smoothing == 0.0 and config.resume is False
+    assert config.data.train == "d.jsonl" and config.loss.label_smoothing is None and config.resume is False
 
 
 @pytest.mark.parametrize(("word", "value"), [("--resume", True), ("--resume=true", True), ("--resume=false", False)])

@@ -77,7 +77,7 @@ def test_run_folder_and_metric_names(dpo_run, metric_lines):
 def test_config_yaml_is_the_resolved_configuration(dpo_run, hf_folder):
     config = yaml.safe_load((dpo_run[0] / "config.yaml").read_text())
     assert config["model"] == str(hf_folder) and config["train"]["batch_size"] == 8
-    assert config["loss"] == {"beta": 0.1, "label_smoothing": 0.0}
+    assert config["loss"]["name"] == "sigmoid" and config["loss"]["beta"] == 0.1
     assert read_description(find_checkpoint(dpo_run[0])).options == config
 
 
@@ -247,7 +247,7 @@ def test_a_policy_that_is_not_its_reference_is_refused(make_config, tiny_train, 
         return TrainState(state.step, state.params, state.opt_state, jax.tree.map(lambda x: x * 1.1, state.ref_params))
 
     monkeypatch.setattr(run_module, "build_state", build_state)
-    with pytest.raises(RuntimeError, match=r"DPO loss at step 0 is .*expected ln 2.*rewards/chosen.*dropout"):
+    with pytest.raises(RuntimeError, match=r"the loss at step 0 is .*expected 0\.693147.*rewards/chosen.*dropout"):
         tiny_train(make_config(tmp_path / "run"))
     assert find_checkpoint(tmp_path / "run") is None
 
@@ -328,6 +328,22 @@ def test_options_of_data_and_order_change_the_batches(prepared):
 
 def test_zero_steps_mean_once_through_the_rows(prepared):
     assert prepared(train={"steps": 0}).steps == 5 and prepared(train={"steps": 0, "batch_size": 16}).steps == 3
+
+
+def test_a_loss_without_a_reference_keeps_none(make_config, tiny_train, tmp_path, eval_file, metric_lines):
+    out = tmp_path / "run"
+    loss = LossOptions(name="simpo")
+    summary = tiny_train(make_config(out, loss=loss, data={"eval": str(eval_file)}, train={"save_every": 0}))
+    assert not (out / "reference").exists() and summary["eval_loss"] != summary["before_eval_loss"]
+    training = [line["loss"] for line in metric_lines(out) if "loss" in line]
+    assert training[-1] < training[0]  # the batch of step 5 is that of step 0: five batches are an epoch
+    resolved = yaml.safe_load((out / "config.yaml").read_text())["loss"]
+    assert (resolved["beta"], resolved["gamma"], resolved["tau"]) == (2.0, 0.5, None)
+
+
+def test_a_loss_that_cannot_be_made_is_refused_before_anything_is_read(make_config, tiny_train, tmp_path):
+    with pytest.raises(InputError, match=r"hinge does not use 'gamma'"):
+        tiny_train(replace(make_config(tmp_path / "run", loss=LossOptions(name="hinge", gamma=1.0)), model="nowhere"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,13 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qstar_jax import losses, mdp
 from qstar_jax.config import LossOptions, MeshOptions, OptimizerOptions
+from qstar_jax.errors import InputError
 from qstar_jax.loading import param_shardings
-from qstar_jax.scoring import response_logprobs
+from qstar_jax.scoring import response_logprobs, score_tokens
 from qstar_jax.sharding import BATCH, make_mesh, tree_shardings
-from qstar_jax.training.objectives import dpo_loss_fn, sft_loss_fn
+from qstar_jax.training.objectives import dpo_loss_fn, resolve_loss, sft_loss_fn
 from qstar_jax.training.step import TrainState, learning_rate_schedule, make_optimizer, make_train_step
 
 # AdamW's first step is g / (|g| + eps): with a tiny eps the sign of gradients that are only rounding decides, and no
@@ -168,11 +170,69 @@ def test_sft_is_the_mean_over_tokens_and_not_over_answers(tiny_model, tiny_param
     np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], loss, rtol=1e-6)
 
 
-@pytest.mark.parametrize("options", [LossOptions(beta=0.2), LossOptions(label_smoothing=0.2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        LossOptions(beta=0.2),
+        LossOptions(label_smoothing=0.2),
+        LossOptions(ld_alpha=0.2),
+        LossOptions(divergence="forward_kl"),
+        LossOptions(name="ipo"),
+        LossOptions(name=["sigmoid", "sft"], weights=[1.0, 0.1]),
+    ],
+    ids=str,
+)
 def test_options_of_the_loss_change_it(options, tiny_model, tiny_params, ref_params, batch):
     plain, _ = jax.jit(dpo_loss_fn(tiny_model, LossOptions()))(tiny_params, ref_params, batch)
     other, _ = jax.jit(dpo_loss_fn(tiny_model, options))(tiny_params, ref_params, batch)
     assert abs(float(plain) - float(other)) > 1e-3
+
+
+TRAINABLE = [name for name in losses.LOSSES if name not in ("kto", "tdpo1", "tdpo2", "tgdpo")]
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_every_loss_is_what_it_says_of_the_scores_of_a_batch(name, tiny_model, tiny_params, ref_params, batch):
+    loss, metrics = dpo_loss_fn(tiny_model, LossOptions(name=name))(tiny_params, ref_params, batch)
+    scores = score_tokens(tiny_model, tiny_params, ref_params, batch)
+    known = {
+        "logp": scores.logp,
+        "ref_logp": scores.ref_logp,
+        "log_ratios": mdp.log_ratios(scores.logp, scores.ref_logp, batch.response_mask),
+        "mask": batch.response_mask,
+        "labels": jnp.tile(jnp.array([True, False]), (8, 1)),
+    }
+    known = {array: values[:6] for array, values in known.items()}  # the last two rows only fill up
+    bound = losses.make_loss(name)
+    expected, record = bound(**{array: known[array] for array in bound.arrays})
+    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)
+    total, pairs = metrics["rewards/margins"]
+    np.testing.assert_allclose(total / pairs, record.margins.mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo", ["cpo", "sft"]])
+def test_losses_without_a_reference_do_not_ask_for_one(name, tiny_model, tiny_params, batch):
+    loss, metrics = dpo_loss_fn(tiny_model, LossOptions(name=name))(tiny_params, None, batch)
+    assert np.isfinite(loss) and "rewards/accuracies" in metrics
+
+
+@pytest.mark.parametrize(("name", "array"), [("kto", "baseline"), ("tdpo2", "kl"), ("tgdpo", "guide_rewards")])
+def test_a_loss_that_reads_more_than_a_batch_gives_is_refused(name, array, tiny_model):
+    with pytest.raises(InputError, match=rf"{name}.* needs {array}.*choose another"):
+        dpo_loss_fn(tiny_model, LossOptions(name=name))
+
+
+def test_the_options_are_those_of_the_registry():
+    combining = {"name", "weights", "ld_alpha"}
+    of_losses = {option for name in TRAINABLE for option in losses.make_loss(name).options[0]}
+    assert {field.name for field in fields(LossOptions)} == combining | of_losses
+
+
+def test_defaults_of_the_loss_are_filled_in_for_the_record():
+    resolved = resolve_loss(LossOptions(name="simpo", gamma=1.0))
+    assert (resolved.beta, resolved.gamma, resolved.label_smoothing, resolved.tau) == (2.0, 1.0, 0.0, None)
+    mixture = LossOptions(name=["sigmoid", "sft"])  # one default for two losses would be wrong
+    assert resolve_loss(mixture) == mixture
 
 
 def rates(steps=10, **options):

@@ -1,0 +1,34 @@
+"""Losses of rankings with any number of answers."""
+
+from jaxtyping import Array, Bool, Float, ScalarLike
+
+from qstar_jax.losses.answers import LossMetrics, answer_sums, record
+from qstar_jax.mdp import preference_log_prob
+
+
+def plackett_luce(
+    log_ratios: Float[Array, "*B R T"],
+    mask: Bool[Array, "*B R T"],
+    present: Bool[Array, "*B R"] | None = None,
+    *,
+    beta: ScalarLike = 0.1,
+) -> tuple[Float[Array, "*B"], LossMetrics]:
+    """DPO over rankings: -log of the probability that the implicit rewards rank the answers as given (Plackett-Luce).
+
+    -sum_k [u_k - log sum_{j >= k} exp(u_j)], u_k = beta * sum_t log-ratio_t of the answer in place k; for two answers
+    it is `sigmoid`.
+
+    Args:
+        log_ratios: Token log-ratios of the answers, best first, in nats. Shape [..., R, T].
+        mask: True at the answers' tokens. Shape [..., R, T].
+        present: False for places that are not filled; None: all are. Shape [..., R].
+        beta: Temperature, in reward a nat.
+
+    Returns:
+        Loss of each ranking, in nats, shape [...], and its metrics.
+
+    References:
+        arXiv 2305.18290, App. A.3; arXiv 2404.12358, Theorem 1.
+    """
+    rewards = beta * answer_sums(log_ratios, mask)
+    return -preference_log_prob(rewards, present), record(rewards)

@@ -1,0 +1,211 @@
+"""Losses on the policy's own log-probabilities, without a reference.
+
+Shapes: log-probabilities and masks are [..., 2, T], the chosen answer first. |y| are lengths in tokens, sigma is the
+logistic function.
+"""
+
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, ScalarLike
+
+from qstar_jax.losses.answers import LossMetrics, answer_means, answer_sums, pair, record, smoothed_log_loss
+
+Normalization = Literal["batch_tokens", "answer_tokens", "none"]
+Cloned = Literal["all", "chosen"]
+
+
+def negative_log_likelihood(
+    logp: Float[Array, "*B T"], mask: Bool[Array, "*B T"], *, normalize: Normalization = "none"
+) -> Float[Array, "*B"]:
+    """Negative log-likelihood -sum_t log pi(a_t | s_t) of each answer.
+
+    Args:
+        logp: Policy log-probabilities, in nats. Shape [..., T].
+        mask: True at response tokens. Shape [..., T].
+        normalize: `none`: the sum; `answer_tokens`: the mean over the answer's tokens; `batch_tokens`: scaled so that
+            the mean over all answers that have tokens is the mean over all their tokens (the usual cross-entropy).
+
+    Returns:
+        In nats (nats a token where normalised). Shape [...]; 0 for an empty answer.
+
+    Raises:
+        ValueError: If `normalize` is none of the three.
+    """
+    if normalize not in ("batch_tokens", "answer_tokens", "none"):
+        raise ValueError(f"normalize {normalize!r} is unknown; choose batch_tokens, answer_tokens or none")
+    if normalize == "answer_tokens":
+        return -answer_means(logp, mask)
+    total = -answer_sums(logp, mask)
+    if normalize == "none":
+        return total
+    return total * mask.any(-1).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def sft(
+    logp: Float[Array, "*B 2 T"], mask: Bool[Array, "*B 2 T"], *, normalize: Normalization = "batch_tokens"
+) -> tuple[Float[Array, "*B"], LossMetrics]:
+    """Cross-entropy of the chosen answer: the imitation term of RPO and MPO.
+
+    Elsewhere: TRL's `sft` (once `rpo_alpha`) averages over the tokens of the batch, as the default here; OpenRLHF's
+    `nll_loss_coef` and LLaMA-Factory's `pref_ftx` do the same; RPO's paper averages over each answer (`answer_tokens`).
+
+    Args:
+        logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
+        mask: True at the answers' tokens. Shape [..., 2, T].
+        normalize: See `negative_log_likelihood`.
+
+    Returns:
+        Loss of each pair, shape [...], and its metrics, whose rewards are log-likelihoods of answers.
+
+    References:
+        Pang et al., "Iterative reasoning preference optimization", arXiv 2404.19733, Eq. 1.
+    """
+    loss = negative_log_likelihood(logp[..., 0, :], mask[..., 0, :], normalize=normalize)
+    return loss, record(answer_sums(logp, mask))
+
+
+def simpo(
+    logp: Float[Array, "*B 2 T"],
+    mask: Bool[Array, "*B 2 T"],
+    *,
+    beta: ScalarLike = 2.0,
+    gamma: ScalarLike = 0.5,
+    label_smoothing: ScalarLike = 0.0,
+) -> tuple[Float[Array, "*B"], LossMetrics]:
+    """Simple preference optimisation: -log sigma(beta (log pi_w / |y_w| - log pi_l / |y_l|) - gamma).
+
+    Elsewhere: TRL's `simpo_gamma` is this gamma; SimPO's own code sets gamma / beta (0.25 by default). `cpo` plus this
+    one is CPO-SimPO: make a mixture of `simpo` and `sft`.
+
+    Args:
+        logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
+        mask: True at the answers' tokens. Shape [..., 2, T].
+        beta: Scale of the rewards, a nat a token.
+        gamma: Margin by which the chosen answer should win, in reward.
+        label_smoothing: eps, the probability that a label is flipped, in [0, 0.5).
+
+    Returns:
+        Loss of each pair, in nats, shape [...], and its metrics, whose rewards are beta * mean_t log pi.
+
+    References:
+        Meng et al., "SimPO: simple preference optimization with a reference-free reward", arXiv 2405.14734, Eq. 6.
+    """
+    rewards = beta * answer_means(logp, mask)
+    chosen, rejected = pair(rewards)
+    return smoothed_log_loss(chosen - rejected - gamma, label_smoothing), record(rewards)
+
+
+def cpo(
+    logp: Float[Array, "*B 2 T"],
+    mask: Bool[Array, "*B 2 T"],
+    *,
+    beta: ScalarLike = 0.1,
+    label_smoothing: ScalarLike = 0.0,
+    nll_weight: ScalarLike = 1.0,
+    normalize: Normalization = "batch_tokens",
+) -> tuple[Float[Array, "*B"], LossMetrics]:
+    """Contrastive preference optimisation: -log sigma(beta (log pi_w - log pi_l)) plus the chosen answer's NLL.
+
+    Elsewhere: TRL's `cpo_alpha` is `nll_weight`, and averages the NLL over the batch's tokens, as the default here.
+
+    Args:
+        logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
+        mask: True at the answers' tokens. Shape [..., 2, T].
+        beta: Temperature, in reward a nat.
+        label_smoothing: eps, the probability that a label is flipped, in [0, 0.5).
+        nll_weight: Weight of the negative log-likelihood.
+        normalize: Of the negative log-likelihood, see there.
+
+    Returns:
+        Loss of each pair, in nats, shape [...], and its metrics, whose rewards are beta * log pi.
+
+    References:
+        Xu et al., "Contrastive preference optimization", arXiv 2401.08417, Eq. 6.
+    """
+    rewards = beta * answer_sums(logp, mask)
+    chosen, rejected = pair(rewards)
+    nll = negative_log_likelihood(logp[..., 0, :], mask[..., 0, :], normalize=normalize)
+    return smoothed_log_loss(chosen - rejected, label_smoothing) + nll_weight * nll, record(rewards)
+
+
+def orpo(
+    logp: Float[Array, "*B 2 T"],
+    mask: Bool[Array, "*B 2 T"],
+    *,
+    odds_weight: ScalarLike = 0.1,
+    normalize: Normalization = "batch_tokens",
+) -> tuple[Float[Array, "*B"], LossMetrics]:
+    """Odds ratio preference optimisation: NLL of the chosen answer - lambda log sigma(log odds_w - log odds_l).
+
+    log odds = log p - log(1 - p), with p the geometric mean of the answer's token probabilities.
+
+    Elsewhere: TRL calls lambda `beta` and takes the NLL over the prompt too; here it is of the answer alone.
+
+    Args:
+        logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
+        mask: True at the answers' tokens. Shape [..., 2, T].
+        odds_weight: lambda; the paper's 0.1.
+        normalize: Of the negative log-likelihood, see there.
+
+    Returns:
+        Loss of each pair, in nats, shape [...], and its metrics, whose rewards are lambda * mean_t log pi.
+
+    References:
+        Hong et al., "ORPO: monolithic preference optimization without reference model", arXiv 2403.07691, Eq. 6 and 7.
+    """
+    means = answer_means(logp, mask)
+    # An empty answer has p = 1 and infinite odds; so has, in float32, one of which the model is sure.
+    uncertain = jnp.minimum(means, -1e-6)
+    chosen, rejected = pair(uncertain - jnp.log(-jnp.expm1(uncertain)))
+    nll = negative_log_likelihood(logp[..., 0, :], mask[..., 0, :], normalize=normalize)
+    return nll - odds_weight * jax.nn.log_sigmoid(chosen - rejected), record(odds_weight * means)
+
+
+def cpl(
+    logp: Float[Array, "*B 2 T"],
+    mask: Bool[Array, "*B 2 T"],
+    *,
+    beta: ScalarLike = 0.1,
+    bias: ScalarLike = 0.5,
+    discount: ScalarLike = 1.0,
+    bc_weight: ScalarLike = 0.0,
+    bc_data: Cloned = "all",
+) -> tuple[Float[Array, "*B"], LossMetrics]:
+    """Contrastive preference learning: -log sigma(A_w - lambda A_l), A = sum_t gamma^t alpha log pi(a_t | s_t).
+
+    Regret instead of reward explains the preferences. With log-ratios in place of `logp` it is CPL-KL, and with lambda
+    = gamma = 1 then DPO. The behaviour-cloning term adds the mean of -log pi over the tokens of the pair.
+
+    Args:
+        logp: Token log-probabilities of the policy (or log-ratios), in nats. Shape [..., 2, T].
+        mask: True at the segments' steps. Shape [..., 2, T].
+        beta: alpha, the temperature of the advantage alpha log pi; the paper's 0.1.
+        bias: lambda in (0, 1], conservative where below 1; the paper's 0.5.
+        discount: gamma in (0, 1]; the paper's code has 1.
+        bc_weight: Weight of behaviour cloning.
+        bc_data: Whether it imitates both segments or the chosen one.
+
+    Returns:
+        Loss of each pair, in nats, shape [...], and its metrics, whose rewards are the sums A.
+
+    Raises:
+        ValueError: If `bc_data` is neither.
+
+    References:
+        Hejna et al., "Contrastive preference learning: learning from human feedback without RL", arXiv 2310.13639,
+        Eq. 5 and 6.
+    """
+    if bc_data not in ("all", "chosen"):
+        raise ValueError(f"bc_data {bc_data!r} is unknown; choose all or chosen")
+    chex.assert_equal_shape([logp, mask])
+    times = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+    advantages = answer_sums(discount**times * beta * jnp.where(mask, logp, 0.0), mask)
+    chosen, rejected = pair(advantages)
+    imitated = slice(None) if bc_data == "all" else slice(1)
+    cloned = mask[..., imitated, :]
+    total = jnp.where(cloned, logp[..., imitated, :], 0.0).sum((-1, -2))
+    cloning = -total / jnp.maximum(cloned.sum((-1, -2)), 1)
+    return -jax.nn.log_sigmoid(chosen - bias * rejected) + bc_weight * cloning, record(advantages)

@@ -1,0 +1,378 @@
+"""The token MDP small enough to print: a tree of all responses to one prompt, solved exactly.
+
+It is the oracle against which the rest of the library is tested, and a place to see the paper's claims with one's own
+eyes. States are numbered breadth-first, so tables of state and token are arrays [S, V] and tables of states [S]; state
+0 is the prompt. Functions are pure, take a `TokenTree` as a static argument, and compute in the precision of their
+inputs: wrap them in `with jax.enable_x64(True):` for float64.
+
+Examples:
+    A reward for one token, two tokens deep, learned back from comparisons of whole answers:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from qstar_jax import tabular
+    >>> tree = tabular.TokenTree(vocabulary=2, depth=2)
+    >>> tree.states
+    ((), (0,), (1,))
+    >>> tree.paths.tokens.tolist()
+    [[0, 0], [0, 1], [1, 0], [1, 1]]
+    >>> with jax.enable_x64(True):
+    ...     rewards = jnp.zeros(tree.shape).at[1, 0].set(1.0)  # after token 0, token 0 is worth 1
+    ...     ref_logp = jnp.full(tree.shape, -jnp.log(2.0))
+    ...     solution = tabular.soft_value_iteration(tree, rewards, ref_logp, beta=1.0)
+    ...     labels = tabular.preference_table(tabular.path_sums(tree, rewards))
+    ...     fit = tabular.fit_dpo(tree, labels, ref_logp, beta=1.0)
+    ...     learned = jax.nn.log_softmax(fit.logits[-1]) - ref_logp
+    >>> solution.v.round(3).tolist()
+    [0.357, 0.62, 0.0]
+    >>> learned.round(3).tolist()  # the advantages r + V(s') - V(s) of every token
+    [[0.263, -0.357], [0.38, -0.62], [0.0, 0.0]]
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise, permutations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, ScalarLike
+
+from qstar_jax import losses, mdp
+
+MAX_EDGES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every complete response of a tree, in lexical order; numpy arrays.
+
+    Attributes:
+        tokens: Tokens, 0 after the end. Shape [N, T].
+        states: State in which each token is chosen, 0 after the end. Shape [N, T].
+        mask: True at tokens of the response. Shape [N, T].
+    """
+
+    tokens: np.ndarray
+    states: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """All responses of at most `depth` tokens to one prompt; those that end early end with `eos`.
+
+    A response of `depth` tokens is complete too: the horizon is an end of the MDP, with value 0 behind it.
+
+    Attributes:
+        vocabulary: V, the number of tokens.
+        depth: T, the longest response, in tokens.
+        eos: Token that ends a response; None: all responses have `depth` tokens.
+
+    Raises:
+        ValueError: If a number is out of its range, or the tree has more than a million edges.
+    """
+
+    vocabulary: int
+    depth: int
+    eos: int | None = None
+
+    def __post_init__(self):
+        """Checks the numbers before anything is enumerated."""
+        if self.vocabulary < 1 or self.depth < 1:
+            raise ValueError(f"vocabulary {self.vocabulary} and depth {self.depth} must be at least 1")
+        if self.eos is not None and not 0 <= self.eos < self.vocabulary:
+            raise ValueError(f"eos {self.eos} is no token of a vocabulary of {self.vocabulary}")
+        branches = self.vocabulary - (self.eos is not None)
+        edges = self.vocabulary * sum(branches**level for level in range(self.depth))
+        if edges > MAX_EDGES:
+            raise ValueError(f"a tree of {edges} edges is too large to solve as a table; at most {MAX_EDGES}")
+
+    @cached_property
+    def states(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens that lead to each state that is not terminal, breadth-first."""
+        levels = [[()]]
+        tokens = [token for token in range(self.vocabulary) if token != self.eos]
+        for _ in range(self.depth - 1):
+            levels.append([(*state, token) for state in levels[-1] for token in tokens])
+        return tuple(state for level in levels for state in level)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(S, V), the shape of a table of state and token."""
+        return len(self.states), self.vocabulary
+
+    @cached_property
+    def children(self) -> np.ndarray:
+        """State to which each token leads, S for terminal states. Shape [S, V], integers."""
+        index = {state: i for i, state in enumerate(self.states)}
+        terminal = len(self.states)
+        # EOS and the last token lead to no state of the list.
+        return np.array(
+            [[index.get((*state, token), terminal) for token in range(self.vocabulary)] for state in self.states]
+        )
+
+    @cached_property
+    def levels(self) -> tuple[slice, ...]:
+        """The states of each depth: consecutive numbers, from the root down."""
+        depths = np.array([len(state) for state in self.states])
+        bounds = np.searchsorted(depths, np.arange(self.depth + 1))
+        return tuple(slice(int(a), int(b)) for a, b in pairwise(bounds))
+
+    @cached_property
+    def paths(self) -> Paths:
+        """Every complete response."""
+        index = {state: i for i, state in enumerate(self.states)}
+        ends = [
+            (*self.states[s], token) for s, token in zip(*np.nonzero(self.children == len(self.states)), strict=True)
+        ]
+        ends = [tuple(int(token) for token in path) for path in sorted(ends)]
+        tokens, states = np.zeros((2, len(ends), self.depth), np.int32)
+        mask = np.zeros((len(ends), self.depth), bool)
+        for n, path in enumerate(ends):
+            tokens[n, : len(path)], mask[n, : len(path)] = path, True
+            states[n, : len(path)] = [index[path[:t]] for t in range(len(path))]
+        return Paths(tokens, states, mask)
+
+    @cached_property
+    def _shaping(self) -> np.ndarray:
+        """Matrix D [S * V, S] with (D Phi)(s, a) = Phi(s') - Phi(s), Phi 0 in terminal states."""
+        states, tokens = self.shape
+        matrix = np.zeros((states, tokens, states + 1))
+        s, a = np.indices(self.shape)
+        matrix[s, a, s] -= 1.0
+        matrix[s, a, self.children] += 1.0
+        return matrix[..., :-1].reshape(states * tokens, states)
+
+    @cached_property
+    def _potential_of(self) -> np.ndarray:
+        """Pseudo-inverse of `_shaping` [S, S * V]; the rank is full, since the end of every path is fixed."""
+        return np.linalg.pinv(self._shaping)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SoftSolution:
+    """The optimum of the KL-regularised (maximum-entropy) problem of Eq. 2.
+
+    Attributes:
+        q: Q*(s, a) in the paper's convention. Shape [S, V].
+        v: V*(s). Shape [S].
+        log_policy: log pi*(a | s) = (Q* - V*) / beta, in nats. Shape [S, V].
+    """
+
+    q: Float[Array, "S V"]
+    v: Float[Array, " S"]
+    log_policy: Float[Array, "S V"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DpoFit:
+    """What DPO learned, step by step; entry 0 is the start.
+
+    Attributes:
+        losses: Population loss, in nats. Shape [K].
+        logits: Logits of the policy. Shape [K, S, V].
+    """
+
+    losses: Float[Array, " K"]
+    logits: Float[Array, "K S V"]
+
+
+def soft_value_iteration(
+    tree: TokenTree, rewards: Float[Array, "S V"], ref_logp: Float[Array, "S V"], *, beta: ScalarLike
+) -> SoftSolution:
+    """Solves the MDP exactly, from the leaves to the root (Eq. 5, 6 and 7).
+
+    Args:
+        tree: The tree.
+        rewards: r(s, a). Shape [S, V].
+        ref_logp: log pi_ref(a | s), in nats. Shape [S, V].
+        beta: Temperature, in reward a nat.
+
+    Returns:
+        Q*, V* and the optimal policy.
+    """
+    bonus = rewards + beta * ref_logp
+    values = jnp.zeros(tree.shape[0] + 1, bonus.dtype)  # the last entry is every terminal state's
+    for level in reversed(tree.levels):
+        q = bonus[level] + values[tree.children[level]]
+        values = values.at[level].set(beta * jax.nn.logsumexp(q / beta, axis=-1))
+    q = bonus + values[tree.children]
+    return SoftSolution(q=q, v=values[:-1], log_policy=(q - values[:-1, None]) / beta)
+
+
+def rewards_of_q(
+    tree: TokenTree, q: Float[Array, "S V"], ref_logp: Float[Array, "S V"], *, beta: ScalarLike
+) -> Float[Array, "S V"]:
+    """The one reward whose optimal Q-function is `q`: r = Q - beta * log pi_ref - V(s') (Lemma 1, the way back).
+
+    Args:
+        tree: The tree.
+        q: Any table of numbers. Shape [S, V].
+        ref_logp: log pi_ref(a | s), in nats. Shape [S, V].
+        beta: Temperature, in reward a nat.
+
+    Returns:
+        Rewards. Shape [S, V].
+    """
+    values = jnp.append(beta * jax.nn.logsumexp(q / beta, axis=-1), 0.0)
+    return q - beta * ref_logp - values[tree.children]
+
+
+def on_paths(tree: TokenTree, table: Float[Array, "S V"]) -> Float[Array, "N T"]:
+    """Reads a table of state and token along every response; 0 after the end.
+
+    Args:
+        tree: The tree.
+        table: r, Q, log pi, ... Shape [S, V].
+
+    Returns:
+        What the functions of `mdp` and `losses` take, with `tree.paths.mask`. Shape [N, T].
+    """
+    paths = tree.paths
+    return jnp.where(paths.mask, table[paths.states, paths.tokens], 0.0)
+
+
+def states_on_paths(tree: TokenTree, values: Float[Array, " S"]) -> Float[Array, "N T"]:
+    """Reads a table of states along every response, at the states in which tokens are chosen; 0 after the end.
+
+    Args:
+        tree: The tree.
+        values: V, Phi, ... Shape [S].
+
+    Returns:
+        Values. Shape [N, T].
+    """
+    paths = tree.paths
+    return jnp.where(paths.mask, values[paths.states], 0.0)
+
+
+def path_sums(tree: TokenTree, table: Float[Array, "S V"]) -> Float[Array, " N"]:
+    """Sums a table along every response: returns of rewards, log-probabilities of a log-policy.
+
+    Args:
+        tree: The tree.
+        table: r or log pi. Shape [S, V].
+
+    Returns:
+        A number for each response. Shape [N].
+    """
+    return on_paths(tree, table).sum(-1)
+
+
+def preference_table(returns: Float[Array, " N"]) -> Float[Array, "N N"]:
+    """Exact Bradley-Terry labels: entry (i, j) is the probability that response i is preferred to j (Eq. 1).
+
+    Args:
+        returns: Return of each response. Shape [N].
+
+    Returns:
+        Probabilities. Shape [N, N].
+    """
+    return jax.nn.sigmoid(returns[:, None] - returns[None, :])
+
+
+def ranking_table(returns: Float[Array, " N"], *, size: int) -> tuple[Int[np.ndarray, "M R"], Float[Array, " M"]]:
+    """Exact Plackett-Luce labels: every ordered choice of `size` responses, and the probability of that order.
+
+    Args:
+        returns: Return of each response. Shape [N].
+        size: R, responses in a ranking.
+
+    Returns:
+        (rankings, probabilities): indices of responses, best first, shape [M, R]; and the probability that these R
+        responses are ranked so, shape [M]. Those of the same R responses sum to 1.
+    """
+    rankings = np.array(list(permutations(range(len(returns)), size)), np.int32).reshape(-1, size)
+    return rankings, jnp.exp(mdp.preference_log_prob(returns[rankings]))
+
+
+def population_dpo_loss(
+    tree: TokenTree,
+    logits: Float[Array, "S V"],
+    preferences: Float[Array, "N N"],
+    ref_logp: Float[Array, "S V"],
+    *,
+    beta: ScalarLike,
+) -> Float[Array, ""]:
+    """DPO's expected loss over all pairs of different responses, with their exact label probabilities.
+
+    Args:
+        tree: The tree.
+        logits: Logits of the policy. Shape [S, V].
+        preferences: Entry (i, j) is the probability that i is preferred to j. Shape [N, N].
+        ref_logp: log pi_ref(a | s), in nats. Shape [S, V].
+        beta: Temperature, in reward a nat.
+
+    Returns:
+        Mean loss, in nats. A scalar.
+    """
+    ratios = path_sums(tree, jax.nn.log_softmax(logits) - ref_logp)
+    chosen, rejected = jnp.broadcast_arrays(ratios[:, None], ratios[None, :])
+    pairs = jnp.stack([chosen, rejected], axis=-1)[..., None]  # each answer's sum as its one token
+    loss, _ = losses.sigmoid(pairs, jnp.ones(pairs.shape, bool), beta=beta)
+    different = ~np.eye(len(ratios), dtype=bool)
+    return jnp.where(different, preferences * loss, 0.0).sum() / max(different.sum() / 2, 1)
+
+
+def fit_dpo(
+    tree: TokenTree,
+    preferences: Float[Array, "N N"],
+    ref_logp: Float[Array, "S V"],
+    *,
+    beta: ScalarLike,
+    steps: int = 200,
+) -> DpoFit:
+    """Trains a tabular policy by DPO on the population loss, from its reference on, with L-BFGS.
+
+    It sees which of two whole responses is preferred, and nothing of single tokens.
+
+    Args:
+        tree: The tree.
+        preferences: Entry (i, j) is the probability that i is preferred to j (`preference_table`). Shape [N, N].
+        ref_logp: log pi_ref(a | s), in nats: the reference, and the first policy. Shape [S, V].
+        beta: Temperature, in reward a nat.
+        steps: Steps of L-BFGS; after convergence they change nothing.
+
+    Returns:
+        Losses and logits before each step and after the last; K = steps + 1.
+    """
+
+    def loss_fn(logits):
+        return population_dpo_loss(tree, logits, preferences, ref_logp, beta=beta)
+
+    optimizer = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss_fn)
+
+    def step(carry, _):
+        logits, state = carry
+        value, grad = value_and_grad(logits, state=state)
+        updates, state = optimizer.update(grad, state, logits, value=value, grad=grad, value_fn=loss_fn)
+        # A gradient of nothing but rounding would lead the line search astray.
+        moving = optax.tree.norm(grad) > 100 * jnp.finfo(grad.dtype).eps
+        updates = jnp.where(moving, updates, 0.0)
+        return (optax.apply_updates(logits, updates), state), logits
+
+    (last, _), logits = jax.lax.scan(step, (ref_logp, optimizer.init(ref_logp)), None, length=steps)
+    logits = jnp.concatenate([logits, last[None]])
+    return DpoFit(losses=jax.lax.map(loss_fn, logits), logits=logits)
+
+
+def best_potential(tree: TokenTree, difference: Float[Array, "S V"]) -> tuple[Float[Array, " S"], Float[Array, "S V"]]:
+    """The potential that explains the difference of two rewards best, and what it leaves.
+
+    Least squares of r' - r by Phi(s') - Phi(s) over all states and tokens, with Phi 0 in terminal states.
+
+    Args:
+        tree: The tree.
+        difference: r' - r. Shape [S, V].
+
+    Returns:
+        (Phi, residual), shapes [S] and [S, V]. The residual is 0 if and only if the rewards are equivalent
+        (Definition 1).
+    """
+    inverse, shaping = (jnp.asarray(x, difference.dtype) for x in (tree._potential_of, tree._shaping))
+    potential = inverse @ difference.reshape(-1)
+    return potential, difference - (shaping @ potential).reshape(difference.shape)

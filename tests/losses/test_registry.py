@@ -1,0 +1,306 @@
+import math
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qstar_jax import losses
+from qstar_jax.errors import InputError
+from qstar_jax.losses import make_loss
+from qstar_jax.losses.registry import option_names
+
+READS = {
+    "sigmoid sigmoid_norm robust hinge ipo ipo_sum exo_pair discopop dpop dpo_shift": "log_ratios",
+    "nca_pair bco_pair sppo_hard apo_zero apo_down aot_unpaired plackett_luce": "log_ratios",
+    "kto": "log_ratios labels baseline",
+    "implicit_prm": "log_ratios labels",
+    "aot": "logp ref_logp",
+    "sft simpo cpo orpo cpl": "logp",
+    "tdpo1 tdpo2": "log_ratios kl",
+    "tgdpo": "log_ratios guide_rewards",
+}
+ARRAYS = {name: {"mask", *arrays.split()} for names, arrays in READS.items() for name in names.split()}
+REFERENCE_FREE = {"sft", "simpo", "cpo", "orpo", "cpl"}
+
+KEYS = jax.random.split(jax.random.key(0), 7)
+SHAPE = (4, 2, 4)
+LOGP, REF, LOG_SUM_SQ, KL = (-jax.random.exponential(key, SHAPE) for key in KEYS[:4])
+EVERYTHING = {
+    "logp": LOGP,
+    "ref_logp": REF,
+    "log_ratios": LOGP - REF,
+    "log_sum_sq": LOG_SUM_SQ,
+    "kl": -KL,
+    "guide_rewards": jax.random.normal(KEYS[4], SHAPE),
+    "mask": jax.random.bernoulli(KEYS[5], 0.6, SHAPE).at[..., 0].set(True),
+    "labels": jax.random.bernoulli(KEYS[6], 0.5, SHAPE[:2]).at[0].set(jnp.array([True, False])),
+    "baseline": jnp.float32(0.3),
+}
+MASK = EVERYTHING["mask"]
+
+
+def call(loss, **changed):
+    return loss(**{name: (EVERYTHING | changed)[name] for name in loss.arrays})
+
+
+def direct(name, **options):
+    return losses.LOSSES[name](**{array: EVERYTHING[array] for array in ARRAYS[name]}, **options)
+
+
+def test_arrays_of_every_loss():
+    assert set(losses.LOSSES) == set(ARRAYS)
+    for name, arrays in ARRAYS.items():
+        loss = make_loss(name)
+        assert loss.arrays == arrays
+        assert loss.uses_reference == (name not in REFERENCE_FREE)
+        assert all(function.__name__ == name for function in [losses.LOSSES[name], getattr(losses, name)])
+
+
+def test_arrays_of_mixtures_and_weighted_pairs():
+    mixture = make_loss(["sft", "sigmoid"])
+    assert mixture.arrays == {"logp", "log_ratios", "mask"} and mixture.uses_reference
+    assert not make_loss(["sft", "simpo"]).uses_reference
+    assert make_loss("sigmoid", wpo=True).arrays == {"logp", "log_sum_sq", "log_ratios", "mask"}
+    weighted = make_loss("simpo", wpo=True)
+    assert weighted.arrays == {"logp", "log_sum_sq", "mask"} and not weighted.uses_reference
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_loss_by_name_is_the_function(name):
+    found, metrics = call(make_loss(name))
+    expected, expected_metrics = direct(name)
+    if name in ("kto", "implicit_prm"):
+        assert expected.shape == (4, 2)
+        expected = (expected[:, 0] + expected[:, 1]) / 2
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(metrics.rewards, expected_metrics.rewards)
+    assert found.shape == metrics.margins.shape == (4,)
+
+
+def test_missing_and_extra_arrays():
+    loss = make_loss("tdpo1")
+    log_ratios, kl = EVERYTHING["log_ratios"], EVERYTHING["kl"]
+    with pytest.raises(TypeError, match=r"tdpo1 takes \['kl', 'log_ratios', 'mask'\]; got \['log_ratios', 'mask'\]"):
+        loss(log_ratios=log_ratios, mask=MASK)
+    with pytest.raises(TypeError, match=r"got \['kl', 'log_ratios', 'logp', 'mask'\]"):
+        loss(log_ratios=log_ratios, mask=MASK, kl=kl, logp=LOGP)
+    with pytest.raises(TypeError, match=r"got \[\]"):
+        loss()
+
+
+def test_a_mixture_is_the_weighted_sum_of_its_parts():
+    names, weights = ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]
+    found, metrics = call(make_loss(names, weights=weights, beta=0.3, label_smoothing=0.1))
+    first, first_metrics = direct("sigmoid", beta=0.3, label_smoothing=0.1)
+    expected = 0.8 * first + 0.2 * direct("bco_pair", beta=0.3)[0] + direct("sft")[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(metrics.rewards, first_metrics.rewards)
+    plain = call(make_loss(names))[0]
+    np.testing.assert_allclose(plain, sum(direct(name)[0] for name in names), rtol=1e-6)
+    np.testing.assert_array_equal(call(make_loss(names[::-1]))[1].rewards, direct("sft")[1].rewards)
+
+
+def test_losses_of_single_answers_in_a_mixture():
+    found = call(make_loss(["sigmoid", "kto"], weights=[1.0, 2.0]))[0]
+    np.testing.assert_allclose(found, direct("sigmoid")[0] + 2 * direct("kto")[0].mean(-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "bco_pair", "aot", "aot_unpaired", "tdpo1", "dpop"])
+def test_ld_alpha_weighs_tokens_of_policy_and_reference(name):
+    weights = np.ones(SHAPE)
+    for row in range(4):
+        shared = min(MASK[row].sum(-1))
+        for answer in range(2):
+            weights[row, answer, np.cumsum(MASK[row, answer]) > shared] = 0.4
+    weighed = {array: EVERYTHING[array] * weights for array in ("log_ratios", "logp", "ref_logp")}
+    found = call(make_loss(name, ld_alpha=0.4))[0]
+    np.testing.assert_allclose(found, call(make_loss(name), **weighed)[0], rtol=1e-5)
+    assert np.abs(found - call(make_loss(name))[0]).max() > 1e-3
+    np.testing.assert_allclose(call(make_loss(name, ld_alpha=1.0))[0], call(make_loss(name))[0], rtol=1e-6)
+
+
+def test_ld_alpha_leaves_terms_without_a_reference_alone():
+    found = call(make_loss(["sigmoid", "sft"], ld_alpha=0.4))[0]
+    np.testing.assert_allclose(found, call(make_loss("sigmoid", ld_alpha=0.4))[0] + direct("sft")[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "simpo", "kto", ["sigmoid", "sft"]])
+def test_wpo_multiplies_the_loss(name):
+    found, metrics = call(make_loss(name, wpo=True))
+    aligned = np.where(MASK, LOGP - LOG_SUM_SQ, 0).sum(-1) / np.asarray(MASK).sum(-1)
+    plain, plain_metrics = call(make_loss(name))
+    np.testing.assert_allclose(found, plain * np.exp(aligned.sum(-1)), rtol=1e-5)
+    np.testing.assert_array_equal(metrics.rewards, plain_metrics.rewards)
+
+
+def test_no_gradient_flows_through_the_weights_of_wpo():
+    grad = jax.grad(lambda x: call(make_loss("sigmoid", wpo=True), logp=x)[0].sum())(LOGP)
+    np.testing.assert_array_equal(grad, 0)
+
+
+def test_divergences_by_name():
+    for name in ("sigmoid", "ipo"):
+        for divergence, function in losses.DIVERGENCES.items():
+            found = call(make_loss(name, divergence=divergence))[0]
+            np.testing.assert_allclose(found, direct(name, divergence=function)[0], rtol=1e-6)
+        found = call(make_loss(name, divergence="alpha_divergence", divergence_alpha=0.2))[0]
+        expected = direct(name, divergence=partial(losses.alpha_divergence, alpha=0.2))[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_none_is_the_default():
+    nothing = dict.fromkeys(option_names())
+    for name in losses.LOSSES:
+        assert make_loss(name, **nothing) == make_loss(name)
+    loss = make_loss("cpl", **(nothing | {"bias": 0.9}))
+    assert loss.options[0]["bias"] == 0.9 and loss.options[0]["beta"] == 0.1
+
+
+def test_beta_is_that_of_the_first_loss():
+    assert make_loss().beta == make_loss("sigmoid").beta == 0.1
+    assert make_loss(["simpo", "sigmoid"]).beta == 2.0
+    assert make_loss(["simpo", "sigmoid"], beta=0.7).beta == 0.7
+    assert make_loss("orpo").beta is None
+
+
+def test_under_jit_grad_and_vmap():
+    loss = make_loss(["sigmoid", "sft"], weights=[1.0, 0.5], normalize="answer_tokens", wpo=True, ld_alpha=0.3)
+    arrays = {name: EVERYTHING[name] for name in loss.arrays}
+    expected = loss(**arrays)[0]
+    np.testing.assert_allclose(jax.jit(lambda x: loss(**x)[0])(arrays), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(lambda x: loss(**x)[0])(arrays), expected, rtol=1e-5)
+    grads = jax.grad(lambda x: loss(**(arrays | x))[0].sum())({"log_ratios": arrays["log_ratios"]})
+    assert np.abs(grads["log_ratios"]).max() > 1e-3
+
+
+def test_loss_at_reference():
+    known = {"sigmoid": math.log(2), "ipo": 25.0, "hinge": 1.0, "kto": 0.5, "aot": math.log(2), "sppo_hard": 50.0}
+    for name, value in known.items():
+        assert make_loss(name).loss_at_reference == pytest.approx(value, rel=1e-6)
+    assert make_loss(["sigmoid", "hinge"], weights=[2.0, 3.0]).loss_at_reference == pytest.approx(2 * math.log(2) + 3)
+    assert make_loss("ipo", beta=0.5).loss_at_reference == pytest.approx(1.0)
+    for loss in (make_loss("simpo"), make_loss(["sigmoid", "sft"]), make_loss("sigmoid", wpo=True)):
+        assert loss.loss_at_reference is None
+
+
+@pytest.mark.parametrize("name", [name for name in ARRAYS if name not in REFERENCE_FREE])
+def test_loss_at_reference_is_what_the_loss_says_there(name):
+    at_reference = {"log_ratios": LOGP * 0, "ref_logp": LOGP, "kl": KL * 0, "baseline": jnp.float32(0.0)}
+    at_reference["labels"] = jnp.broadcast_to(jnp.array([True, False]), SHAPE[:2])
+    found = call(make_loss(name), **at_reference)[0]
+    np.testing.assert_allclose(found, make_loss(name).loss_at_reference, rtol=1e-6)
+
+
+def test_says_how_it_would_be_called():
+    assert str(make_loss("dpop", penalty=5.0)) == "dpop(beta=0.3, penalty=5.0)"
+    mixture = str(make_loss(["sft", "bco_pair"], weights=[1.0, 0.2], ld_alpha=0.5, wpo=True))
+    assert mixture == "1 sft(normalize=batch_tokens) + 0.2 bco_pair(beta=0.1), ld_alpha=0.5, wpo"
+
+
+REFUSED = [
+    (("sigmoyd", {}), r"loss 'sigmoyd' is unknown, did you mean sigmoid\?; known are " + ", ".join(losses.LOSSES)),
+    ((["sigmoid", "zzz"], {}), r"loss 'zzz' is unknown; known are"),
+    (([], {}), r"no loss is named; choose from sigmoid, "),
+    ((["sft", "sigmoid", "sft"], {}), r"named twice in sft, sigmoid, sft; give it once"),
+    ((["sft", "sigmoid"], {"weights": [1.0]}), r"1 weights are given for 2 losses \(sft, sigmoid\)"),
+    (("sigmoid", {"weights": [1.0, 1.0]}), r"2 weights are given for 1 losses"),
+    (("sigmoid", {"weights": []}), r"0 weights are given"),
+    (("sigmoid", {"tau": 0.1}), r"sigmoid does not use 'tau'; it belongs to discopop; sigmoid takes beta, label_smoo"),
+    (("sigmoid", {"gamma": 0.1}), r"it belongs to simpo;"),
+    (("sft", {"beta": 0.1}), r"sft does not use 'beta'; it belongs to sigmoid, .*; sft takes normalize"),
+    (("kto", {"label_smoothing": 0.1}), r"belongs to sigmoid, robust, exo_pair, aot, aot_unpaired, simpo, cpo;"),
+    ((["sft", "sigmoid"], {"penalty": 1.0}), r"sft \+ sigmoid does not use 'penalty'; it belongs to dpop; sft \+ sig"),
+    (("sigmoid", {"label_smoothin": 0.1}), r"does not use 'label_smoothin', did you mean label_smoothing\?"),
+    (("sigmoid", {"zzz": 0.1}), r"does not use 'zzz'; sigmoid takes"),
+    (("exo_pair", {"label_smoothing": 0.0}), r"exo_pair: label_smoothing is 0, .* infinite; 1e-3 is usual"),
+    ((["sigmoid", "exo_pair"], {"label_smoothing": 0}), r"exo_pair: label_smoothing is 0"),
+    (("sigmoid", {"divergence": "kl"}), r"divergence 'kl' is unknown; choose from reverse_kl, forward_kl, js_div"),
+    (("sigmoid", {"divergence_alpha": 0.3}), r"is the order of alpha_divergence; the divergence is reverse_kl"),
+    (("sigmoid", {"divergence": "js_divergence", "divergence_alpha": 0.3}), r"the divergence is js_divergence"),
+    (("dpop", {"divergence": "js_divergence"}), r"does not use 'divergence'; it belongs to sigmoid, "),
+    (("simpo", {"ld_alpha": 0.5}), r"ld_alpha weighs log-ratios to a reference, and simpo has no reference"),
+    ((["sft", "cpl"], {"ld_alpha": 0.5}), r"sft \+ cpl has no reference"),
+    (("kto", {"ld_alpha": 0.5}), r"compares the lengths of two answers, and kto does not read pairs"),
+    (("plackett_luce", {"ld_alpha": 0.5}), r"plackett_luce does not read pairs"),
+    ((["sigmoid", "implicit_prm"], {"ld_alpha": 0.5}), r"does not read pairs"),
+    (("aot", {"wpo": True}), r"wpo weighs pairs, and aot sorts margins"),
+    ((["sigmoid", "aot_unpaired"], {"wpo": True}), r"wpo weighs pairs"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_refuses(arguments, message):
+    name, options = arguments
+    with pytest.raises(InputError, match=message):
+        make_loss(name, **options)
+
+
+BAD_VALUES = {
+    "beta": ("sigmoid", "(0, inf)", [0, 0.0, -1.0]),
+    "label_smoothing": ("sigmoid", "[0, 0.5)", [0.5, -0.1, 1]),
+    "tau": ("discopop", "(0, inf)", [0.0]),
+    "penalty": ("dpop", "[0, inf)", [-1.0]),
+    "shift": ("dpo_shift", "(0, 1]", [0.0, 1.01]),
+    "desirable_weight": ("kto", "[0, inf)", [-1.0]),
+    "undesirable_weight": ("kto", "[0, inf)", [-1.0]),
+    "nll_weight": ("cpo", "[0, inf)", [-1.0]),
+    "odds_weight": ("orpo", "[0, inf)", [-1.0]),
+    "bias": ("cpl", "(0, 1]", [0.0, 1.5]),
+    "discount": ("cpl", "(0, 1]", [0.0, 1.5]),
+    "bc_weight": ("cpl", "[0, inf)", [-1.0]),
+}
+
+
+@pytest.mark.parametrize("option", BAD_VALUES)
+def test_numbers_out_of_range(option):
+    name, interval, values = BAD_VALUES[option]
+    for value in [*values, math.nan, math.inf, "0.1", True, [0.1]]:
+        expected = re.escape(f"{name}: {option} is {value!r}; expected a number in {interval}")
+        with pytest.raises(InputError, match=expected):
+            make_loss(name, **{option: value})
+
+
+def test_ld_alpha_out_of_range():
+    for value in (-0.1, 1.1, math.nan):
+        with pytest.raises(InputError, match=r"sigmoid: ld_alpha is .*; expected a number in \[0, 1\]"):
+            make_loss("sigmoid", ld_alpha=value)
+
+
+def test_ends_of_ranges_are_allowed():
+    for name, options in (
+        ("sigmoid", {"label_smoothing": 0, "ld_alpha": 0.0}),
+        ("sigmoid", {"beta": 1, "ld_alpha": 1.0}),
+        ("dpo_shift", {"shift": 1}),
+        ("cpl", {"bias": 1, "discount": 1.0, "bc_weight": 0}),
+        ("dpop", {"penalty": 0.0}),
+    ):
+        make_loss(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sigmoid", {"divergence": "alpha_divergence", "divergence_alpha": math.nan}),
+        ("sigmoid", {"divergence": "alpha_divergence", "divergence_alpha": "0.5"}),
+        ("sigmoid", {"divergence": ["js_divergence"]}),
+        ("tdpo2", {"alpha": math.nan}),
+        ("tgdpo", {"alpha": "0.5"}),
+        ("simpo", {"gamma": math.nan}),
+        ("sft", {"normalize": "tokens"}),
+        ("cpl", {"bc_data": "both"}),
+        ("sigmoid", {"weights": [math.nan]}),
+        ("plackett_luce", {"wpo": True}),
+    ],
+)
+def test_refuses_what_cannot_be_computed(name, options):
+    with pytest.raises(InputError):
+        make_loss(name, **options)
+
+
+def test_can_be_compiled_as_it_is():
+    loss = make_loss("sigmoid")
+    arrays = {name: EVERYTHING[name] for name in loss.arrays}
+    np.testing.assert_allclose(jax.jit(loss)(**arrays)[0], loss(**arrays)[0], rtol=1e-6)
