@@ -2,11 +2,13 @@
 
 import doctest
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from qstar_jax import losses, mdp, tabular
 from qstar_jax.tabular import TokenTree
@@ -427,6 +429,31 @@ def test_the_population_loss_is_the_mean_of_the_librarys_loss_over_pairs():
     expected = (labels[pairs[:, 0], pairs[:, 1]] * loss).sum() / (len(pairs) / 2)
     found = tabular.population_dpo_loss(tree, logits, labels, ref_logp, beta=0.3)
     np.testing.assert_allclose(found, expected, **EXACT)
+
+
+TRANSFORMED = {
+    "soft_value_iteration": lambda tree, r, ref: solve(tree, r, ref, 0.7).v,
+    "rewards_of_q": lambda tree, r, ref: tabular.rewards_of_q(tree, r, ref, beta=0.7),
+    "on_paths": lambda tree, r, ref: tabular.on_paths(tree, r),
+    "states_on_paths": lambda tree, r, ref: tabular.states_on_paths(tree, r[:, 0]),
+    "path_sums": lambda tree, r, ref: tabular.path_sums(tree, r),
+    "preference_table": lambda tree, r, ref: tabular.preference_table(r[0]),
+    "ranking_table": lambda tree, r, ref: tabular.ranking_table(r[0], size=2)[1],
+    "population_dpo_loss": lambda tree, r, ref: tabular.population_dpo_loss(
+        tree, r, tabular.preference_table(tabular.path_sums(tree, ref)), ref, beta=0.7
+    ),
+    "best_potential": lambda tree, r, ref: tabular.best_potential(tree, r)[0],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_functions_can_be_compiled_mapped_and_differentiated(name):
+    tree = TokenTree(2, 2)
+    rewards, ref_logp, _ = random_mdps(tree, count=3)
+    function = partial(TRANSFORMED[name], tree)
+    mapped = jax.jit(jax.vmap(function))(rewards, ref_logp)
+    np.testing.assert_allclose(mapped[1], function(rewards[1], ref_logp[1]), **EXACT)
+    check_grads(lambda r: function(r, ref_logp[0]), (rewards[0],), order=1, modes="rev")
 
 
 def test_everything_is_differentiable():

@@ -1,0 +1,51 @@
+"""The README's code, run as it stands there."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qstar_jax.config import LossOptions
+from qstar_jax.training.objectives import dpo_loss_fn
+from qstar_jax.training.step import TrainState, make_optimizer
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_five_lines_of_research_code():
+    logits, ref_logits = jax.random.normal(jax.random.key(0), (2, 3, 2, 5, 7))
+    lengths = jnp.array([[5, 3], [1, 4], [2, 2]])
+    mask = jnp.arange(5) < lengths[..., None]
+    tokens = jnp.where(mask, jax.random.randint(jax.random.key(1), (3, 2, 5), 0, 7), -100)
+    code = blocks()[0]
+    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) == 5
+    names = {"logits": logits, "ref_logits": ref_logits, "tokens": tokens, "mask": mask}
+    exec(code, names)
+    chosen = np.take_along_axis(np.asarray(logits), np.where(mask, tokens, 0)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(names["q"], np.where(mask, 0.1 * chosen, 0), atol=1e-6)
+    np.testing.assert_allclose(names["v"], np.where(mask, 0.1 * jax.nn.logsumexp(logits, -1), 0), atol=1e-6)
+    # The gradient of -log sigma(m) by hand: -beta sigma(-m), times +-(one-hot - softmax) at every token.
+    margins = names["rewards"].sum(-1)[:, 0] - names["rewards"].sum(-1)[:, 1]
+    sign = np.array([1, -1])[:, None, None]
+    direction = sign * (jax.nn.one_hot(tokens, 7) - jax.nn.softmax(logits)) * mask[..., None]
+    expected = -0.1 / 3 * jax.nn.sigmoid(-margins)[:, None, None, None] * direction
+    np.testing.assert_allclose(names["gradient"], expected, atol=1e-7)
+
+
+def test_a_training_step_of_ones_own(tiny_model, tiny_params, pair_batch):
+    names = {"jax": jax, "model": tiny_model}
+    exec(blocks()[1], names)
+    params, ref_params = (jax.tree.map(jnp.copy, tiny_params) for _ in range(2))
+    optimizer = make_optimizer(names["OptimizerOptions"](), steps=1000)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), ref_params)
+    batch = pair_batch(4)
+    expected, _ = dpo_loss_fn(tiny_model, LossOptions(beta=0.1))(params, ref_params, batch)
+    state, metrics = names["train_step"](state, batch)
+    np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], expected, rtol=1e-6)
+    assert state.step == 1
