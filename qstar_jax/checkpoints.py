@@ -32,12 +32,14 @@ class Description:
         model: Dictionary of the model's config.json.
         options: The run's resolved configuration.
         tokenizer: Name -> text of the tokenizer's files.
+        reference: Who the frozen reference is (see `training.reference`); None where there is none.
     """
 
     verb: str
     model: dict[str, Any]
     options: dict[str, Any]
     tokenizer: dict[str, str]
+    reference: str | None = None
 
     def build_model(self, compute: ComputeOptions) -> CausalLM:
         """Builds the model."""

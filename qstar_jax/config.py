@@ -17,11 +17,14 @@ class ComputeOptions:
         param_dtype: Type in which parameters (and optimizer moments) are stored.
         dtype: Type of activations and matrix products; log-softmax, sums over tokens and losses are float32 always.
         remat: What the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (each layer).
+        attention: `dense` computes the scores of whole rows at once; `blockwise` those of 128 queries at a time, and
+            again in the backward pass: for long rows.
     """
 
     param_dtype: Dtype = "float32"
     dtype: Dtype = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["dense", "blockwise"] = "dense"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class DataOptions:
         as_chat: Wrap a plain-text prompt as a user's message and apply the tokenizer's chat template.
         max_length: Longest prompt and answer together; a longer answer loses its end, and its EOS.
         max_prompt_length: Longest prompt; a longer one loses its beginning.
+        layout: How prompts and answers share rows in training: `packed` computes a prompt once for all its answers, and
+            puts several prompts into a row; `shared` gives each prompt a row; `plain` repeats the prompt for every
+            answer.
+        row_length: Slots of a row where examples are packed; 0 takes those of the longest example.
         max_train_rows: Use the first so many rows of `train` only.
         max_eval_rows: Use the first so many rows of `eval` only.
     """
@@ -77,6 +84,8 @@ class DataOptions:
     as_chat: bool = False
     max_length: int = 1024
     max_prompt_length: int = 512
+    layout: Literal["packed", "shared", "plain"] = "packed"
+    row_length: int = 0
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
 
@@ -92,7 +101,8 @@ class LossOptions:
             bco_pair, sppo_hard, apo_zero, apo_down, implicit_prm, aot, aot_unpaired, plackett_luce; without a reference
             sft, simpo, cpo, orpo, cpl; or a list of them.
         weights: Weight of each loss in a list; 1 each where it is not set.
-        beta: Temperature of the implicit reward beta * (log pi - log pi_ref), in nats of reward a nat of log-ratio.
+        beta: Temperature, in nats of reward a nat of log-ratio; what it scales is in each loss's formula (sigmoid:
+            0.1).
         label_smoothing: Probability that a label is flipped (sigmoid: conservative DPO).
         divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence to the reference.
         divergence_alpha: Order of alpha_divergence.
@@ -131,27 +141,45 @@ class LossOptions:
 
 
 @dataclass(frozen=True)
-class OptimizerOptions:
-    """AdamW behind global-norm clipping.
+class ReferenceOptions:
+    """The frozen reference of a preference loss.
 
     Args:
+        mode: `live` holds a second copy of the parameters and runs it at each step; `cached` computes its
+            log-probabilities once, keeps them on disk for this and later runs, and holds no copy.
+        cache: Folder of the caches; by default under the user's cache folder.
+    """
+
+    mode: Literal["live", "cached"] = "live"
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer, behind global-norm clipping. Options that are not set take the optimizer's own default.
+
+    Args:
+        name: adamw, lion, adafactor, or rmsprop (the paper's code base).
         learning_rate: Peak rate.
         warmup_steps: Steps of linear warm-up.
         schedule: What follows the warm-up.
         weight_decay: Decoupled decay, applied to matrices only.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the denominator.
+        beta1: adamw, lion: decay of the first moment (0.9).
+        beta2: adamw, lion: decay of the second moment (0.999; lion 0.99).
+        eps: adamw, rmsprop: added to the denominator (1e-8).
+        decay: rmsprop: decay of the squares (0.99); adafactor: exponent of its decay (0.8).
         max_grad_norm: Gradients are scaled down to this global norm; 0 switches clipping off.
     """
 
+    name: Literal["adamw", "lion", "adafactor", "rmsprop"] = "adamw"
     learning_rate: float = 1e-6
     warmup_steps: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    decay: float | None = None
     max_grad_norm: float = 1.0
 
 
@@ -161,7 +189,9 @@ class TrainOptions:
 
     Args:
         steps: Optimizer steps; 0 goes once through the training rows.
-        batch_size: Rows of the file (pairs, for DPO) a step, over all devices and hosts.
+        batch_size: Rows of the file (pairs, for DPO) a step, over all devices, hosts and micro-batches.
+        accumulate: Micro-batches into which a step's rows are cut, to be computed one after the other; the gradient is
+            that of the whole batch.
         eval_batch_size: The same for evaluation; 0 takes `batch_size`.
         seed: Fixes the order of the rows.
         log_every: Steps between lines of metrics.
@@ -172,6 +202,7 @@ class TrainOptions:
 
     steps: int = 0
     batch_size: int = 32
+    accumulate: int = 1
     eval_batch_size: int = 0
     seed: int = 0
     log_every: int = 10
@@ -216,6 +247,7 @@ class DpoConfig:
     resume: bool = False
     data: DataOptions = field(default_factory=DataOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    reference: ReferenceOptions = field(default_factory=ReferenceOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)

@@ -1,8 +1,31 @@
-"""The one way from hidden states to log-probabilities: chunked over tokens, so the [B, T, V] logits never exist."""
+"""The one way from hidden states to log-probabilities: chunked over tokens, so the [B, T, V] logits never exist.
+
+Losses, scoring, evaluation and references all pass through `token_logprobs`. Logits of one chunk are computed in the
+forward pass and again in the backward pass; what is kept between the two is one log-normaliser a token.
+"""
+
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What people like to log of each position's distribution; no gradient flows through it.
+
+    Attributes:
+        entropy: -sum_a pi log pi, in nats. Shape [B, T].
+        mean_logit: Mean of the logits over the vocabulary. Shape [B, T].
+        log_sum_sq: log sum_a pi(a)^2, in nats, which aligns WPO's weights. Shape [B, T].
+    """
+
+    entropy: Float[Array, "B T"]
+    mean_logit: Float[Array, "B T"]
+    log_sum_sq: Float[Array, "B T"]
 
 
 def token_logprobs(
@@ -10,39 +33,136 @@ def token_logprobs(
     unembedding: Float[Array, "V D"],
     targets: Int[Array, "B T"],
     *,
+    bias: Float[Array, " V"] | None = None,
+    softcap: float | None = None,
     chunk_size: int = 128,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target and the log-normaliser of its position.
 
-    Logits are computed for `chunk_size` positions of every row at a time and again in the backward pass, so that memory
-    grows with `B * chunk_size * V` instead of `B * T * V`. Products of bfloat16 inputs accumulate in float32.
+    Memory grows with `B * chunk_size * V` instead of `B * T * V`, in the forward and the backward pass. Products of
+    bfloat16 inputs accumulate in float32, and everything from the logits on is float32. The vocabulary may be cut over
+    devices.
 
     Args:
         hidden: Last hidden states; position t predicts `targets[:, t]`. Shape [B, T, D].
         unembedding: Rows are the output vectors of the vocabulary. Shape [V, D].
         targets: Token ids. Shape [B, T].
+        bias: Added to the logits. Shape [V].
+        softcap: Logits z become softcap * tanh(z / softcap).
         chunk_size: Positions of a row whose logits exist at one time.
 
     Returns:
         (logp, logz), both float32 in nats, shape [B, T]: log softmax(z)[target], and logsumexp(z).
     """
-    batch, length, width = hidden.shape
+    if bias is None:
+        bias = jnp.zeros(unembedding.shape[0], jnp.float32)
+    return _token_logprobs(softcap, chunk_size, hidden, unembedding, bias, targets)
+
+
+def token_statistics(
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    *,
+    bias: Float[Array, " V"] | None = None,
+    softcap: float | None = None,
+    chunk_size: int = 128,
+) -> TokenStatistics:
+    """Entropy, mean logit and collision probability of each position, with the memory of `token_logprobs`.
+
+    Args:
+        hidden: Last hidden states. Shape [B, T, D].
+        unembedding: Rows are the output vectors of the vocabulary. Shape [V, D].
+        bias: Added to the logits. Shape [V].
+        softcap: Logits z become softcap * tanh(z / softcap).
+        chunk_size: Positions of a row whose logits exist at one time.
+
+    Returns:
+        Float32 statistics. Shape [B, T] each.
+    """
+    hidden, unembedding = jax.lax.stop_gradient((hidden, unembedding))
+    if bias is None:
+        bias = jnp.zeros(unembedding.shape[0], jnp.float32)
+
+    def one_chunk(hidden):
+        logits = _logits(softcap, hidden, unembedding, jax.lax.stop_gradient(bias))
+        logz = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        logp = logits - logz
+        entropy = -jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0.0).sum(-1)
+        return entropy, logits.mean(-1), jax.nn.logsumexp(2 * logp, axis=-1)
+
+    batch, length, _ = hidden.shape
+    found = jax.lax.map(one_chunk, _cut(hidden, chunk_size))
+    return TokenStatistics(*(_join(x, batch, length) for x in found))
+
+
+def _cut(x: Array, chunk_size: int) -> Array:
+    """[B, T, ...] -> [chunks, B * C, ...]: along time, because the batch axis is the one that is cut over devices."""
+    batch, length = x.shape[:2]
+    chunk_size = min(chunk_size, length)
     chunks = -(-length // chunk_size)
-    padding = chunks * chunk_size - length
-    # Chunks run along the time axis, because the batch axis is the one that is cut over devices.
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, chunks, chunk_size, width)
-    targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(batch, chunks, chunk_size)
+    x = jnp.pad(x, ((0, 0), (0, chunks * chunk_size - length)) + ((0, 0),) * (x.ndim - 2))
+    # One row a token: a product of matrices, where XLA would transpose three dimensions on a CPU.
+    x = x.reshape(batch, chunks, chunk_size, *x.shape[2:]).swapaxes(0, 1)
+    return x.reshape(chunks, batch * chunk_size, *x.shape[3:])
 
-    @jax.checkpoint
-    def one_chunk(hidden: Float[Array, "B C D"], targets: Int[Array, "B C"]):
-        flat = hidden.reshape(-1, width)  # a product of matrices; with three dimensions XLA transposes on a CPU
-        logits = jnp.einsum("nd,vd->nv", flat, unembedding, preferred_element_type=jnp.float32)
+
+def _join(x: Array, batch: int, length: int) -> Array:
+    """The inverse of `_cut`, without its padding."""
+    chunks = x.shape[0]
+    return x.reshape(chunks, batch, -1, *x.shape[2:]).swapaxes(0, 1).reshape(batch, -1, *x.shape[2:])[:, :length]
+
+
+def _logits(softcap: float | None, hidden: Array, unembedding: Array, bias: Array) -> Array:
+    logits = jnp.einsum("nd,vd->nv", hidden, unembedding, preferred_element_type=jnp.float32) + bias
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _is_target(targets: Array, vocabulary: int) -> Array:
+    # A comparison, not a gather: it stays local to each device where the vocabulary is cut.
+    return targets[:, None] == jnp.arange(vocabulary)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_logprobs(softcap, chunk_size, hidden, unembedding, bias, targets):
+    return _forward(softcap, chunk_size, hidden, unembedding, bias, targets)[0]
+
+
+def _forward(softcap, chunk_size, hidden, unembedding, bias, targets):
+    def one_chunk(chunk):
+        hidden, targets = chunk
+        logits = _logits(softcap, hidden, unembedding, bias)
         logz = jax.nn.logsumexp(logits, axis=-1)
-        logp = jnp.take_along_axis(logits, targets.reshape(-1, 1), axis=-1)[:, 0] - logz
-        return logp.reshape(targets.shape), logz.reshape(targets.shape)
+        target = jnp.where(_is_target(targets, logits.shape[-1]), logits, 0.0).sum(-1)
+        return target - logz, logz
 
-    _, (logp, logz) = jax.lax.scan(
-        lambda carry, chunk: (carry, one_chunk(*chunk)), None, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1))
-    )
-    logp, logz = (x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in (logp, logz))
-    return logp, logz
+    found = jax.lax.map(one_chunk, (_cut(hidden, chunk_size), _cut(targets, chunk_size)))
+    logp, logz = (_join(x, *targets.shape) for x in found)
+    return (logp, logz), (hidden, unembedding, bias, targets, logz)
+
+
+def _backward(softcap, chunk_size, residuals, cotangents):
+    hidden, unembedding, bias, targets, logz = residuals
+
+    def one_chunk(sums, chunk):
+        unembedding_sum, bias_sum = sums
+        hidden, targets, logz, logp_bar, logz_bar = chunk
+        logits = _logits(softcap, hidden, unembedding, bias)
+        softmax = jnp.exp(logits - logz[:, None])
+        # d logp / d z = onehot - softmax, and d logz / d z = softmax.
+        one_hot = _is_target(targets, logits.shape[-1])
+        logits_bar = jnp.where(one_hot, logp_bar[:, None], 0.0) + (logz_bar - logp_bar)[:, None] * softmax
+        if softcap is not None:
+            logits_bar *= 1.0 - (logits / softcap) ** 2
+        narrow = logits_bar.astype(hidden.dtype)
+        hidden_bar = jnp.einsum("nv,vd->nd", narrow, unembedding, preferred_element_type=jnp.float32)
+        unembedding_sum += jnp.einsum("nv,nd->vd", narrow, hidden, preferred_element_type=jnp.float32)
+        return (unembedding_sum, bias_sum + logits_bar.sum(0)), hidden_bar.astype(hidden.dtype)
+
+    sums = jnp.zeros(unembedding.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)
+    chunks = tuple(_cut(x, chunk_size) for x in (hidden, targets, logz, *cotangents))
+    (unembedding_sum, bias_sum), hidden_bar = jax.lax.scan(one_chunk, sums, chunks)
+    hidden_bar = _join(hidden_bar, *targets.shape)
+    return hidden_bar, unembedding_sum.astype(unembedding.dtype), bias_sum.astype(bias.dtype), None
+
+
+_token_logprobs.defvjp(_forward, _backward)

@@ -72,7 +72,7 @@ def token_scores(
         mask: True at response tokens; labels such as -100 may stand elsewhere. Shape [..., T].
 
     Returns:
-        Scores in nats. Shape [..., T] each.
+        Scores in nats, float32 or more. Shape [..., T] each.
     """
     logits, ref_logits = _masked_logits(logits, ref_logits, mask)
     chex.assert_equal_shape([tokens, mask])
@@ -471,7 +471,7 @@ def step_rewards(
         mask: True at response tokens. Shape [..., T].
         step_ids: Step to which each token belongs, from 0; tokens with an id outside 0 .. num_steps - 1 belong to none.
             Shape [..., T].
-        num_steps: N, how many steps there are at most; static.
+        num_steps: N, how many steps there are at most; static (`jax.jit(..., static_argnames="num_steps")`).
 
     Returns:
         Reward of each step, 0 for a step without tokens. Shape [..., N].
@@ -510,6 +510,8 @@ def _masked_logits(
 ) -> tuple[Float[Array, "*B T V"], Float[Array, "*B T V"]]:
     chex.assert_equal_shape([logits, ref_logits])
     chex.assert_shape(mask, logits.shape[:-1])
+    # At least float32: log-ratios of bfloat16 log-probabilities are mostly rounding.
+    logits, ref_logits = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (logits, ref_logits))
     return jnp.where(mask[..., None], logits, 0.0), jnp.where(mask[..., None], ref_logits, 0.0)
 
 

@@ -2,20 +2,20 @@
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Float
 
 from qstar_jax.data.batches import Batch
 from qstar_jax.logprobs import token_logprobs
 from qstar_jax.mdp import TokenScores
 from qstar_jax.models import CausalLM
-from qstar_jax.models.causal_lm import Params, right_padded
+from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.layers import RowMask
 
 
 def response_logprobs(
     model: CausalLM, params: Params, batch: Batch
 ) -> tuple[Float[Array, "B R T"], Float[Array, "B R T"]]:
-    """Log-probabilities and log-normalisers of the answers' tokens, in one pass over the concatenated rows.
+    """Log-probabilities and log-normalisers of the answers' tokens, in one pass over the rows.
 
     Args:
         model: The model.
@@ -25,19 +25,13 @@ def response_logprobs(
     Returns:
         (logp, logz), float32 in nats, shape [B, R, T]; 0 after the end of an answer.
     """
-    rows, responses, length = batch.tokens.shape
-    tokens = rearrange(batch.tokens, "b r s -> (b r) s")
-    targets = rearrange(batch.targets, "b r t -> (b r) t")
-    prompt_lengths = jnp.repeat(batch.prompt_lengths, responses)
-    lengths = prompt_lengths + rearrange(batch.response_lengths, "b r -> (b r)")
-    hidden, _ = model.hidden_states(params, tokens, *right_padded(lengths, length))
-    # Only positions that predict an answer's token enter the kernel: from the prompt's last token on.
-    slots = prompt_lengths[:, None] - 1 + jnp.arange(targets.shape[1])
-    hidden = jnp.take_along_axis(hidden, jnp.minimum(slots, length - 1)[..., None], axis=1)
-    scores = token_logprobs(hidden, model.unembedding(params), targets)
-    return tuple(
-        jnp.where(batch.response_mask, rearrange(x, "(b r) t -> b r t", b=rows, r=responses), 0.0) for x in scores
+    hidden, _ = model.hidden_states(
+        params, batch.tokens, batch.positions, RowMask(blocks=batch.blocks, branches=batch.branches)
     )
+    hidden = jnp.take_along_axis(hidden, batch.slots[..., None], axis=1)
+    scores = token_logprobs(hidden, model.unembedding(params), batch.targets)
+    # From where they were computed to whose they are; floats only, so that this is cheap across devices too.
+    return tuple(jnp.where(batch.response_mask, x.reshape(-1)[batch.index], 0.0) for x in scores)
 
 
 def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, batch: Batch) -> TokenScores:

@@ -17,6 +17,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 
 import jax
 import jaxtyping
@@ -34,6 +35,7 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 from qstar_jax import hub
 from qstar_jax.config import MeshOptions
 from qstar_jax.data.batches import make_batch
+from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.models import CausalLM
@@ -192,27 +194,41 @@ def one_device_only(monkeypatch, kept_programs):
         yield
 
 
+def pair_examples(rows, *, seed=0, length=16, response_length=8, answers=2) -> list[Example]:
+    """Random prompts and answers of many lengths; one prompt has one token only."""
+    rng = np.random.default_rng(seed)
+
+    def ids(low, high):
+        return rng.integers(3, 60, rng.integers(low, high + 1)).astype(np.int32)
+
+    examples = [
+        Example(
+            ids(2, length - response_length),
+            False,
+            tuple(Response(ids(1, response_length), False) for _ in range(answers)),
+            row,
+        )
+        for row in range(rows)
+    ]
+    examples[0] = replace(examples[0], prompt=examples[0].prompt[:1])
+    return examples
+
+
+@pytest.fixture(scope="session")
+def random_examples():
+    """See `pair_examples`."""
+    return pair_examples
+
+
 @pytest.fixture(scope="session")
 def pair_batch():
-    """Makes a batch of random pairs: `pair_batch(rows, seed=0, length=16, response_length=8, fill_to=None)`."""
+    """Makes a batch of random pairs, two rows of them packed: `pair_batch(rows, seed=0, fill_to=None, layout=...)`."""
 
-    def make(rows, *, seed=0, length=16, response_length=8, fill_to=None, pad_id=0, answers=2):
-        rng = np.random.default_rng(seed)
-
-        def ids(low, high):
-            return rng.integers(3, 60, rng.integers(low, high + 1)).astype(np.int32)
-
-        examples = [
-            Example(
-                ids(2, length - response_length),
-                False,
-                tuple(Response(ids(1, response_length), False) for _ in range(answers)),
-                row,
-            )
-            for row in range(rows)
-        ]
-        batch = make_batch(examples, length=length, response_length=response_length, pad_id=pad_id, fill_to=fill_to)
-        return jax.tree.map(jax.numpy.asarray, batch)
+    def make(rows, *, fill_to=None, pad_id=0, layout="packed", parts=1, row_length=64, **options):
+        examples = pair_examples(rows, **options)
+        size = fill_to or rows
+        shapes = Shapes.of(examples, layout, batch_size=size, row_length=row_length, parts=parts, multiple=4)
+        return jax.tree.map(jax.numpy.asarray, make_batch(examples, shapes, pad_id=pad_id, fill_to=fill_to))
 
     return make
 

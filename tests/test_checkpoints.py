@@ -23,7 +23,7 @@ from qstar_jax.config import ComputeOptions, DpoConfig, MeshOptions, OptimizerOp
 from qstar_jax.errors import InputError
 from qstar_jax.loading import load_model, param_shardings
 from qstar_jax.sharding import make_mesh, tree_shardings
-from qstar_jax.training.step import make_optimizer
+from qstar_jax.training.optimizers import make_optimizer
 
 WRITER = MeshOptions(data=2, fsdp=4, min_shard_size=64)
 READERS = {"one device": MeshOptions(data=1), "8 x 1": MeshOptions(data=1, fsdp=8, min_shard_size=64)}

@@ -241,7 +241,9 @@ def test_results_have_the_precision_of_the_arguments(case, dtype):
     with jax.enable_x64(True):
         arrays = {k: jax.ShapeDtypeStruct(x.shape, dtype if is_float(x) else x.dtype) for k, x in case.arrays.items()}
         results = jax.eval_shape(case, arrays)
-    assert {str(x.dtype) for x in results} - {"bool"} == {dtype}
+    # Whole logits are read in float32 at least: log-ratios of bfloat16 log-probabilities are mostly rounding.
+    expected = "float32" if "logits" in arrays and dtype == "bfloat16" else dtype
+    assert {str(x.dtype) for x in results} - {"bool"} == {expected}
 
 
 def along(case, change):

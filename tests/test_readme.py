@@ -9,7 +9,8 @@ import numpy as np
 
 from qstar_jax.config import LossOptions
 from qstar_jax.training.objectives import dpo_loss_fn
-from qstar_jax.training.step import TrainState, make_optimizer
+from qstar_jax.training.optimizers import make_optimizer
+from qstar_jax.training.step import TrainState
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qstar_jax.config import ComputeOptions
+from qstar_jax.data.batches import make_batch
+from qstar_jax.data.packing import Shapes
 from qstar_jax.scoring import response_logprobs, score_tokens
 
 
@@ -18,46 +21,78 @@ def logprobs(tiny_model):
     return jax.jit(lambda params, batch: response_logprobs(tiny_model, params, batch))
 
 
-def by_hand(logits_of, params, batch):
-    """Every answer by itself: no padding, the whole [S, V] logits, float64 sums."""
-    logp, logz = np.zeros(batch.targets.shape), np.zeros(batch.targets.shape)
-    for b, r in np.ndindex(batch.tokens.shape[:2]):
-        start, length = int(batch.prompt_lengths[b]), int(batch.response_lengths[b, r])
-        row = jnp.zeros((1, 16), jnp.int32).at[0, : start + length].set(batch.tokens[b, r, : start + length])
-        logits = np.asarray(logits_of(params, row, jnp.array([start + length])), np.float64)[0]
-        for t in range(length):
-            z = logits[start + t - 1]
-            logz[b, r, t] = np.log(np.exp(z - z.max()).sum()) + z.max()
-            logp[b, r, t] = z[int(batch.tokens[b, r, start + t])] - logz[b, r, t]
-    return logp, logz
+def by_hand(logits_of, params, examples):
+    """Every answer by itself, behind its prompt: no padding, the whole [S, V] logits, float64 sums."""
+    for example in examples:
+        for response in example.responses:
+            row = jnp.zeros((1, 16), jnp.int32)
+            ids = np.concatenate([example.prompt, response.ids])
+            logits = logits_of(params, row.at[0, : len(ids)].set(ids), jnp.array([len(ids)]))[0]
+            z = np.asarray(logits, np.float64)[len(example.prompt) - 1 : len(ids) - 1]
+            logz = np.log(np.exp(z).sum(-1))
+            yield np.take_along_axis(z, response.ids[:, None], -1)[:, 0] - logz, logz
 
 
-def test_equals_full_logits_row_by_row(tiny_model, tiny_params, pair_batch, logprobs):
-    batch = pair_batch(4)
-    expected = by_hand(jax.jit(tiny_model.logits), tiny_params, batch)
-    for found, value in zip(logprobs(tiny_params, batch), expected, strict=True):
-        assert found.dtype == jnp.float32
-        np.testing.assert_allclose(found, value, rtol=0, atol=2e-5)
+LAYOUTS = ["packed", "shared", "plain"]
 
 
-def test_padding_ids_change_nothing(tiny_params, pair_batch, logprobs):
+@pytest.mark.parametrize("attention", ["dense", "blockwise"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_full_logits_answer_by_answer(
+    layout, attention, tiny_model, tiny_params, pair_batch, random_examples
+):
+    model = replace(tiny_model, compute=ComputeOptions(attention=attention))
+    batch = pair_batch(5, layout=layout, fill_to=6, answers=3)
+    scores = jax.jit(lambda *x: response_logprobs(model, *x))(tiny_params, batch)
+    assert all(x.dtype == jnp.float32 and x.shape[:2] == (6, 3) for x in scores)
+    expected = by_hand(jax.jit(tiny_model.logits), tiny_params, random_examples(5, answers=3))
+    for n, values in enumerate(expected):
+        for found, value in zip(scores, values, strict=True):
+            np.testing.assert_allclose(found[n // 3, n % 3, : len(value)], value, rtol=0, atol=2e-5)
+            assert not np.asarray(found[n // 3, n % 3, len(value) :]).any()
+    assert not any(np.asarray(x[5:]).any() for x in scores)
+
+
+def test_layouts_take_as_many_slots_as_they_say(pair_batch, random_examples):
+    examples = random_examples(5)
+    answers = sum(len(r.ids) for e in examples for r in e.responses)
+    prompts = sum(len(e.prompt) - 1 for e in examples)
+    for layout, copies in (("packed", 1), ("shared", 1), ("plain", 2)):
+        assert (pair_batch(5, layout=layout).blocks >= 0).sum() == answers + copies * prompts
+    rows = {layout: len(pair_batch(5, layout=layout).tokens) for layout in LAYOUTS}
+    assert rows["packed"] < rows["shared"] == 5 and rows["plain"] == 10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_ids_change_nothing(layout, tiny_params, pair_batch, logprobs):
     # Also where padding is a token that answers hold, such as EOS.
-    for one, other in zip(
-        logprobs(tiny_params, pair_batch(4, pad_id=0)), logprobs(tiny_params, pair_batch(4, pad_id=7)), strict=True
-    ):
-        np.testing.assert_array_equal(one, other)
+    one, other = (logprobs(tiny_params, pair_batch(4, layout=layout, pad_id=pad_id)) for pad_id in (0, 7))
+    for x, y in zip(one, other, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_the_other_answer_and_the_neighbours_change_nothing(tiny_params, random_examples, logprobs):
+    examples = random_examples(4)
+    shapes = Shapes.of(examples, batch_size=4, row_length=64, multiple=4)
+
+    def scores(examples):
+        return logprobs(tiny_params, jax.tree.map(jnp.asarray, make_batch(examples, shapes, pad_id=0)))[0]
+
+    before = scores(examples)
+    chosen, rejected = examples[1].responses
+    other = replace(examples[1], responses=(chosen, replace(rejected, ids=rejected.ids[::-1] % 7 + 3)))
+    neighbour = replace(examples[2], prompt=examples[2].prompt[::-1] % 5 + 3)
+    after = scores([examples[0], other, neighbour, examples[3]])
+    np.testing.assert_array_equal(before[1, 0], after[1, 0])
+    np.testing.assert_array_equal(before[jnp.array([0, 3])], after[jnp.array([0, 3])])
+    assert (before[1, 1] != after[1, 1]).any() and (before[2] != after[2]).any()
 
 
 def test_more_room_changes_nothing(tiny_params, pair_batch, logprobs):
-    small = pair_batch(4)
-
-    def widen(x, extra):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, extra)), constant_values=5)
-
-    wide = replace(small, tokens=widen(small.tokens, 16), targets=widen(small.targets, 3))
+    small, wide = pair_batch(4), pair_batch(4, row_length=96)
+    assert small.tokens.shape != wide.tokens.shape
     for one, other in zip(logprobs(tiny_params, small), logprobs(tiny_params, wide), strict=True):
-        np.testing.assert_allclose(one, other[..., :8], rtol=0, atol=1e-5)
-        assert (np.asarray(other[..., 8:]) == 0).all()
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 def test_given_reference_equals_live_reference(tiny_model, tiny_params, other_params, pair_batch, logprobs):

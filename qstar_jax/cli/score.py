@@ -59,7 +59,7 @@ def _reference_and_beta(config: ScoreConfig, policy: LoadedModel) -> tuple[str |
     source = config.reference or policy.reference
     if source is None:
         raise InputError(
-            f"{config.model} carries no reference (only a DPO run does); name one with --reference: "
+            f"{config.model} carries no reference (only a run whose loss has one does); name one with --reference: "
             "the model from which its training began"
         )
     options = policy.description.options if policy.description else {}
@@ -67,7 +67,10 @@ def _reference_and_beta(config: ScoreConfig, policy: LoadedModel) -> tuple[str |
     if beta is None and "loss" in options:
         beta = losses.make_loss(**options["loss"]).beta
     if beta is None:
-        raise InputError(f"{config.model} does not record a beta (only a DPO run does); give --beta, for instance 0.1")
+        raise InputError(
+            f"{config.model} does not record a beta (only a run whose loss has a reference does); "
+            "give --beta, for instance 0.1"
+        )
     return source, beta
 
 

@@ -1,4 +1,4 @@
-"""Examples -> arrays of one shape, and which examples make the batch of a step.
+"""Examples -> arrays of few shapes, and which examples make the batch of a step.
 
 The batch is a pure function of (seed, step): a resumed run, on any number of hosts, sees the same rows in order.
 """
@@ -11,27 +11,40 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qstar_jax.data.packing import Block, Shapes, blocks_of, pack
 from qstar_jax.data.tokenization import Example
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """B prompts with R answers each (2: chosen, rejected; 1: fine-tuning). Masks come from lengths, not from token ids.
+    """B prompts with R answers each (2: chosen, rejected; 1: fine-tuning), laid into N rows of S slots (see `packing`).
+
+    Masks come from lengths and from where tokens lie, not from token ids.
 
     Args:
-        tokens: Prompt then answer, right-padded.
+        tokens: Inputs of the model.
+        positions: Rotary positions; those of each answer go on from its prompt.
+        blocks: Which prompt of the row a slot belongs to, from 0; -1 for padding.
+        branches: Which of its answers, from 1; 0 for what they share.
+        slots: Slots whose next token is scored, K a row; 0 where there are fewer.
+        targets: Those next tokens.
+        index: Where each token of each answer stands among the N * K scored ones; 0 after its end.
         prompt_lengths: Tokens of each prompt.
-        targets: The answers alone, right-padded; EOS included.
-        response_lengths: Tokens of each answer.
+        response_lengths: Tokens of each answer, EOS included.
         truncated: The answer lost its end, and its EOS.
-        weights: 1, or 0 for rows that only fill up the last batch of an evaluation.
-        ref_logp: log pi_ref of `targets` in nats, where it is cached.
+        weights: 1, or 0 for examples that only fill up the last batch of an evaluation, and have no tokens.
+        ref_logp: log pi_ref of the answers' tokens in nats, where it is cached.
     """
 
-    tokens: Int[Array, "B R S"]
+    tokens: Int[Array, "N S"]
+    positions: Int[Array, "N S"]
+    blocks: Int[Array, "N S"]
+    branches: Int[Array, "N S"]
+    slots: Int[Array, "N K"]
+    targets: Int[Array, "N K"]
+    index: Int[Array, "B R T"]
     prompt_lengths: Int[Array, " B"]
-    targets: Int[Array, "B R T"]
     response_lengths: Int[Array, "B R"]
     truncated: Bool[Array, "B R"]
     weights: Float[Array, " B"]
@@ -39,69 +52,118 @@ class Batch:
 
     @property
     def response_mask(self) -> Bool[Array, "B R T"]:
-        """True at the tokens of `targets` that are the answer's."""
-        return self.response_lengths[..., None] > np.arange(self.targets.shape[-1])
-
-
-def padded_lengths(examples: Sequence[Example], multiple: int = 32) -> tuple[int, int]:
-    """Lengths into which every example fits, so that one compiled shape serves all batches.
-
-    Args:
-        examples: At least one example, with at least one answer each.
-        multiple: Both lengths are multiples of it, in tokens.
-
-    Returns:
-        Length S of prompt and answer together, and T of the answers alone (at most S), in tokens.
-    """
-    longest = max(len(e.prompt) + len(r.ids) for e in examples for r in e.responses)
-    longest_response = max(len(r.ids) for e in examples for r in e.responses)
-    return -(-longest // multiple) * multiple, -(-longest_response // multiple) * multiple
+        """True at the tokens of `index` that are the answer's."""
+        return self.response_lengths[..., None] > np.arange(self.index.shape[-1])
 
 
 def make_batch(
-    examples: Sequence[Example], *, length: int, response_length: int, pad_id: int, fill_to: int | None = None
+    examples: Sequence[Example],
+    shapes: Shapes,
+    *,
+    pad_id: int,
+    fill_to: int | None = None,
+    ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
+    at_least: tuple[int, int] = (0, 0),
 ) -> Batch:
-    """Pads examples to one shape.
+    """Lays examples into rows.
 
     Args:
         examples: At least one; all with the same number of answers.
-        length: S, room for prompt and answer, in tokens.
-        response_length: T, room for an answer, in tokens.
-        pad_id: Any token id; what it is has no effect, as lengths mark the padding.
-        fill_to: Repeat the first example with weight 0 up to so many rows.
+        shapes: Shapes of the data set.
+        pad_id: Any token id; what it is has no effect.
+        fill_to: Add examples without tokens, of weight 0, up to so many.
+        ref_logps: log pi_ref of each token of each answer of each example, in nats.
+        at_least: N and K are at least these.
 
     Returns:
-        A batch of numpy arrays: int32, bool for `truncated`, float32 for `weights`.
+        A batch of numpy arrays: int32, bool for `truncated`, float32 for `weights` and `ref_logp`.
 
     Raises:
         ValueError: An example does not fit, or has another number of answers than the first.
     """
-    rows = [*examples, *[examples[0]] * ((fill_to or 0) - len(examples))]
-    answers = len(examples[0].responses)
-    tokens = np.full((len(rows), answers, length), pad_id, np.int32)
-    targets = np.full((len(rows), answers, response_length), pad_id, np.int32)
-    for b, example in enumerate(rows):
-        for r, (_, response) in enumerate(zip(range(answers), example.responses, strict=True)):
-            _check_fits(example, len(response.ids), length, response_length)
-            start, stop = len(example.prompt), len(example.prompt) + len(response.ids)
-            tokens[b, r, :start], tokens[b, r, start:stop] = example.prompt, response.ids
-            targets[b, r, : len(response.ids)] = response.ids
+    count, answers = max(len(examples), fill_to or 0), len(examples[0].responses)
+    _check(examples, shapes)
+    rows = pack(blocks_of(examples, shapes.layout), shapes.length, shapes.layout)
+    # Without packing the number of rows is known before, and is that of a full batch.
+    wanted = len(rows) if shapes.layout == "packed" else count * (answers if shapes.layout == "plain" else 1)
+    height = max(-(-wanted // shapes.rows) * shapes.rows, at_least[0])
+    scored = max(sum(_scored(block, examples) for block in row) for row in rows)
+    width = max(-(-scored // shapes.scored) * shapes.scored, shapes.scored, at_least[1])
+    tokens = np.full((height, shapes.length), pad_id, np.int32)
+    positions, branches = np.zeros((2, height, shapes.length), np.int32)
+    blocks = np.full((height, shapes.length), -1, np.int32)
+    slots, targets = np.zeros((2, height, width), np.int32)
+    index = np.zeros((count, answers, shapes.response_length), np.int32)
+    for n, row in enumerate(rows):
+        slot, entry = 0, 0
+        for number, block in enumerate(row):
+            example = examples[block.example]
+            shared = len(example.prompt) - 1
+            blocks[n, slot : slot + block.length] = number
+            tokens[n, slot : slot + shared] = example.prompt[:-1]
+            positions[n, slot : slot + shared] = np.arange(shared)
+            slot += shared
+            for r in block.answers:
+                ids = example.responses[r].ids
+                if len(ids) == 0:
+                    continue
+                branch, entries = slice(slot, slot + len(ids)), slice(entry, entry + len(ids))
+                tokens[n, branch] = [example.prompt[-1], *ids[:-1]]
+                positions[n, branch] = shared + np.arange(len(ids))
+                branches[n, branch] = r + 1
+                slots[n, entries], targets[n, entries] = np.arange(branch.start, branch.stop), ids
+                index[block.example, r, : len(ids)] = n * width + np.arange(entries.start, entries.stop)
+                slot, entry = branch.stop, entries.stop
+    empty = [0] * (count - len(examples))
     return Batch(
         tokens=tokens,
-        prompt_lengths=np.array([len(e.prompt) for e in rows], np.int32),
+        positions=positions,
+        blocks=blocks,
+        branches=branches,
+        slots=slots,
         targets=targets,
-        response_lengths=np.array([[len(r.ids) for r in e.responses] for e in rows], np.int32),
-        truncated=np.array([[r.truncated for r in e.responses] for e in rows], bool),
-        weights=(np.arange(len(rows)) < len(examples)).astype(np.float32),
+        index=index,
+        prompt_lengths=np.array([len(e.prompt) for e in examples] + empty, np.int32),
+        response_lengths=np.array(
+            [[len(r.ids) for r in e.responses] for e in examples] + [[0] * answers] * len(empty), np.int32
+        ),
+        truncated=np.array(
+            [[r.truncated for r in e.responses] for e in examples] + [[False] * answers] * len(empty), bool
+        ),
+        weights=(np.arange(count) < len(examples)).astype(np.float32),
+        ref_logp=None if ref_logps is None else _padded(ref_logps, index.shape),
     )
 
 
-def _check_fits(example: Example, answer: int, length: int, response_length: int) -> None:
-    if len(example.prompt) + answer > length or answer > response_length:
-        raise ValueError(
-            f"row {example.row + 1}: a prompt of {len(example.prompt)} and an answer of {answer} tokens do not fit "
-            f"into length {length} and response_length {response_length}; take them from padded_lengths"
-        )
+def _scored(block: Block, examples: Sequence[Example]) -> int:
+    return sum(len(examples[block.example].responses[r].ids) for r in block.answers)
+
+
+def _padded(values: Sequence[Sequence[np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:
+    padded = np.zeros(shape, np.float32)
+    for b, answers in enumerate(values):
+        for r, answer in enumerate(answers):
+            padded[b, r, : len(answer)] = answer
+    return padded
+
+
+def _check(examples: Sequence[Example], shapes: Shapes) -> None:
+    answers = len(examples[0].responses)
+    for example in examples:
+        if len(example.responses) != answers:
+            raise ValueError(
+                f"row {example.row + 1} has {len(example.responses)} answers and the first of its batch {answers}; "
+                "all examples of a data set need the same number"
+            )
+    for block in blocks_of(examples, shapes.layout):
+        example = examples[block.example]
+        longest = max(len(r.ids) for r in example.responses)
+        if block.length > shapes.length or longest > shapes.response_length:
+            raise ValueError(
+                f"row {example.row + 1}: {block.length} tokens of prompt and answers, and an answer of {longest}, do "
+                f"not fit into length {shapes.length} and response_length {shapes.response_length}; "
+                "take them from Shapes.of"
+            )
 
 
 def step_indices(seed: int, step: int, num_examples: int, batch_size: int) -> np.ndarray:

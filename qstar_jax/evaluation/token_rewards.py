@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qstar_jax import mdp
+from qstar_jax.config import DataOptions
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.loading import Dataset
 from qstar_jax.evaluation.scored import ScoredResponse, token_pieces
@@ -46,7 +47,7 @@ def score_dataset(
     Raises:
         InputError: If the batch cannot be cut evenly over the mesh.
     """
-    feeder = Feeder(dataset, batch_size, mesh, policy.tokenizer.pad_token_id or 0, "batch_size")
+    feeder = Feeder(dataset, batch_size, mesh, DataOptions(), policy.tokenizer.pad_token_id or 0, "batch_size")
     replicated = NamedSharding(mesh, PartitionSpec())  # so that every host can read the result
     score = jax.jit(partial(score_tokens, policy.model), out_shardings=replicated)
     examples = iter(dataset.examples)

@@ -45,12 +45,14 @@ def answer_sums(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Floa
         mask: True at the answer's tokens. Shape [..., T].
 
     Returns:
-        Sum of each answer, 0 for an empty one. Shape [...].
+        Sum of each answer in float32 (or float64), 0 for an empty one. Shape [...].
 
     Raises:
         AssertionError: If the shapes differ, and would be broadcast.
     """
     chex.assert_equal_shape([values, mask])
+    # At least float32: sums of bfloat16 over some hundred tokens have no digits left.
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     return jnp.where(mask, values, 0.0).sum(-1)
 
 

@@ -147,7 +147,8 @@ def ipo(
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
     """Identity preference optimisation on means over tokens: (c / |y_w| - r / |y_l| - 1 / (2 beta))^2.
 
-    Elsewhere: this is TRL's `ipo`; DPO's reference code sums instead: `ipo_sum`. The same beta is another objective.
+    Elsewhere: TRL, HALOs and LLaMA-Factory average as here; DPO's reference code and OpenRLHF sum: `ipo_sum`. The same
+    beta is then another objective.
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
@@ -175,8 +176,8 @@ def ipo_sum(
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
     """Identity preference optimisation on sums over tokens: (c - r - 1 / (2 beta))^2.
 
-    Elsewhere: this is the IPO of DPO's reference code (eric-mitchell/direct-preference-optimization), HALOs and
-    OpenRLHF; TRL averages over tokens: `ipo`.
+    Elsewhere: this is the IPO of DPO's reference code (eric-mitchell/direct-preference-optimization) and of OpenRLHF;
+    TRL, HALOs and LLaMA-Factory average over tokens: `ipo`.
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].

@@ -166,7 +166,7 @@ def kto(
 
 
 def kto_baseline(log_ratios: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, ""]:
-    """KTO's reference point z0: the mean log-ratio of mismatched answers, not below 0.
+    """KTO's reference point z0: the mean log-ratio of mismatched answers, not below 0; empty ones do not count.
 
     Args:
         log_ratios: Token log-ratios of answers given to other prompts than their own (KTO shifts a batch's answers by
@@ -179,7 +179,8 @@ def kto_baseline(log_ratios: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) ->
     References:
         Ethayarajh et al., arXiv 2402.01306, Sec. 4.1.
     """
-    return jax.lax.stop_gradient(jax.nn.relu(answer_sums(log_ratios, mask).mean()))
+    answers = jnp.maximum(mask.any(-1).sum(), 1)
+    return jax.lax.stop_gradient(jax.nn.relu(answer_sums(log_ratios, mask).sum() / answers))
 
 
 def implicit_prm(

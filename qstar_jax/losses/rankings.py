@@ -1,5 +1,6 @@
 """Losses of rankings with any number of answers."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from qstar_jax.losses.answers import LossMetrics, answer_sums, record
@@ -25,10 +26,11 @@ def plackett_luce(
         beta: Temperature, in reward a nat.
 
     Returns:
-        Loss of each ranking, in nats, shape [...], and its metrics.
+        Loss of each ranking, in nats, shape [...], and its metrics; rewards of places that are not filled are 0.
 
     References:
         arXiv 2305.18290, App. A.3; arXiv 2404.12358, Theorem 1.
     """
     rewards = beta * answer_sums(log_ratios, mask)
-    return -preference_log_prob(rewards, present), record(rewards)
+    loss = -preference_log_prob(rewards, present)
+    return loss, record(rewards if present is None else jnp.where(present, rewards, 0.0))

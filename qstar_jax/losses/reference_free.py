@@ -26,7 +26,8 @@ def negative_log_likelihood(
         logp: Policy log-probabilities, in nats. Shape [..., T].
         mask: True at response tokens. Shape [..., T].
         normalize: `none`: the sum; `answer_tokens`: the mean over the answer's tokens; `batch_tokens`: scaled so that
-            the mean over all answers that have tokens is the mean over all their tokens (the usual cross-entropy).
+            the mean over all answers that have tokens is the mean over all their tokens (the usual cross-entropy). A
+            micro-batch, or a row under `jax.vmap`, is a batch of its own.
 
     Returns:
         In nats (nats a token where normalised). Shape [...]; 0 for an empty answer.
@@ -49,8 +50,9 @@ def sft(
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
     """Cross-entropy of the chosen answer: the imitation term of RPO and MPO.
 
-    Elsewhere: TRL's `sft` (once `rpo_alpha`) averages over the tokens of the batch, as the default here; OpenRLHF's
-    `nll_loss_coef` and LLaMA-Factory's `pref_ftx` do the same; RPO's paper averages over each answer (`answer_tokens`).
+    Elsewhere: TRL's `sft` (once `rpo_alpha`) averages over the tokens of the batch, as the default here, so the loss of
+    a row depends on its batch; OpenRLHF's `nll_loss_coef`, LLaMA-Factory's `pref_ftx` and RPO's paper average over each
+    answer (`answer_tokens`).
 
     Args:
         logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].

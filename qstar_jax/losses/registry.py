@@ -114,14 +114,25 @@ class PreferenceLoss:
         return bool(self.arrays & {"log_ratios", "ref_logp", "kl"})
 
     @property
+    def couples_rows(self) -> bool:
+        """Whether the loss of a row depends on the rest of its batch, so that micro-batches would change it."""
+        averaged = any(options.get("normalize") == "batch_tokens" for options in self.options)
+        return averaged or any(term.startswith("aot") for term in self.terms)
+
+    @property
+    def _main(self) -> int:
+        """The term that speaks for all: the first that compares with the reference, otherwise the first."""
+        return next((i for i, term in enumerate(self.terms) if _has_reference(term)), 0)
+
+    @property
     def beta(self) -> float | None:
-        """Temperature of the first loss, if it has one."""
-        return self.options[0].get("beta")
+        """Temperature of the implicit reward: that of the first loss with a reference, None where no loss has one."""
+        return self.options[self._main].get("beta") if self.uses_reference else None
 
     @property
     def loss_at_reference(self) -> float | None:
         """Loss of a pair if the policy equals its reference (`sigmoid`: ln 2); None where it depends on the answers."""
-        if not all({"log_ratios", "ref_logp"} & {*_arrays(term)} for term in self.terms) or self.wpo:
+        if not all(_has_reference(term) for term in self.terms) or self.wpo:
             return None
         zeros = jnp.zeros((1, 2, 1))
         arrays = {"mask": zeros == 0, "labels": jnp.array([[True, False]]), "baseline": jnp.zeros(())}
@@ -147,25 +158,27 @@ class PreferenceLoss:
                 of single answers take the pair's [..., 2, T] and `labels` [..., 2], and are averaged over the two.
 
         Returns:
-            The loss, shape [...], and the metrics of the first term.
+            The loss, shape [...], and the metrics of the first term with a reference (or of the first).
 
         Raises:
             TypeError: If arrays are missing, or given and not used.
         """
-        if arrays.keys() != self.arrays:
+        optional = {name for term in self.terms for name in _optional_arrays(term)}
+        if not self.arrays <= arrays.keys() <= self.arrays | optional:
             raise TypeError(f"{' + '.join(self.terms)} takes {sorted(self.arrays)}; got {sorted(arrays)}")
-        total, metrics = 0.0, None
+        total, records = 0.0, []
         for name, weight, options in zip(self.terms, self.weights, self.options, strict=True):
-            loss, own_metrics = LOSSES[name](**self._read(name, arrays), **_bind_divergence(options))
+            loss, metrics = LOSSES[name](**self._read(name, arrays), **_bind_divergence(options))
             if "labels" in _arrays(name):
                 loss = loss.mean(-1)
-            total, metrics = total + weight * loss, metrics or own_metrics
+            total = total + weight * loss
+            records.append(metrics)
         if self.wpo:
             total = total * wpo_weights(arrays["logp"], arrays["mask"], arrays["log_sum_sq"])
-        return total, metrics
+        return total, records[self._main]
 
     def _read(self, name: str, arrays: dict[str, Array]) -> dict[str, Array]:
-        own = {array: arrays[array] for array in _arrays(name)}
+        own = {array: arrays[array] for array in (*_arrays(name), *_optional_arrays(name)) if array in arrays}
         if self.ld_alpha is not None and own.keys() & {"log_ratios", "ref_logp"}:
             for array in own.keys() & {"log_ratios", "logp", "ref_logp"}:
                 own[array] = desensitize_length(own[array], own["mask"], ld_alpha=self.ld_alpha)
@@ -219,6 +232,15 @@ def _arrays(name: str) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty)
 
 
+def _optional_arrays(name: str) -> tuple[str, ...]:
+    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty)
+
+
+def _has_reference(name: str) -> bool:
+    return bool({"log_ratios", "ref_logp"} & {*_arrays(name)})
+
+
 def _defaults(name: str) -> dict[str, Any]:
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -245,6 +267,8 @@ def _check_terms(terms: tuple[str, ...], weights: Sequence[float] | None):
             raise InputError(f"loss {term!r} is unknown{hint}; known are {', '.join(LOSSES)}")
     if len(set(terms)) < len(terms):
         raise InputError(f"a loss is named twice in {', '.join(terms)}; give it once, with the sum of the weights")
+    if weights is not None and not isinstance(weights, list | tuple):
+        raise InputError(f"weights is {weights!r}; expected a list with a number for each of {', '.join(terms)}")
     if weights is not None and len(weights) != len(terms):
         raise InputError(
             f"{len(weights)} weights are given for {len(terms)} losses ({', '.join(terms)}); give one each"
@@ -273,7 +297,7 @@ def _check_options(loss: PreferenceLoss, given: Mapping[str, Any]):
     divergence = given.get("divergence", "reverse_kl")
     if "divergence_alpha" in given and divergence != "alpha_divergence":
         raise InputError(f"divergence_alpha is the order of alpha_divergence; the divergence is {divergence}")
-    if loss.ld_alpha is not None and not any({"log_ratios", "ref_logp"} & {*_arrays(term)} for term in loss.terms):
+    if loss.ld_alpha is not None and not any(_has_reference(term) for term in loss.terms):
         raise InputError(f"ld_alpha weighs log-ratios to a reference, and {names} has no reference")
     if loss.ld_alpha is not None and {"kto", "implicit_prm", "plackett_luce"} & {*loss.terms}:
         raise InputError(f"ld_alpha compares the lengths of two answers, and {names} does not read pairs")

@@ -1,6 +1,7 @@
 """Alignment by optimal transport: distributions of margins are compared, not pairs.
 
-Both losses sort inside the batch (the axis before the two answers), so they depend on what else is in it. The loss of
+Both losses sort inside the batch (the axis before the two answers), so they depend on what else is in it: micro-batches
+give another loss. The loss of
 a quantile is returned at the row that holds it. Rows whose answers are both empty (padding rows) take no part.
 """
 

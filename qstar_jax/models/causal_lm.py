@@ -12,7 +12,7 @@ from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models import llama
-from qstar_jax.models.layers import KVCache
+from qstar_jax.models.layers import KVCache, RowMask
 
 Params = dict[str, Any]  # nested; leaves are arrays, layers stacked along their first axis
 
@@ -85,7 +85,7 @@ class CausalLM:
         params: Params,
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S K"],
+        mask: Bool[Array, "B S K"] | RowMask,
         cache: KVCache | None = None,
         cache_index: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:

@@ -24,6 +24,36 @@ class KVCache:
     values: Float[Array, "L B K H D"]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowMask:
+    """Who may see whom in rows that hold several prompts and answers: causal, within a block, answers kept apart.
+
+    Attributes:
+        blocks: Block of each slot; -1 for padding, which sees padding only. Shape [B, S].
+        branches: 0 for what a block's answers share, otherwise the answer's number. Shape [B, S].
+    """
+
+    blocks: Int[Array, "B S"]
+    branches: Int[Array, "B S"]
+
+    def between(self, queries: Int[Array, "B Q 3"]) -> Bool[Array, "B Q S"]:
+        """Mask of some queries, given as (slot, block, branch) each, and all keys."""
+        slot, block, branch = queries[..., None, 0], queries[..., None, 1], queries[..., None, 2]
+        keys, branches = self.blocks[:, None, :], self.branches[:, None, :]
+        causal = jnp.arange(self.blocks.shape[1]) <= slot
+        return causal & (keys == block) & ((branches == 0) | (branches == branch))
+
+    def queries(self) -> Int[Array, "B S 3"]:
+        """The (slot, block, branch) of every slot."""
+        slots = jnp.broadcast_to(jnp.arange(self.blocks.shape[1]), self.blocks.shape)
+        return jnp.stack([slots, self.blocks, self.branches], axis=-1)
+
+    def dense(self) -> Bool[Array, "B S S"]:
+        """The whole mask."""
+        return self.between(self.queries())
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched for long contexts.
@@ -75,6 +105,46 @@ def apply_rope(
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
+def blockwise_attention(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G D"],
+    mask: RowMask,
+    *,
+    block_size: int = 128,
+) -> Float[Array, "B S H D"]:
+    """Attention whose scores exist for `block_size` queries at a time, and again in the backward pass.
+
+    Neither the [B, H, S, S] scores nor the [B, S, S] mask is ever built: memory grows with S * block_size.
+
+    Args:
+        q: Queries. Shape [B, S, H, D].
+        k: Keys, in G groups of heads. Shape [B, S, G, D].
+        v: Values. Shape [B, S, G, D].
+        mask: Who may see whom.
+        block_size: Queries of a row whose scores exist at one time.
+
+    Returns:
+        Outputs. Shape [B, S, H, D].
+    """
+    batch, length, heads, width = q.shape
+    block_size = min(block_size, length)
+    blocks = -(-length // block_size)
+    padding = ((0, 0), (0, blocks * block_size - length))
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(batch, blocks, block_size, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def attend(block):
+        q, queries = block
+        return jax.nn.dot_product_attention(q, k, v, mask=mask.between(queries)[:, None])
+
+    out = jax.lax.map(attend, (cut(q), cut(mask.queries())))
+    return out.swapaxes(0, 1).reshape(batch, -1, heads, width)[:, :length]
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions, without biases."""
 
@@ -93,7 +163,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "N D"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S K"],
+        mask: Bool[Array, "B S K"] | RowMask,
         frequencies: Float[Array, " F"],
         remember=lambda keys, values: (keys, values),
     ) -> Float[Array, "N D"]:
@@ -102,7 +172,8 @@ class Attention(nnx.Module):
         Args:
             x: Inputs of the N = B * S tokens. Shape [N, D].
             positions: Rotary positions, in tokens. Shape [B, S].
-            mask: True where a query (second axis) may see a key (third axis). Shape [B, S, K].
+            mask: True where a query (second axis) may see a key (third axis), shape [B, S, K]; or a `RowMask`, for
+                attention by blocks.
             frequencies: Rotary frequencies. Shape [head_dim / 2].
             remember: Puts the S new keys and values into a cache and returns all K of them.
 
@@ -114,7 +185,11 @@ class Attention(nnx.Module):
         k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
         k, v = remember(apply_rope(k, positions, frequencies), v)
-        out = jax.nn.dot_product_attention(apply_rope(q, positions, frequencies), k, v, mask=mask[:, None])
+        q = apply_rope(q, positions, frequencies)
+        if isinstance(mask, RowMask):
+            out = blockwise_attention(q, k, v, mask)
+        else:
+            out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
         return self.o(out.reshape(batch * length, -1))
 
 

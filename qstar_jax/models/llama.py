@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
-from qstar_jax.models.layers import Attention, GatedMLP, KVCache, RopeScaling, rope_frequencies
+from qstar_jax.models.layers import Attention, GatedMLP, KVCache, RopeScaling, RowMask, rope_frequencies
 from qstar_jax.sharding import constrain_batch
 
 # The rule of largest dimensions cuts q, k, v by outputs; their counterpart o is cut by inputs, to need one sum a layer.
@@ -147,7 +147,7 @@ class Llama(nnx.Module):
         self,
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S K"],
+        mask: Bool[Array, "B S K"] | RowMask,
         cache: KVCache | None = None,
         cache_index: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
@@ -156,13 +156,17 @@ class Llama(nnx.Module):
         Args:
             tokens: Token ids. Shape [B, S].
             positions: Rotary positions, in tokens. Shape [B, S].
-            mask: True where a query may see a key; K is S, or the cache's length. Shape [B, S, K].
+            mask: True where a query may see a key; K is S, or the cache's length. Shape [B, S, K]. Or a `RowMask`,
+            without
+                a cache.
             cache: Keys and values so far; the new ones are written at `cache_index` and on.
             cache_index: Slot of the first new token, the same for all rows.
 
         Returns:
             Hidden states after the last norm, shape [B, S, D], and the cache with the new tokens in it.
         """
+        if isinstance(mask, RowMask) and self.compute.attention == "dense":
+            mask = mask.dense()
         # One row a token: XLA transposes activations of three dimensions before it multiplies them on a CPU.
         x = rearrange(constrain_batch(self.embed(tokens)), "b s d -> (b s) d")
         frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)

@@ -101,6 +101,7 @@ class Loop:
         means["learning_rate"] = float(self.schedule(step))
         means["epoch"] = (step + 1) * self.feeder.batch_size / len(self.feeder.dataset.examples)
         if seconds is not None:
+            means["perf/padding"] = 1 - counts["count/tokens"] / counts["count/slots"]
             means["perf/tokens_per_second"] = counts["count/tokens"] * steps / seconds
             means["perf/seconds_per_step"] = seconds / steps
             if self.peak_flops:

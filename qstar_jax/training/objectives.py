@@ -131,7 +131,8 @@ def dpo_loss_fn(model: CausalLM, options: LossOptions) -> LossFn:
 def _counts(batch: Batch) -> Metrics:
     """Sizes that throughput is computed from; a denominator of 1 makes them sums."""
     one = jnp.ones(())
-    responses = batch.tokens.shape[1]
-    scored = (batch.response_lengths * batch.weights[:, None]).sum()
-    prompts = (batch.prompt_lengths * batch.weights).sum() * responses
-    return {"count/tokens": (prompts + scored, one), "count/scored_tokens": (scored, one)}
+    return {
+        "count/tokens": ((batch.blocks >= 0).sum().astype(jnp.float32), one),
+        "count/slots": (jnp.float32(batch.blocks.size), one),
+        "count/scored_tokens": (batch.response_lengths.sum().astype(jnp.float32), one),
+    }

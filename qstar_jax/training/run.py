@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,9 +12,12 @@ import jax
 import yaml
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
+from rich.progress import track
 
+from qstar_jax.caches import keep_programs, user_cache
 from qstar_jax.checkpoints import CheckpointStore
 from qstar_jax.config import DpoConfig, SftConfig
+from qstar_jax.data.batches import Batch
 from qstar_jax.data.loading import load_examples
 from qstar_jax.data.preview import preview
 from qstar_jax.errors import InputError
@@ -23,9 +27,11 @@ from qstar_jax.sharding import make_mesh
 from qstar_jax.training.feeding import Evaluator, Feeder
 from qstar_jax.training.loop import Loop
 from qstar_jax.training.objectives import LossFn, dpo_loss_fn, preference_loss, resolve_loss, sft_loss_fn
+from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
+from qstar_jax.training.reference import cached_logprobs
 from qstar_jax.training.run_log import RunLog
-from qstar_jax.training.setup import Start, build_state, describe, find_start, needs_reference
-from qstar_jax.training.step import TrainState, learning_rate_schedule, make_optimizer, make_train_step
+from qstar_jax.training.setup import Start, build_state, describe, find_start, holds_reference, needs_reference
+from qstar_jax.training.step import TrainState, make_train_step
 from qstar_jax.training.throughput import peak_flops, peak_memory_bytes
 
 
@@ -55,8 +61,14 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
         config = replace(config, loss=resolve_loss(config.loss))
         loss = preference_loss(config.loss)
         first_loss = loss.loss_at_reference
+        if config.train.accumulate > 1 and loss.couples_rows:
+            raise InputError(
+                f"train.accumulate {config.train.accumulate}: {loss} looks at its whole batch, and would see "
+                "micro-batches; set it to 1, or loss.normalize answer_tokens where that is the reason"
+            )
         console.print(f"loss: {loss}", markup=False, highlight=False, soft_wrap=True)
     mesh = make_mesh(config.mesh)
+    keep_programs()
     with jax.set_mesh(mesh), CheckpointStore(out, config.train.keep_checkpoints) as store:
         start = find_start(config, store, mesh)
         feeder, eval_feeder = _feeders(config, start, mesh, console)
@@ -65,6 +77,8 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
             console.print(f"{out} is complete: {start.step} of {steps} steps are done", markup=False, highlight=False)
             summary = out / "summary.json"
             return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+        if needs_reference(config) and not holds_reference(config):
+            feeder, eval_feeder = (_with_cached_reference(config, start, f, console) for f in (feeder, eval_feeder))
         description = describe(config, start)
         state = build_state(config, start, store, mesh, steps, description)
         if is_main:
@@ -104,18 +118,31 @@ def _feeders(config: SftConfig | DpoConfig, start: Start, mesh: Mesh, console: C
     train = load_examples(data.train, data.train_split, kind, start.tokenizer, data, data.max_train_rows)
     console.print(train.summary, markup=False, highlight=False, soft_wrap=True)
     console.print(preview(train.examples[0], start.tokenizer))
-    feeder = Feeder(train, options.batch_size, mesh, pad_id, "train.batch_size")
+    feeder = Feeder(train, options.batch_size, mesh, data, pad_id, "train.batch_size", accumulate=options.accumulate)
     if data.eval is None:
         return feeder, None
     held_out = load_examples(data.eval, data.eval_split, kind, start.tokenizer, data, data.max_eval_rows)
     console.print(held_out.summary, markup=False, highlight=False, soft_wrap=True)
     eval_batch_size = options.eval_batch_size or options.batch_size
-    return feeder, Feeder(held_out, eval_batch_size, mesh, pad_id, "train.eval_batch_size")
+    return feeder, Feeder(held_out, eval_batch_size, mesh, data, pad_id, "train.eval_batch_size")
+
+
+def _with_cached_reference(config: DpoConfig, start: Start, feeder: Feeder | None, console: Console) -> Feeder | None:
+    if feeder is None:
+        return None
+    folder = Path(config.reference.cache) if config.reference.cache else user_cache("reference")
+
+    def show(batches: Iterable[Batch], description: str, total: int) -> Iterable[Batch]:
+        where = f"{description}: {feeder.dataset.source}"
+        return track(batches, where, total, console=console, disable=not console.is_terminal)
+
+    logps = cached_logprobs(feeder, start.model, start.params, start.reference, folder, show)
+    return feeder.with_reference(logps)
 
 
 def _jit_step(config: SftConfig | DpoConfig, loss_fn: LossFn, steps: int, state: TrainState, mesh: Mesh):
     """Compiles the step so that a state comes out on the shardings on which it went in, in the same buffers."""
-    train_step = make_train_step(loss_fn, make_optimizer(config.optimizer, steps))
+    train_step = make_train_step(loss_fn, make_optimizer(config.optimizer, steps), accumulate=config.train.accumulate)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
@@ -131,11 +158,10 @@ def _evaluator(model: CausalLM, loss_fn: LossFn, feeder: Feeder, state: TrainSta
 
 def _step_flops(config: SftConfig | DpoConfig, model: CausalLM, feeder: Feeder, counts: dict[str, float]) -> float:
     """Model FLOPs of a step: forward and backward of the policy, and forward of the reference if there is one."""
-    rows = feeder.batch_size * len(feeder.dataset.examples[0].responses)
     forward = model.family.forward_flops(
         model.config,
         tokens=counts["count/tokens"],
         scored_tokens=counts["count/scored_tokens"],
-        context=counts["count/tokens"] / rows / 2,
+        context=counts["count/tokens"] / feeder.batch_size / 2,
     )
-    return forward * (4 if needs_reference(config) else 3)
+    return forward * (4 if holds_reference(config) else 3)

@@ -23,7 +23,9 @@ from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.sharding import tree_shardings
 from qstar_jax.training.objectives import preference_loss
-from qstar_jax.training.step import TrainState, make_optimizer
+from qstar_jax.training.optimizers import make_optimizer
+from qstar_jax.training.reference import reference_identity
+from qstar_jax.training.step import TrainState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,9 +37,11 @@ FREE_OPTIONS = (
     "resume",
     "mesh",
     "compute.remat",
+    "compute.attention",
     "data.eval",
     "data.eval_split",
     "data.max_eval_rows",
+    "reference.cache",
     "train.eval_batch_size",
     "train.log_every",
     "train.eval_every",
@@ -55,12 +59,14 @@ class Start:
         tokenizer: Its tokenizer.
         step: Steps that are done already.
         params: Parameters of a fresh run; None where `step` is read from a checkpoint.
+        reference: Who the frozen reference is; None if the loss has none.
     """
 
     model: CausalLM
     tokenizer: "PreTrainedTokenizerBase"
     step: int = 0
     params: Params | None = None
+    reference: str | None = None
 
 
 def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh) -> Start:
@@ -72,7 +78,8 @@ def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh
     step = store.latest_step
     if step is None:
         loaded = load_model(config.model, config.compute, mesh, config.mesh)
-        return Start(loaded.model, loaded.tokenizer, params=loaded.params)
+        identity = reference_identity(loaded.model, loaded.params) if needs_reference(config) else None
+        return Start(loaded.model, loaded.tokenizer, params=loaded.params, reference=identity)
     if not config.resume:
         raise InputError(
             f"{config.out} already holds a run with a checkpoint at step {step}; "
@@ -80,7 +87,8 @@ def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh
         )
     description = store.describe(step)
     _check_same_options(description.options, asdict(config), Path(config.out))
-    return Start(description.build_model(config.compute), description.build_tokenizer(), step)
+    model, tokenizer = description.build_model(config.compute), description.build_tokenizer()
+    return Start(model, tokenizer, step, reference=description.reference)
 
 
 def _check_same_options(stored: dict, given: dict, out: Path):
@@ -106,10 +114,16 @@ def needs_reference(config: SftConfig | DpoConfig) -> bool:
     return isinstance(config, DpoConfig) and preference_loss(config.loss).uses_reference
 
 
+def holds_reference(config: SftConfig | DpoConfig) -> bool:
+    """Whether the reference's parameters are held and run at each step."""
+    return needs_reference(config) and config.reference.mode == "live"
+
+
 def describe(config: SftConfig | DpoConfig, start: Start) -> Description:
     """Collects what is stored beside the parameters."""
     verb = "dpo" if isinstance(config, DpoConfig) else "sft"
-    return Description(verb, start.model.config.to_hf(), asdict(config), tokenizer_files(start.tokenizer))
+    files = tokenizer_files(start.tokenizer)
+    return Description(verb, start.model.config.to_hf(), asdict(config), files, start.reference)
 
 
 def build_state(
@@ -132,6 +146,9 @@ def build_state(
 
     Returns:
         The state, every array on its sharding.
+
+    Raises:
+        InputError: If the run's reference is no longer the one with which it began.
     """
     model = start.model
     optimizer = make_optimizer(config.optimizer, steps)
@@ -139,18 +156,23 @@ def build_state(
     abstract_params = abstract_with_shardings(model.abstract_params(), shardings)
     abstract_opt_state = jax.eval_shape(optimizer.init, abstract_params)
     opt_shardings = tree_shardings(abstract_opt_state, mesh, config.mesh, model.family.SHARDING_OVERRIDES)
-    wants_reference = needs_reference(config)
     ref_params = None
     if start.params is None:
         abstract_opt_state = abstract_with_shardings(abstract_opt_state, opt_shardings)
         params, opt_state = store.restore(start.step, abstract_params, abstract_opt_state)
-        if wants_reference:
+        if holds_reference(config):
             ref_params = read_checkpoint_params(store.run / REFERENCE, model, shardings)
+            if start.reference not in (None, reference_identity(model, ref_params)):
+                raise InputError(
+                    f"--resume: {store.run / REFERENCE} is not the reference with which the run began (its parameters "
+                    "differ from what the checkpoint says of them); put that folder back, or begin a new run"
+                )
     else:
         params = start.params
         opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-        if wants_reference:
-            store.save_reference(params, description)
+        if needs_reference(config):
+            store.save_reference(params, description)  # also where it is cached: `score` reads it
+        if holds_reference(config):
             # A copy: the state is donated to each step, so the policy may not share its buffers.
             ref_params = jax.tree.map(jnp.copy, params)
     step = jax.device_put(jnp.int32(start.step), NamedSharding(mesh, PartitionSpec()))

@@ -18,28 +18,32 @@ import psutil
 from jsonargparse import auto_cli
 
 from qstar_jax.config import ComputeOptions, Dtype, LossOptions, MeshOptions, OptimizerOptions
-from qstar_jax.data.batches import Batch
+from qstar_jax.data.batches import Batch, make_batch
+from qstar_jax.data.packing import Layout, Shapes
+from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.demo.pretrain import BASE
 from qstar_jax.loading import load_model
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.objectives import dpo_loss_fn
-from qstar_jax.training.step import TrainState, make_optimizer, make_train_step
+from qstar_jax.training.optimizers import make_optimizer
+from qstar_jax.training.step import TrainState, make_train_step
 from qstar_jax.training.throughput import measured_matmul_peak, peak_memory_bytes
 
 
-def full_batch(model: CausalLM, pairs: int, length: int) -> Batch:
-    """Makes pairs of random tokens that fill their rows; the first quarter of a row is the prompt."""
-    prompt = length // 4
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (pairs, 2, length), dtype=np.int32)
-    return Batch(
-        tokens=jnp.asarray(tokens),
-        prompt_lengths=jnp.full(pairs, prompt),
-        targets=jnp.asarray(tokens[..., prompt:]),
-        response_lengths=jnp.full((pairs, 2), length - prompt),
-        truncated=jnp.zeros((pairs, 2), bool),
-        weights=jnp.ones(pairs),
-    )
+def full_batch(model: CausalLM, pairs: int, length: int, layout: Layout) -> Batch:
+    """Makes pairs of random tokens; the first quarter of prompt and answer is the prompt."""
+    rng, prompt = np.random.default_rng(0), length // 4
+
+    def ids(count: int) -> np.ndarray:
+        return rng.integers(0, model.config.vocab_size, count, dtype=np.int32)
+
+    examples = [
+        Example(ids(prompt), False, tuple(Response(ids(length - prompt), False) for _ in range(2)), row)
+        for row in range(pairs)
+    ]
+    shapes = Shapes.of(examples, layout, batch_size=pairs)
+    return jax.tree.map(jnp.asarray, make_batch(examples, shapes, pad_id=0))
 
 
 def main(
@@ -48,6 +52,7 @@ def main(
     length: int = 256,
     rounds: int = 3,
     dtype: Dtype = "float32",
+    layout: Layout = "packed",
     matmul_size: int = 2048,
 ):
     """Measures matrix products and DPO steps in turn.
@@ -58,6 +63,7 @@ def main(
         length: Tokens of a row.
         rounds: Rounds, of which the medians count.
         dtype: Type of activations and of the measured matrix products.
+        layout: How prompts and answers share rows.
         matmul_size: Edge of the measured matrices.
     """
     mesh = make_mesh()
@@ -67,7 +73,7 @@ def main(
         step = jax.jit(make_train_step(dpo_loss_fn(loaded.model, LossOptions()), optimizer), donate_argnums=0)
         reference = jax.tree.map(jnp.copy, loaded.params)
         state = TrainState(jnp.int32(0), loaded.params, jax.jit(optimizer.init)(loaded.params), reference)
-        batch = full_batch(loaded.model, pairs, length)
+        batch = full_batch(loaded.model, pairs, length, layout)
         state, _ = jax.block_until_ready(step(state, batch))  # compiles
         peaks, seconds = [], []
         for _ in range(rounds):
@@ -75,9 +81,9 @@ def main(
             start = time.perf_counter()
             state, _ = jax.block_until_ready(step(state, batch))
             seconds.append(time.perf_counter() - start)
-    tokens = 2 * pairs * length
+    tokens, scored = int((batch.blocks >= 0).sum()), int(batch.response_lengths.sum())
     forward = loaded.model.family.forward_flops(
-        loaded.model.config, tokens=tokens, scored_tokens=tokens * 3 / 4, context=length / 2
+        loaded.model.config, tokens=tokens, scored_tokens=scored, context=length / 2
     )
     flops = 4 * forward / statistics.median(seconds)  # policy forward and backward, reference forward
     result = {
@@ -88,6 +94,8 @@ def main(
         "physical_cores": psutil.cpu_count(logical=False),
         "pairs": pairs,
         "length": length,
+        "layout": layout,
+        "rows": list(batch.tokens.shape),
         "seconds_per_step": statistics.median(seconds),
         "pairs_per_second": pairs / statistics.median(seconds),
         "tokens_per_second": tokens / statistics.median(seconds),

@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from qstar_jax.data.batches import Batch, eval_batches, make_batch, padded_lengths, step_indices
+from qstar_jax.data.batches import Batch, eval_batches, make_batch, step_indices
+from qstar_jax.data.packing import Block, Shapes, pack
 from qstar_jax.data.tokenization import Example, Response
 
 EOS = 2
@@ -16,62 +17,135 @@ def example(prompt, *answers, row=0):
 PAIRS = [example([5, 6], [7, 2], [8, 9, 8]), example([5], [7, 2, 7, 2], [2])]
 
 
-def test_make_batch():
-    batch = make_batch(PAIRS, length=6, response_length=4, pad_id=0)
-    np.testing.assert_array_equal(
-        batch.tokens, [[[5, 6, 7, 2, 0, 0], [5, 6, 8, 9, 8, 0]], [[5, 7, 2, 7, 2, 0], [5, 2, 0, 0, 0, 0]]]
-    )
-    np.testing.assert_array_equal(batch.targets, [[[7, 2, 0, 0], [8, 9, 8, 0]], [[7, 2, 7, 2], [2, 0, 0, 0]]])
+def batch_of(examples, layout="packed", *, row_length=0, fill_to=None, pad_id=0, **options):
+    shapes = Shapes.of(examples, layout, batch_size=fill_to or len(examples), row_length=row_length, multiple=1)
+    return make_batch(examples, shapes, pad_id=pad_id, fill_to=fill_to, **options)
+
+
+def test_a_shared_prompt_by_hand():
+    batch = batch_of(PAIRS, "shared", pad_id=9)
+    # 5 | 6 7 | 6 8 9: the prompt's last token begins each branch, and the answer's last token is no input.
+    np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 6, 8, 9], [5, 7, 2, 7, 5, 9]])
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 1, 2, 3], [0, 1, 2, 3, 0, 0]])
+    np.testing.assert_array_equal(batch.branches, [[0, 1, 1, 2, 2, 2], [1, 1, 1, 1, 2, 0]])
+    np.testing.assert_array_equal(batch.blocks, [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, -1]])
+    width = batch.slots.shape[1]
+    np.testing.assert_array_equal(batch.slots[:, :5], [[1, 2, 3, 4, 5], [0, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(batch.targets[:, :5], [[7, 2, 8, 9, 8], [7, 2, 7, 2, 2]])
+    second = np.where([[1, 1, 1, 1], [1, 0, 0, 0]], width + np.array([[0, 1, 2, 3], [4, 0, 0, 0]]), 0)
+    np.testing.assert_array_equal(batch.index, [[[0, 1, 0, 0], [2, 3, 4, 0]], second])
     np.testing.assert_array_equal(batch.prompt_lengths, [2, 1])
     np.testing.assert_array_equal(batch.response_lengths, [[2, 3], [4, 1]])
     np.testing.assert_array_equal(batch.truncated, [[False, True], [False, False]])
     np.testing.assert_array_equal(batch.weights, [1, 1])
     assert batch.ref_logp is None
-    types = [np.asarray(leaf).dtype.name for leaf in jax.tree.leaves(batch)]
-    assert types == ["int32", "int32", "int32", "int32", "bool", "float32"]
+
+
+def test_plain_rows_by_hand():
+    batch = batch_of(PAIRS, "plain")
+    np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 0], [5, 6, 8, 9], [5, 7, 2, 7], [5, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 3], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.branches > 0, [[0, 1, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]])
+
+
+def test_two_prompts_in_one_row():
+    batch = batch_of(PAIRS, row_length=11)
+    assert batch.tokens.shape == (1, 11)
+    np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 6, 8, 9, 5, 7, 2, 7, 5]])
+    np.testing.assert_array_equal(batch.blocks, [[0] * 6 + [1] * 5])
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 1, 2, 3, 0, 1, 2, 3, 0]])
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared", "plain"])
+def test_index_finds_every_token_of_every_answer(layout):
+    rng = np.random.default_rng(0)
+    examples = [
+        example(rng.integers(3, 9, rng.integers(1, 9)), *(rng.integers(3, 9, rng.integers(1, 7)) for _ in range(3)))
+        for _ in range(13)
+    ]
+    batch = batch_of(examples, layout, row_length=40)
+    for b, r in np.ndindex(13, 3):
+        ids = examples[b].responses[r].ids
+        where = batch.index[b, r, : len(ids)]
+        np.testing.assert_array_equal(batch.targets.reshape(-1)[where], ids)
+        rows, slots = where // batch.slots.shape[1], batch.slots.reshape(-1)[where]
+        np.testing.assert_array_equal(batch.tokens[rows, slots], [examples[b].prompt[-1], *ids[:-1]])
+        np.testing.assert_array_equal(batch.positions[rows, slots], len(examples[b].prompt) - 1 + np.arange(len(ids)))
+
+
+def test_first_fit_leaves_little_room():
+    rng = np.random.default_rng(1)
+    blocks = [Block(i, (0,), int(n)) for i, n in enumerate(rng.integers(5, 60, 200))]
+    rows = pack(blocks, 100, "packed")
+    assert sorted(b.example for row in rows for b in row) == list(range(200))
+    assert all(sum(b.length for b in row) <= 100 for row in rows)
+    assert len(rows) <= 1.05 * sum(b.length for b in blocks) / 100 + 1
+
+
+def test_an_empty_answer_takes_no_room():
+    empty = Response(np.zeros(0, np.int32), True)
+    pair = Example(np.array([5, 6], np.int32), False, (Response(np.array([7, 2], np.int32), False), empty), 0)
+    batch = batch_of([pair, PAIRS[1]])
+    np.testing.assert_array_equal(batch.response_lengths, [[2, 0], [4, 1]])
+    assert not batch.response_mask[0, 1].any() and (batch.blocks >= 0).sum() == 3 + 5
 
 
 @pytest.mark.parametrize("pad_id", [0, EOS, 7])
 def test_the_mask_does_not_depend_on_the_pad_id(pad_id):
-    batch = make_batch(PAIRS, length=6, response_length=4, pad_id=pad_id)
     expected = [[[1, 1, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [1, 0, 0, 0]]]
-    np.testing.assert_array_equal(batch.response_mask, np.array(expected, bool))
+    np.testing.assert_array_equal(batch_of(PAIRS, pad_id=pad_id).response_mask, np.array(expected, bool))
 
 
 def test_batch_is_a_pytree_with_a_mask_under_jit():
-    batch = make_batch(PAIRS, length=6, response_length=4, pad_id=EOS)
+    batch = batch_of(PAIRS)
     same, mask = jax.jit(lambda b: (b, b.response_mask))(batch)
     assert isinstance(same, Batch)
     np.testing.assert_array_equal(mask, batch.response_mask)
 
 
-def test_fill_rows_repeat_the_first_with_weight_zero():
-    batch = make_batch(PAIRS, length=6, response_length=4, pad_id=0, fill_to=4)
-    np.testing.assert_array_equal(batch.weights, [1, 1, 0, 0])
-    np.testing.assert_array_equal(batch.tokens[2:], batch.tokens[[0, 0]])
-    np.testing.assert_array_equal(batch.response_lengths[2:], batch.response_lengths[[0, 0]])
+@pytest.mark.parametrize("layout", ["packed", "shared", "plain"])
+def test_examples_that_fill_up_have_no_tokens(layout):
+    batch, filled = batch_of(PAIRS, layout), batch_of(PAIRS, layout, fill_to=4)
+    np.testing.assert_array_equal(filled.weights, [1, 1, 0, 0])
+    np.testing.assert_array_equal(filled.response_lengths[2:], 0)
+    assert (filled.blocks >= 0).sum() == (batch.blocks >= 0).sum()
+    assert len(filled.tokens) == {"packed": 2, "shared": 4, "plain": 8}[layout]
 
 
-def test_one_answer():
-    assert make_batch([example([1], [3, 2])], length=4, response_length=2, pad_id=0).tokens.shape == (1, 1, 4)
+def test_cached_reference_is_laid_at_its_tokens():
+    ref = [[np.array([-1.0, -2.0]), np.array([-3.0, -4.0, -5.0])], [np.arange(4.0), np.array([-9.0])]]
+    batch = batch_of(PAIRS, ref_logps=ref, fill_to=3)
+    np.testing.assert_array_equal(batch.ref_logp[0], [[-1, -2, 0, 0], [-3, -4, -5, 0]])
+    np.testing.assert_array_equal(batch.ref_logp[1], [[0, 1, 2, 3], [-9, 0, 0, 0]])
+    assert batch.ref_logp.dtype == np.float32 and not batch.ref_logp[2].any()
 
 
-@pytest.mark.parametrize(("length", "response_length"), [(4, 4), (6, 3)])
-def test_examples_that_do_not_fit(length, response_length):
-    with pytest.raises(ValueError, match="row 1: a prompt of 1 and an answer of 4 tokens do not fit"):
-        make_batch(PAIRS[1:], length=length, response_length=response_length, pad_id=0)
+@pytest.mark.parametrize(("layout", "length", "response_length"), [("plain", 3, 4), ("packed", 4, 4), ("packed", 6, 3)])
+def test_examples_that_do_not_fit(layout, length, response_length):
+    shapes = Shapes(layout, length, response_length, 1, 1)
+    with pytest.raises(ValueError, match=r"row 1: \d tokens of prompt and answers, and an answer of 4, do not fit"):
+        make_batch(PAIRS[1:], shapes, pad_id=0)
 
 
 def test_examples_with_other_numbers_of_answers():
     for pair in ([PAIRS[0], example([1], [2])], [example([1], [2]), PAIRS[0]]):
-        with pytest.raises(ValueError):
-            make_batch(pair, length=6, response_length=4, pad_id=0)
+        with pytest.raises(ValueError, match="all examples of a data set need the same number"):
+            batch_of(pair)
 
 
-def test_padded_lengths():
-    assert padded_lengths(PAIRS, multiple=1) == (5, 4)
-    assert padded_lengths(PAIRS, multiple=4) == (8, 4)
-    assert padded_lengths(PAIRS) == (32, 32)
+def test_shapes_come_in_few_sizes():
+    rng = np.random.default_rng(2)
+    examples = [
+        example(rng.integers(3, 9, rng.integers(1, 90)), *(rng.integers(3, 9, rng.integers(1, 90)) for _ in range(2)))
+        for _ in range(400)
+    ]
+    shapes = Shapes.of(examples, batch_size=16, parts=2)
+    assert shapes.length % 32 == 0 and shapes.rows == 4
+    found = {
+        make_batch([examples[i] for i in rng.choice(400, 16, replace=False)], shapes, pad_id=0).slots.shape
+        for _ in range(60)
+    }
+    assert len(found) <= 6 and all(rows % 4 == 0 for rows, _ in found)
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 3), (7, 7), (3, 8), (1, 2)])

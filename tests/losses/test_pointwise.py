@@ -33,9 +33,10 @@ def test_kto_is_half_at_the_baseline():
 
 
 def test_kto_baseline_is_a_mean_that_stops_at_0():
-    np.testing.assert_allclose(losses.kto_baseline(LOG_RATIOS, MASK), 1 / 3, rtol=1e-6)
+    # (3 - 2) / 2: the third answer is empty, as padding rows are, and does not count.
+    np.testing.assert_allclose(losses.kto_baseline(LOG_RATIOS, MASK), 1 / 2, rtol=1e-6)
     np.testing.assert_array_equal(losses.kto_baseline(-LOG_RATIOS, MASK), 0)
-    np.testing.assert_allclose(losses.kto_baseline(jnp.where(MASK, LOG_RATIOS, jnp.nan), MASK), 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(losses.kto_baseline(jnp.where(MASK, LOG_RATIOS, jnp.nan), MASK), 1 / 2, rtol=1e-6)
     np.testing.assert_array_equal(jax.grad(lambda x: losses.kto_baseline(x, MASK))(LOG_RATIOS), 0)
 
 

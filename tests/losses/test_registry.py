@@ -100,7 +100,17 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts():
     np.testing.assert_array_equal(metrics.rewards, first_metrics.rewards)
     plain = call(make_loss(names))[0]
     np.testing.assert_allclose(plain, sum(direct(name)[0] for name in names), rtol=1e-6)
-    np.testing.assert_array_equal(call(make_loss(names[::-1]))[1].rewards, direct("sft")[1].rewards)
+    # A term without a reference does not speak for the mixture, wherever it stands.
+    np.testing.assert_array_equal(call(make_loss(names[::-1]))[1].rewards, direct("bco_pair")[1].rewards)
+    np.testing.assert_array_equal(call(make_loss(["sft", "simpo"]))[1].rewards, direct("sft")[1].rewards)
+
+
+def test_places_of_a_ranking_may_be_left_open():
+    log_ratios, mask = EVERYTHING["log_ratios"], MASK
+    present = jnp.ones(mask.shape[:2], bool).at[0, 1].set(False)
+    loss, metrics = make_loss("plackett_luce")(log_ratios=log_ratios, mask=mask, present=present)
+    np.testing.assert_array_equal(loss, losses.plackett_luce(log_ratios, mask, present)[0])
+    assert loss[0] == 0 and metrics.rewards[0, 1] == 0
 
 
 def test_losses_of_single_answers_in_a_mixture():
@@ -159,11 +169,18 @@ def test_none_is_the_default():
     assert loss.options[0]["bias"] == 0.9 and loss.options[0]["beta"] == 0.1
 
 
-def test_beta_is_that_of_the_first_loss():
+def test_beta_is_that_of_the_first_loss_with_a_reference():
     assert make_loss().beta == make_loss("sigmoid").beta == 0.1
-    assert make_loss(["simpo", "sigmoid"]).beta == 2.0
+    assert make_loss(["simpo", "sigmoid"]).beta == 0.1
     assert make_loss(["simpo", "sigmoid"], beta=0.7).beta == 0.7
-    assert make_loss("orpo").beta is None
+    assert make_loss("orpo").beta is None and make_loss("simpo").beta is None
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_losses_that_look_at_their_batch_say_so(name):
+    assert make_loss(name).couples_rows == (name in ("aot", "aot_unpaired", "sft", "cpo", "orpo"))
+    if "normalize" in make_loss(name).options[0]:
+        assert not make_loss(name, normalize="none").couples_rows
 
 
 def test_under_jit_grad_and_vmap():

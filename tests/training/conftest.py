@@ -22,7 +22,7 @@ from qstar_jax.config import (
     TrainOptions,
 )
 from qstar_jax.training import run as run_module
-from qstar_jax.training.step import make_optimizer
+from qstar_jax.training.optimizers import make_optimizer
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,12 @@ import yaml
 from rich.console import Console
 
 from qstar_jax.checkpoints import find_checkpoint, read_description
-from qstar_jax.config import DataOptions, LossOptions, OptimizerOptions
+from qstar_jax.config import DataOptions, LossOptions, OptimizerOptions, ReferenceOptions
 from qstar_jax.data.loading import load_examples
 from qstar_jax.errors import InputError
+from qstar_jax.reference_cache import ReferenceCache
 from qstar_jax.training import loop as loop_module
+from qstar_jax.training import reference as reference_module
 from qstar_jax.training import run as run_module
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.step import TrainState
@@ -257,8 +259,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
 ):
     real = run_module.make_train_step
 
-    def make_train_step(loss_fn, optimizer):
-        step = real(loss_fn, optimizer)
+    def make_train_step(loss_fn, optimizer, **options):
+        step = real(loss_fn, optimizer, **options)
 
         def poisoned(state, batch):
             # From the fourth step on: two steps after the checkpoint at 2, before the one at 4.
@@ -280,13 +282,15 @@ def test_parameters_that_are_not_finite_are_never_saved(make_config, tiny_train,
     # The loss of a step is that before its update: a gradient of NaN shows in it one step late.
     real = run_module.make_train_step
 
-    def make_train_step(loss_fn, optimizer):
+    def make_train_step(loss_fn, optimizer, **options):
         def broken(params, ref_params, batch):
             loss, metrics = loss_fn(params, ref_params, batch)
             zero = jax.tree.leaves(params)[0].ravel()[0] * 0
-            return loss + jnp.where(zero == 0, jnp.sqrt(zero), 0.0), metrics  # sqrt(0): value 0, gradient NaN
+            total, pairs = metrics["loss"]
+            # sqrt(0): value 0, gradient NaN
+            return loss, metrics | {"loss": (total + jnp.where(zero == 0, jnp.sqrt(zero), 0.0), pairs)}
 
-        return real(broken, optimizer)
+        return real(broken, optimizer, **options)
 
     monkeypatch.setattr(run_module, "make_train_step", make_train_step)
     with pytest.raises(FloatingPointError):
@@ -321,9 +325,14 @@ def test_options_of_data_and_order_change_the_batches(prepared):
     assert not np.asarray(plain.truncated).any()
     few = prepared(data={"max_train_rows": 2})
     assert len(few.feeder.dataset.examples) == 2
-    assert prepared(train={"batch_size": 4}).feeder.at_step(0, 0).tokens.shape[0] == 4
+    assert prepared(train={"batch_size": 4}).feeder.at_step(0, 0).index.shape[0] == 4
     swapped = prepared(data={"chosen": "rejected", "rejected": "chosen"}).feeder.at_step(0, 0)
-    np.testing.assert_array_equal(swapped.targets, plain.targets[:, ::-1])
+    np.testing.assert_array_equal(swapped.response_lengths, plain.response_lengths[:, ::-1])
+    laid_out = {
+        layout: prepared(data={"layout": layout}).feeder.at_step(0, 0).tokens.shape[0] for layout in ("shared", "plain")
+    }
+    assert len(plain.tokens) < laid_out["shared"] == 8 and laid_out["plain"] == 16
+    assert prepared(data={"row_length": 160}).feeder.at_step(0, 0).tokens.shape[1] == 160
 
 
 def test_zero_steps_mean_once_through_the_rows(prepared):
@@ -339,6 +348,86 @@ def test_a_loss_without_a_reference_keeps_none(make_config, tiny_train, tmp_path
     assert training[-1] < training[0]  # the batch of step 5 is that of step 0: five batches are an epoch
     resolved = yaml.safe_load((out / "config.yaml").read_text())["loss"]
     assert (resolved["beta"], resolved["gamma"], resolved["tau"]) == (2.0, 0.5, None)
+
+
+@pytest.fixture(scope="module")
+def cached_run(tmp_path_factory, make_config, tiny_train, eval_file):
+    """The run of `dpo_run` with a cached reference: (config, run folder, cache folder)."""
+    out, cache = (tmp_path_factory.mktemp("cached") / name for name in ("run", "cache"))
+    train = {"eval_every": 3, "eval_batch_size": 4, "keep_checkpoints": 1}
+    reference = ReferenceOptions(mode="cached", cache=str(cache))
+    config = make_config(out, data={"eval": str(eval_file)}, train=train, reference=reference)
+    tiny_train(config)
+    return config, out, cache
+
+
+def test_a_cached_reference_changes_no_number(cached_run, dpo_run, metric_lines):
+    _, out, cache = cached_run
+    assert len([path for path in cache.glob("*/complete.json")]) == 2  # training and held-out pairs
+    found, expected = metric_lines(out), metric_lines(dpo_run[0])
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        for name in line:
+            np.testing.assert_allclose(line[name], other[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_a_cached_reference_is_not_computed_again(cached_run, tiny_train, tmp_path, monkeypatch):
+    config, _, cache = cached_run
+    parts = {path: path.read_bytes() for path in cache.glob("*/*")}
+    monkeypatch.setattr(ReferenceCache, "write", None)  # a call would raise
+    tiny_train(replace(config, out=str(tmp_path / "again")))
+    assert {path: path.read_bytes() for path in cache.glob("*/*")} == parts
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_training(cached_run, tiny_train, tmp_path, monkeypatch):
+    config, _, _ = cached_run
+    real = reference_module.response_logprobs
+    monkeypatch.setattr(reference_module, "response_logprobs", lambda *x: tuple(y + 0.01 for y in real(*x)))
+    with pytest.raises(InputError, match=r"0\.01"):
+        tiny_train(replace(config, out=str(tmp_path / "run")))
+    assert find_checkpoint(tmp_path / "run") is None
+
+
+def test_a_run_with_a_cached_reference_goes_on_without_its_parameters(cached_run, tiny_train, tmp_path, metric_lines):
+    config, whole, _ = cached_run
+    out = tmp_path / "run"
+    kept = replace(config, out=str(out), train=replace(config.train, keep_checkpoints=9))
+    tiny_train(kept)
+    for step in ("4", "6"):
+        shutil.rmtree(out / "checkpoints" / step)
+    shutil.rmtree(out / "reference")
+    tiny_train(replace(kept, resume=True))
+    last = [[line for line in metric_lines(run) if line["step"] == 5 and "loss" in line][-1] for run in (out, whole)]
+    assert last[0] == last[1]
+    # Without the cache there is nothing to go on with.
+    shutil.rmtree(out / "checkpoints" / "6")
+    nowhere = replace(kept, resume=True, reference=replace(kept.reference, cache=str(tmp_path / "none")))
+    with pytest.raises(InputError, match=r"0 of 40 examples .*begin a new run, or put the cache back"):
+        tiny_train(nowhere)
+
+
+def test_a_reference_that_was_exchanged_is_noticed(make_config, tiny_train, tmp_path, dpo_run):
+    out = tmp_path / "run"
+    config = make_config(out)
+    tiny_train(config)
+    shutil.rmtree(out / "checkpoints" / "6")
+    shutil.rmtree(out / "reference" / "params")
+    shutil.copytree(out / "checkpoints" / "4" / "params", out / "reference" / "params")
+    with pytest.raises(InputError, match=r"is not the reference with which the run began"):
+        tiny_train(replace(config, resume=True))
+
+
+def test_micro_batches_change_no_number(make_config, tiny_train, tmp_path, dpo_run, metric_lines):
+    out = tmp_path / "run"
+    tiny_train(make_config(out, train={"accumulate": 4, "save_every": 0}))
+    plain = [line["loss"] for line in metric_lines(dpo_run[0]) if "loss" in line]
+    np.testing.assert_allclose([line["loss"] for line in metric_lines(out) if "loss" in line], plain, rtol=1e-4)
+
+
+def test_micro_batches_of_a_loss_that_looks_at_its_batch_are_refused(make_config, tiny_train, tmp_path):
+    config = make_config(tmp_path / "run", loss=LossOptions(name="aot"), train={"accumulate": 2})
+    with pytest.raises(InputError, match=r"train\.accumulate 2: aot.* looks at its whole batch"):
+        tiny_train(config)
 
 
 def test_a_loss_that_cannot_be_made_is_refused_before_anything_is_read(make_config, tiny_train, tmp_path):

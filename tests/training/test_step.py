@@ -15,7 +15,8 @@ from qstar_jax.loading import param_shardings
 from qstar_jax.scoring import response_logprobs, score_tokens
 from qstar_jax.sharding import BATCH, make_mesh, tree_shardings
 from qstar_jax.training.objectives import dpo_loss_fn, resolve_loss, sft_loss_fn
-from qstar_jax.training.step import TrainState, learning_rate_schedule, make_optimizer, make_train_step
+from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
+from qstar_jax.training.step import TrainState, make_train_step
 
 # AdamW's first step is g / (|g| + eps): with a tiny eps the sign of gradients that are only rounding decides, and no
 # two orders of summation agree. With eps far above every |g| the step is as smooth as the gradient. The rate is so high
@@ -37,7 +38,7 @@ def ref_params(tiny_params):
 
 @pytest.fixture(scope="module")
 def batch(pair_batch):
-    return pair_batch(6, seed=3, fill_to=8)  # two rows have weight 0
+    return pair_batch(6, seed=3, fill_to=8, layout="shared")  # two examples have weight 0
 
 
 def place(tree, shardings):
@@ -130,10 +131,10 @@ def test_rows_of_weight_0_do_not_count(objective, tiny_model, tiny_params, ref_p
     answers = 2 if objective == "dpo" else 1
     loss_fn = dpo_loss_fn(tiny_model, LOSS) if objective == "dpo" else sft_loss_fn(tiny_model)
     gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-    batch, other = (pair_batch(6, seed=seed, answers=answers) for seed in (0, 1))
+    batch = pair_batch(6, answers=answers, layout="shared")
     weights = batch.weights.at[4:].set(0)
-    mixed = jax.tree.map(lambda x, y: jnp.concatenate([x[:4], y[4:]]), batch, other)
-    results = [gradient(tiny_params, ref_params, replace(x, weights=weights)) for x in (batch, mixed)]
+    other = replace(batch, tokens=batch.tokens.at[4:].set(7), targets=batch.targets.at[4:].set(9))
+    results = [gradient(tiny_params, ref_params, replace(x, weights=weights)) for x in (batch, other)]
     jax.tree.map(np.testing.assert_array_equal, *results)
     counted = gradient(tiny_params, ref_params, batch)[0][0]
     assert abs(float(counted) - float(results[0][0][0])) > 1e-4  # with weight 1 they do count
@@ -153,8 +154,9 @@ def test_dpo_equals_a_plain_computation(tiny_model, tiny_params, ref_params, bat
         "rewards/accuracies": (margin > 0).mean(),
         "logps/chosen": logp[:, 0].mean(),
         "logps/rejected": logp[:, 1].mean(),
-        "count/scored_tokens": float(batch.response_lengths[:6].sum()),
-        "count/tokens": float(batch.response_lengths[:6].sum() + 2 * batch.prompt_lengths[:6].sum()),
+        "count/scored_tokens": float(batch.response_lengths.sum()),
+        "count/tokens": float(batch.response_lengths.sum() + (batch.prompt_lengths[:6] - 1).sum()),
+        "count/slots": float(batch.tokens.size),
     }
     assert metrics.keys() == expected.keys()
     for name, (total, weight) in metrics.items():
@@ -304,7 +306,7 @@ def test_clipping_by_hand():
 
 def test_the_logged_norm_is_that_before_clipping():
     optimizer = make_optimizer(OptimizerOptions(max_grad_norm=1e-3), 1)
-    step = make_train_step(lambda params, ref, batch: (5 * params["kernel"].sum(), {}), optimizer)
+    step = make_train_step(lambda params, ref, batch: (0, {"loss": (5 * params["kernel"].sum(), 1.0)}), optimizer)
     params = {"kernel": jnp.ones(4)}
     _, metrics = step(TrainState(jnp.int32(0), params, optimizer.init(params)), None)
     assert [float(x) for x in metrics["grad_norm"]] == [10.0, 1.0]

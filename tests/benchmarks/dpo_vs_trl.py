@@ -1,0 +1,160 @@
+"""DPO steps of this library beside TRL's DPOTrainer and a hand-written torch step, on the same pairs, in turn.
+
+    python tests/benchmarks/dpo_vs_trl.py --model FOLDER [--shape tldr|chat|FILE.jsonl.gz] [--reference live|cached]
+
+Each library is a process of its own that stays alive; they take steps in turn, several rounds, and medians count.
+Prints
+JSON: pairs and answer-and-prompt tokens a second, peak memory, first losses, and the ratios of speed. The model's
+folder needs config.json and safetensors; a FILE of pairs needs its tokenizer too. Extras `parity` and `bench`.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jsonargparse import auto_cli
+
+HERE = Path(__file__).parent
+SHAPES = {"tldr": (384, 48), "chat": (64, 192)}  # tokens of a prompt, and of each answer
+
+
+def random_pairs(prompt: int, answer: int, count: int, vocabulary: int) -> dict[str, np.ndarray]:
+    """Pairs of random tokens, all of one length."""
+    rng = np.random.default_rng(0)
+    return {
+        "prompts": rng.integers(3, vocabulary, count * prompt, dtype=np.int32),
+        "prompt_lengths": np.full(count, prompt, np.int32),
+        "answers": rng.integers(3, vocabulary, count * 2 * answer, dtype=np.int32),
+        "answer_lengths": np.full((count, 2), answer, np.int32),
+        "pad_id": np.int32(0),
+    }
+
+
+# In a process of its own: what a parent holds counts as its children's peak memory.
+TOKENIZE = """
+import sys
+import numpy as np
+from qstar_jax.config import DataOptions
+from qstar_jax.data.loading import load_examples
+from qstar_jax.hub import read_tokenizer
+from pathlib import Path
+file, model, count, out = sys.argv[1:]
+options = DataOptions(as_chat=True, max_length=512, max_prompt_length=256)
+examples = load_examples(file, "", "preferences", read_tokenizer(Path(model)), options, int(count)).examples
+answers = [r.ids for e in examples for r in e.responses]
+np.savez(
+    out,
+    prompts=np.concatenate([e.prompt for e in examples]),
+    prompt_lengths=np.array([len(e.prompt) for e in examples]),
+    answers=np.concatenate(answers),
+    answer_lengths=np.array([len(a) for a in answers]).reshape(-1, 2),
+    pad_id=np.int32(0),
+)
+"""
+
+
+class Worker:
+    """A library in a process of its own.
+
+    Args:
+        words: Its command line.
+    """
+
+    def __init__(self, words: list[str]):
+        self._process = subprocess.Popen(
+            [sys.executable, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]
+        )
+        self.ready = self._read()
+
+    def _read(self) -> dict:
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{self._process.args[1]} ended without an answer (exit code {self._process.wait()})")
+
+    def ask(self, request: str) -> dict:
+        """Sends a request and waits for the answer."""
+        self._process.stdin.write(request + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+
+def main(
+    model: str,
+    shape: str = "tldr",
+    reference: Literal["live", "cached"] = "live",
+    libraries: list[str] = ["trl", "torch", "ours"],  # noqa: B006
+    batch: int = 4,
+    steps: int = 1,
+    rounds: int = 3,
+    threads: int = 2,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+):
+    """Measures the libraries in turn.
+
+    Args:
+        model: Hugging Face folder.
+        shape: tldr, chat, or a file of pairs.
+        reference: A second model at each step, or its log-probabilities computed before.
+        libraries: trl, torch, ours.
+        batch: Pairs a step.
+        steps: Steps a turn.
+        rounds: Turns of each library.
+        threads: Threads of torch; XLA takes the cores that the process may use.
+        dtype: Type of activations.
+    """
+    vocabulary = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    count = batch * (steps * rounds + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = str(Path(folder) / "pairs.npz")
+        if shape in SHAPES:
+            np.savez(pairs, **random_pairs(*SHAPES[shape], count, vocabulary))
+        else:
+            subprocess.run([sys.executable, "-c", TOKENIZE, shape, model, str(count), pairs], check=True)
+        with np.load(pairs) as file:
+            tokens = float((2 * file["prompt_lengths"] + file["answer_lengths"].sum(1)).mean())
+        common = ["--model", model, "--pairs", pairs, "--batch", str(batch), "--reference", reference, "--dtype", dtype]
+        torch = [*common, "--threads", str(threads), "--optim", "adamw_torch_fused"]
+        peers = str(HERE / "dpo_peers.py")
+        words = {
+            "trl": [peers, "trl", *torch],
+            "torch": [peers, "torch", *torch],
+            "ours": [str(HERE / "dpo_ours.py"), *common],
+        }
+        workers = {name: Worker(words[name]) for name in libraries}
+        turns = {name: [] for name in libraries}
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                turns[name].append(worker.ask(f"step {steps}"))
+        memory = {name: worker.ask("stop") for name, worker in workers.items()}
+    result = {"model": Path(model).name, "shape": shape, "reference": reference, "batch": batch, "dtype": dtype}
+    for name in libraries:
+        speed = statistics.median(turn["pairs"] / turn["seconds"] for turn in turns[name])
+        extra = {key: statistics.median(turn[key] for turn in turns[name]) for key in turns[name][0] if key in OURS}
+        result[name] = {
+            "pairs_per_second": speed,
+            "tokens_per_second": speed * tokens,  # of the plain layout, so that it means the same for all
+            "peak_memory_gib": memory[name]["peak_memory_bytes"] / 2**30,
+            "losses": [*workers[name].ready["losses"], *(loss for turn in turns[name] for loss in turn["losses"])][:4],
+            **extra,
+        }
+    if "ours" in libraries:
+        own = result["ours"]
+        for name in libraries:
+            if name != "ours":
+                result[f"ours / {name}"] = {
+                    "speed": own["pairs_per_second"] / result[name]["pairs_per_second"],
+                    "memory": own["peak_memory_gib"] / result[name]["peak_memory_gib"],
+                }
+    print(json.dumps(result, indent=2))
+
+
+OURS = ("padding", "share_of_matmul_peak", "matmul_gflops")
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,155 @@
+"""Every fast way to the loss and its gradient equals the plain one in float32: one answer a row, one micro-batch."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qstar_jax.config import ComputeOptions, DataOptions, LossOptions, OptimizerOptions
+from qstar_jax.data.batches import make_batch
+from qstar_jax.data.loading import Dataset
+from qstar_jax.data.packing import Shapes
+from qstar_jax.data.tokenization import Response
+from qstar_jax.errors import InputError
+from qstar_jax.scoring import response_logprobs
+from qstar_jax.training.feeding import Feeder
+from qstar_jax.training.objectives import dpo_loss_fn, sft_loss_fn
+from qstar_jax.training.optimizers import make_optimizer
+from qstar_jax.training.step import TrainState, make_train_step
+
+EOS = 2
+LOSS = LossOptions(beta=0.5, label_smoothing=0.1)
+
+
+@pytest.fixture(scope="module")
+def examples(random_examples):
+    """Eight pairs: a prompt of one token, an empty answer, truncated ones; most answers end with EOS."""
+    examples = random_examples(8, seed=5)
+    ended = [
+        replace(e, responses=tuple(Response(np.append(r.ids[:-1], EOS).astype(np.int32), False) for r in e.responses))
+        for e in examples
+    ]
+    ended[3] = replace(ended[3], responses=(ended[3].responses[0], Response(np.zeros(0, np.int32), True)))
+    ended[6] = replace(ended[6], responses=tuple(Response(r.ids, True) for r in examples[6].responses))
+    return ended
+
+
+@pytest.fixture(scope="module")
+def ref_params(tiny_params):
+    return jax.tree.map(lambda x: x * 1.05 + 0.01, tiny_params)
+
+
+@pytest.fixture(scope="module")
+def same(assert_norm_close):
+    """Loss and gradients within 1e-5, relative; metrics too, or within 1e-5 where they nearly cancel."""
+
+    def check(found, expected):
+        assert_norm_close(found[0], expected[0], 1e-5)
+        assert found[1].keys() == expected[1].keys()
+        for name, value in expected[1].items():
+            np.testing.assert_allclose(found[1][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+    return check
+
+
+def batch_of(examples, layout, row_length=48, **options):
+    shapes = Shapes.of(examples, layout, batch_size=len(examples), row_length=row_length, multiple=4)
+    return jax.tree.map(jnp.asarray, make_batch(examples, shapes, pad_id=EOS, **options))
+
+
+def loss_and_gradient(loss_fn, params, ref_params, batch):
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, ref_params, batch)
+    means = {name: s / d for name, (s, d) in metrics.items() if not name.startswith("count/")}
+    return {"loss": loss, "grads": grads}, means
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model, tiny_params, ref_params, examples):
+    batch = batch_of(examples, "plain")
+    return loss_and_gradient(dpo_loss_fn(tiny_model, LOSS), tiny_params, ref_params, batch)
+
+
+@pytest.mark.parametrize("attention", ["dense", "blockwise"])
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_layouts(layout, attention, tiny_model, tiny_params, ref_params, examples, plain, same):
+    model = replace(tiny_model, compute=ComputeOptions(attention=attention))
+    batch = batch_of(examples, layout)
+    found = loss_and_gradient(dpo_loss_fn(model, LOSS), tiny_params, ref_params, batch)
+    same(found, plain)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation(remat, tiny_model, tiny_params, ref_params, examples, plain, same):
+    model = replace(tiny_model, compute=ComputeOptions(remat=remat))
+    found = loss_and_gradient(dpo_loss_fn(model, LOSS), tiny_params, ref_params, batch_of(examples, "packed"))
+    same(found, plain)
+
+
+def test_cached_reference(tiny_model, tiny_params, ref_params, examples, plain, same):
+    logps = jax.jit(lambda *x: response_logprobs(tiny_model, *x)[0])(ref_params, batch_of(examples, "plain"))
+    cached = [
+        [np.asarray(logps[b, r, : len(answer.ids)]) for r, answer in enumerate(example.responses)]
+        for b, example in enumerate(examples)
+    ]
+    batch = batch_of(examples, "packed", ref_logps=cached)
+    found = loss_and_gradient(dpo_loss_fn(tiny_model, LOSS), tiny_params, None, batch)
+    same(found, plain)
+
+
+@pytest.mark.parametrize("layout", ["plain", "shared", "packed"])
+def test_first_loss_is_ln_2(layout, tiny_model, tiny_params, examples):
+    loss_fn = jax.jit(dpo_loss_fn(tiny_model, LossOptions()))
+    loss, _ = loss_fn(tiny_params, tiny_params, batch_of(examples, layout))
+    np.testing.assert_allclose(loss, math.log(2), rtol=1e-6)
+
+
+# An optimizer whose update shows the gradient itself.
+PLAIN_STEP = OptimizerOptions(
+    name="rmsprop", decay=0.0, eps=1e3, learning_rate=1e4, max_grad_norm=0.0, schedule="constant"
+)
+
+
+def one_step(loss_fn, examples, params, ref_params, mesh, accumulate, layout="packed"):
+    dataset = Dataset(examples, Counter(), "pairs.jsonl")
+    options = DataOptions(layout=layout)
+    feeder = Feeder(dataset, 8, mesh, options, EOS, "train.batch_size", accumulate=accumulate)
+    optimizer = make_optimizer(PLAIN_STEP, 10)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), ref_params)
+    with jax.set_mesh(mesh):
+        state, metrics = jax.jit(make_train_step(loss_fn, optimizer, accumulate=accumulate))(
+            state, feeder.at_step(0, 0)
+        )
+    means = {name: s / d for name, (s, d) in metrics.items() if name != "count/slots"}
+    return {"change": jax.tree.map(jnp.subtract, state.params, params)}, means
+
+
+@pytest.mark.parametrize("objective", ["dpo", "sft"])
+def test_accumulation_is_exact(objective, tiny_model, tiny_params, ref_params, examples, one_device, same):
+    """1 x 8 = 2 x 4 = 8 x 1, although answers, and so the denominators of micro-batches, differ in length."""
+    loss_fn, reference, rows = dpo_loss_fn(tiny_model, LOSS), ref_params, examples
+    if objective == "sft":
+        loss_fn, reference = sft_loss_fn(tiny_model), None
+        rows = [replace(e, responses=e.responses[:1]) for e in examples]
+    whole, halves, eighths = (
+        one_step(loss_fn, rows, tiny_params, reference, one_device, accumulate) for accumulate in (1, 2, 8)
+    )
+    assert np.linalg.norm(jax.tree.leaves(whole[0])[0]) > 1e-3
+    same(halves, whole)
+    same(eighths, whole)
+
+
+def test_batches_that_cannot_be_cut_are_refused(examples, one_device):
+    with pytest.raises(InputError, match=r"batch_size 8 .* 3 micro-batches \(train\.accumulate\).* multiple of 3"):
+        Feeder(
+            Dataset(examples, Counter(), "pairs.jsonl"),
+            8,
+            one_device,
+            DataOptions(),
+            EOS,
+            "train.batch_size",
+            accumulate=3,
+        )
