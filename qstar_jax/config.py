@@ -17,14 +17,14 @@ class ComputeOptions:
         param_dtype: Type in which parameters (and optimizer moments) are stored.
         dtype: Type of activations and matrix products; log-softmax, sums over tokens and losses are float32 always.
         remat: What the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (each layer).
-        attention: `dense` computes the scores of whole rows at once; `blockwise` those of 128 queries at a time, and
-            again in the backward pass: for long rows.
+        attention: Of training and scoring. `dense` computes the scores of whole rows at once; `blockwise` those of 128
+            queries at a time, and again in the backward pass, for long rows; `auto` is blockwise on a CPU, else dense.
     """
 
     param_dtype: Dtype = "float32"
     dtype: Dtype = "float32"
     remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["dense", "blockwise"] = "dense"
+    attention: Literal["auto", "dense", "blockwise"] = "auto"
 
 
 @dataclass(frozen=True)

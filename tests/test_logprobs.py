@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from qstar_jax.logprobs import token_logprobs
+from qstar_jax.logprobs import token_logprobs, token_statistics
 
 B, T, D, V = 3, 10, 8, 97
 
@@ -115,3 +115,79 @@ def test_no_array_of_the_forward_and_backward_pass_has_all_logits():
     whole = batch * length * vocabulary * 4
     assert temporary_bytes(naive).temp_size_in_bytes >= whole
     assert temporary_bytes(partial(token_logprobs, chunk_size=chunk)).temp_size_in_bytes < whole
+
+
+def wide(vocabulary, positions=96):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, positions, 8)), jnp.float32)
+    unembedding = jnp.asarray(rng.normal(size=(vocabulary, 8)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocabulary, (2, positions)))
+    return hidden, unembedding, targets
+
+
+def plainly(hidden, unembedding, targets, bias=None, softcap=None):
+    logits = jnp.einsum("btd,vd->btv", hidden, unembedding) + (0.0 if bias is None else bias)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logz = jax.nn.logsumexp(logits, -1)
+    return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - logz, logz, logits
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_values_and_gradients_with_softcap_and_bias(softcap, with_bias):
+    hidden, unembedding, targets = wide(50, positions=21)
+    bias = jnp.linspace(-2.0, 2.0, 50) if with_bias else None
+    weights = jax.random.normal(jax.random.key(0), (2, 2, 21))
+
+    def total(function, hidden, unembedding, bias):
+        logp, logz = function(hidden, unembedding, bias)[:2]
+        return (weights[0] * logp + weights[1] * logz).sum()
+
+    def ours(hidden, unembedding, bias):
+        return token_logprobs(hidden, unembedding, targets, bias=bias, softcap=softcap, chunk_size=8)
+
+    def expected(hidden, unembedding, bias):
+        return plainly(hidden, unembedding, targets, bias, softcap)
+
+    for x, y in zip(ours(hidden, unembedding, bias), expected(hidden, unembedding, bias)[:2], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    arguments = (0, 1, 2) if with_bias else (0, 1)
+    gradients = [
+        jax.grad(lambda *x, f=f: total(f, *x), argnums=arguments)(hidden, unembedding, bias) for f in (ours, expected)
+    ]
+    for x, y in zip(*gradients, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_statistics_equal_those_of_whole_logits(softcap):
+    hidden, unembedding, targets = wide(50, positions=21)
+    found = token_statistics(hidden, unembedding, softcap=softcap, chunk_size=8)
+    logits = plainly(hidden, unembedding, targets, softcap=softcap)[2]
+    p = np.asarray(jax.nn.softmax(logits), np.float64)
+    np.testing.assert_allclose(found.entropy, -(p * np.log(p)).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(found.mean_logit, logits.mean(-1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.log_sum_sq, np.log((p**2).sum(-1)), rtol=1e-4)
+    grad = jax.grad(lambda h: token_statistics(h, unembedding).entropy.sum())(hidden)
+    assert not np.asarray(grad).any()
+
+
+def test_memory_between_the_passes_does_not_grow_with_the_vocabulary():
+    """Temporary bytes of value and gradient beyond the gradient of the unembedding itself and one chunk of logits."""
+
+    def excess(vocabulary, chunk_size=8, positions=4096):
+        arrays = wide(vocabulary, positions)
+
+        def loss(hidden, unembedding):
+            return token_logprobs(hidden, unembedding, arrays[2], chunk_size=chunk_size)[0].sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arrays[:2]).compile()
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        one_chunk = 2 * chunk_size * vocabulary * 4
+        return temporary, one_chunk, 2 * positions * vocabulary * 4
+
+    for vocabulary in (1_000, 64_000):
+        temporary, one_chunk, whole = excess(vocabulary)
+        # A few arrays of one chunk's logits, and of the unembedding's gradient (as large as one of them here).
+        assert temporary < 8 * one_chunk + 2**20 < whole / 4

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax._compat import nnx
+
+# A score that no softmax sees; finite, as gradients of infinities are NaN.
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 @jax.tree_util.register_dataclass
@@ -127,6 +131,45 @@ def blockwise_attention(
     Returns:
         Outputs. Shape [B, S, H, D].
     """
+    # One row and group of heads after the other gives products of plain matrices, which a CPU multiplies several times
+    # faster; but rows that lie on several devices must be computed side by side.
+    by_row = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    return (_attend_row_by_row if by_row else _attend_side_by_side)(q, k, v, mask, block_size)
+
+
+def uses_blocks(attention: str) -> bool:
+    """Whether `compute.attention` means attention by blocks; `auto` does on a CPU, where that is faster too."""
+    return attention == "blockwise" or (attention == "auto" and jax.default_backend() == "cpu")
+
+
+def _attend_row_by_row(q: Array, k: Array, v: Array, mask: RowMask, block_size: int) -> Array:
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    share = heads // groups
+    q = rearrange(q, "b s (g h) d -> (b g) h s d", g=groups)
+    k, v = (rearrange(x, "b s g d -> (b g) s d") for x in (k, v))
+    queries = jnp.repeat(mask.queries(), groups, axis=0)
+
+    @jax.checkpoint
+    def attend(row: tuple[Array, ...]) -> Array:
+        q, k, v, queries = row
+        outputs = []
+        for start in range(0, length, block_size):
+            # Keys after the block are not even multiplied.
+            stop = min(start + block_size, length)
+            block = rearrange(q[:, start:stop], "h s d -> (h s) d")
+            scores = jnp.matmul(block, k[:stop].T, preferred_element_type=jnp.float32) / math.sqrt(width)
+            own = RowMask(queries[None, :stop, 1], queries[None, :stop, 2]).between(queries[None, start:stop])[0]
+            scores = jnp.where(own, scores.reshape(share, stop - start, stop), _MASKED)
+            weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(-1, stop)
+            outputs.append((weights @ v[:stop]).reshape(share, stop - start, width))
+        return jnp.concatenate(outputs, axis=1)
+
+    out = jax.lax.map(attend, (q, k, v, queries))
+    return rearrange(out, "(b g) h s d -> b s (g h) d", b=batch)
+
+
+def _attend_side_by_side(q: Array, k: Array, v: Array, mask: RowMask, block_size: int) -> Array:
     batch, length, heads, width = q.shape
     block_size = min(block_size, length)
     blocks = -(-length // block_size)
@@ -137,7 +180,7 @@ def blockwise_attention(
         return x.reshape(batch, blocks, block_size, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def attend(block):
+    def attend(block: tuple[Array, Array]) -> Array:
         q, queries = block
         return jax.nn.dot_product_attention(q, k, v, mask=mask.between(queries)[:, None])
 

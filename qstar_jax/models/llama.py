@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
-from qstar_jax.models.layers import Attention, GatedMLP, KVCache, RopeScaling, RowMask, rope_frequencies
+from qstar_jax.models.layers import Attention, GatedMLP, KVCache, RopeScaling, RowMask, rope_frequencies, uses_blocks
 from qstar_jax.sharding import constrain_batch
 
 # The rule of largest dimensions cuts q, k, v by outputs; their counterpart o is cut by inputs, to need one sum a layer.
@@ -165,7 +165,7 @@ class Llama(nnx.Module):
         Returns:
             Hidden states after the last norm, shape [B, S, D], and the cache with the new tokens in it.
         """
-        if isinstance(mask, RowMask) and self.compute.attention == "dense":
+        if isinstance(mask, RowMask) and not uses_blocks(self.compute.attention):
             mask = mask.dense()
         # One row a token: XLA transposes activations of three dimensions before it multiplies them on a CPU.
         x = rearrange(constrain_batch(self.embed(tokens)), "b s d -> (b s) d")

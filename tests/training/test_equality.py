@@ -3,19 +3,23 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.config import ComputeOptions, DataOptions, LossOptions, OptimizerOptions
+from qstar_jax.config import ComputeOptions, DataOptions, LossOptions, MeshOptions, OptimizerOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Response
 from qstar_jax.errors import InputError
+from qstar_jax.models import layers
+from qstar_jax.models.layers import RowMask, _attend_row_by_row, _attend_side_by_side, blockwise_attention
 from qstar_jax.scoring import response_logprobs
+from qstar_jax.sharding import make_mesh
 from qstar_jax.training.feeding import Feeder
 from qstar_jax.training.objectives import dpo_loss_fn, sft_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
@@ -80,6 +84,43 @@ def test_layouts(layout, attention, tiny_model, tiny_params, ref_params, example
     batch = batch_of(examples, layout)
     found = loss_and_gradient(dpo_loss_fn(model, LOSS), tiny_params, ref_params, batch)
     same(found, plain)
+
+
+def test_attention_by_blocks_of_long_rows(one_device):
+    """Rows of several blocks, the last one short; both ways to compute them, values and gradients."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 37, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    blocks = jnp.asarray(np.repeat([[0, 1, -1]], 2, 0).repeat([18, 15, 4], axis=1))
+    branches = jnp.asarray(np.repeat([[0, 1, 2, 0, 1, 0]], 2, 0).repeat([9, 5, 4, 9, 6, 4], axis=1))
+    mask = RowMask(blocks, branches)
+
+    def total(attend, q, k, v):
+        out = attend(q, k, v)
+        return (jnp.where(blocks[..., None, None] >= 0, out, 0.0) ** 2).sum(), out
+
+    def dense(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask.dense()[:, None])
+
+    ways = {
+        way: partial(blockwise, mask=mask, block_size=8)
+        for way, blockwise in (("rows", _attend_row_by_row), ("sides", _attend_side_by_side))
+    }
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
+    expected = gradient(dense, q, k, v)
+    for attend in ways.values():
+        for x, y in zip(jax.tree.leaves(gradient(attend, q, k, v)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_the_faster_way_is_taken_on_one_device_only(one_device, monkeypatch):
+    taken = []
+    for name in ("_attend_row_by_row", "_attend_side_by_side"):
+        monkeypatch.setattr(layers, name, lambda q, *rest, name=name: taken.append(name) or q)
+    x, mask = jnp.zeros((8, 4, 2, 8)), RowMask(*jnp.zeros((2, 8, 4), int))
+    for mesh in (one_device, make_mesh(MeshOptions(data=8))):
+        with jax.set_mesh(mesh):
+            blockwise_attention(x, x, x, mask)
+    assert taken == ["_attend_row_by_row", "_attend_side_by_side"]
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
