@@ -61,6 +61,8 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
         config = replace(config, loss=resolve_loss(config.loss))
         loss = preference_loss(config.loss)
         first_loss = loss.loss_at_reference
+        if config.reference.mode == "cached" and not loss.uses_reference:
+            raise InputError(f"reference.mode is cached, and {loss} has no reference; leave it out")
         if config.train.accumulate > 1 and loss.couples_rows:
             raise InputError(
                 f"train.accumulate {config.train.accumulate}: {loss} looks at its whole batch, and would see "

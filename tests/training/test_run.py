@@ -424,6 +424,12 @@ def test_micro_batches_change_no_number(make_config, tiny_train, tmp_path, dpo_r
     np.testing.assert_allclose([line["loss"] for line in metric_lines(out) if "loss" in line], plain, rtol=1e-4)
 
 
+def test_a_cache_for_a_loss_without_a_reference_is_refused(make_config, tiny_train, tmp_path):
+    reference = ReferenceOptions(mode="cached", cache=str(tmp_path))
+    with pytest.raises(InputError, match=r"reference\.mode is cached, and simpo.* has no reference"):
+        tiny_train(make_config(tmp_path / "run", loss=LossOptions(name="simpo"), reference=reference))
+
+
 def test_micro_batches_of_a_loss_that_looks_at_its_batch_are_refused(make_config, tiny_train, tmp_path):
     config = make_config(tmp_path / "run", loss=LossOptions(name="aot"), train={"accumulate": 2})
     with pytest.raises(InputError, match=r"train\.accumulate 2: aot.* looks at its whole batch"):
