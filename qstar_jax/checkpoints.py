@@ -1,12 +1,13 @@
 """Orbax checkpoints: sharded, asynchronous, and with all that another program needs to use them beside the parameters.
 
-A run folder holds `checkpoints/STEP/` and, after DPO, `reference/`. Each of these folders is an Orbax checkpoint of
+A run folder holds `checkpoints/STEP/` and, after DPO, `reference/`; where an adapter is trained, the steps hold the
+adapter and `base/` the frozen rest, which is the reference as well. Each of these folders is an Orbax checkpoint of
 `params` and `description` (JSON: the model's configuration, the run's options, the tokenizer's files); those of a step
-hold `opt_state` too.
+hold `opt_state` too, and `ref_params` where the reference moves.
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ from orbax.checkpoint import v1 as ocp
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
+from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.lora import Lora, attach_adapter, split_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STEPS, REFERENCE = "checkpoints", "reference"
+STEPS, REFERENCE, BASE = "checkpoints", "reference", "base"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Description:
         options: The run's resolved configuration.
         tokenizer: Name -> text of the tokenizer's files.
         reference: Who the frozen reference is (see `training.reference`); None where there is none.
+        lora: Fields of the adapter's `Lora`, where the parameters are those of an adapter alone.
     """
 
     verb: str
@@ -40,10 +44,12 @@ class Description:
     options: dict[str, Any]
     tokenizer: dict[str, str]
     reference: str | None = None
+    lora: dict[str, Any] | None = None
 
     def build_model(self, compute: ComputeOptions) -> CausalLM:
-        """Builds the model."""
-        return CausalLM.from_hf(self.model, compute)
+        """Builds the model, with the shape of its adapter where it has one."""
+        lora = self.lora and Lora(**{**self.lora, "targets": tuple(self.lora["targets"])})
+        return replace(CausalLM.from_hf(self.model, compute), lora=lora)
 
     def build_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Builds the tokenizer from its files' texts."""
@@ -99,43 +105,46 @@ class CheckpointStore:
         """Step of the newest complete checkpoint."""
         return None if self._steps.latest is None else self._steps.latest.step
 
-    def save(self, step: int, params, opt_state, description: Description):
-        """Writes a checkpoint in the background, after the one before it is complete."""
+    def save(self, step: int, arrays: dict[str, Any], description: Description):
+        """Writes a checkpoint in the background, after the one before it is complete.
+
+        Args:
+            step: Its step.
+            arrays: `params`, `opt_state`, and `ref_params` where the reference moves.
+            description: What stands beside them.
+        """
         self._steps.wait()
-        parts = {"params": params, "opt_state": opt_state, "description": vars(description)}
+        parts = {**arrays, "description": vars(description)}
         self._steps.save_checkpointables_async(step, parts, force=True)
 
     def describe(self, step: int) -> Description:
         """Reads what stands beside the parameters of a step."""
         return read_description(self.run / STEPS / str(step))
 
-    def restore(self, step: int, abstract_params, abstract_opt_state):
+    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """Reads the arrays of a step.
 
         Args:
             step: Its step.
-            abstract_params: Shapes, types and shardings that the parameters shall have.
-            abstract_opt_state: The same for the optimizer's state.
+            abstract: Shapes, types and shardings that they shall have, under the names given to `save`.
 
         Returns:
-            (params, opt_state).
+            The arrays, under the same names.
         """
-        parts = {"params": abstract_params, "opt_state": abstract_opt_state}
-        loaded = self._steps.load_checkpointables(step, parts)
-        return loaded["params"], loaded["opt_state"]
+        return self._steps.load_checkpointables(step, abstract)
 
-    def save_reference(self, params, description: Description):
-        """Writes the frozen reference of a DPO run, once."""
+    def save_frozen(self, name: str, params, description: Description):
+        """Writes parameters that do not change, once: the `REFERENCE` of a DPO run, or the `BASE` of an adapter."""
         with _context():
-            parts = {"params": params, "description": vars(description)}
-            ocp.save_checkpointables((self.run / REFERENCE).absolute(), parts, overwrite=True)
+            parts = {"params": params, "description": vars(replace(description, lora=None))}
+            ocp.save_checkpointables((self.run / name).absolute(), parts, overwrite=True)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
     """Finds the checkpoint that a folder stands for.
 
     Args:
-        folder: A run, its checkpoints/ folder (both stand for their newest step), a step, or reference/.
+        folder: A run, its checkpoints/ folder (both stand for their newest step), a step, reference/ or base/.
 
     Returns:
         Folder of the checkpoint; None if `folder` is nothing of the kind.
@@ -149,9 +158,11 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def reference_of(checkpoint: Path) -> Path | None:
+def reference_of(checkpoint: Path, description: Description) -> Path | None:
     """Returns the reference that lies in the run of a step's checkpoint, if there is one."""
-    reference = checkpoint.parent.parent / REFERENCE
+    if description.lora is not None and description.reference is None:
+        return None  # its base is nobody's reference
+    reference = checkpoint.parent.parent / (REFERENCE if description.lora is None else BASE)
     return reference if find_checkpoint(reference) == reference else None
 
 
@@ -168,13 +179,28 @@ def read_description(checkpoint: Path) -> Description:
         raise _torn(checkpoint, error) from error
 
 
-def read_checkpoint_params(checkpoint: Path, model: CausalLM, shardings):
+def read_checkpoint_params(checkpoint: Path, model: CausalLM, shardings) -> Params:
     """Reads the parameters alone, on the shardings and in the type that are asked for, whatever mesh wrote them.
 
+    Args:
+        checkpoint: Folder of the checkpoint.
+        model: Its model; one with an adapter has its base beside the run's steps.
+        shardings: Tree of `jax.sharding.Sharding`, like all of the model's parameters.
+
+    Returns:
+        The parameters, with those of the adapter.
+
     Raises:
-        InputError: If the folder is no complete checkpoint.
+        InputError: If a folder is no complete checkpoint.
     """
     abstract = abstract_with_shardings(model.abstract_params(), shardings)
+    if model.lora is None:
+        return _read_params(checkpoint, abstract)
+    base, adapter = split_adapter(abstract)
+    return attach_adapter(_read_params(checkpoint.parent.parent / BASE, base), _read_params(checkpoint, adapter))
+
+
+def _read_params(checkpoint: Path, abstract: Params) -> Params:
     try:
         with _context():
             return ocp.load_checkpointables(checkpoint.absolute(), {"params": abstract})["params"]

@@ -14,17 +14,19 @@ class ComputeOptions:
     """Numbers and memory.
 
     Args:
-        param_dtype: Type in which parameters (and optimizer moments) are stored.
+        param_dtype: Type in which parameters (and optimizer moments) are stored; float32 with `dtype` bfloat16 trains
+            float32 masters by bfloat16 products.
         dtype: Type of activations and matrix products; log-softmax, sums over tokens and losses are float32 always.
         remat: What the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (each layer).
         attention: Of training and scoring. `dense` computes the scores of whole rows at once; `blockwise` those of 128
-            queries at a time, and again in the backward pass, for long rows; `auto` is blockwise on a CPU, else dense.
+            queries at a time, and again in the backward pass, for long rows; `flash` is a kernel for TPUs whose scores
+            never leave the processor; `auto` is flash on a TPU, else blockwise.
     """
 
     param_dtype: Dtype = "float32"
     dtype: Dtype = "float32"
     remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["auto", "dense", "blockwise"] = "auto"
+    attention: Literal["auto", "dense", "blockwise", "flash"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -142,16 +144,38 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """The frozen reference of a preference loss.
+    """The reference of a preference loss.
 
     Args:
         mode: `live` holds a second copy of the parameters and runs it at each step; `cached` computes its
-            log-probabilities once, keeps them on disk for this and later runs, and holds no copy.
+            log-probabilities once, keeps them on disk for this and later runs, and holds no copy; `adapter` runs the
+            policy without its adapter (`lora.rank`); `none` is for losses without a reference. `auto` is none for
+            those, adapter where there is one, else live.
         cache: Folder of the caches; by default under the user's cache folder.
+        sync_every: Steps after which a live reference moves towards the policy (TR-DPO, arXiv 2404.09656); 0: never.
+        sync_mix: Weight of the policy in the moved reference; 1 replaces it.
     """
 
-    mode: Literal["live", "cached"] = "live"
+    mode: Literal["auto", "live", "cached", "adapter", "none"] = "auto"
     cache: str | None = None
+    sync_every: int = 0
+    sync_mix: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters (LoRA): only they are trained, and the base is stored in `compute.param_dtype`, frozen.
+
+    Args:
+        rank: Rank of the adapters, which are float32; 0 trains all parameters.
+        alpha: The adapter's product is scaled by alpha / rank; not set: 2 * rank.
+        targets: Linear layers that have one, by Hugging Face's names (q_proj, k_proj, v_proj, o_proj, gate_proj,
+            up_proj, down_proj); not set: all.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    targets: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +222,9 @@ class TrainOptions:
         eval_every: Steps between evaluations; 0 evaluates at the start and at the end only.
         save_every: Steps between checkpoints; 0 saves at the end only.
         keep_checkpoints: How many of the newest checkpoints are kept.
+        reference_samples: Preference losses with a reference: answers drawn from the reference before step 0, whose
+            rewards are logged at each evaluation and tell an ordinary fall of chosen rewards from a bad one; 0 for
+            none. A run that goes on keeps those it began with, or takes 0.
     """
 
     steps: int = 0
@@ -209,6 +236,7 @@ class TrainOptions:
     eval_every: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2
+    reference_samples: int = 16
 
 
 @dataclass(frozen=True)
@@ -217,7 +245,7 @@ class SftConfig:
 
     Args:
         model: Hugging Face folder, hub name, or an earlier run's folder.
-        out: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, summary.json.
+        out: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, summary.json; with an adapter base/.
         resume: Go on from the newest checkpoint in `out`.
     """
 
@@ -227,6 +255,7 @@ class SftConfig:
     data: DataOptions = field(default_factory=DataOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
@@ -250,6 +279,7 @@ class DpoConfig:
     reference: ReferenceOptions = field(default_factory=ReferenceOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
@@ -322,6 +352,28 @@ class GenerateConfig:
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     data: DataOptions = field(default_factory=DataOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A model as a Hugging Face folder, which transformers, PEFT and inference servers read.
+
+    Args:
+        model: Folder of a run (or of one of its checkpoints), or anything else that the other verbs open.
+        out: Folder to write; it must not hold a model yet.
+        part: `model` writes the whole model, an adapter merged into it; `adapter` writes the adapter of a run alone, in
+            PEFT's format.
+        base: What the adapter's file names as its base; by default the folder or hub name that the run began from.
+        dtype: Type of the stored tensors of a model; an adapter is float32.
+        mesh: Devices that hold the model meanwhile.
+    """
+
+    model: str
+    out: str
+    part: Literal["model", "adapter"] = "model"
+    base: str | None = None
+    dtype: Dtype = "float32"
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
 

@@ -1,9 +1,10 @@
-"""One way to open a model, wherever it lies: an Orbax checkpoint of a run, a Hugging Face folder, or a hub name."""
+"""One way to open a model, wherever it lies: a run's checkpoint, a Hugging Face folder, PEFT's adapter, a hub name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
 from jax.sharding import Mesh
 
 from qstar_jax import hub
@@ -11,6 +12,7 @@ from qstar_jax.checkpoints import Description, find_checkpoint, read_checkpoint_
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.lora import attach_adapter, merge_adapter, split_adapter
 from qstar_jax.sharding import tree_shardings
 
 if TYPE_CHECKING:
@@ -38,14 +40,15 @@ class LoadedModel:
     @property
     def reference(self) -> Path | None:
         """The reference that lies beside a checkpoint of a DPO run."""
-        return None if self.description is None else reference_of(self.source)
+        return None if self.description is None else reference_of(self.source, self.description)
 
 
 def load_model(source: str | Path, compute: ComputeOptions, mesh: Mesh, mesh_options: MeshOptions) -> LoadedModel:
-    """Opens a model.
+    """Opens a model; an adapter is merged into its base.
 
     Args:
-        source: A run's folder or one of its checkpoints, a Hugging Face folder, or a hub name.
+        source: A run's folder or one of its checkpoints, a Hugging Face folder, the folder of an adapter in PEFT's
+            format (which names its base), or a hub name of either.
         compute: Types and rematerialisation.
         mesh: Devices on which the parameters go.
         mesh_options: How they are cut.
@@ -61,11 +64,28 @@ def load_model(source: str | Path, compute: ComputeOptions, mesh: Mesh, mesh_opt
         description = read_description(checkpoint)
         model = description.build_model(compute)
         params = read_checkpoint_params(checkpoint, model, param_shardings(model, mesh, mesh_options))
-        return LoadedModel(model, params, description.build_tokenizer(), checkpoint, description)
+        return LoadedModel(*_merged(model, params), description.build_tokenizer(), checkpoint, description)
     folder = hub.open_folder(str(source))
+    if hub.is_adapter(folder):
+        return _load_adapter(folder, compute, mesh, mesh_options)
     model = CausalLM.from_hf(hub.read_config(folder), compute)
     params = hub.read_params(folder, model, param_shardings(model, mesh, mesh_options))
     return LoadedModel(model, params, hub.read_tokenizer(folder), folder)
+
+
+def _load_adapter(folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_options: MeshOptions) -> LoadedModel:
+    base = load_model(hub.read_base_name(folder), compute, mesh, mesh_options)
+    model = replace(base.model, lora=hub.read_lora(folder, base.model))
+    _, shardings = split_adapter(param_shardings(model, mesh, mesh_options))
+    params = attach_adapter(base.params, hub.read_adapter(folder, model, shardings))
+    return LoadedModel(*_merged(model, params), base.tokenizer, folder)
+
+
+def _merged(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
+    if model.lora is None:
+        return model, params
+    merge = jax.jit(lambda base, adapter: merge_adapter(attach_adapter(base, adapter), model.lora), donate_argnums=0)
+    return model.base, merge(*split_adapter(params))
 
 
 def param_shardings(model: CausalLM, mesh: Mesh, options: MeshOptions):

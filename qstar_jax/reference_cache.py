@@ -181,7 +181,7 @@ class ReferenceCache:
             del self._pending[:size]
             self._done += size
             if self._done == len(self._examples):
-                _write_whole(self._seal, json.dumps(self._summary(), indent=2).encode() + b"\n")
+                write_whole(self._seal, json.dumps(self._summary(), indent=2).encode() + b"\n")
 
     def read(self) -> list[list[np.ndarray]]:
         """Reads a complete cache, and verifies its digest.
@@ -285,7 +285,7 @@ class ReferenceCache:
         logps = np.concatenate([np.zeros(0, np.float32), *(values for example in answers for values in example)])
         arrays = {"logps": logps, "lengths": lengths, "sha256": self._digest(number, lengths, logps)}
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_whole(self._parts[number], save(arrays))
+        write_whole(self._parts[number], save(arrays))
 
     def _read_part(self, number: int) -> tuple[bytes, list[list[np.ndarray]]]:
         from safetensors import SafetensorError
@@ -358,7 +358,7 @@ def _checked(example: Example, answers: Sequence[np.ndarray]) -> list[np.ndarray
     return arrays
 
 
-def _write_whole(file: Path, content: bytes):
+def write_whole(file: Path, content: bytes):
     """Writes a file that is seen under its name whole or not at all."""
     # A name of its own, as other runs may write the same file; not `tempfile`, whose files only their owner may read.
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")

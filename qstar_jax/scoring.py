@@ -10,6 +10,7 @@ from qstar_jax.mdp import TokenScores
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.layers import RowMask
+from qstar_jax.models.lora import split_adapter
 
 
 def response_logprobs(
@@ -38,16 +39,23 @@ def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, bat
     """Policy and reference side by side: everything that rewards, values and losses are made of.
 
     Args:
-        model: The model; policy and reference have the same shape.
+        model: The model; policy and reference have the same shape, but for an adapter.
         params: The policy's parameters.
-        ref_params: The reference's parameters; not used where the batch carries `ref_logp`.
+        ref_params: The reference's parameters, without an adapter; not used where the batch carries `ref_logp`. None
+            where the reference is the policy without its adapter.
         batch: B prompts with R answers each.
 
     Returns:
         Scores of shape [B, R, T]; no gradient flows into the reference.
+
+    Raises:
+        ValueError: If nothing says who the reference is.
     """
+    if ref_params is None and batch.ref_logp is None and model.lora is None:
+        raise ValueError("no reference: expected ref_params, a batch with ref_logp, or a model with an adapter")
     logp, logz = response_logprobs(model, params, batch)
     ref_logp = batch.ref_logp
     if ref_logp is None:
-        ref_logp, _ = response_logprobs(model, ref_params, batch)
+        base = split_adapter(params)[0] if ref_params is None else ref_params
+        ref_logp, _ = response_logprobs(model.base, base, batch)
     return TokenScores(logp=logp, ref_logp=jax.lax.stop_gradient(ref_logp), logz=logz)

@@ -67,9 +67,10 @@ def run(tmp_path_factory, tiny_model, tiny_params, opt_state, optimizer, descrip
     state = jax.tree.map(jax.device_put, opt_state, opt_shardings)
     assert params["embed"]["embedding"].addressable_shards[0].data.shape == (15, 32)
     with jax.set_mesh(mesh_of(WRITER)), CheckpointStore(folder, keep=2) as store:
-        store.save_reference(jax.tree.map(lambda x: x + 1, params), description)
+        store.save_frozen(REFERENCE, jax.tree.map(lambda x: x + 1, params), description)
         for step in (1, 2, 4):
-            store.save(step, jax.tree.map(lambda x: x * step, params), state, description)  # noqa: B023
+            arrays = {"params": jax.tree.map(lambda x: x * step, params), "opt_state": state}  # noqa: B023
+            store.save(step, arrays, description)
     return folder
 
 
@@ -82,7 +83,8 @@ def test_what_one_mesh_wrote_another_reads_bit_for_bit(name, run, tiny_model, ti
     abstract_opt = abstract_with_shardings(abstract_opt, opt_shardings)
     with CheckpointStore(run, keep=2) as store:
         assert store.latest_step == 4
-        params, state = store.restore(4, abstract, abstract_opt)
+        arrays = store.restore(4, {"params": abstract, "opt_state": abstract_opt})
+        params, state = arrays["params"], arrays["opt_state"]
     jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(lambda x: x * 4, tiny_params))
     jax.tree.map(np.testing.assert_array_equal, state, opt_state)
     found = jax.tree.map(lambda x: x.sharding, (params, state))
@@ -113,13 +115,13 @@ def test_only_the_newest_are_kept(run):
     assert sorted(path.name for path in (run / STEPS).iterdir() if path.name.isdigit()) == ["2", "4"]
 
 
-def test_every_folder_stands_for_a_checkpoint(run, tmp_path):
+def test_every_folder_stands_for_a_checkpoint(run, tmp_path, description):
     newest = run / STEPS / "4"
     for folder in (run, run / STEPS, newest):
         assert find_checkpoint(folder) == newest
     assert find_checkpoint(run / STEPS / "2") == run / STEPS / "2"
     assert find_checkpoint(run / REFERENCE) == run / REFERENCE
-    assert reference_of(newest) == run / REFERENCE
+    assert reference_of(newest, description) == run / REFERENCE
     for folder in (tmp_path, tmp_path / "missing", run / "params"):
         assert find_checkpoint(folder) is None
 
@@ -130,9 +132,9 @@ def test_steps_are_compared_as_numbers(run, tmp_path):
     assert find_checkpoint(tmp_path) == tmp_path / STEPS / "10"
 
 
-def test_a_step_without_reference_has_none(run, tmp_path):
+def test_a_step_without_reference_has_none(run, tmp_path, description):
     shutil.copytree(run / STEPS / "4", tmp_path / STEPS / "4")
-    assert reference_of(tmp_path / STEPS / "4") is None
+    assert reference_of(tmp_path / STEPS / "4", description) is None
 
 
 @pytest.mark.parametrize("folder", [f"{STEPS}/4", f"{STEPS}/2", REFERENCE])

@@ -158,7 +158,14 @@ def _dpo_config(out: Path, seed: int) -> DpoConfig:
         data=data,
         loss=LossOptions(beta=BETA),
         optimizer=OptimizerOptions(learning_rate=DPO_RATE, warmup_steps=10),
-        train=TrainOptions(steps=DPO_STEPS, batch_size=DPO_BATCH, eval_batch_size=64, eval_every=20, seed=seed),
+        train=TrainOptions(
+            steps=DPO_STEPS,
+            batch_size=DPO_BATCH,
+            eval_batch_size=64,
+            eval_every=20,
+            seed=seed,
+            reference_samples=0,  # `reward_of_samples` measures the same with the samples of the search
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """A model as the rest of the library sees it: functions of a parameter dictionary, whatever the family."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -13,8 +14,7 @@ from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models import llama
 from qstar_jax.models.layers import KVCache, RowMask
-
-Params = dict[str, Any]  # nested; leaves are arrays, layers stacked along their first axis
+from qstar_jax.models.lora import Lora, Params, split_adapter
 
 # model_type of config.json -> (module of the family, its configuration, its network)
 FAMILIES: dict[str, tuple[ModuleType, type, type]] = {"llama": (llama, llama.LlamaConfig, llama.Llama)}
@@ -28,11 +28,13 @@ class CausalLM:
         model_type: Family, as config.json names it.
         config: Shape of the model.
         compute: Types and rematerialisation.
+        lora: Shape of the adapter that its parameters have beside their base; None: no adapter.
     """
 
     model_type: str
     config: Any
     compute: ComputeOptions = ComputeOptions()
+    lora: Lora | None = None
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], compute: ComputeOptions = ComputeOptions()) -> "CausalLM":
@@ -58,8 +60,45 @@ class CausalLM:
         """The module of the family: names of tensors, sharding overrides, FLOPs."""
         return FAMILIES[self.model_type][0]
 
+    @property
+    def base(self) -> "CausalLM":
+        """The model without its adapter."""
+        return replace(self, lora=None)
+
+    @property
+    def linear_layers(self) -> dict[str, str]:
+        """Hugging Face's name of each linear layer of a block (`q_proj`, ...) -> path of its parameters here."""
+        tensors = self.family.hf_tensors(self.config)
+        kernels = {path: name for path, (name, _) in tensors.items() if path.endswith("/kernel")}
+        return {name.split(".")[-2]: path.removesuffix("/kernel") for path, name in kernels.items()}
+
+    def with_lora(
+        self, rank: int, alpha: float, targets: Sequence[str] | None = None, rank_stabilised: bool = False
+    ) -> "CausalLM":
+        """The model with an adapter.
+
+        Args:
+            rank: Its rank.
+            alpha: Its alpha (see `lora.Lora`).
+            targets: Hugging Face's names of the layers that have one; None: all of `linear_layers`.
+            rank_stabilised: Whether the scale is alpha / sqrt(rank).
+
+        Raises:
+            InputError: If the rank is not positive, or the model does not have one of the layers.
+        """
+        layers = self.linear_layers
+        targets = list(layers) if targets is None else targets
+        if not isinstance(rank, int) or rank < 1:
+            raise InputError(f"the rank of an adapter is a whole number of at least 1 (found: {rank!r})")
+        unknown = sorted(set(targets) - set(layers))
+        if unknown or not targets:
+            found = ", ".join(map(repr, unknown)) or "none at all"
+            raise InputError(f"an adapter's targets are some of {', '.join(layers)} (found: {found})")
+        order = tuple(name for name in layers if name in targets)
+        return replace(self, lora=Lora(rank, float(alpha), order, rank_stabilised))
+
     def _network(self, rngs: nnx.Rngs) -> nnx.Module:
-        return FAMILIES[self.model_type][2](self.config, self.compute, rngs=rngs)
+        return FAMILIES[self.model_type][2](self.config, self.compute, self.lora, rngs=rngs)
 
     def init(self, key: jax.Array) -> Params:
         """Draws random parameters.
@@ -71,6 +110,17 @@ class CausalLM:
             Parameters in `compute.param_dtype`.
         """
         return nnx.to_pure_dict(nnx.state(self._network(nnx.Rngs(key)), nnx.Param))
+
+    def init_adapter(self, key: jax.Array) -> Params:
+        """Draws a fresh adapter, which changes nothing yet: its second matrices are 0.
+
+        Args:
+            key: A `jax.random.key`.
+
+        Returns:
+            The adapter alone, float32 (see `lora.split_adapter`).
+        """
+        return split_adapter(self.init(key))[1]
 
     def abstract_params(self) -> Params:
         """Returns the parameters' shapes and types, as `jax.ShapeDtypeStruct`s."""

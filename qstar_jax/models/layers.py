@@ -1,7 +1,9 @@
 """Parts that families of decoder-only transformers share: rotary positions, attention, gated MLP, cache."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax._compat import nnx
+from qstar_jax.models.flash_attention import flash_attention
+from qstar_jax.models.lora import Lora, LoraLinear
 
 # A score that no softmax sees; finite, as gradients of infinities are NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -137,9 +141,24 @@ def blockwise_attention(
     return (_attend_row_by_row if by_row else _attend_side_by_side)(q, k, v, mask, block_size)
 
 
-def uses_blocks(attention: str) -> bool:
-    """Whether `compute.attention` means attention by blocks; `auto` does on a CPU, where that is faster too."""
-    return attention == "blockwise" or (attention == "auto" and jax.default_backend() == "cpu")
+def masked_attention(mask: Bool[Array, "B S K"] | RowMask, option: str) -> Callable[[Array, Array, Array], Array]:
+    """Turns a mask and `compute.attention` into attention: the one place that chooses how it is computed.
+
+    Args:
+        mask: True where a query (second axis) may see a key (third axis), which is always computed densely; or a
+            `RowMask`, which is computed as `option` says.
+        option: `compute.attention`.
+
+    Returns:
+        Function of queries [B, S, H, D], keys and values [B, K, G, D] that gives outputs [B, S, H, D].
+    """
+    if option == "auto":
+        option = "flash" if jax.default_backend() == "tpu" else "blockwise"
+    if isinstance(mask, RowMask) and option == "dense":
+        mask = mask.dense()
+    if isinstance(mask, RowMask):
+        return partial({"blockwise": blockwise_attention, "flash": flash_attention}[option], mask=mask)
+    return partial(jax.nn.dot_product_attention, mask=mask[:, None])
 
 
 def _attend_row_by_row(q: Array, k: Array, v: Array, mask: RowMask, block_size: int) -> Array:
@@ -188,35 +207,52 @@ def _attend_side_by_side(q: Array, k: Array, v: Array, mask: RowMask, block_size
     return out.swapaxes(0, 1).reshape(batch, -1, heads, width)[:, :length]
 
 
+@dataclass(frozen=True)
+class Linears:
+    """How a model's linear layers are made: without biases, and with an adapter where one is asked for.
+
+    Attributes:
+        lora: Adapter of the layers that it names; None: plain layers.
+        dtype: Type of the products.
+        param_dtype: Type in which kernels are stored.
+    """
+
+    lora: Lora | None
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    def __call__(self, name: str, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+        """Makes the layer that Hugging Face calls `name`."""
+        common = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
+        if self.lora is not None and name in self.lora.targets:
+            return LoraLinear(inputs, outputs, self.lora, **common)
+        return nnx.Linear(inputs, outputs, **common)
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions, without biases."""
+    """Grouped-query attention with rotary positions."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, linear: Linears, *, rngs: nnx.Rngs):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-        self.q = linear(width, heads * head_dim)
-        self.k = linear(width, kv_heads * head_dim)
-        self.v = linear(width, kv_heads * head_dim)
-        self.o = linear(heads * head_dim, width)
+        self.q = linear("q_proj", width, heads * head_dim, rngs)
+        self.k = linear("k_proj", width, kv_heads * head_dim, rngs)
+        self.v = linear("v_proj", width, kv_heads * head_dim, rngs)
+        self.o = linear("o_proj", heads * head_dim, width, rngs)
 
     def __call__(
         self,
         x: Float[Array, "N D"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S K"] | RowMask,
+        attend: Callable[[Array, Array, Array], Array],
         frequencies: Float[Array, " F"],
         remember=lambda keys, values: (keys, values),
     ) -> Float[Array, "N D"]:
-        """Attends from each of S positions to the K positions that `mask` allows.
+        """Attends from each of S positions to the K positions that it may see.
 
         Args:
             x: Inputs of the N = B * S tokens. Shape [N, D].
             positions: Rotary positions, in tokens. Shape [B, S].
-            mask: True where a query (second axis) may see a key (third axis), shape [B, S, K]; or a `RowMask`, for
-                attention by blocks.
+            attend: What `masked_attention` makes of a mask.
             frequencies: Rotary frequencies. Shape [head_dim / 2].
             remember: Puts the S new keys and values into a cache and returns all K of them.
 
@@ -229,22 +265,17 @@ class Attention(nnx.Module):
         v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
         k, v = remember(apply_rope(k, positions, frequencies), v)
         q = apply_rope(q, positions, frequencies)
-        if isinstance(mask, RowMask):
-            out = blockwise_attention(q, k, v, mask)
-        else:
-            out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+        out = attend(q, k, v)
         return self.o(out.reshape(batch * length, -1))
 
 
 class GatedMLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    def __init__(self, width: int, hidden: int, *, dtype, param_dtype, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-        self.gate, self.up = linear(width, hidden), linear(width, hidden)
-        self.down = linear(hidden, width)
+    def __init__(self, width: int, hidden: int, linear: Linears, *, rngs: nnx.Rngs):
+        self.gate = linear("gate_proj", width, hidden, rngs)
+        self.up = linear("up_proj", width, hidden, rngs)
+        self.down = linear("down_proj", hidden, width, rngs)
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         """Applies the layer to N tokens."""

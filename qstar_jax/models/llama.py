@@ -11,7 +11,17 @@ from jaxtyping import Array, Bool, Float, Int
 from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
-from qstar_jax.models.layers import Attention, GatedMLP, KVCache, RopeScaling, RowMask, rope_frequencies, uses_blocks
+from qstar_jax.models.layers import (
+    Attention,
+    GatedMLP,
+    KVCache,
+    Linears,
+    RopeScaling,
+    RowMask,
+    masked_attention,
+    rope_frequencies,
+)
+from qstar_jax.models.lora import Lora
 from qstar_jax.sharding import constrain_batch
 
 # The rule of largest dimensions cuts q, k, v by outputs; their counterpart o is cut by inputs, to need one sum a layer.
@@ -108,7 +118,7 @@ def _rope_scaling(parameters: dict[str, Any]) -> RopeScaling | None:
 class LlamaLayer(nnx.Module):
     """One layer: attention and MLP, each behind its norm and added to the stream."""
 
-    def __init__(self, config: LlamaConfig, compute: ComputeOptions, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, compute: ComputeOptions, lora: Lora | None, *, rngs: nnx.Rngs):
         types = {"dtype": jnp.dtype(compute.dtype), "param_dtype": jnp.dtype(compute.param_dtype)}
 
         def norm() -> nnx.RMSNorm:
@@ -116,8 +126,9 @@ class LlamaLayer(nnx.Module):
 
         self.attention_norm, self.mlp_norm = norm(), norm()
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.attention = Attention(config.hidden_size, *heads, rngs=rngs, **types)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs, **types)
+        linear = Linears(lora, **types)
+        self.attention = Attention(config.hidden_size, *heads, linear, rngs=rngs)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, linear, rngs=rngs)
 
     def __call__(self, x: Float[Array, "N D"], *attention_arguments) -> Float[Array, "N D"]:
         """Applies the layer to N = B * S tokens; the further arguments are those of `Attention`."""
@@ -128,12 +139,19 @@ class LlamaLayer(nnx.Module):
 class Llama(nnx.Module):
     """A Llama model without its softmax: tokens in, last hidden states out. Layers are stacked and scanned."""
 
-    def __init__(self, config: LlamaConfig, compute: ComputeOptions = ComputeOptions(), *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        compute: ComputeOptions = ComputeOptions(),
+        lora: Lora | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.config, self.compute = config, compute
         types = {"dtype": jnp.dtype(compute.dtype), "param_dtype": jnp.dtype(compute.param_dtype)}
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **types)
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
-        self.layers = jax.vmap(lambda key: LlamaLayer(config, compute, rngs=nnx.Rngs(key)))(keys)
+        self.layers = jax.vmap(lambda key: LlamaLayer(config, compute, lora, rngs=nnx.Rngs(key)))(keys)
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs, **types)
         if not config.tie_word_embeddings:
             self.unembed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **types)
@@ -157,21 +175,19 @@ class Llama(nnx.Module):
             tokens: Token ids. Shape [B, S].
             positions: Rotary positions, in tokens. Shape [B, S].
             mask: True where a query may see a key; K is S, or the cache's length. Shape [B, S, K]. Or a `RowMask`,
-            without
-                a cache.
+                without a cache.
             cache: Keys and values so far; the new ones are written at `cache_index` and on.
             cache_index: Slot of the first new token, the same for all rows.
 
         Returns:
             Hidden states after the last norm, shape [B, S, D], and the cache with the new tokens in it.
         """
-        if isinstance(mask, RowMask) and not uses_blocks(self.compute.attention):
-            mask = mask.dense()
+        attend = masked_attention(mask, self.compute.attention)
         # One row a token: XLA transposes activations of three dimensions before it multiplies them on a CPU.
         x = rearrange(constrain_batch(self.embed(tokens)), "b s d -> (b s) d")
         frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         run_layer = _rematerialised(
-            lambda layer, x, *remember: layer(x, positions, mask, frequencies, *remember), self.compute.remat
+            lambda layer, x, *remember: layer(x, positions, attend, frequencies, *remember), self.compute.remat
         )
         if cache is None:
             x, _ = jax.lax.scan(lambda x, layer: (run_layer(layer, x), None), x, self.layers)
@@ -190,7 +206,7 @@ class Llama(nnx.Module):
                 )
                 return cache.keys[index], cache.values[index]
 
-            x = layer(x, positions, mask, frequencies, remember)
+            x = layer(x, positions, attend, frequencies, remember)
             return (x, cache), None
 
         indices = jnp.arange(self.config.num_hidden_layers)

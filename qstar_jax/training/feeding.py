@@ -17,7 +17,9 @@ from qstar_jax.models.causal_lm import Params
 from qstar_jax.sharding import BATCH
 from qstar_jax.training.objectives import Metrics
 
+SQUARES = "squares/"
 Track = Callable[[Iterable[Batch], str, int], Iterable[Batch]]
+Evaluate = Callable[[Params, Params | None], dict[str, float]]  # of the policy, beside a live reference
 
 
 class Feeder:
@@ -102,6 +104,12 @@ class Feeder:
         batches = [self._make(part, size, tuple(np.max(shapes, axis=0))) for part in parts]
         return self._place(jax.tree.map(lambda *x: np.stack(x), *batches), self._stacked_sharding)
 
+    def rows_at_step(self, seed: int, step: int) -> list[list[int]]:
+        """Rows of the data file in each micro-batch of a step, counted from 0."""
+        indices = step_indices(seed, step, len(self.dataset.examples), self.batch_size)
+        parts = indices.reshape(self.accumulate, -1)
+        return [[self.dataset.examples[i].row for i in part] for part in parts]
+
     def in_order(self, start: int = 0) -> Iterator[Batch]:
         """All examples from `start` on, once, in file order; examples that fill up the last batch have weight 0."""
         for indices in eval_batches(len(self.dataset.examples) - start, self.batch_size):
@@ -114,15 +122,16 @@ class Evaluator:
 
     Args:
         feeder: The held-out examples.
-        eval_step: `(params, batch) -> metrics`, jitted.
-        ref_logprobs: `batch -> ref_logp`, where the objective needs them.
+        eval_step: `(params, ref_params, batch) -> metrics`, jitted.
+        ref_logprobs: `batch -> ref_logp`, where the reference is the same in every evaluation; then they are computed
+            here, once.
         track: `(batches, description, total)` wraps batches, for a progress bar.
     """
 
     def __init__(
         self,
         feeder: Feeder,
-        eval_step: Callable[[Params, Batch], Metrics],
+        eval_step: Callable[[Params, Params | None, Batch], Metrics],
         ref_logprobs: Callable[[Batch], jax.Array] | None = None,
         track: Track = lambda batches, description, total: batches,
     ):
@@ -135,14 +144,20 @@ class Evaluator:
     def _batches(self, description: str) -> Iterable[Batch]:
         return self._track(self._feeder.in_order(), description, self._feeder.batches)
 
-    def __call__(self, params: Params) -> dict[str, float]:
-        """Evaluates parameters; returns metric name (with prefix `eval_`) -> mean."""
+    def __call__(self, params: Params, ref_params: Params | None) -> dict[str, float]:
+        """Evaluates parameters beside a reference; returns metric name (with prefix `eval_`) -> mean."""
         parts = []
         for i, batch in enumerate(self._batches("evaluation")):
             if self._ref_logps is not None:
                 batch = replace(batch, ref_logp=self._ref_logps[i])
-            parts.append(jax.block_until_ready(self._eval_step(params, batch)))
+            parts.append(jax.block_until_ready(self._eval_step(params, ref_params, batch)))
         return {f"eval_{name}": value for name, value in mean_metrics(parts).items() if not name.startswith("count/")}
+
+
+def join_evaluators(evaluators: Iterable[Evaluate | None]) -> Evaluate | None:
+    """Makes one evaluator of those that are not None; None where there are none."""
+    found = [evaluate for evaluate in evaluators if evaluate is not None]
+    return (lambda *params: {k: v for evaluate in found for k, v in evaluate(*params).items()}) if found else None
 
 
 def mean_metrics(parts: list[Metrics]) -> dict[str, float]:
@@ -152,9 +167,15 @@ def mean_metrics(parts: list[Metrics]) -> dict[str, float]:
         parts: At least one dictionary of (sum, denominator) pairs, with the same names.
 
     Returns:
-        Name -> mean.
+        Name -> mean. `squares/NAME` becomes `NAME_stderr`, the standard error of a mean over independent rows; a single
+        row has none.
     """
     parts = jax.device_get(parts)
     names = parts[0]
     total = {name: np.sum([np.float64(part[name]) for part in parts], axis=0) for name in names}
-    return {name: float(value / max(weight, 1e-9)) for name, (value, weight) in total.items()}
+    means = {name: float(value / max(weight, 1e-9)) for name, (value, weight) in total.items()}
+    for name in [name for name in means if name.startswith(SQUARES)]:
+        square, of, rows = means.pop(name), name.removeprefix(SQUARES), total[name][1]
+        if rows > 1:
+            means[f"{of}_stderr"] = float(np.sqrt(max(square - means[of] ** 2, 0.0) / (rows - 1)))
+    return means

@@ -1,15 +1,16 @@
 """The loop around the step: when to log, evaluate and save, and what must hold while it goes."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import optax
 
 from qstar_jax.config import TrainOptions
 from qstar_jax.data.batches import Batch
-from qstar_jax.training.feeding import Evaluator, Feeder, mean_metrics
+from qstar_jax.training.feeding import Evaluate, Feeder, mean_metrics
+from qstar_jax.training.nonfinite import first_nonfinite
 from qstar_jax.training.objectives import Metrics
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.step import TrainState
@@ -28,12 +29,13 @@ class Loop:
         steps: Its length.
         train_step: `(state, batch) -> (state, metrics)`, jitted.
         feeder: Training batches.
-        evaluator: Held-out evaluation, or None.
+        evaluator: `(params, ref_params) -> metrics` of held-out rows and of the reference's samples, or None.
         schedule: Learning rate at a step.
         step_flops: Mean counts of tokens a step -> model FLOPs of a step.
         peak_flops: FLOP/s of the hardware, or None where it is not known.
         first_loss: What the loss at step 0 must be, since policy and reference are the same; None: anything.
         save: `(state, step)` writes a checkpoint.
+        find_cause: `(state, micro-batches, rows of each)` says what in a step was not finite.
         log: Where metrics go; None on all but the first process.
     """
 
@@ -41,12 +43,13 @@ class Loop:
     steps: int
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     feeder: Feeder
-    evaluator: Evaluator | None
+    evaluator: Evaluate | None
     schedule: optax.Schedule
     step_flops: Callable[[dict[str, float]], float]
     peak_flops: float | None
     first_loss: float | None
     save: Callable[[TrainState, int], None]
+    find_cause: Callable[[TrainState, list[Batch], list[list[int]]], str]
     log: RunLog | None
 
     def run(self, state: TrainState, start: int) -> dict[str, float]:
@@ -61,7 +64,7 @@ class Loop:
 
         Raises:
             RuntimeError: If the loss at step 0 is not `first_loss`.
-            FloatingPointError: If the loss is not finite.
+            FloatingPointError: If a loss or a gradient is not finite; the state before that step is saved.
         """
         before = self._evaluate(state, 0) if start == 0 else {}
         summary = {f"before_{name}": value for name, value in before.items()}
@@ -75,6 +78,7 @@ class Loop:
             saves, evaluates = last or _due(done, self.options.save_every), last or _due(done, self.options.eval_every)
             if step == start or saves or evaluates or _due(step, self.options.log_every):
                 means = mean_metrics(window)  # waits for the devices, so the clock is read after it
+                self._guard(state, step - len(window) + 1, means)
                 # The first step of a process compiles, so its time says nothing about speed.
                 seconds = None if step == start else time.perf_counter() - clock
                 summary |= self._report(step, means, len(window), seconds)
@@ -89,13 +93,6 @@ class Loop:
 
     def _report(self, step: int, means: dict[str, float], steps: int, seconds: float | None) -> dict[str, float]:
         counts = {name: means.pop(name) for name in list(means) if name.startswith("count/")}
-        # The loss is that before the update, so a gradient that spoils the parameters shows in its norm first.
-        broken = [f"{name} is {means[name]}" for name in ("loss", "grad_norm") if not math.isfinite(means[name])]
-        if broken:
-            raise FloatingPointError(
-                f"{' and '.join(broken)} in the {steps} step(s) up to step {step}; the last checkpoint is untouched. "
-                "A lower optimizer.learning_rate, more warmup_steps or compute.dtype float32 usually help"
-            )
         if step == 0 and self.first_loss is not None:
             check_first_loss(means, self.first_loss)
         means["learning_rate"] = float(self.schedule(step))
@@ -110,10 +107,30 @@ class Loop:
             self.log.write(step, means)
         return means
 
+    def _guard(self, state: TrainState, since: int, means: dict[str, float]):
+        """Stops a run whose loss or gradient was not finite in one of the steps from `since` on."""
+        if bool(state.finite):
+            return
+        step = int(state.step)  # it stands still since then
+        batch = self.feeder.at_step(self.options.seed, step)
+        parts = self.feeder.accumulate
+        batches = [batch] if parts == 1 else [jax.tree.map(lambda x: x[i], batch) for i in range(parts)]  # noqa: B023
+        cause = self.find_cause(state, batches, self.feeder.rows_at_step(self.options.seed, step))
+        kept = "checkpoints that were written before are untouched"
+        if step > 0 and first_nonfinite(state.params) is None:
+            if step > since or not _due(step, self.options.save_every):
+                self.save(state, step)
+            kept = f"the state before it is kept as checkpoint {step}, from which another run can begin (--model)"
+        raise FloatingPointError(
+            f"step {step} of {self.feeder.dataset.source}: loss {means['loss']}, grad_norm {means['grad_norm']}: "
+            f"{cause}; {kept}. Look at the rows; a lower optimizer.learning_rate, more optimizer.warmup_steps or "
+            "compute.dtype float32 usually help"
+        )
+
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         if self.evaluator is None:
             return {}
-        means = self.evaluator(state.params)
+        means = self.evaluator(state.policy, state.ref_params)
         if self.log:
             self.log.write(step, means)
         return means

@@ -1,6 +1,7 @@
 """What a run minimises: `loss_fn(params, ref_params, batch)`, pure, as sums and denominators.
 
-A metric is a pair (sum, denominator), so that means over steps, batches of unequal size and devices are exact.
+A metric is a pair (sum, denominator), so that means over steps, batches of unequal size and devices are exact. Sums of
+squares (`squares/NAME`) become the standard error `NAME_stderr`.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def sft_loss_fn(model: CausalLM) -> LossFn:
         weights = batch.weights[:, None]
         tokens = (batch.response_lengths * weights).sum()
         total = (losses.negative_log_likelihood(logp, batch.response_mask) * weights).sum()
-        metrics = {"loss": (total, tokens), **_counts(batch)}
+        metrics = {"loss": (total, tokens), **_answers(batch, "completion"), **_counts(batch)}
         return total / jnp.maximum(tokens, 1), metrics
 
     return loss_fn
@@ -116,6 +117,7 @@ def dpo_loss_fn(model: CausalLM, options: LossOptions) -> LossFn:
         by_pair = {
             "loss": values,
             "rewards/chosen": record.rewards[:, 0],
+            "squares/rewards/chosen": record.rewards[:, 0] ** 2,
             "rewards/rejected": record.rewards[:, 1],
             "rewards/margins": record.margins,
             "rewards/accuracies": record.accuracies,
@@ -123,9 +125,20 @@ def dpo_loss_fn(model: CausalLM, options: LossOptions) -> LossFn:
             "logps/rejected": logps[:, 1],
         }
         metrics = {name: ((value * batch.weights).sum(), pairs) for name, value in by_pair.items()}
-        return metrics["loss"][0] / jnp.maximum(pairs, 1), {**metrics, **_counts(batch)}
+        metrics |= {**_answers(batch, "chosen", "rejected"), **_counts(batch)}
+        return metrics["loss"][0] / jnp.maximum(pairs, 1), metrics
 
     return loss_fn
+
+
+def _answers(batch: Batch, *names: str) -> Metrics:
+    """Mean length in tokens, EOS included, and share that was truncated, of each answer of the examples."""
+    per_answer = {"lengths": batch.response_lengths, "truncated": batch.truncated}
+    return {
+        f"{metric}/{name}": ((values[:, i] * batch.weights).sum(), batch.weights.sum())
+        for metric, values in per_answer.items()
+        for i, name in enumerate(names)
+    }
 
 
 def _counts(batch: Batch) -> Metrics:

@@ -1,12 +1,15 @@
-"""The frozen reference of a run: who it is, and its log-probabilities where they are computed once for all runs."""
+"""The reference of a run: in which mode, who it is, and its log-probabilities where they are computed once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from qstar_jax.config import DpoConfig, ReferenceOptions, SftConfig
 from qstar_jax.data.batches import Batch
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
@@ -14,9 +17,67 @@ from qstar_jax.models.causal_lm import Params
 from qstar_jax.reference_cache import ReferenceCache, fingerprint, params_identity
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.training.feeding import Feeder, Track
+from qstar_jax.training.objectives import preference_loss
 
 # Largest difference between cached and fresh log-probabilities of a token, in nats: two programs round differently.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+def resolve_reference(config: DpoConfig) -> ReferenceOptions:
+    """Turns `auto` into what fits the loss and the adapter, and refuses what does not fit.
+
+    Args:
+        config: The run's configuration.
+
+    Returns:
+        Options whose mode is one of the others.
+
+    Raises:
+        InputError: If the mode and the loss, the adapter or the moving reference do not go together.
+    """
+    options, loss, has_adapter = config.reference, preference_loss(config.loss), config.lora.rank > 0
+    mode = options.mode
+    if mode == "auto":
+        mode = "none" if not loss.uses_reference else "adapter" if has_adapter else "live"
+    if mode != "none" and not loss.uses_reference:
+        raise InputError(f"reference.mode is {mode}, and {loss} has no reference; leave it out")
+    if mode == "none" and loss.uses_reference:
+        raise InputError(f"reference.mode is none, and {loss} compares the policy with one; choose live or cached")
+    if mode == "adapter" and not has_adapter:
+        raise InputError("reference.mode adapter takes the policy without its adapter, and it has none; set lora.rank")
+    if options.sync_every and (mode != "live" or has_adapter):
+        raise InputError(
+            f"reference.sync_every {options.sync_every} moves the parameters of a live reference "
+            f"(found: mode {mode}, lora.rank {config.lora.rank}); set reference.mode live and lora.rank 0"
+        )
+    if options.sync_every < 0 or not 0 < options.sync_mix <= 1:
+        raise InputError(
+            f"reference.sync_every is at least 0 and sync_mix above 0 and at most 1 "
+            f"(found: {options.sync_every} and {options.sync_mix})"
+        )
+    if options.sync_mix != 1 and not options.sync_every:
+        raise InputError("reference.sync_mix has no effect without reference.sync_every; set it, for instance to 512")
+    return replace(options, mode=mode)
+
+
+def needs_reference(config: SftConfig | DpoConfig) -> bool:
+    """Whether the run's loss compares the policy with a reference; of a resolved configuration."""
+    return isinstance(config, DpoConfig) and config.reference.mode != "none"
+
+
+def holds_reference(config: SftConfig | DpoConfig) -> bool:
+    """Whether a second copy of the parameters is held for the reference; of a resolved configuration."""
+    return isinstance(config, DpoConfig) and config.reference.mode == "live"
+
+
+def runs_reference(config: SftConfig | DpoConfig) -> bool:
+    """Whether the reference's forward pass is part of each step; of a resolved configuration."""
+    return isinstance(config, DpoConfig) and config.reference.mode in ("live", "adapter")
+
+
+def moves_reference(config: SftConfig | DpoConfig) -> bool:
+    """Whether the reference's parameters change during the run."""
+    return isinstance(config, DpoConfig) and config.reference.sync_every > 0
 
 
 def reference_identity(model: CausalLM, params: Params) -> str:
@@ -61,7 +122,7 @@ def cached_logprobs(
     cache = ReferenceCache.open(folder, key, examples)
     done, complete = cache.done, cache.complete
     multihost_utils.sync_global_devices("reference cache opened")  # before anybody writes
-    compute = _computer(model, params, feeder)
+    compute = partial(make_scorer(model, feeder), params)
     if complete and params is not None:
         sample, logps = next(iter(compute(feeder.in_order(), 0)))
         cache.verify(range(sample, sample + len(logps)), logps, TOLERANCE[model.compute.dtype])
@@ -80,11 +141,21 @@ def cached_logprobs(
     return ReferenceCache.open(folder, key, examples).read()
 
 
-def _computer(model: CausalLM, params: Params | None, feeder: Feeder) -> Callable:
+def make_scorer(model: CausalLM, feeder: Feeder) -> Callable[[Params, Iterable[Batch], int], Iterator]:
+    """Compiles what a model says of a data set's answers, onto every host.
+
+    Args:
+        model: The model.
+        feeder: The data set, and how it comes in batches.
+
+    Returns:
+        `score(params, batches, start)` on the feeder's batches from example `start` on: yields the index of a batch's
+        first example, and for each of its examples log pi of each answer's tokens in nats, shape [T].
+    """
     logprobs = jax.jit(lambda params, batch: response_logprobs(model, params, batch)[0])
     examples = feeder.dataset.examples
 
-    def compute(batches: Iterable[Batch], start: int):
+    def score(params: Params, batches: Iterable[Batch], start: int):
         for batch in batches:
             values = multihost_utils.process_allgather(logprobs(params, batch), tiled=True)
             own = examples[start : start + feeder.batch_size]
@@ -97,4 +168,4 @@ def _computer(model: CausalLM, params: Params | None, feeder: Feeder) -> Callabl
             )
             start += feeder.batch_size
 
-    return compute
+    return score

@@ -24,18 +24,26 @@ from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
-from qstar_jax.training.feeding import Evaluator, Feeder
+from qstar_jax.training.decline import make_probe
+from qstar_jax.training.feeding import Evaluator, Feeder, join_evaluators
 from qstar_jax.training.loop import Loop
+from qstar_jax.training.nonfinite import find_cause
 from qstar_jax.training.objectives import LossFn, dpo_loss_fn, preference_loss, resolve_loss, sft_loss_fn
 from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
-from qstar_jax.training.reference import cached_logprobs
+from qstar_jax.training.reference import (
+    cached_logprobs,
+    moves_reference,
+    needs_reference,
+    resolve_reference,
+    runs_reference,
+)
 from qstar_jax.training.run_log import RunLog
-from qstar_jax.training.setup import Start, build_state, describe, find_start, holds_reference, needs_reference
+from qstar_jax.training.setup import Start, build_state, describe, find_start, saved_arrays
 from qstar_jax.training.step import TrainState, make_train_step
 from qstar_jax.training.throughput import peak_flops, peak_memory_bytes
 
 
-def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict[str, float]:
+def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict[str, float | str]:
     """Trains a model and leaves a run folder that every other verb reads.
 
     Args:
@@ -61,8 +69,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
         config = replace(config, loss=resolve_loss(config.loss))
         loss = preference_loss(config.loss)
         first_loss = loss.loss_at_reference
-        if config.reference.mode == "cached" and not loss.uses_reference:
-            raise InputError(f"reference.mode is cached, and {loss} has no reference; leave it out")
+        config = replace(config, reference=resolve_reference(config))
         if config.train.accumulate > 1 and loss.couples_rows:
             raise InputError(
                 f"train.accumulate {config.train.accumulate}: {loss} looks at its whole batch, and would see "
@@ -79,7 +86,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
             console.print(f"{out} is complete: {start.step} of {steps} steps are done", markup=False, highlight=False)
             summary = out / "summary.json"
             return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
-        if needs_reference(config) and not holds_reference(config):
+        if needs_reference(config) and not runs_reference(config):
             feeder, eval_feeder = (_with_cached_reference(config, start, f, console) for f in (feeder, eval_feeder))
         description = describe(config, start)
         state = build_state(config, start, store, mesh, steps, description)
@@ -87,22 +94,28 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
             (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         log = RunLog(out, steps=steps, start=start.step, console=console) if is_main else None
         loss_fn = _loss_fn(config, start.model)
+        probe = make_probe(config, start, state.policy, eval_feeder or feeder, mesh, console)
         with log or nullcontext():
+            evaluator = eval_feeder and _evaluator(config, start.model, loss_fn, eval_feeder, state, log)
             loop = Loop(
                 options=config.train,
                 steps=steps,
                 train_step=_jit_step(config, loss_fn, steps, state, mesh),
                 feeder=feeder,
-                evaluator=eval_feeder and _evaluator(start.model, loss_fn, eval_feeder, state, log),
+                evaluator=join_evaluators([evaluator, probe]),
                 schedule=learning_rate_schedule(config.optimizer, steps),
                 step_flops=partial(_step_flops, config, start.model, feeder),
                 peak_flops=peak_flops(jax.devices()),
                 first_loss=first_loss,
-                save=lambda state, step: store.save(step, state.params, state.opt_state, description),
+                save=lambda state, step: store.save(step, saved_arrays(config, state), description),
+                find_cause=partial(find_cause, start.model, loss_fn),
                 log=log,
             )
             summary = loop.run(state, start.step)
     summary |= {"steps": steps, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes()}
+    if probe:
+        summary["verdict"] = probe.verdict(summary)
+        console.print(summary["verdict"], markup=False, highlight=False, soft_wrap=True)
     if is_main:
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         console.print(f"done: {steps} steps; run folder {out}", markup=False, highlight=False, soft_wrap=True)
@@ -138,32 +151,46 @@ def _with_cached_reference(config: DpoConfig, start: Start, feeder: Feeder | Non
         where = f"{description}: {feeder.dataset.source}"
         return track(batches, where, total, console=console, disable=not console.is_terminal)
 
-    logps = cached_logprobs(feeder, start.model, start.params, start.reference, folder, show)
+    logps = cached_logprobs(feeder, start.model.base, start.params, start.reference, folder, show)
     return feeder.with_reference(logps)
 
 
 def _jit_step(config: SftConfig | DpoConfig, loss_fn: LossFn, steps: int, state: TrainState, mesh: Mesh):
     """Compiles the step so that a state comes out on the shardings on which it went in, in the same buffers."""
-    train_step = make_train_step(loss_fn, make_optimizer(config.optimizer, steps), accumulate=config.train.accumulate)
+    sync = {}
+    if isinstance(config, DpoConfig):
+        sync = {"sync_every": config.reference.sync_every, "sync_mix": config.reference.sync_mix}
+    optimizer = make_optimizer(config.optimizer, steps)
+    train_step = make_train_step(loss_fn, optimizer, accumulate=config.train.accumulate, **sync)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
-def _evaluator(model: CausalLM, loss_fn: LossFn, feeder: Feeder, state: TrainState, log: RunLog | None) -> Evaluator:
-    eval_step = jax.jit(lambda params, batch: loss_fn(params, None, batch)[1])
+def _evaluator(
+    config: SftConfig | DpoConfig,
+    model: CausalLM,
+    loss_fn: LossFn,
+    feeder: Feeder,
+    state: TrainState,
+    log: RunLog | None,
+) -> Evaluator:
     track = {"track": log.track} if log else {}
-    if state.ref_params is None:
-        return Evaluator(feeder, eval_step, **track)
-    logprobs = jax.jit(lambda params, batch: response_logprobs(model, params, batch)[0])
-    return Evaluator(feeder, eval_step, lambda batch: logprobs(state.ref_params, batch), **track)
+    if not runs_reference(config) or moves_reference(config):
+        return Evaluator(feeder, jax.jit(lambda *args: loss_fn(*args)[1]), **track)
+    # What does not change is computed once.
+    logprobs = jax.jit(lambda params, batch: response_logprobs(model.base, params, batch)[0])
+    reference = state.frozen if state.ref_params is None else state.ref_params
+    eval_step = jax.jit(lambda params, _, batch: loss_fn(params, None, batch)[1])
+    return Evaluator(feeder, eval_step, lambda batch: logprobs(reference, batch), **track)
 
 
 def _step_flops(config: SftConfig | DpoConfig, model: CausalLM, feeder: Feeder, counts: dict[str, float]) -> float:
-    """Model FLOPs of a step: forward and backward of the policy, and forward of the reference if there is one."""
+    """Model FLOPs of a step: forward and backward of the policy, and forward of the reference where it is run."""
     forward = model.family.forward_flops(
         model.config,
         tokens=counts["count/tokens"],
         scored_tokens=counts["count/scored_tokens"],
         context=counts["count/tokens"] / feeder.batch_size / 2,
     )
-    return forward * (4 if holds_reference(config) else 3)
+    # An adapter leaves out the gradients of the weights, a third of the rest; what it adds itself is not counted.
+    return forward * ((3 if model.lora is None else 2) + runs_reference(config))

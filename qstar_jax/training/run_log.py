@@ -7,7 +7,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "perf/tokens_per_second")
+SHOWN = (
+    "loss",
+    "rewards/chosen",
+    "rewards/reference_samples",
+    "rewards/margins",
+    "rewards/accuracies",
+    "perf/tokens_per_second",
+)
 
 
 class RunLog:

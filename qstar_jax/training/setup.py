@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qstar_jax.checkpoints import (
+    BASE,
     REFERENCE,
     CheckpointStore,
     Description,
@@ -16,15 +17,15 @@ from qstar_jax.checkpoints import (
     read_checkpoint_params,
     tokenizer_files,
 )
-from qstar_jax.config import DpoConfig, SftConfig
+from qstar_jax.config import DpoConfig, LoraOptions, SftConfig
 from qstar_jax.errors import InputError
 from qstar_jax.loading import load_model, param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.lora import split_adapter
 from qstar_jax.sharding import tree_shardings
-from qstar_jax.training.objectives import preference_loss
 from qstar_jax.training.optimizers import make_optimizer
-from qstar_jax.training.reference import reference_identity
+from qstar_jax.training.reference import holds_reference, moves_reference, needs_reference, reference_identity
 from qstar_jax.training.step import TrainState
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ FREE_OPTIONS = (
     "train.eval_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.reference_samples",  # those of the run's beginning stay, or are no longer looked at
 )
 
 
@@ -55,10 +57,10 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        model: The model.
+        model: The model, with the adapter that is to be trained.
         tokenizer: Its tokenizer.
         step: Steps that are done already.
-        params: Parameters of a fresh run; None where `step` is read from a checkpoint.
+        params: Parameters of a fresh run, without an adapter; None where `step` is read from a checkpoint.
         reference: Who the frozen reference is; None if the loss has none.
     """
 
@@ -79,7 +81,8 @@ def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh
     if step is None:
         loaded = load_model(config.model, config.compute, mesh, config.mesh)
         identity = reference_identity(loaded.model, loaded.params) if needs_reference(config) else None
-        return Start(loaded.model, loaded.tokenizer, params=loaded.params, reference=identity)
+        model = _with_adapter(loaded.model, config.lora)
+        return Start(model, loaded.tokenizer, params=loaded.params, reference=identity)
     if not config.resume:
         raise InputError(
             f"{config.out} already holds a run with a checkpoint at step {step}; "
@@ -89,6 +92,21 @@ def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh
     _check_same_options(description.options, asdict(config), Path(config.out))
     model, tokenizer = description.build_model(config.compute), description.build_tokenizer()
     return Start(model, tokenizer, step, reference=description.reference)
+
+
+def _with_adapter(model: CausalLM, options: LoraOptions) -> CausalLM:
+    if options.rank == 0:
+        without_effect = [name for name in ("alpha", "targets") if getattr(options, name) is not None]
+        if without_effect:
+            raise InputError(
+                f"lora.{without_effect[0]} has no effect without an adapter; set lora.rank, for instance 16"
+            )
+        return model
+    alpha = 2 * options.rank if options.alpha is None else options.alpha
+    try:
+        return model.with_lora(options.rank, alpha, options.targets)
+    except InputError as error:
+        raise InputError(f"lora: {error}") from error
 
 
 def _check_same_options(stored: dict, given: dict, out: Path):
@@ -109,21 +127,12 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def needs_reference(config: SftConfig | DpoConfig) -> bool:
-    """Whether the run's loss compares the policy with a reference."""
-    return isinstance(config, DpoConfig) and preference_loss(config.loss).uses_reference
-
-
-def holds_reference(config: SftConfig | DpoConfig) -> bool:
-    """Whether the reference's parameters are held and run at each step."""
-    return needs_reference(config) and config.reference.mode == "live"
-
-
 def describe(config: SftConfig | DpoConfig, start: Start) -> Description:
     """Collects what is stored beside the parameters."""
     verb = "dpo" if isinstance(config, DpoConfig) else "sft"
     files = tokenizer_files(start.tokenizer)
-    return Description(verb, start.model.config.to_hf(), asdict(config), files, start.reference)
+    lora = start.model.lora and asdict(start.model.lora)
+    return Description(verb, start.model.config.to_hf(), asdict(config), files, start.reference, lora)
 
 
 def build_state(
@@ -153,27 +162,52 @@ def build_state(
     model = start.model
     optimizer = make_optimizer(config.optimizer, steps)
     shardings = param_shardings(model, mesh, config.mesh)
-    abstract_params = abstract_with_shardings(model.abstract_params(), shardings)
-    abstract_opt_state = jax.eval_shape(optimizer.init, abstract_params)
+    base_shardings, adapter_shardings = split_adapter(shardings)
+    base, adapter = split_adapter(abstract_with_shardings(model.abstract_params(), shardings))
+    trained = base if model.lora is None else adapter
+    abstract_opt_state = jax.eval_shape(optimizer.init, trained)
     opt_shardings = tree_shardings(abstract_opt_state, mesh, config.mesh, model.family.SHARDING_OVERRIDES)
-    ref_params = None
+    frozen = ref_params = None
     if start.params is None:
-        abstract_opt_state = abstract_with_shardings(abstract_opt_state, opt_shardings)
-        params, opt_state = store.restore(start.step, abstract_params, abstract_opt_state)
-        if holds_reference(config):
-            ref_params = read_checkpoint_params(store.run / REFERENCE, model, shardings)
-            if start.reference not in (None, reference_identity(model, ref_params)):
-                raise InputError(
-                    f"--resume: {store.run / REFERENCE} is not the reference with which the run began (its parameters "
-                    "differ from what the checkpoint says of them); put that folder back, or begin a new run"
-                )
+        abstract = {"params": trained, "opt_state": abstract_with_shardings(abstract_opt_state, opt_shardings)}
+        if moves_reference(config):
+            abstract["ref_params"] = base
+        arrays = store.restore(start.step, abstract)
+        params, opt_state = arrays["params"], arrays["opt_state"]
+        if model.lora is not None:
+            frozen = _read_frozen(store.run / BASE, model.base, base_shardings, start.reference)
+        if moves_reference(config):
+            ref_params = arrays["ref_params"]
+        elif holds_reference(config):
+            folder = store.run / (REFERENCE if model.lora is None else BASE)
+            ref_params = _read_frozen(folder, model.base, base_shardings, start.reference)
     else:
         params = start.params
+        if model.lora is not None:
+            store.save_frozen(BASE, params, description)
+            frozen, init = params, jax.jit(model.init_adapter, out_shardings=adapter_shardings)
+            params = init(jax.random.key(config.train.seed))
+        elif needs_reference(config):
+            store.save_frozen(REFERENCE, params, description)  # also where it is cached: `score` reads it
         opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-        if needs_reference(config):
-            store.save_reference(params, description)  # also where it is cached: `score` reads it
         if holds_reference(config):
             # A copy: the state is donated to each step, so the policy may not share its buffers.
-            ref_params = jax.tree.map(jnp.copy, params)
-    step = jax.device_put(jnp.int32(start.step), NamedSharding(mesh, PartitionSpec()))
-    return TrainState(step, params, opt_state, ref_params)
+            ref_params = jax.tree.map(jnp.copy, start.params)
+    step, finite = jax.device_put((jnp.int32(start.step), jnp.bool(True)), NamedSharding(mesh, PartitionSpec()))
+    return TrainState(step, params, opt_state, ref_params, frozen, finite)
+
+
+def _read_frozen(folder: Path, model: CausalLM, shardings: Params, identity: str | None) -> Params:
+    params = read_checkpoint_params(folder, model, shardings)
+    if identity is not None and identity != reference_identity(model, params):
+        raise InputError(
+            f"--resume: {folder} is not the one with which the run began (its parameters differ from what the "
+            "checkpoint says of them); put that folder back, or begin a new run"
+        )
+    return params
+
+
+def saved_arrays(config: SftConfig | DpoConfig, state: TrainState) -> dict:
+    """Says what of a state goes into a checkpoint; the rest does not change, or follows from the step."""
+    arrays = {"params": state.params, "opt_state": state.opt_state}
+    return arrays | ({"ref_params": state.ref_params} if moves_reference(config) else {})

@@ -21,6 +21,7 @@ from qstar_jax.config import (
     SftConfig,
     TrainOptions,
 )
+from qstar_jax.models.lora import split_adapter
 from qstar_jax.training import run as run_module
 from qstar_jax.training.optimizers import make_optimizer
 
@@ -33,7 +34,7 @@ def make_config(hf_folder, train_file):
         sections = {
             "data": DataOptions(train=str(train_file)),
             "optimizer": OptimizerOptions(learning_rate=3e-3),
-            "train": TrainOptions(steps=6, batch_size=8, log_every=1, save_every=2),
+            "train": TrainOptions(steps=6, batch_size=8, log_every=1, save_every=2, reference_samples=0),
             "mesh": MeshOptions(data=1, min_shard_size=64),
         }
         for name, change in changes.items():
@@ -80,11 +81,12 @@ def arrays_of(one_device):
         description = read_description(find_checkpoint(Path(out)))
         model = description.build_model(ComputeOptions())
         options = OptimizerOptions(**description.options["optimizer"])
-        abstract = model.abstract_params()
-        opt_state = jax.eval_shape(make_optimizer(options, description.options["train"]["steps"]).init, abstract)
-        one = sharding.tree_shardings((abstract, opt_state), one_device)
+        params = split_adapter(model.abstract_params())[0 if model.lora is None else 1]
+        opt_state = jax.eval_shape(make_optimizer(options, description.options["train"]["steps"]).init, params)
+        abstract = {"params": params, "opt_state": opt_state}
+        one = sharding.tree_shardings(abstract, one_device)
         with CheckpointStore(Path(out), keep=9) as store:
-            found = store.restore(step, *abstract_with_shardings((abstract, opt_state), one))
-        return jax.tree.map(np.asarray, found)
+            found = store.restore(step, abstract_with_shardings(abstract, one))
+        return jax.tree.map(np.asarray, (found["params"], found["opt_state"]))
 
     return read

@@ -1,4 +1,5 @@
 import math
+import statistics
 
 import pytest
 
@@ -27,6 +28,14 @@ def test_any_other_first_loss_is_refused_with_what_was_found(loss):
 def test_means_weigh_sums_by_their_denominators():
     parts = [{"a": (6.0, 3.0), "b": (1.0, 1.0)}, {"a": (1.0, 1.0), "b": (0.0, 0.0)}]
     assert mean_metrics(parts) == {"a": 7 / 4, "b": 1.0}
+
+
+def test_squares_become_the_standard_error_of_the_mean():
+    values = [1.0, 2.0, 4.0, 5.0]
+    parts = [{"a": (sum(x), 2.0), "squares/a": (sum(v * v for v in x), 2.0)} for x in (values[:2], values[2:])]
+    found = mean_metrics(parts)
+    assert found == {"a": 3.0, "a_stderr": pytest.approx(statistics.stdev(values) / 2)}
+    assert mean_metrics([{"a": (3.0, 1.0), "squares/a": (9.0, 1.0)}]) == {"a": 3.0}  # one row says nothing of it
 
 
 def test_means_add_up_in_float64():

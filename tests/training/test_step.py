@@ -10,10 +10,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qstar_jax import losses, mdp
 from qstar_jax.config import LossOptions, MeshOptions, OptimizerOptions
+from qstar_jax.data.batches import make_batch
+from qstar_jax.data.packing import Shapes
 from qstar_jax.errors import InputError
 from qstar_jax.loading import param_shardings
 from qstar_jax.scoring import response_logprobs, score_tokens
 from qstar_jax.sharding import BATCH, make_mesh, tree_shardings
+from qstar_jax.training.feeding import mean_metrics
 from qstar_jax.training.objectives import dpo_loss_fn, resolve_loss, sft_loss_fn
 from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step
@@ -149,11 +152,16 @@ def test_dpo_equals_a_plain_computation(tiny_model, tiny_params, ref_params, bat
     expected = {
         "loss": (0.9 * np.log1p(np.exp(-margin)) + 0.1 * np.log1p(np.exp(margin))).mean(),
         "rewards/chosen": rewards[:, 0].mean(),
+        "squares/rewards/chosen": (rewards[:, 0] ** 2).mean(),
         "rewards/rejected": rewards[:, 1].mean(),
         "rewards/margins": margin.mean(),
         "rewards/accuracies": (margin > 0).mean(),
         "logps/chosen": logp[:, 0].mean(),
         "logps/rejected": logp[:, 1].mean(),
+        "lengths/chosen": np.asarray(batch.response_lengths)[:6, 0].mean(),
+        "lengths/rejected": np.asarray(batch.response_lengths)[:6, 1].mean(),
+        "truncated/chosen": 0.0,
+        "truncated/rejected": 0.0,
         "count/scored_tokens": float(batch.response_lengths.sum()),
         "count/tokens": float(batch.response_lengths.sum() + (batch.prompt_lengths[:6] - 1).sum()),
         "count/slots": float(batch.tokens.size),
@@ -162,6 +170,29 @@ def test_dpo_equals_a_plain_computation(tiny_model, tiny_params, ref_params, bat
     for name, (total, weight) in metrics.items():
         np.testing.assert_allclose(total / weight, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_lengths_and_truncation_are_counted_by_hand(answers, tiny_model, tiny_params, ref_params, random_examples):
+    examples = random_examples(6, answers=answers)
+    cut = [[(i + r) % 3 == 0 for r in range(answers)] for i in range(6)]
+    examples = [
+        replace(e, responses=tuple(replace(r, truncated=c) for r, c in zip(e.responses, flags, strict=True)))
+        for e, flags in zip(examples, cut, strict=True)
+    ]
+    shapes = Shapes.of(examples, batch_size=4, multiple=4, row_length=64)
+    # Two micro-batches; the second has two examples and two that only fill up.
+    parts = [make_batch(part, shapes, pad_id=0, fill_to=4, at_least=(4, 64)) for part in (examples[:4], examples[4:])]
+    batches = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+    loss_fn = dpo_loss_fn(tiny_model, LOSS) if answers == 2 else sft_loss_fn(tiny_model)
+    optimizer = optax.sgd(0.1)
+    state = TrainState(jnp.int32(0), tiny_params, optimizer.init(tiny_params), ref_params)
+    _, metrics = jax.jit(make_train_step(loss_fn, optimizer, accumulate=2))(state, batches)
+    means = mean_metrics([metrics])
+    for r, name in enumerate(("chosen", "rejected") if answers == 2 else ("completion",)):
+        assert means[f"lengths/{name}"] == pytest.approx(np.mean([len(e.responses[r].ids) for e in examples]))
+        assert means[f"truncated/{name}"] == pytest.approx(np.mean([flags[r] for flags in cut]))
+        assert means[f"truncated/{name}"] > 0
 
 
 def test_sft_is_the_mean_over_tokens_and_not_over_answers(tiny_model, tiny_params, pair_batch):

@@ -13,8 +13,9 @@ import qstar_jax
 from qstar_jax.checkpoints import find_checkpoint
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.loading import load_model
+from qstar_jax.training.decline import FILE
 
-METRICS = ("loss", "rewards/margins", "logps/chosen", "grad_norm")
+METRICS = ("loss", "rewards/margins", "logps/chosen", "lengths/chosen", "grad_norm", "eval_rewards/reference_samples")
 
 
 def free_port() -> int:
@@ -35,7 +36,7 @@ def test_two_processes_train_as_one_does(
     assert_norm_close,
 ):
     expected, out = tmp_path / "one", tmp_path / "two"
-    tiny_train(make_config(expected, train={"steps": 2, "save_every": 0}, mesh={"fsdp": 2}))
+    tiny_train(make_config(expected, train={"steps": 2, "save_every": 0, "reference_samples": 4}, mesh={"fsdp": 2}))
     options = {
         "model": hf_folder,
         "out": out,
@@ -44,6 +45,7 @@ def test_two_processes_train_as_one_does(
         "train.steps": 2,
         "train.batch_size": 8,
         "train.log_every": 1,
+        "train.reference_samples": 4,
         "mesh.data": 1,
         "mesh.fsdp": 2,
         "mesh.min_shard_size": 64,
@@ -80,6 +82,10 @@ def test_two_processes_train_as_one_does(
         for name in METRICS:
             if name in other:
                 np.testing.assert_allclose(line[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    # Each has drawn the same samples from the reference.
+    assert "eval_rewards/reference_samples" in found[-1]
+    samples = [[json.loads(line)["answer"] for line in (run / FILE).open()] for run in (out, expected)]
+    assert samples[0] == samples[1]
     # Only the first process writes and speaks.
     assert "step 1/2" in outputs[0] and "step 1/2" not in outputs[1]
     assert json.loads((out / "summary.json").read_text())["steps"] == 2

@@ -1,0 +1,56 @@
+"""`qstar export`."""
+
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from qstar_jax import hub
+from qstar_jax.checkpoints import find_checkpoint, read_checkpoint_params, read_description
+from qstar_jax.config import ComputeOptions, ExportConfig
+from qstar_jax.errors import InputError
+from qstar_jax.loading import load_model, param_shardings
+from qstar_jax.models.lora import split_adapter
+from qstar_jax.sharding import make_mesh
+
+
+def run(config: ExportConfig):
+    """Writes a model or an adapter to a Hugging Face folder."""
+    out = Path(config.out)
+    if (out / "config.json").exists() or hub.is_adapter(out):
+        raise InputError(f"{out} already holds a model; choose another --out")
+    if config.part == "model" and config.base is not None:
+        raise InputError("--base is written into an adapter's file; give --part adapter with it, or leave it out")
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        (_export_model if config.part == "model" else _export_adapter)(config, out, mesh)
+    Console().print(f"written: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _export_model(config: ExportConfig, out: Path, mesh: jax.sharding.Mesh):
+    loaded = load_model(config.model, ComputeOptions(), mesh, config.mesh)
+    params = multihost_utils.process_allgather(loaded.params, tiled=True)
+    if jax.process_index() == 0:
+        hub.write_folder(out, loaded.model, params, loaded.tokenizer, config.dtype)
+
+
+def _export_adapter(config: ExportConfig, out: Path, mesh: jax.sharding.Mesh):
+    checkpoint = find_checkpoint(Path(config.model))
+    description = checkpoint and read_description(checkpoint)
+    if description is None or description.lora is None:
+        raise InputError(
+            f"{config.model} holds no adapter (only a run with lora.rank does); --part model writes the whole model"
+        )
+    base = config.base or description.options["model"]
+    if find_checkpoint(Path(base)) or hub.is_adapter(Path(base)):
+        raise InputError(
+            f"the adapter's base is {base}, which PEFT cannot open; export that first and name it with --base, "
+            "or write the whole model with --part model"
+        )
+    model = description.build_model(ComputeOptions())
+    params = read_checkpoint_params(checkpoint, model, param_shardings(model, mesh, config.mesh))
+    _, adapter = split_adapter(multihost_utils.process_allgather(params, tiled=True))
+    if jax.process_index() == 0:
+        hub.write_adapter(out, model, adapter, base)
+        description.build_tokenizer().save_pretrained(out)

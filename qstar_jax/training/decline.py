@@ -1,0 +1,178 @@
+"""The ordinary decline: how far the rewards of what the reference itself would say have fallen, while a run goes.
+
+Eq. 16: answers drawn from the reference have the mean implicit reward -beta KL(reference || policy), which is 0 at step
+0 and never above it. A reference that was fitted to the chosen answers likes them as it likes its own, so theirs must
+fall along. It holds for prefixes too: an answer that was cut is one of a game that ends there, with the KL up to there.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from qstar_jax.config import DpoConfig, SftConfig
+from qstar_jax.data.batches import step_indices
+from qstar_jax.data.loading import Dataset
+from qstar_jax.data.tokenization import Example
+from qstar_jax.errors import InputError
+from qstar_jax.models import CausalLM
+from qstar_jax.models.causal_lm import Params
+from qstar_jax.training.feeding import Feeder
+from qstar_jax.training.objectives import preference_loss
+from qstar_jax.training.reference import make_scorer, moves_reference, needs_reference
+from qstar_jax.training.reference_samples import Samples, draw, read_samples, write_samples
+from qstar_jax.training.setup import Start
+from qstar_jax.training.verdict import collect, sentence
+
+FILE = "reference_samples.jsonl"
+LONGEST = 128  # tokens of a sample: more would cost time, and a prefix serves as well
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean of independent values and its standard error. Shape [N], N of at least 2."""
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def expected_log_ratio(log_ratios: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Estimates -KL(pi_ref || pi) from the reference's samples with less noise than their mean has.
+
+    The sum of pi / pi_ref - 1 over the tokens of a sample has expectation 0 and is strongly correlated with the sum of
+    log pi / pi_ref: a control variate. Its weight is fitted, as the usual weight 1 is worse than 0 once pi is far away.
+
+    Args:
+        log_ratios: log pi / pi_ref of each sample's tokens in nats. Shape [T] each; at least two samples.
+
+    Returns:
+        Mean a sample, and its standard error.
+    """
+    totals = np.array([ratios.sum() for ratios in log_ratios])
+    zero_mean = np.array([np.expm1(ratios).sum() for ratios in log_ratios])
+    variance = zero_mean.var()
+    if len(totals) < 3 or not 0 < variance < np.inf:
+        return mean_and_error(totals)
+    weight = np.mean((totals - totals.mean()) * (zero_mean - zero_mean.mean())) / variance
+    rest = totals - weight * zero_mean
+    return float(rest.mean()), float((rest.var(ddof=2) / len(rest)) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Scores the reference's samples under the policy: `probe(params)`.
+
+    Attributes:
+        samples: The samples, the same through the whole run.
+        beta: Temperature of the loss (of the first one with a reference, which `rewards/chosen` has too).
+        logps: `params -> log pi` of each answer's tokens, shape [T] each; all processes call it together.
+    """
+
+    samples: Samples
+    beta: float
+    logps: Callable[[Params], list[np.ndarray]]
+
+    def __call__(self, params: Params, ref_params: Params | None = None) -> dict[str, float]:
+        """Computes two estimates of -beta KL(reference || policy), in reward an answer, with their standard errors.
+
+        `reference_samples` is the mean implicit reward of the samples, `reference_expected` their mean by
+        `expected_log_ratio`. `ref_params` are not used.
+        """
+        pairs = zip(self.logps(params), self.samples.ref_logps, strict=True)
+        ratios = [logps.astype(np.float64) - ref_logps for logps, ref_logps in pairs]
+        found = {
+            "samples": mean_and_error(np.array([values.sum() for values in ratios])),
+            "expected": expected_log_ratio(ratios),
+        }
+        metrics = {}
+        for name, (mean, error) in found.items():
+            metrics[f"eval_rewards/reference_{name}"] = self.beta * mean
+            metrics[f"eval_rewards/reference_{name}_stderr"] = self.beta * error
+        return metrics
+
+    def verdict(self, summary: Mapping[str, float]) -> str:
+        """Says in one line whether rewards of chosen answers moved as theory expects; see `training.verdict`."""
+        samples = self.samples
+        return sentence(collect(summary, samples=len(samples.examples), length=samples.mean_length, beta=self.beta))
+
+
+def make_probe(
+    config: SftConfig | DpoConfig, start: Start, params: Params, feeder: Feeder, mesh: Mesh, console: Console
+) -> Probe | None:
+    """Draws the reference's samples at step 0, or reads those with which the run began.
+
+    Args:
+        config: The run's configuration.
+        start: Where it begins.
+        params: Parameters of the policy, which at step 0 equals the reference.
+        feeder: The data set that gives the prompts.
+        mesh: Devices of the model.
+        console: Where to say what was drawn.
+
+    Returns:
+        The probe; None where the loss has no reference or moves it, the option is 0, or a run that goes on has no
+        samples.
+
+    Raises:
+        InputError: If the option has no meaning, or the samples are damaged.
+    """
+    count, path = config.train.reference_samples, Path(config.out) / FILE
+    if count < 0 or count == 1:
+        raise InputError(f"train.reference_samples is {count}; expected 0, or at least 2 for a standard error")
+    if count == 0 or not needs_reference(config) or moves_reference(config):
+        return None  # rewards that are measured from a moving point have no expectation
+    if start.step:
+        if not path.exists():
+            message = f"{path} is missing, so this run goes on without rewards of the reference's samples"
+            console.print(message, markup=False, highlight=False, soft_wrap=True)
+            return None
+        samples = read_samples(path)
+        logps = _scorer(samples.examples, config, start.model, feeder, mesh)
+    else:
+        examples = _draw_examples(config, start, params, feeder, mesh, count)
+        logps = _scorer(examples, config, start.model, feeder, mesh)
+        samples = Samples(
+            examples, logps(params)
+        )  # by the program that scores: its first reward is 0, without rounding
+        if jax.process_index() == 0:
+            write_samples(path, samples, start.tokenizer)
+        prompts = f"{feeder.dataset.source}{'' if config.data.eval else ' (training rows, as data.eval is not set)'}"
+        message = f"reference: {count} samples of {samples.mean_length:.1f} tokens on average to prompts of {prompts}"
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+    return Probe(samples, preference_loss(config.loss).beta, logps)
+
+
+def _rows(count: int, feeder: Feeder, mesh: Mesh) -> int:
+    """As many at once as the feeder's data allow, and no more than there are; a multiple of the devices."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-min(count, feeder.batch_size // feeder.accumulate) // parts) * parts
+
+
+def _draw_examples(
+    config: DpoConfig, start: Start, params: Params, feeder: Feeder, mesh: Mesh, count: int
+) -> list[Example]:
+    there, seed = feeder.dataset.examples, config.train.seed
+    # Spread over the file; where it has fewer prompts, each comes several times.
+    chosen = [there[i] for i in step_indices(seed, 0, len(there), count)]
+    answers = draw(
+        start.model,
+        params,
+        [example.prompt for example in chosen],
+        mesh,
+        seed=seed,
+        rows=_rows(count, feeder, mesh),
+        max_new_tokens=min(LONGEST, max(len(r.ids) for example in there for r in example.responses)),
+        eos_id=start.tokenizer.eos_token_id,
+    )
+    return [replace(example, responses=(answer,)) for example, answer in zip(chosen, answers, strict=True)]
+
+
+def _scorer(
+    examples: list[Example], config: DpoConfig, model: CausalLM, feeder: Feeder, mesh: Mesh
+) -> Callable[[Params], list[np.ndarray]]:
+    rows = _rows(len(examples), feeder, mesh)
+    own = Feeder(Dataset(examples, Counter(), FILE), rows, mesh, config.data, feeder.pad_id, "train.reference_samples")
+    score = make_scorer(model, own)
+    return lambda params: [answers[0] for _, part in score(params, own.in_order(), 0) for answers in part]

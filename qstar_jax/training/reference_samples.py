@@ -1,0 +1,135 @@
+"""What the reference itself would say: answers drawn from it, and the file that keeps them with a run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qstar_jax.data.tokenization import Example, Response
+from qstar_jax.decoding import sample
+from qstar_jax.errors import InputError
+from qstar_jax.models import CausalLM
+from qstar_jax.models.causal_lm import Params
+from qstar_jax.reference_cache import write_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Answers of the reference.
+
+    Attributes:
+        examples: A prompt with one answer each.
+        ref_logps: log pi_ref of each answer's tokens in nats. Shape [T] each.
+    """
+
+    examples: list[Example]
+    ref_logps: list[np.ndarray]
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of an answer on average."""
+        return float(np.mean([len(logps) for logps in self.ref_logps]))
+
+
+def draw(
+    model: CausalLM,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    mesh: Mesh,
+    *,
+    seed: int,
+    rows: int,
+    max_new_tokens: int,
+    eos_id: int,
+) -> list[Response]:
+    """Samples one answer to each prompt at temperature 1 from the whole vocabulary.
+
+    Args:
+        model: The model.
+        params: Its parameters; in a job of several processes all must call this together.
+        prompts: Token ids of each prompt, at least one each.
+        mesh: Devices of the model.
+        seed: Of the samples.
+        rows: Prompts decoded at once.
+        max_new_tokens: Longest answer, EOS included.
+        eos_id: Token that ends an answer.
+
+    Returns:
+        The answers; one that reached `max_new_tokens` without EOS is truncated.
+    """
+    width = -(-max(len(prompt) for prompt in prompts) // 64) * 64
+    replicated = NamedSharding(mesh, PartitionSpec())
+    answers: list[Response] = []
+    for start in range(0, len(prompts), rows):
+        own = prompts[start : start + rows]
+        padded, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)  # one shape for all
+        for b, prompt in enumerate(own):
+            padded[b, : len(prompt)], lengths[b] = prompt, len(prompt)
+        padded, lengths = (
+            jax.make_array_from_callback(x.shape, replicated, lambda index, x=x: x[index]) for x in (padded, lengths)
+        )
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        found = sample(
+            model, params, padded, lengths, key, max_new_tokens=max_new_tokens, eos_ids=(eos_id,), temperature=1.0
+        )
+        tokens, ends, finished = multihost_utils.process_allgather(
+            (found.tokens, found.lengths, found.finished), tiled=True
+        )
+        answers += [Response(tokens[b, 0, : ends[b, 0]], not finished[b, 0]) for b in range(len(own))]
+    return answers
+
+
+def write_samples(path: Path, samples: Samples, tokenizer: "PreTrainedTokenizerBase"):
+    """Writes one line of JSON a sample, with its text for readers; the file is there whole or not at all."""
+    lines = [
+        {
+            "row": example.row,
+            "text": tokenizer.decode(example.responses[0].ids.tolist(), skip_special_tokens=True),
+            "truncated": example.responses[0].truncated,
+            "prompt_truncated": example.prompt_truncated,
+            "prompt": example.prompt.tolist(),
+            "answer": example.responses[0].ids.tolist(),
+            "ref_logp": logps.tolist(),
+        }
+        for example, logps in zip(samples.examples, samples.ref_logps, strict=True)
+    ]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def read_samples(path: Path) -> Samples:
+    """Reads what `write_samples` wrote.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        examples = [
+            Example(
+                np.array(line["prompt"], np.int32),
+                bool(line["prompt_truncated"]),
+                (Response(np.array(line["answer"], np.int32), bool(line["truncated"])),),
+                int(line["row"]),
+            )
+            for line in lines
+        ]
+        samples = Samples(examples, [np.array(line["ref_logp"], np.float32) for line in lines])
+        shapes = [(e.responses[0].ids.shape, logps.shape) for e, logps in zip(examples, samples.ref_logps, strict=True)]
+        sound = len(lines) > 1 and all(answer == logps and answer > (0,) for answer, logps in shapes)
+        if not sound or not all(np.isfinite(logps).all() for logps in samples.ref_logps):
+            raise ValueError("there must be two answers or more, with a finite number for each of their tokens")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise InputError(
+            f"{path}: not the reference's samples with which the run began ({error!r}); put that file back, or delete "
+            "it to go on without"
+        ) from error
+    return samples

@@ -1,0 +1,144 @@
+"""Whether the rewards of chosen answers moved as theory expects, in one sentence at the end of a run."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Case = Literal["rose", "unmoved", "ordinary", "slight", "displaced", "unsure"]
+
+CLEAR = 2.0  # standard errors beyond which a difference is no noise
+ORDINARY = 2.0  # a fall of up to so many times the expected one is ordinary: no reference fits its data exactly
+SLIGHT = 1.0  # nats an answer: a fall below it takes from the answers less than a factor e, and alarms nobody
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The figures at the end of a run; rewards are means of an answer, and all were 0 at step 0.
+
+    Attributes:
+        chosen: Implicit reward of chosen answers.
+        chosen_error: Its standard error.
+        chosen_length: Their mean length in tokens.
+        expected: Implicit reward of the reference's own samples, -beta KL(reference || policy).
+        expected_error: Its standard error.
+        expected_length: Mean length of the samples in tokens.
+        samples: How many samples there are.
+        beta: Reward a nat.
+        held_out: Whether the chosen answers are held out, or those of the last training steps.
+    """
+
+    chosen: float
+    chosen_error: float
+    chosen_length: float
+    expected: float
+    expected_error: float
+    expected_length: float
+    samples: int
+    beta: float
+    held_out: bool
+
+    @property
+    def scale(self) -> float:
+        """How much longer chosen answers are: samples are cut short, and each further token has its share of the KL."""
+        return self.chosen_length / self.expected_length
+
+    @property
+    def ordinary(self) -> tuple[float, float]:
+        """What the reference's samples would have at the chosen answers' length, at most 0, and its standard error."""
+        return min(self.expected, 0.0) * self.scale, self.expected_error * self.scale
+
+
+def collect(summary: Mapping[str, float], *, samples: int, length: float, beta: float) -> Evidence:
+    """Takes the figures from a run's summary, of held-out pairs where they were evaluated.
+
+    With `loss.ld_alpha`, rewards of chosen answers are weighted and so are a little smaller than what they are compared
+    with.
+
+    Args:
+        summary: Metrics at the end of the run.
+        samples: How many samples of the reference there are.
+        length: Their mean length in tokens.
+        beta: Reward a nat.
+
+    Returns:
+        The evidence.
+    """
+    held_out = "eval_rewards/chosen" in summary
+    prefix = "eval_" if held_out else ""
+    return Evidence(
+        chosen=summary[f"{prefix}rewards/chosen"],
+        chosen_error=summary.get(f"{prefix}rewards/chosen_stderr", math.inf),  # none from a single pair
+        chosen_length=summary[f"{prefix}lengths/chosen"],
+        expected=summary["eval_rewards/reference_expected"],
+        expected_error=summary["eval_rewards/reference_expected_stderr"],
+        expected_length=length,
+        samples=samples,
+        beta=beta,
+        held_out=held_out,
+    )
+
+
+def decide(evidence: Evidence) -> Case:
+    """Compares the fall of chosen answers with the ordinary one.
+
+    Args:
+        evidence: The figures.
+
+    Returns:
+        rose, unmoved: clearly above 0; not clearly different from it. Otherwise they fell. ordinary, displaced: clearly
+        less, clearly more than `ORDINARY` times what is expected; slight: not clearly less, but by less than `SLIGHT`
+        nats. unsure: noise hides which.
+    """
+    if evidence.chosen > CLEAR * evidence.chosen_error:
+        return "rose"
+    if abs(evidence.chosen) <= CLEAR * evidence.chosen_error:
+        return "unmoved"
+    expected, error = evidence.ordinary
+    excess = ORDINARY * expected - evidence.chosen  # above 0: they fell more
+    noise = CLEAR * math.hypot(evidence.chosen_error, ORDINARY * error)
+    if excess < -noise:
+        return "ordinary"
+    if -evidence.chosen < SLIGHT * evidence.beta:
+        return "slight"
+    return "displaced" if excess > noise else "unsure"
+
+
+def sentence(evidence: Evidence) -> str:
+    """Says the verdict and its figures.
+
+    Args:
+        evidence: The figures.
+
+    Returns:
+        One line.
+    """
+    expected, error = evidence.ordinary
+    where = "held-out pairs" if evidence.held_out else "training pairs at the end"
+    chosen = f"{_number(evidence.chosen)} ± {_number(evidence.chosen_error, '')} on {where}"
+    theory = f"{_number(expected)} ± {_number(error, '')}"
+    factor = math.exp(min(evidence.chosen / evidence.beta, 700.0))
+    said = {
+        "rose": f"rewards of chosen answers rose to {chosen}, where the reference's own answers would be at {theory}: "
+        "the policy moves towards the chosen answers",
+        "unmoved": f"rewards of chosen answers are {chosen}, no further from 0 than noise; the reference's own answers "
+        f"would be at {theory}",
+        "ordinary": f"rewards of chosen answers fell to {chosen}, which is ordinary: theory expects {theory} of "
+        "answers on which the reference was fitted (Eq. 16: what the reference likes loses beta KL(reference || "
+        "policy)); what counts is the margin",
+        "slight": f"rewards of chosen answers fell to {chosen}, which is little: they are {factor:.2f} times as likely "
+        f"as under the reference; its own answers would be at {theory}",
+        "displaced": f"rewards of chosen answers fell to {chosen}, more than {ORDINARY:g} times the {theory} that "
+        "theory expects of answers on which the reference was fitted: probability leaves them for other answers "
+        "(likelihood displacement); a lower optimizer.learning_rate, a higher loss.beta, loss.name dpop or a mixture "
+        "with sft usually helps",
+        "unsure": f"rewards of chosen answers fell to {chosen}; theory expects {theory} of answers on which the "
+        "reference was fitted, and noise hides whether this is more; a higher train.reference_samples and more pairs "
+        "of evaluation would tell",
+    }[decide(evidence)]
+    scaled = f", scaled from {evidence.expected_length:.0f} to {evidence.chosen_length:.0f} tokens"
+    return f"verdict: {said} ({evidence.samples} samples of the reference{scaled})"
+
+
+def _number(value: float, sign: str = "+") -> str:
+    return f"{value:{sign}.3g}" if abs(value) < 1e-2 else f"{value:{sign}.3f}"
