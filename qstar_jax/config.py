@@ -17,7 +17,8 @@ class ComputeOptions:
         param_dtype: Type in which parameters (and optimizer moments) are stored; float32 with `dtype` bfloat16 trains
             float32 masters by bfloat16 products.
         dtype: Type of activations and matrix products; log-softmax, sums over tokens and losses are float32 always.
-        remat: What the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (each layer).
+        remat: What the backward pass recomputes instead of keeping it: `none`; `dots`, all but matrix products;
+            `attention`, all but what attention has read; `full`, each layer.
         attention: Of training and scoring. `dense` computes the scores of whole rows at once; `blockwise` those of 128
             queries at a time, and again in the backward pass, for long rows; `flash` is a kernel for TPUs whose scores
             never leave the processor; `auto` is flash on a TPU, else blockwise.
@@ -25,7 +26,7 @@ class ComputeOptions:
 
     param_dtype: Dtype = "float32"
     dtype: Dtype = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "attention", "full"] = "none"
     attention: Literal["auto", "dense", "blockwise", "flash"] = "auto"
 
 

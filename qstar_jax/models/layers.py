@@ -8,11 +8,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax._compat import nnx
 from qstar_jax.models.flash_attention import flash_attention
 from qstar_jax.models.lora import Lora, LoraLinear
+
+# What attention has read, for rematerialisation that keeps it.
+ATTENDED = "attended"
 
 # A score that no softmax sees; finite, as gradients of infinities are NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -266,7 +270,7 @@ class Attention(nnx.Module):
         k, v = remember(apply_rope(k, positions, frequencies), v)
         q = apply_rope(q, positions, frequencies)
         out = attend(q, k, v)
-        return self.o(out.reshape(batch * length, -1))
+        return self.o(checkpoint_name(out, ATTENDED).reshape(batch * length, -1))
 
 
 class GatedMLP(nnx.Module):

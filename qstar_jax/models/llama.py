@@ -12,6 +12,7 @@ from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models.layers import (
+    ATTENDED,
     Attention,
     GatedMLP,
     KVCache,
@@ -217,6 +218,8 @@ class Llama(nnx.Module):
 def _rematerialised(run_layer, remat: str):
     if remat == "full":
         return jax.checkpoint(run_layer)
+    if remat == "attention":
+        return jax.checkpoint(run_layer, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
     if remat == "dots":
         return jax.checkpoint(run_layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     return run_layer

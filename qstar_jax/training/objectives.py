@@ -41,7 +41,7 @@ def sft_loss_fn(model: CausalLM) -> LossFn:
         weights = batch.weights[:, None]
         tokens = (batch.response_lengths * weights).sum()
         total = (losses.negative_log_likelihood(logp, batch.response_mask) * weights).sum()
-        metrics = {"loss": (total, tokens), **_answers(batch, "completion"), **_counts(batch)}
+        metrics = {"loss": (total, tokens), **_answers(batch, "completion"), **token_counts(batch)}
         return total / jnp.maximum(tokens, 1), metrics
 
     return loss_fn
@@ -125,7 +125,7 @@ def dpo_loss_fn(model: CausalLM, options: LossOptions) -> LossFn:
             "logps/rejected": logps[:, 1],
         }
         metrics = {name: ((value * batch.weights).sum(), pairs) for name, value in by_pair.items()}
-        metrics |= {**_answers(batch, "chosen", "rejected"), **_counts(batch)}
+        metrics |= {**_answers(batch, "chosen", "rejected"), **token_counts(batch)}
         return metrics["loss"][0] / jnp.maximum(pairs, 1), metrics
 
     return loss_fn
@@ -141,7 +141,7 @@ def _answers(batch: Batch, *names: str) -> Metrics:
     }
 
 
-def _counts(batch: Batch) -> Metrics:
+def token_counts(batch: Batch) -> Metrics:
     """Sizes that throughput is computed from; a denominator of 1 makes them sums."""
     one = jnp.ones(())
     return {

@@ -25,10 +25,18 @@ from qstar_jax.models import CausalLM
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.decline import make_probe
-from qstar_jax.training.feeding import Evaluator, Feeder, join_evaluators
+from qstar_jax.training.estimate import Estimate, device_memory, estimate
+from qstar_jax.training.feeding import Evaluator, Feeder, join_evaluators, mean_metrics
 from qstar_jax.training.loop import Loop
 from qstar_jax.training.nonfinite import find_cause
-from qstar_jax.training.objectives import LossFn, dpo_loss_fn, preference_loss, resolve_loss, sft_loss_fn
+from qstar_jax.training.objectives import (
+    LossFn,
+    dpo_loss_fn,
+    preference_loss,
+    resolve_loss,
+    sft_loss_fn,
+    token_counts,
+)
 from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from qstar_jax.training.reference import (
     cached_logprobs,
@@ -97,6 +105,9 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
         probe = make_probe(config, start, state.policy, eval_feeder or feeder, mesh, console)
         with log or nullcontext():
             evaluator = eval_feeder and _evaluator(config, start.model, loss_fn, eval_feeder, state, log)
+            hardware = peak_flops(jax.devices())
+            needs = _estimate(config, start, loss_fn, feeder, state, mesh, steps, hardware)
+            console.print(str(needs), markup=False, highlight=False, soft_wrap=True)
             loop = Loop(
                 options=config.train,
                 steps=steps,
@@ -105,7 +116,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
                 evaluator=join_evaluators([evaluator, probe]),
                 schedule=learning_rate_schedule(config.optimizer, steps),
                 step_flops=partial(_step_flops, config, start.model, feeder),
-                peak_flops=peak_flops(jax.devices()),
+                peak_flops=hardware,
                 first_loss=first_loss,
                 save=lambda state, step: store.save(step, saved_arrays(config, state), description),
                 find_cause=partial(find_cause, start.model, loss_fn),
@@ -115,7 +126,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
     summary |= {"steps": steps, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes()}
     if probe:
         summary["verdict"] = probe.verdict(summary)
-        console.print(summary["verdict"], markup=False, highlight=False, soft_wrap=True)
+        console.print(f"verdict: {summary['verdict']}", markup=False, highlight=False, soft_wrap=True)
     if is_main:
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         console.print(f"done: {steps} steps; run folder {out}", markup=False, highlight=False, soft_wrap=True)
@@ -153,6 +164,30 @@ def _with_cached_reference(config: DpoConfig, start: Start, feeder: Feeder | Non
 
     logps = cached_logprobs(feeder, start.model.base, start.params, start.reference, folder, show)
     return feeder.with_reference(logps)
+
+
+def _estimate(
+    config: SftConfig | DpoConfig,
+    start: Start,
+    loss_fn: LossFn,
+    feeder: Feeder,
+    state: TrainState,
+    mesh: Mesh,
+    steps: int,
+    hardware: float | None,
+) -> Estimate:
+    batch = feeder.at_step(config.train.seed, start.step)
+    return estimate(
+        loss_fn,
+        state,
+        batch,
+        mesh,
+        flops=_step_flops(config, start.model, feeder, mean_metrics([token_counts(batch)])),
+        steps=steps - start.step,
+        accumulate=config.train.accumulate,
+        limit=device_memory(jax.local_devices()[0]),
+        peak_flops=hardware,
+    )
 
 
 def _jit_step(config: SftConfig | DpoConfig, loss_fn: LossFn, steps: int, state: TrainState, mesh: Mesh):

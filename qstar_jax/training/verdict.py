@@ -111,12 +111,12 @@ def sentence(evidence: Evidence) -> str:
         evidence: The figures.
 
     Returns:
-        One line.
+        One line of ASCII, for any terminal.
     """
     expected, error = evidence.ordinary
     where = "held-out pairs" if evidence.held_out else "training pairs at the end"
-    chosen = f"{_number(evidence.chosen)} ± {_number(evidence.chosen_error, '')} on {where}"
-    theory = f"{_number(expected)} ± {_number(error, '')}"
+    chosen = f"{_number(evidence.chosen)} +- {_number(evidence.chosen_error, '')} on {where}"
+    theory = f"{_number(expected)} +- {_number(error, '')}"
     factor = math.exp(min(evidence.chosen / evidence.beta, 700.0))
     said = {
         "rose": f"rewards of chosen answers rose to {chosen}, where the reference's own answers would be at {theory}: "
@@ -137,8 +137,8 @@ def sentence(evidence: Evidence) -> str:
         "of evaluation would tell",
     }[decide(evidence)]
     scaled = f", scaled from {evidence.expected_length:.0f} to {evidence.chosen_length:.0f} tokens"
-    return f"verdict: {said} ({evidence.samples} samples of the reference{scaled})"
+    return f"{said} ({evidence.samples} samples of the reference{scaled})"
 
 
 def _number(value: float, sign: str = "+") -> str:
-    return f"{value:{sign}.3g}" if abs(value) < 1e-2 else f"{value:{sign}.3f}"
+    return f"{value:{sign}.2g}" if abs(value) < 1e-2 else f"{value:{sign}.3f}"

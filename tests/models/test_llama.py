@@ -158,18 +158,18 @@ def loss_of(model, tokens):
 
 def test_rematerialisation_changes_no_gradient_but_the_program(tiny_config, tiny_params, tokens):
     found, programs = {}, {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "attention", "full"):
         model = CausalLM.from_hf(tiny_config, ComputeOptions(remat=remat))
         grad = jax.grad(loss_of(model, jnp.asarray(tokens[:, :8])))
         found[remat] = jax.jit(grad)(tiny_params)
         programs[remat] = str(jax.make_jaxpr(grad)(tiny_params))
-    for remat in ("dots", "full"):
+    for remat in ("dots", "attention", "full"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max() + 1)),
             found[remat],
             found["none"],
         )
-    assert len(set(programs.values())) == 3 and "checkpoint" not in programs["none"]
+    assert len(set(programs.values())) == 4 and "checkpoint" not in programs["none"]
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])

@@ -63,7 +63,8 @@ def one_step(model, params, ref_params, batch, mesh, options):
         state = TrainState(jnp.int32(0), params, opt_state, ref_params)
         # As in a run: out on the shardings on which the state went in, so that its buffers can be taken again.
         replicated = NamedSharding(mesh, PartitionSpec())
-        state = replace(state, step=jax.device_put(state.step, replicated))
+        step, finite = jax.device_put((state.step, jnp.bool(True)), replicated)
+        state = replace(state, step=step, finite=finite)
         out_shardings = (jax.tree.map(lambda x: x.sharding, state), replicated)
         train_step = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0, out_shardings=out_shardings)
         after, metrics = train_step(state, batch)

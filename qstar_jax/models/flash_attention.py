@@ -1,0 +1,281 @@
+"""Flash attention for TPUs (arXiv 2205.14135, 2307.08691), of rows that hold several prompts and answers.
+
+Scores exist one tile at a time, in the memory beside the processor. A tile is [keys, queries]: what belongs to a query
+(who it is, the maximum and the sum of its softmax) is then a row; a column would take 128 times its size in memory.
+
+Letters in shapes: within the kernels S is padded to n tiles of T slots, and of the H heads H / G share one of G groups.
+"""
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from qstar_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from qstar_jax.models.layers import RowMask
+
+_LANES = 128  # of a TPU's vectors: no tile is narrower
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, as a difference of infinities is NaN
+_FIRST, _LAST = ((0,), (0,)), ((1,), (1,))  # which dimension of both factors a product sums over: x.T @ y, x @ y.T
+
+
+def flash_attention(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G D"],
+    mask: "RowMask",
+    *,
+    block_size: int = 512,
+    interpret: bool | None = None,
+) -> Float[Array, "B S H D"]:
+    """Attention whose scores never leave the processor, forward and backward: memory grows with S, not its square.
+
+    Keys after a tile's queries, and tiles where no block of `mask` has both a key and a query, are not even read. Under
+    a mesh, each device computes its rows of the batch (axes data and fsdp) and its heads (axis tensor).
+
+    Args:
+        q: Queries. Shape [B, S, H, D].
+        k: Keys, in G groups of heads. Shape [B, S, G, D].
+        v: Values. Shape [B, S, G, D].
+        mask: Who may see whom.
+        block_size: At most so many keys and queries meet in a tile; a multiple of 128.
+        interpret: True runs the kernels as plain JAX, slowly, on any device; False compiles them for a TPU, be there
+            one or not. None compiles them too, but first sees whether JAX runs on a TPU.
+
+    Returns:
+        Outputs in v's type; scores, softmax and sums are float32. Shape [B, S, H, D].
+
+    Raises:
+        InputError: If JAX does not run on a TPU, or the mesh does not divide rows or groups of heads.
+    """
+    if interpret is None and jax.default_backend() != "tpu":
+        raise InputError(
+            f"compute.attention flash: its kernels are for TPUs, and JAX runs on {jax.default_backend()} here; set "
+            "compute.attention to blockwise, or to auto, which takes flash on TPUs only"
+        )
+    if block_size < _LANES or block_size % _LANES:
+        raise InputError(f"flash_attention: block_size is {block_size}; expected a multiple of {_LANES}")
+    attend = partial(_attend, _tile_size(q.shape[1], block_size), bool(interpret))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1:  # XLA cannot cut a kernel by itself
+        rows, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+        if q.shape[0] % rows:
+            raise InputError(
+                f"compute.attention flash: a batch of {q.shape[0]} rows cannot be cut over mesh.data * mesh.fsdp = "
+                f"{rows} devices; change the batch or the mesh, or set compute.attention to blockwise"
+            )
+        if k.shape[2] % tensor:  # what divides the groups divides the heads
+            raise InputError(
+                f"compute.attention flash: {q.shape[2]} heads in {k.shape[2]} groups cannot be cut over mesh.tensor = "
+                f"{tensor} devices; set mesh.tensor to a divisor of {k.shape[2]}, or compute.attention to blockwise"
+            )
+        heads, slots = PartitionSpec(("data", "fsdp"), None, "tensor"), PartitionSpec(("data", "fsdp"))
+        attend = jax.shard_map(attend, in_specs=(heads, heads, heads, slots), out_specs=heads, check_vma=False)
+    return attend(q, k, v, mask)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(size: int, interpret: bool, q: Array, k: Array, v: Array, mask: "RowMask") -> Array:
+    return _forward(size, interpret, q, k, v, mask)[0]
+
+
+def _forward(size: int, interpret: bool, q: Array, k: Array, v: Array, mask: "RowMask"):
+    length = q.shape[1]
+    q, k, v = (_to_tiles(x, size) for x in (q, k, v))
+    batch, heads, padded, width = q.shape
+    outputs = {
+        "out": jax.ShapeDtypeStruct(q.shape, v.dtype),
+        "lse": jax.ShapeDtypeStruct((batch, heads, 1, padded), jnp.float32),
+    }
+    sums = [(width, size), (1, size), (1, size)]
+    out, lse = _run(_forward_kernel, size, interpret, mask, {"q": q, "k": k, "v": v}, outputs, sums)
+    return _from_tiles(out, length), (q, k, v, out, lse, mask)
+
+
+def _backward(size: int, interpret: bool, residuals: tuple, dout: Array):
+    q, k, v, out, lse, mask = residuals
+    length, sums = dout.shape[1], [(size, q.shape[-1])]
+    dout = _to_tiles(dout, size)
+    # The softmax passes on weights * (dweights - delta), where delta = sum(weights * dweights) over keys = out . dout.
+    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)[:, :, None]
+    inputs = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta}
+    (dq,) = _run(_dq_kernel, size, interpret, mask, inputs, {"q": q}, sums)
+    dk, dv = _run(_dkv_kernel, size, interpret, mask, inputs, {"k": k, "v": v}, sums * 2, by_key=True)
+    return *(_from_tiles(x, length) for x in (dq, dk, dv)), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _run(kernel, size: int, interpret: bool, mask: "RowMask", inputs, outputs, sums, *, by_key=False) -> list[Array]:
+    """Runs a kernel on the tiles of scores.
+
+    The grid is (row of the batch, head, tile of queries, step): at a step the queries meet the keys so many tiles
+    before them. Where `by_key`, it is (row, group, tile of keys, head of the group, step): the keys meet the queries so
+    many tiles after them. A step beyond a tile's reach computes nothing, and reads again what the last one read, which
+    costs nothing.
+
+    Args:
+        kernel: Function of the reach, the ids of queries and of keys, and the three that follow, as references.
+        size: Slots of a tile.
+        interpret: Whether to run it as plain JAX.
+        mask: Who may see whom.
+        inputs: Name -> array of S slots; the name tells which part of it belongs to a tile.
+        outputs: Name -> shape and type.
+        sums: Shapes of what is kept, in float32, from one step to the next.
+        by_key: See above.
+
+    Returns:
+        The outputs.
+    """
+    (batch, heads, length, width), groups = inputs["q"].shape, inputs["k"].shape[1]
+    share, tiles = heads // groups, length // size
+    ids = jnp.stack([mask.blocks, mask.branches], axis=1)
+    ids = jnp.pad(ids, ((0, 0), (0, 0), (0, length - ids.shape[2])), constant_values=-1)
+    reach = _reach(ids[:, 0].reshape(batch, tiles, size))[by_key]
+
+    def at(b, head_or_group, tile, *rest):  # row, head, group, tile of queries, tile of keys
+        *head, step, reach = rest
+        other = jnp.minimum(step, reach[b, tile])
+        if by_key:
+            return b, head_or_group * share + head[0], head_or_group, tile + other, tile
+        return b, head_or_group, head_or_group // share, tile, tile - other
+
+    def spec(shape, index):
+        return pl.BlockSpec(shape, lambda *indices: index(*at(*indices)))
+
+    of_query = spec((None, None, size, width), lambda b, h, g, query, key: (b, h, query, 0))
+    of_key = spec((None, None, size, width), lambda b, h, g, query, key: (b, g, key, 0))
+    of_score = spec((None, None, 1, size), lambda b, h, g, query, key: (b, h, 0, query))
+    specs = {"q": of_query, "k": of_key, "v": of_key, "out": of_query, "dout": of_query}
+    specs |= {"lse": of_score, "delta": of_score}
+    query_ids = spec((None, 2, size), lambda b, h, g, query, key: (b, 0, query))
+    key_ids = spec((None, size, 2), lambda b, h, g, query, key: (b, key, 0))
+    inner = (share, tiles) if by_key else (tiles,)
+    return pl.pallas_call(
+        kernel,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, groups if by_key else heads, tiles, *inner),
+            in_specs=[query_ids, key_ids, *(specs[name] for name in inputs)],
+            out_specs=[specs[name] for name in outputs],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",) * len(inner)),
+        interpret=interpret,
+        name=f"flash{kernel.__name__}",
+    )(reach, ids, ids.swapaxes(1, 2), *inputs.values())
+
+
+def _reach(blocks: Int[Array, "B n T"]) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
+    """How many tiles back a tile's queries may see a key, and how many tiles on a tile's keys may be seen."""
+    blocks = jnp.where(blocks < 0, jnp.iinfo(blocks.dtype).max, blocks)  # a row's end, which keeps the ranges short
+    low, high = blocks.min(-1), blocks.max(-1)
+    meet = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
+    tiles = jnp.arange(blocks.shape[1], dtype=jnp.int32)
+    distance = jnp.where(meet, tiles[:, None] - tiles, 0)  # [B, queries, keys]; negative where keys come after queries
+    return distance.max(2), distance.max(1)
+
+
+def _forward_kernel(reach, query_ids, key_ids, q, k, v, out, lse, sums, top, total):
+    row, tile, step, steps = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.num_programs(3)
+
+    @pl.when(step == 0)
+    def _():
+        sums[...], top[...] = jnp.zeros_like(sums), jnp.full_like(top, _MASKED)
+        total[...] = jnp.zeros_like(total)
+
+    # The first step holds each query's own key, so that `top` is the score of one that it sees.
+    @pl.when(step <= reach[row, tile])
+    def _():
+        scores = _scores(q, k, query_ids, key_ids, step)
+        higher = jnp.maximum(top[...], scores.max(0, keepdims=True))
+        weights, shrink = jnp.exp(scores - higher), jnp.exp(top[...] - higher)
+        sums[...] = shrink * sums[...] + _product(v[...], weights.astype(v.dtype), _FIRST)
+        total[...] = shrink * total[...] + weights.sum(0, keepdims=True)
+        top[...] = higher
+
+    @pl.when(step == steps - 1)
+    def _():
+        out[...] = (sums[...] / total[...]).T.astype(out.dtype)
+        lse[...] = top[...] + jnp.log(total[...])
+
+
+def _dq_kernel(reach, query_ids, key_ids, q, k, v, dout, lse, delta, dq, sums):
+    row, tile, step, steps = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.num_programs(3)
+
+    @pl.when(step == 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+
+    @pl.when(step <= reach[row, tile])
+    def _():
+        _, dscores = _weights_and_dscores(query_ids, key_ids, q, k, v, dout, lse, delta, step)
+        sums[...] += _product(dscores.astype(k.dtype), k[...], _FIRST)
+
+    @pl.when(step == steps - 1)
+    def _():
+        dq[...] = sums[...].astype(dq.dtype)
+
+
+def _dkv_kernel(reach, query_ids, key_ids, q, k, v, dout, lse, delta, dk, dv, k_sums, v_sums):
+    row, tile = pl.program_id(0), pl.program_id(2)
+    head, heads, step, steps = pl.program_id(3), pl.num_programs(3), pl.program_id(4), pl.num_programs(4)
+
+    @pl.when((head == 0) & (step == 0))
+    def _():
+        k_sums[...], v_sums[...] = jnp.zeros_like(k_sums), jnp.zeros_like(v_sums)
+
+    @pl.when(step <= reach[row, tile])
+    def _():
+        weights, dscores = _weights_and_dscores(query_ids, key_ids, q, k, v, dout, lse, delta, step)
+        k_sums[...] += jnp.dot(dscores.astype(q.dtype), q[...], preferred_element_type=jnp.float32)
+        v_sums[...] += jnp.dot(weights.astype(dout.dtype), dout[...], preferred_element_type=jnp.float32)
+
+    @pl.when((head == heads - 1) & (step == steps - 1))
+    def _():
+        dk[...], dv[...] = k_sums[...].astype(dk.dtype), v_sums[...].astype(dv.dtype)
+
+
+def _scores(q, k, query_ids, key_ids, step) -> Float[Array, "T T"]:
+    """Scores [keys, queries] of a tile whose keys lie `step` tiles before its queries."""
+    scores = _product(k[...], q[...], _LAST) / math.sqrt(q.shape[-1])
+    key, query = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
+    block, branch = key_ids[:, :1], key_ids[:, 1:]
+    own = (branch == 0) | (branch == query_ids[1:])
+    visible = (key <= query + step * scores.shape[0]) & (block == query_ids[:1]) & own
+    return jnp.where(visible, scores, _MASKED)
+
+
+def _weights_and_dscores(query_ids, key_ids, q, k, v, dout, lse, delta, step):
+    weights = jnp.exp(_scores(q, k, query_ids, key_ids, step) - lse[...])
+    dweights = _product(v[...], dout[...], _LAST)
+    return weights, weights * (dweights - delta[...]) / math.sqrt(q.shape[-1])
+
+
+def _product(x: Array, y: Array, summed) -> Array:
+    return jax.lax.dot_general(x, y, (summed, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _tile_size(length: int, block_size: int) -> int:
+    # As few tiles as of `block_size`, but no longer than they must be, so that little is padded.
+    tiles = -(-length // block_size)
+    return -(-length // (tiles * _LANES)) * _LANES
+
+
+def _to_tiles(x: Float[Array, "B s H D"], size: int) -> Float[Array, "B H S D"]:
+    return jnp.pad(rearrange(x, "b s h d -> b h s d"), ((0, 0), (0, 0), (0, -x.shape[1] % size), (0, 0)))
+
+
+def _from_tiles(x: Float[Array, "B H S D"], length: int) -> Float[Array, "B s H D"]:
+    return rearrange(x[:, :, :length], "b h s d -> b s h d")
