@@ -223,9 +223,9 @@ class TrainOptions:
         eval_every: Steps between evaluations; 0 evaluates at the start and at the end only.
         save_every: Steps between checkpoints; 0 saves at the end only.
         keep_checkpoints: How many of the newest checkpoints are kept.
-        reference_samples: Preference losses with a reference: answers drawn from the reference before step 0, whose
-            rewards are logged at each evaluation and tell an ordinary fall of chosen rewards from a bad one; 0 for
-            none. A run that goes on keeps those it began with, or takes 0.
+        reference_samples: Losses with a reference that does not move: answers drawn from the reference before step 0,
+            whose rewards are logged at each evaluation and tell an ordinary fall of chosen rewards from a bad one; 0
+            for none. A run that goes on keeps those it began with, or takes 0.
     """
 
     steps: int = 0
