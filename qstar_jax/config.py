@@ -246,7 +246,8 @@ class SftConfig:
 
     Args:
         model: Hugging Face folder, hub name, or an earlier run's folder.
-        out: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, summary.json; with an adapter base/.
+        out: Folder of the run: config.yaml, metrics.jsonl, curves.png, checkpoints/, summary.json; with an adapter
+            also base/.
         resume: Go on from the newest checkpoint in `out`.
     """
 
@@ -268,7 +269,8 @@ class DpoConfig:
     Args:
         model: Hugging Face folder, hub name, or an earlier run's folder; also the frozen reference, if the loss has
             one.
-        out: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, reference/, summary.json.
+        out: Folder of the run: config.yaml, metrics.jsonl, curves.png, checkpoints/, summary.json; reference/, or with
+            an adapter base/.
         resume: Go on from the newest checkpoint in `out`.
     """
 

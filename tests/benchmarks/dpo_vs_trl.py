@@ -1,14 +1,20 @@
-"""DPO steps of this library beside TRL's DPOTrainer and a hand-written torch step, on the same pairs, in turn.
+"""DPO steps of this library beside TRL's, Tunix's and a hand-written torch step, on the same pairs, in turn.
 
     python tests/benchmarks/dpo_vs_trl.py --model FOLDER [--shape tldr|chat|FILE.jsonl.gz] [--reference live|cached]
 
 Each library is a process of its own that stays alive; they take steps in turn, several rounds, and medians count.
-Prints
-JSON: pairs and answer-and-prompt tokens a second, peak memory, first losses, and the ratios of speed. The model's
-folder needs config.json and safetensors; a FILE of pairs needs its tokenizer too. Extras `parity` and `bench`.
+All of them ask the kernel for huge pages (see HUGE_PAGES). Prints JSON: pairs and answer-and-prompt tokens a second,
+peak memory, first losses, and the ratios of speed. The model's folder needs config.json and safetensors; a FILE of
+pairs needs its tokenizer too. Extras `parity` and `bench`.
+
+Tunix has dependencies of its own, so it runs only if asked for, in an environment of its own, float32 and live:
+
+    python -m venv TUNIX && TUNIX/bin/pip install google-tunix==0.1.7 jax==0.10.2 jsonargparse
+    python tests/benchmarks/dpo_vs_trl.py --model FOLDER --libraries '[tunix, ours]' --tunix_python TUNIX/bin/python
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +26,8 @@ import numpy as np
 from jsonargparse import auto_cli
 
 HERE = Path(__file__).parent
+# A step allocates gigabytes anew, and in pages of 4 KiB a million page faults cost up to a sixth of its time.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 SHAPES = {"tldr": (384, 48), "chat": (64, 192)}  # tokens of a prompt, and of each answer
 
 
@@ -63,11 +71,17 @@ class Worker:
 
     Args:
         words: Its command line.
+        python: The interpreter that has the library.
     """
 
-    def __init__(self, words: list[str]):
+    def __init__(self, words: list[str], python: str = sys.executable):
         self._process = subprocess.Popen(
-            [sys.executable, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]
+            [python, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=HERE.parents[1],
+            env=os.environ | HUGE_PAGES,
         )
         self.ready = self._read()
 
@@ -94,6 +108,7 @@ def main(
     rounds: int = 3,
     threads: int = 2,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    tunix_python: str = "",
 ):
     """Measures the libraries in turn.
 
@@ -101,13 +116,20 @@ def main(
         model: Hugging Face folder.
         shape: tldr, chat, or a file of pairs.
         reference: A second model at each step, or its log-probabilities computed before.
-        libraries: trl, torch, ours.
+        libraries: trl, torch, tunix, ours.
         batch: Pairs a step.
         steps: Steps a turn.
         rounds: Turns of each library.
         threads: Threads of torch; XLA takes the cores that the process may use.
         dtype: Type of activations.
+        tunix_python: Interpreter of the environment that has google-tunix.
     """
+    if "tunix" in libraries:
+        if not tunix_python:
+            sys.exit("tunix needs --tunix_python, the interpreter of an environment that has google-tunix")
+        if reference != "live" or dtype != "float32":
+            sys.exit("tunix runs with --reference live and --dtype float32 only")
+        tunix_python = str(Path(tunix_python).absolute())  # workers run in the root of the repository
     vocabulary = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     count = batch * (steps * rounds + 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,9 +146,11 @@ def main(
         words = {
             "trl": [peers, "trl", *torch],
             "torch": [peers, "torch", *torch],
+            "tunix": [str(HERE / "dpo_tunix.py"), "--model", model, "--pairs", pairs, "--batch", str(batch)],
             "ours": [str(HERE / "dpo_ours.py"), *common],
         }
-        workers = {name: Worker(words[name]) for name in libraries}
+        pythons = {"tunix": tunix_python}
+        workers = {name: Worker(words[name], pythons.get(name, sys.executable)) for name in libraries}
         turns = {name: [] for name in libraries}
         for _ in range(rounds):
             for name, worker in workers.items():

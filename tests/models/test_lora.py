@@ -9,6 +9,7 @@ import pytest
 
 from qstar_jax.config import ComputeOptions, LossOptions, OptimizerOptions
 from qstar_jax.errors import InputError
+from qstar_jax.models import CausalLM
 from qstar_jax.models.lora import attach_adapter, merge_adapter, split_adapter
 from qstar_jax.training.objectives import dpo_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
@@ -156,8 +157,6 @@ def test_the_gradient_is_that_of_the_merged_kernels(
 
 
 def test_only_the_adapter_is_trained_and_no_gradient_of_the_base_is_computed(tiny_config, pair_batch):
-    from qstar_jax.models import CausalLM
-
     # Wide enough that the layers, not the vocabulary, cost most.
     config = tiny_config | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
     full = CausalLM.from_hf(config)
@@ -180,3 +179,18 @@ def test_only_the_adapter_is_trained_and_no_gradient_of_the_base_is_computed(tin
     # Of forward (1), reference (1) and backward (1 to inputs, 1 to weights) the last falls away.
     flops = [program.cost_analysis()["flops"] for program in (small, large)]
     assert flops[0] < 0.9 * flops[1]
+
+
+def test_memory_of_a_whole_step_does_not_grow_with_the_vocabulary(tiny_config, pair_batch):
+    """With the embedding frozen nothing but chunks of logits could; the plain step has a gradient as large as it."""
+    batch, optimizer = pair_batch(8), make_optimizer(OptimizerOptions(), 4)
+
+    def temporary(vocabulary):
+        model = CausalLM.from_hf(tiny_config | {"vocab_size": vocabulary}).with_lora(2, 4.0)
+        base, adapter = split_adapter(model.abstract_params())
+        state = TrainState(jnp.int32(0), adapter, jax.eval_shape(optimizer.init, adapter), None, base)
+        step = jax.jit(make_train_step(dpo_loss_fn(model, LOSS), optimizer), donate_argnums=0)
+        return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    logits = int(batch.response_lengths.sum()) * 64_000 * 4
+    assert temporary(64_000) - temporary(1_000) < 0.5 * logits

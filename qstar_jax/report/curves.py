@@ -1,0 +1,88 @@
+"""The curves of a run, from its metrics.jsonl: loss, rewards, margin and accuracy, in training and on held-out rows."""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+# Title of a panel -> its curves: name of the metric, label, colour. Colours tell apart for all kinds of sight.
+_PANELS: dict[str, list[tuple[str, str, str]]] = {
+    "loss": [("loss", "loss", "#0072B2")],
+    "implicit rewards": [
+        ("rewards/chosen", "chosen", "#0072B2"),
+        ("rewards/rejected", "rejected", "#D55E00"),
+        ("rewards/reference_expected", "reference's own answers (Eq. 16)", "#7F7F7F"),
+    ],
+    "reward margin": [("rewards/margins", "margin", "#0072B2")],
+    "pairs ranked right": [("rewards/accuracies", "accuracy", "#0072B2")],
+}
+
+
+def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Reads what a run has logged.
+
+    Args:
+        run: Folder of the run.
+
+    Returns:
+        Name of the metric -> (steps, values).
+    """
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        metrics = json.loads(line)
+        for name, value in metrics.items():
+            if name != "step":
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(metrics["step"])
+                values.append(value)
+    return found
+
+
+def draw_curves(metrics: dict[str, tuple[list[int], list[float]]]) -> Figure:
+    """Draws every panel that the run has numbers for.
+
+    Training is a thin line, evaluation a thick one with marks; bands are two standard errors, where they are logged.
+
+    Args:
+        metrics: See `read_metrics`.
+
+    Returns:
+        The figure.
+    """
+    panels = {
+        title: [curve for curve in curves if curve[0] in metrics or f"eval_{curve[0]}" in metrics]
+        for title, curves in _PANELS.items()
+    }
+    panels = {title: curves for title, curves in panels.items() if curves}
+    figure = Figure(figsize=(4.4 * min(len(panels), 2), 3.2 * -(-len(panels) // 2)), layout="constrained")
+    for number, (title, curves) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(-(-len(panels) // 2), min(len(panels), 2), number)
+        for name, label, colour in curves:
+            if name in metrics:
+                axes.plot(*metrics[name], color=colour, alpha=0.45, linewidth=1, label=f"{label}, training")
+            if f"eval_{name}" in metrics:
+                steps, values = metrics[f"eval_{name}"]
+                axes.plot(steps, values, "o-", color=colour, markersize=4, linewidth=2, label=f"{label}, held out")
+                _, errors = metrics.get(f"eval_{name}_stderr", ((), ()))
+                if len(errors) == len(values):
+                    low, high = ([v + side * e for v, e in zip(values, errors, strict=True)] for side in (-2, 2))
+                    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("step")
+        axes.legend(frameon=False, fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def write_curves(run: Path) -> Path:
+    """Draws a run's curves into its folder.
+
+    Args:
+        run: Folder of the run.
+
+    Returns:
+        The PNG file.
+    """
+    path = run / "curves.png"
+    draw_curves(read_metrics(run)).savefig(path, dpi=110)
+    return path
