@@ -17,6 +17,7 @@ import numpy as np
 from jsonargparse import auto_cli
 
 from qstar_jax.config import ComputeOptions, DataOptions, Dtype, LossOptions, MeshOptions, OptimizerOptions
+from qstar_jax.data.batches import step_indices
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Layout
 from qstar_jax.data.tokenization import Example, Response
@@ -51,6 +52,7 @@ def main(
     learning_rate: float = 1e-6,
     layout: Layout = "packed",
     row_length: int = 0,
+    accumulate: int = 1,
 ):
     """Waits for requests and trains.
 
@@ -63,23 +65,30 @@ def main(
         learning_rate: Of AdamW, constant.
         layout: How prompts and answers share rows.
         row_length: Slots of a packed row; 0 takes those of the longest pair.
+        accumulate: Micro-batches a step.
     """
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     examples = read_pairs(pairs)
-    examples = examples[: len(examples) // batch * batch]
+    steps = len(examples) // batch
+    # Training shuffles: here so that it brings back the order of the file, which is that of the other libraries.
+    order = np.concatenate([step_indices(0, step, steps * batch, batch) for step in range(steps)])
+    examples = [example for _, example in sorted(zip(order, examples, strict=False), key=lambda pair: pair[0])]
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         loaded = load_model(model, ComputeOptions(dtype=dtype), mesh, MeshOptions())
         options = DataOptions(layout=layout, row_length=row_length)
-        feeder = Feeder(Dataset(examples, Counter(), pairs), batch, mesh, options, 0, "batch")
-        batches = list(feeder.in_order())
+        dataset = Dataset(examples, Counter(), pairs)
+        feeder = Feeder(dataset, batch, mesh, options, 0, "batch", accumulate=accumulate)
         if reference == "cached":
             logprobs = jax.jit(lambda params, batch: response_logprobs(loaded.model, params, batch)[0])
-            values = np.concatenate([logprobs(loaded.params, b) for b in batches])
+            in_order = Feeder(dataset, batch, mesh, options, 0, "batch").in_order()
+            values = np.concatenate([logprobs(loaded.params, b) for b in in_order])
             known = [[values[i, r, : len(a.ids)] for r, a in enumerate(e.responses)] for i, e in enumerate(examples)]
-            batches = list(feeder.with_reference(known).in_order())
+            feeder = feeder.with_reference(known)
+        batches = [feeder.at_step(0, step) for step in range(steps)]
         optimizer = make_optimizer(OptimizerOptions(learning_rate=learning_rate, schedule="constant"), 1)
-        step = jax.jit(make_train_step(dpo_loss_fn(loaded.model, LossOptions()), optimizer), donate_argnums=0)
+        step = make_train_step(dpo_loss_fn(loaded.model, LossOptions()), optimizer, accumulate=accumulate)
+        step = jax.jit(step, donate_argnums=0)
         copy = jax.tree.map(jnp.copy, loaded.params) if reference == "live" else None
         state = TrainState(jnp.int32(0), loaded.params, jax.jit(optimizer.init)(loaded.params), copy)
         shapes = {tuple(x.shape for x in jax.tree.leaves(b)): b for b in batches}

@@ -106,6 +106,8 @@ def run_trl(options: argparse.Namespace, pairs: list[Pair], pad_id: int, answers
     worker = Worker(options, answers)
 
     class PretokenizedTrainer(DPOTrainer):
+        step_loss = 0.0
+
         def _prepare_dataset(self, dataset, *_):
             return dataset  # TRL would tokenise text here; its columns after that are the ones that the pairs have
 
@@ -113,12 +115,14 @@ def run_trl(options: argparse.Namespace, pairs: list[Pair], pad_id: int, answers
             pass  # a benchmark calls nobody
 
         def training_step(self, *args, **kwargs):
-            self.step_loss = super().training_step(*args, **kwargs)
-            return self.step_loss
+            loss = super().training_step(*args, **kwargs)  # already divided by the micro-batches
+            self.step_loss += loss
+            return loss
 
     class Requests(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = not worker.wants_more(trainer.step_loss.item())
+            loss, trainer.step_loss = trainer.step_loss.item(), 0.0
+            control.should_training_stop = not worker.wants_more(loss)
 
     # of a tokenizer the trainer needs no more than the pad id
     vocabulary = Tokenizer(WordLevel({"<pad>": pad_id}, unk_token="<pad>"))
@@ -128,7 +132,8 @@ def run_trl(options: argparse.Namespace, pairs: list[Pair], pad_id: int, answers
             beta=BETA,
             max_length=None,
             precompute_ref_log_probs=options.reference == "cached",
-            per_device_train_batch_size=options.batch,
+            per_device_train_batch_size=options.batch // options.accumulate,
+            gradient_accumulation_steps=options.accumulate,
             train_sampling_strategy="sequential",
             max_steps=10**9,  # until the parent says stop
             optim=options.optim,
@@ -191,27 +196,32 @@ def run_torch(options: argparse.Namespace, pairs: list[Pair], pad_id: int, answe
         with torch.no_grad(), autocast:
             return answer_logprobs(reference, *collate(batch, pad_id))
 
-    batches = [pairs[start : start + options.batch] for start in range(0, len(pairs), options.batch)]
+    size = options.batch // options.accumulate
+    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
     if options.reference == "live":
         reference, cached = load_model(options), None
     else:
         cached = [reference_logprobs(model, batch) for batch in batches]
 
-    def step(index: int) -> float:
+    def add_gradient(index: int) -> float:
         # the reference first, while there are no activations of the policy
         baseline = cached[index] if cached else reference_logprobs(reference, batches[index])
         with autocast:
             logprobs = answer_logprobs(model, *collate(batches[index], pad_id))
         chosen, rejected = (logprobs - baseline).chunk(2)
-        loss = -F.logsigmoid(BETA * (chosen - rejected)).mean()
+        loss = -F.logsigmoid(BETA * (chosen - rejected)).mean() / options.accumulate
         loss.backward()
+        return loss.item()
+
+    def step() -> float:
+        loss = sum(add_gradient(next(indices)) for _ in range(options.accumulate))
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss
 
-    steps = (step(index) for index in itertools.cycle(range(len(batches))))
-    while worker.wants_more(next(steps)):
+    indices = itertools.cycle(range(len(batches)))
+    while worker.wants_more(step()):
         pass
 
 
@@ -221,6 +231,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="Hugging Face folder of a Llama-family model")
     parser.add_argument("--pairs", required=True, help="FILE.npz")
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reference", choices=["live", "cached"], default="live")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")

@@ -3,7 +3,7 @@
     python tests/benchmarks/dpo_vs_trl.py --model FOLDER [--shape tldr|chat|FILE.jsonl.gz] [--reference live|cached]
 
 Each library is a process of its own that stays alive; they take steps in turn, several rounds, and medians count.
-All of them ask the kernel for huge pages (see HUGE_PAGES). Prints JSON: pairs and answer-and-prompt tokens a second,
+All of them ask the kernel for huge pages (see worker.py). Prints JSON: pairs and answer-and-prompt tokens a second,
 peak memory, first losses, and the ratios of speed. The model's folder needs config.json and safetensors; a FILE of
 pairs needs its tokenizer too. Extras `parity` and `bench`.
 
@@ -14,7 +14,6 @@ Tunix has dependencies of its own, so it runs only if asked for, in an environme
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,10 +23,9 @@ from typing import Literal
 
 import numpy as np
 from jsonargparse import auto_cli
+from worker import Worker
 
 HERE = Path(__file__).parent
-# A step allocates gigabytes anew, and in pages of 4 KiB a million page faults cost up to a sixth of its time.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 SHAPES = {"tldr": (384, 48), "chat": (64, 192)}  # tokens of a prompt, and of each answer
 
 
@@ -66,38 +64,6 @@ np.savez(
 """
 
 
-class Worker:
-    """A library in a process of its own.
-
-    Args:
-        words: Its command line.
-        python: The interpreter that has the library.
-    """
-
-    def __init__(self, words: list[str], python: str = sys.executable):
-        self._process = subprocess.Popen(
-            [python, *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=HERE.parents[1],
-            env=os.environ | HUGE_PAGES,
-        )
-        self.ready = self._read()
-
-    def _read(self) -> dict:
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"{self._process.args[1]} ended without an answer (exit code {self._process.wait()})")
-
-    def ask(self, request: str) -> dict:
-        """Sends a request and waits for the answer."""
-        self._process.stdin.write(request + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-
 def main(
     model: str,
     shape: str = "tldr",
@@ -116,7 +82,7 @@ def main(
         model: Hugging Face folder.
         shape: tldr, chat, or a file of pairs.
         reference: A second model at each step, or its log-probabilities computed before.
-        libraries: trl, torch, tunix, ours.
+        libraries: trl, torch, tunix, ours; behind a slash micro-batches a step, as in ours/4 (not for tunix).
         batch: Pairs a step.
         steps: Steps a turn.
         rounds: Turns of each library.
@@ -150,7 +116,11 @@ def main(
             "ours": [str(HERE / "dpo_ours.py"), *common],
         }
         pythons = {"tunix": tunix_python}
-        workers = {name: Worker(words[name], pythons.get(name, sys.executable)) for name in libraries}
+        workers = {}
+        for name in libraries:
+            library, _, accumulate = name.partition("/")
+            more = ["--accumulate", accumulate] if accumulate else []
+            workers[name] = Worker([*words[library], *more], pythons.get(library, sys.executable))
         turns = {name: [] for name in libraries}
         for _ in range(rounds):
             for name, worker in workers.items():
@@ -167,13 +137,12 @@ def main(
             "losses": [*workers[name].ready["losses"], *(loss for turn in turns[name] for loss in turn["losses"])][:4],
             **extra,
         }
-    if "ours" in libraries:
-        own = result["ours"]
+    for own in libraries:
         for name in libraries:
-            if name != "ours":
-                result[f"ours / {name}"] = {
-                    "speed": own["pairs_per_second"] / result[name]["pairs_per_second"],
-                    "memory": own["peak_memory_gib"] / result[name]["peak_memory_gib"],
+            if own.startswith("ours") and not name.startswith("ours"):
+                result[f"{own} : {name}"] = {
+                    "speed": result[own]["pairs_per_second"] / result[name]["pairs_per_second"],
+                    "memory": result[own]["peak_memory_gib"] / result[name]["peak_memory_gib"],
                 }
     print(json.dumps(result, indent=2))
 

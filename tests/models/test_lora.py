@@ -182,8 +182,9 @@ def test_only_the_adapter_is_trained_and_no_gradient_of_the_base_is_computed(tin
 
 
 def test_memory_of_a_whole_step_does_not_grow_with_the_vocabulary(tiny_config, pair_batch):
-    """With the embedding frozen nothing but chunks of logits could; the plain step has a gradient as large as it."""
-    batch, optimizer = pair_batch(8), make_optimizer(OptimizerOptions(), 4)
+    """With the embedding frozen nothing but chunks of logits grows; whole logits of long answers would be far more."""
+    batch = pair_batch(4, length=2048, response_length=1024, row_length=4096)
+    optimizer = make_optimizer(OptimizerOptions(), 4)
 
     def temporary(vocabulary):
         model = CausalLM.from_hf(tiny_config | {"vocab_size": vocabulary}).with_lora(2, 4.0)
@@ -193,4 +194,4 @@ def test_memory_of_a_whole_step_does_not_grow_with_the_vocabulary(tiny_config, p
         return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
     logits = int(batch.response_lengths.sum()) * 64_000 * 4
-    assert temporary(64_000) - temporary(1_000) < 0.5 * logits
+    assert temporary(64_000) - temporary(1_000) < 0.25 * logits

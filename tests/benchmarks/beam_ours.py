@@ -1,0 +1,158 @@
+"""This library as a worker of beam_vs_hf.py (see decode_turns.py).
+
+Beside speed it says how far decoding is from what the processor allows: no step can be faster than reading the weights
+and the cache that it needs once, nor than its arithmetic.
+"""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decode_turns import random_prompts, serve
+from jsonargparse import auto_cli
+
+from qstar_jax.config import ComputeOptions, Dtype, MeshOptions
+from qstar_jax.decoding import BeamOptions, SampleOptions, beam_search, sample
+from qstar_jax.loading import load_model
+from qstar_jax.sharding import make_mesh
+
+
+def seconds_of(run: Callable[[], object], rounds: int = 5) -> float:
+    """Shortest time of several runs; the first one, which may compile, is left out."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def read_bandwidth() -> float:
+    """Bytes a second at which all cores together read memory, from arrays that no cache holds."""
+    cores = len(os.sched_getaffinity(0))
+    arrays = [np.ones(2**26, np.float32) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+        return sum(a.nbytes for a in arrays) / seconds_of(lambda: list(pool.map(np.max, arrays)))
+
+
+def matmul_rate(rows: int, inner: int, outer: int, dtype: str) -> float:
+    """FLOP/s of a product [rows, inner] @ [inner, outer] whose operands are in cache: XLA's or numpy's, the better."""
+    x, w = jnp.ones((rows, inner), dtype), jnp.ones((inner, outer), dtype)
+    repeats = max(1, int(2e8 / (2 * rows * inner * outer)))
+
+    @jax.jit
+    def several(x, w):
+        # Each product needs the one before, or the compiler would make one of them.
+        return jax.lax.fori_loop(0, repeats, lambda _, y: x + 0 * (y @ w)[:, :1], x)
+
+    best = seconds_of(lambda: several(x, w))
+    if dtype == "float32":
+        a, b, out = np.asarray(x), np.asarray(w), np.empty((rows, outer), np.float32)
+        best = min(best, seconds_of(lambda: [np.matmul(a, b, out=out) for _ in range(repeats)]))
+    return 2 * rows * inner * outer * repeats / best
+
+
+def nbytes(tree) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def main(model: str, prompt_tokens: int, new_tokens: int, batch: int, settings: list[str], dtype: Dtype = "float32"):
+    """Waits for requests and decodes.
+
+    Args:
+        model: Hugging Face folder.
+        prompt_tokens: Length of each prompt.
+        new_tokens: Length of each answer.
+        batch: Prompts.
+        settings: Requests that there will be.
+        dtype: Type of weights and activations.
+    """
+    compilations = 0
+
+    def count_compilation(event: str, *_, **__):
+        nonlocal compilations
+        compilations += event.endswith("backend_compile_duration")
+
+    jax.monitoring.register_event_duration_secs_listener(count_compilation)
+    mesh = make_mesh(MeshOptions(data=1), jax.devices()[:1])
+    loaded = load_model(model, ComputeOptions(dtype=dtype, param_dtype=dtype), mesh, MeshOptions())
+    lm, config = loaded.model, loaded.model.config
+    params = jax.jit(lm.unstack)(loaded.params)
+    jax.tree.map(lambda x: x.delete(), loaded.params["layers"])
+    prompts = jnp.asarray(random_prompts(batch, prompt_tokens, config.vocab_size))
+    lengths = jnp.full(batch, prompt_tokens, jnp.int32)
+    prefill = jax.jit(lm.prefill, static_argnums=3)
+
+    def program(kind: str, count: int):
+        """The jitted search, its arguments, and the size of its pool."""
+        if kind == "beams":
+            arguments = (lm, params, prompts, lengths, BeamOptions(count, new_tokens, ()))
+            return beam_search, arguments, count * new_tokens
+        keys = jax.random.split(jax.random.key(0), batch)
+        arguments = (lm, params, prompts, lengths, keys, SampleOptions(new_tokens, (), num_samples=count))
+        return sample, arguments, count * (new_tokens - 1)
+
+    def run(kind: str, count: int) -> np.ndarray:
+        search, arguments, _ = program(kind, count)
+        tokens = np.asarray(search(*arguments).tokens)
+        return tokens[:, 0] if kind == "beams" else tokens.reshape(-1, new_tokens)
+
+    def floor(kind: str, count: int, pool: int) -> dict:
+        """What one step has to do at least, and how long that takes on average over the answer."""
+        cache = jax.eval_shape(partial(lm.prefill, slots=pool), params, prompts, lengths)[1]
+        per_slot = nbytes(jax.eval_shape(partial(lm.prefill, slots=pool + 1), params, prompts, lengths)[1])
+        per_slot -= nbytes(cache)
+        prompt_bytes = nbytes(cache) - per_slot * pool
+        # An embedding is read for a few tokens, an unembedding as a whole; a tied one is both.
+        weights = nbytes(params) - (0 if config.tie_word_embeddings else nbytes(params["embed"]))
+        bytes_read = weights + prompt_bytes + per_slot * pool / 2  # the pool fills up as the answers grow
+        tokens, context = batch * count, prompt_tokens + new_tokens / 2
+        flops = lm.family.forward_flops(config, tokens=tokens, scored_tokens=tokens, context=context)
+        rate = matmul_rate(tokens, config.hidden_size, config.intermediate_size, dtype)
+        times = {"bytes": bytes_read / bandwidth, "flops": flops / rate}
+        return {
+            "cache_bytes": nbytes(cache),
+            "bytes_a_step": bytes_read,
+            "flops_a_step": flops,
+            "matmul_gflops_at_this_shape": rate / 1e9,
+            "floor_step_seconds": max(times.values()),
+            "bound_by": max(times, key=times.get),
+        }
+
+    def temporary(kind: str, count: int, pool: int) -> dict:
+        """Bytes beside arguments and results: of the whole search, cache included, and of one step of the model."""
+        search, arguments, _ = program(kind, count)
+        whole = search.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        _, cache = jax.eval_shape(partial(lm.prefill, slots=pool), params, prompts, lengths)
+        shapes = (jax.ShapeDtypeStruct((batch, count), jnp.int32), jax.ShapeDtypeStruct((batch, count, pool), bool))
+        step = jax.jit(lm.extend, donate_argnums=1).lower(params, cache, *shapes, jax.ShapeDtypeStruct((), jnp.int32))
+        return {
+            "temporary_bytes": whole,
+            "temporary : cache": whole / nbytes(cache),
+            "model_step_temporary : cache": step.compile().memory_analysis().temp_size_in_bytes / nbytes(cache),
+        }
+
+    def measure(kind: str, count: int) -> dict:
+        pool = program(kind, count)[2]
+        seconds = statistics.median(seconds_of(lambda: prefill(params, prompts, lengths, pool), 1) for _ in range(3))
+        return {"prefill_seconds": seconds, "compilations": compilations}
+
+    bandwidth = read_bandwidth()
+    limits = {}
+    for setting in settings:
+        kind, count = setting.split()
+        pool = program(kind, int(count))[2]
+        limits[setting] = floor(kind, int(count), pool) | temporary(kind, int(count), pool)
+        measure(kind, int(count))  # compiles
+    serve(run, settings, measure, versions={"jax": jax.__version__}, read_gigabytes=bandwidth / 1e9, limits=limits)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
