@@ -26,9 +26,8 @@ def response_logprobs(
     Returns:
         (logp, logz), float32 in nats, shape [B, R, T]; 0 after the end of an answer.
     """
-    hidden, _ = model.hidden_states(
-        params, batch.tokens, batch.positions, RowMask(blocks=batch.blocks, branches=batch.branches)
-    )
+    mask = RowMask(blocks=batch.blocks, branches=batch.branches)
+    hidden = model.hidden_states(params, batch.tokens, batch.positions, mask)
     hidden = jnp.take_along_axis(hidden, batch.slots[..., None], axis=1)
     scores = token_logprobs(hidden, model.unembedding(params), batch.targets)
     # From where they were computed to whose they are; floats only, so that this is cheap across devices too.

@@ -18,7 +18,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "sft": (config.SftConfig, "fine-tune on answers"),
     "dpo": (config.DpoConfig, "train on preference pairs"),
     "score": (config.ScoreConfig, "give every token of every answer its reward"),
-    "generate": (config.GenerateConfig, "answer prompts: greedy, sampled or with beams"),
+    "generate": (config.GenerateConfig, "answer prompts: greedy, sampled, searched for, or chosen by reward"),
     "export": (config.ExportConfig, "write a run's model, or its adapter, as a Hugging Face folder"),
     "env": (config.EnvConfig, "print versions and devices, for a bug report"),
 }

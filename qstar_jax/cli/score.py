@@ -7,13 +7,13 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
-from qstar_jax import losses
 from qstar_jax.config import ScoreConfig
 from qstar_jax.data.loading import load_examples
 from qstar_jax.errors import InputError
+from qstar_jax.evaluation.references import find_beta, find_reference
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.evaluation.token_rewards import score_dataset
-from qstar_jax.loading import LoadedModel, load_model
+from qstar_jax.loading import load_model
 from qstar_jax.report.page import heatmap_page
 from qstar_jax.report.terminal import print_heatmaps
 from qstar_jax.sharding import make_mesh
@@ -29,7 +29,8 @@ def run(config: ScoreConfig):
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         policy = load_model(config.model, config.compute, mesh, config.mesh)
-        source, beta = _reference_and_beta(config, policy)
+        source = find_reference(policy, config.reference, config.model)
+        beta = find_beta(policy, config.beta, config.model, "--beta")
         reference = load_model(source, config.compute, mesh, config.mesh)
         if reference.model != policy.model:
             raise InputError(f"reference {source} and model {config.model} have different shapes (config.json)")
@@ -53,25 +54,6 @@ def run(config: ScoreConfig):
             ),
         )
     _write(config, scored, console)
-
-
-def _reference_and_beta(config: ScoreConfig, policy: LoadedModel) -> tuple[str | Path, float]:
-    source = config.reference or policy.reference
-    if source is None:
-        raise InputError(
-            f"{config.model} carries no reference (only a run whose loss has one does); name one with --reference: "
-            "the model from which its training began"
-        )
-    options = policy.description.options if policy.description else {}
-    beta = config.beta
-    if beta is None and "loss" in options:
-        beta = losses.make_loss(**options["loss"]).beta
-    if beta is None:
-        raise InputError(
-            f"{config.model} does not record a beta (only a run whose loss has a reference does); "
-            "give --beta, for instance 0.1"
-        )
-    return source, beta
 
 
 def _write(config: ScoreConfig, scored: list[ScoredResponse], console: Console):

@@ -1,114 +1,169 @@
-"""Prompts as text in, answers as text out."""
+"""Models, tokens and options of a `decode:` block brought together; prompts as token ids in, answers as text out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from qstar_jax.config import DecodeOptions
-from qstar_jax.decoding.beam import beam_search
-from qstar_jax.decoding.hypotheses import Hypotheses
-from qstar_jax.decoding.sampling import sample
+from qstar_jax.decoding.decoder import Answer, Decoder
+from qstar_jax.decoding.eos import eos_token_ids
+from qstar_jax.decoding.options import check_options, make_objective, make_rejection, method_options, needs_reference
+from qstar_jax.decoding.policies import Ensemble
+from qstar_jax.decoding.stop_strings import compile_stop_strings, token_texts
 from qstar_jax.errors import InputError
 from qstar_jax.loading import LoadedModel
+from qstar_jax.models.causal_lm import is_unstacked
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer.
+class Guide:
+    """A model before and after tuning; the difference of their log-probabilities guides a policy.
 
     Attributes:
-        text: Its text, without special tokens.
-        tokens: Its token ids, EOS included.
-        logp: Sum of log pi over these tokens, in nats.
-        finished: Whether it ends in EOS.
+        tuned: The tuned model.
+        untuned: The model that it was.
+        weight: Of the difference.
     """
 
-    text: str
-    tokens: tuple[int, ...]
-    logp: float
-    finished: bool
+    tuned: LoadedModel
+    untuned: LoadedModel
+    weight: float
 
 
-def check_options(options: DecodeOptions):
-    """Refuses options that do not go together, so that none is silently ignored.
+def prepare(
+    loaded: LoadedModel,
+    options: DecodeOptions,
+    mesh: Mesh,
+    *,
+    reference: LoadedModel | None = None,
+    beta: float | None = None,
+    guides: Sequence[Guide] = (),
+    consume: bool = False,
+) -> Decoder:
+    """Brings models and options together.
+
+    Args:
+        loaded: The policy.
+        options: How to decode.
+        mesh: Devices of the models.
+        reference: Its reference, where the options need one.
+        beta: Temperature of rewards, in reward a nat; with a reference only. `options.beta` goes first.
+        guides: Pairs of models that guide the policy.
+        consume: Free the layers of the models as they were loaded; decoding reads another layout.
+
+    Returns:
+        A function of prompts.
 
     Raises:
-        InputError: If one of them would have no effect, or has no meaning.
+        InputError: If the options do not go together, or the models do not know the same tokens.
     """
-    wrong = None
-    if options.beams < 1 or options.max_new_tokens < 1 or options.return_sequences < 1:
-        wrong = "beams, max_new_tokens and return_sequences are at least 1"
-    elif not 0 <= options.temperature < float("inf") or options.top_k < 0 or not 0 < options.top_p <= 1:
-        wrong = "temperature and top_k are numbers of at least 0, top_p is above 0 and at most 1"
-    elif options.beams > 1 and options.temperature > 0:
-        wrong = f"beams {options.beams} search, temperature {options.temperature} samples; set beams 1 or temperature 0"
-    elif options.temperature == 0 and (options.top_k > 0 or options.top_p < 1):
-        wrong = (
-            "top_k and top_p restrict sampling, and temperature 0 does not sample; set a temperature, for instance 1"
+    check_options(options, len(guides))
+    wanted = needs_reference(options, len(guides))
+    beta = beta if options.beta is None else options.beta
+    if wanted != (reference is not None) or (wanted and beta is None):
+        raise InputError(
+            f"decode: method {options.method} with objective {options.objective} and report_reference "
+            f"{options.report_reference} needs {'a' if wanted else 'no'} reference{' and beta' if wanted else ''}"
         )
-    elif options.temperature == 0 and options.return_sequences > options.beams:
-        wrong = (
-            f"return_sequences {options.return_sequences} asks for more answers than beams {options.beams} find; "
-            "set more beams, or a temperature to sample"
-        )
-    if wrong:
-        raise InputError(f"decode: {wrong}")
+    others = [reference] if wanted else [model for guide in guides for model in (guide.tuned, guide.untuned)]
+    for other in others:
+        _check_same_tokens(loaded, other, options.vocabulary)
+    members = [loaded, *others]
+    vocabulary = min(member.model.config.vocab_size for member in members)
+    scored = options.vocabulary or vocabulary
+    eos_ids = eos_token_ids(loaded, scored)
+    if not eos_ids:
+        raise InputError(f"{loaded.source}: none of the first {scored} tokens ends an answer (eos_token_id)")
+    pieces = token_texts(loaded.tokenizer, scored) if options.stop or options.delimiters else None
+    models, params = [member.model for member in members], _unstacked(members, consume)
+    return Decoder(
+        model=Ensemble(tuple(models)) if others else models[0],
+        params=params if others else params[0],
+        tokenizer=loaded.tokenizer,
+        options=options,
+        method=method_options(options, eos_ids, _delimiter_ids(options.delimiters, pieces, eos_ids)),
+        rejection=make_rejection(options),
+        objective=make_objective(options, beta, [guide.weight for guide in guides]),
+        beta=beta if wanted else None,
+        stop_strings=compile_stop_strings(options.stop, loaded.tokenizer, scored),
+        pieces=pieces,
+        vocabulary=vocabulary,
+        mesh=mesh,
+    )
 
 
 def generate(
-    loaded: LoadedModel, prompts: list[np.ndarray], options: DecodeOptions, mesh: Mesh, *, seed_offset: int = 0
+    loaded: LoadedModel,
+    prompts: Sequence[np.ndarray],
+    options: DecodeOptions,
+    mesh: Mesh,
+    *,
+    rows: Sequence[int] | None = None,
+    **models: Any,
 ) -> list[list[Answer]]:
-    """Decodes one batch of prompts.
+    """Decodes one batch of prompts; for several, `prepare` a decoder once.
 
     Args:
         loaded: Model, parameters and tokenizer.
-        prompts: Token ids of each prompt, at least one each. The first call with a number of prompts, or with longer
-            ones (in steps of 64 tokens), compiles.
+        prompts: Token ids of each prompt, at least one each.
         options: How to decode.
         mesh: Devices of the model.
-        seed_offset: Number of the batch, folded into the key, so that batches draw different samples.
+        rows: See `Decoder`.
+        **models: `reference`, `beta` and `guides` of `prepare`.
 
     Returns:
-        `options.return_sequences` answers a prompt, the best first where there is a search.
+        `options.return_sequences` answers a prompt, or as many as there are; the best first where there is a search.
 
     Raises:
         InputError: If the options do not go together.
     """
-    check_options(options)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    width = -(-int(lengths.max()) // 64) * 64
-    padded = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    # Replicated: rows are few, and beams of one prompt belong together.
-    padded, lengths = jax.device_put((padded, lengths), NamedSharding(mesh, PartitionSpec()))
-    common = {"max_new_tokens": options.max_new_tokens, "eos_ids": (loaded.tokenizer.eos_token_id,)}
-    if options.beams > 1:
-        found = beam_search(loaded.model, loaded.params, padded, lengths, beams=options.beams, **common)
-    else:
-        found = sample(
-            loaded.model,
-            loaded.params,
-            padded,
-            lengths,
-            jax.random.fold_in(jax.random.key(options.seed), seed_offset),
-            num_samples=options.return_sequences,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            **common,
+    return prepare(loaded, options, mesh, **models)(prompts, rows)
+
+
+def _unstacked(members: Sequence[LoadedModel], consume: bool) -> tuple[Any, ...]:
+    """Parameters with one dictionary a layer; those that come several times are the same arrays again."""
+    done = {}
+    for member in members:
+        if id(member.params) not in done:
+            done[id(member.params)] = jax.jit(member.model.unstack)(member.params)
+            if consume and not is_unstacked(member.params):  # what is not in a stack has been passed through
+                jax.tree.map(lambda x: x.delete(), member.params["layers"])
+    return tuple(done[id(member.params)] for member in members)
+
+
+def _check_same_tokens(loaded: LoadedModel, other: LoadedModel, vocabulary: int | None):
+    sizes = [member.model.config.vocab_size for member in (loaded, other)]
+    if vocabulary is None and sizes[0] != sizes[1]:
+        raise InputError(
+            f"{other.source} has a vocabulary of {sizes[1]} tokens, and {loaded.source} one of {sizes[0]}; only pairs "
+            f"can differ: if the first {min(sizes)} mean the same, say so by --decode.vocabulary {min(sizes)}"
         )
-    return _answers(jax.device_get(found), loaded, options.return_sequences)
+    if vocabulary is not None and vocabulary > min(sizes):
+        raise InputError(
+            f"decode: vocabulary {vocabulary} is larger than that of {other.source} or {loaded.source}, {min(sizes)}"
+        )
+    ids = list(range(vocabulary or sizes[0]))
+    tokens = [member.tokenizer.convert_ids_to_tokens(ids) for member in (loaded, other)]
+    for i, own, others in zip(ids, *tokens, strict=True):
+        if own != others:
+            raise InputError(
+                f"{other.source} has another tokenizer than {loaded.source}: token {i} is {others!r} there, not "
+                f"{own!r}; models that are compared token by token need the same"
+            )
 
 
-def _answers(found: Hypotheses, loaded: LoadedModel, count: int) -> list[list[Answer]]:
-    def answer(row: int, rank: int) -> Answer:
-        tokens = found.tokens[row, rank, : found.lengths[row, rank]].tolist()
-        text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-        return Answer(text, tuple(tokens), float(found.logp[row, rank]), bool(found.finished[row, rank]))
-
-    rows, width = found.logp.shape
-    ranks = [[rank for rank in range(min(count, width)) if np.isfinite(found.logp[row, rank])] for row in range(rows)]
-    return [[answer(row, rank) for rank in ranks[row]] for row in range(rows)]
+def _delimiter_ids(delimiters: Sequence[str], pieces: list[str] | None, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+    found = set()
+    for delimiter in delimiters:
+        ends = {i for i, piece in enumerate(pieces) if delimiter and piece.endswith(delimiter)} - set(eos_ids)
+        if not ends:
+            raise InputError(
+                f"decode: delimiters: no token ends with {delimiter!r}; a chunk ends behind one token, so name a short "
+                "string, such as a line break"
+            )
+        found |= ends
+    return tuple(sorted(found))

@@ -17,9 +17,9 @@ from qstar_jax.loading import LoadedModel
 BETA = 0.1
 LENGTHS = {"max_length": 96, "max_prompt_length": 64}  # every post fits, and all but the longest run-on summaries
 DECODERS = {
-    "sampled": DecodeOptions(max_new_tokens=32, temperature=1.0),
+    "sampled": DecodeOptions(method="sample", max_new_tokens=32),
     "greedy": DecodeOptions(max_new_tokens=32),
-    "5 beams": DecodeOptions(max_new_tokens=32, beams=5),
+    "5 beams": DecodeOptions(method="beam", max_new_tokens=32, beams=5),
 }
 
 

@@ -2,4 +2,4 @@
 
 from qstar_jax.models.causal_lm import FAMILIES as FAMILIES
 from qstar_jax.models.causal_lm import CausalLM as CausalLM
-from qstar_jax.models.layers import KVCache as KVCache
+from qstar_jax.models.causal_lm import DecodeCache as DecodeCache

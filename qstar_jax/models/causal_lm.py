@@ -13,7 +13,7 @@ from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models import llama
-from qstar_jax.models.layers import KVCache, RowMask
+from qstar_jax.models.layers import LayerCache, RowMask
 from qstar_jax.models.lora import Lora, Params, split_adapter
 
 # model_type of config.json -> (module of the family, its configuration, its network)
@@ -97,8 +97,8 @@ class CausalLM:
         order = tuple(name for name in layers if name in targets)
         return replace(self, lora=Lora(rank, float(alpha), order, rank_stabilised))
 
-    def _network(self, rngs: nnx.Rngs) -> nnx.Module:
-        return FAMILIES[self.model_type][2](self.config, self.compute, self.lora, rngs=rngs)
+    def _network(self, rngs: nnx.Rngs, stacked: bool = True) -> nnx.Module:
+        return FAMILIES[self.model_type][2](self.config, self.compute, self.lora, stacked, rngs=rngs)
 
     def init(self, key: jax.Array) -> Params:
         """Draws random parameters.
@@ -127,7 +127,8 @@ class CausalLM:
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def _bind(self, params: Params) -> nnx.Module:
-        graphdef, _ = nnx.split(nnx.eval_shape(lambda: self._network(nnx.Rngs(0))), nnx.Param)
+        stacked = not is_unstacked(params)
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: self._network(nnx.Rngs(0), stacked)), nnx.Param)
         return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
 
     def hidden_states(
@@ -135,12 +136,75 @@ class CausalLM:
         params: Params,
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S K"] | RowMask,
-        cache: KVCache | None = None,
-        cache_index: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        """Last hidden states [B, S, D] and the updated cache; arguments as those of `llama.Llama`."""
-        return self._bind(params)(tokens, positions, mask, cache, cache_index)
+        mask: Bool[Array, "B S S"] | RowMask,
+    ) -> Float[Array, "B S D"]:
+        """Last hidden states [B, S, D]; arguments as those of `llama.Llama`."""
+        return self._bind(params)(tokens, positions, mask)
+
+    def prefill(
+        self, params: Params, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, " B"], slots: int
+    ) -> tuple[Float[Array, "B V"], "DecodeCache"]:
+        """Runs prompts, each once.
+
+        Args:
+            params: Parameters, stacked or not (`unstack`).
+            prompts: Right-padded token ids. Shape [B, P].
+            prompt_lengths: Tokens of each prompt, at least 1. Shape [B].
+            slots: Room for the tokens that will follow each prompt, M.
+
+        Returns:
+            Float32 logits of the first new token, shape [B, V], and the cache.
+        """
+        slot = jnp.arange(prompts.shape[1])
+        positions = jnp.broadcast_to(slot, prompts.shape)
+        mask = RowMask(jnp.where(slot < prompt_lengths[:, None], 0, -1), jnp.zeros_like(prompts))
+        network = self._bind(params)
+        hidden, layers = network.prefill(prompts, positions, mask, slots)
+        last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)
+        return _logits(network, last)[:, 0], DecodeCache(layers, prompt_lengths)
+
+    def extend(
+        self,
+        params: Params,
+        cache: "DecodeCache",
+        tokens: Int[Array, "B K"],
+        path: Bool[Array, "B K M"],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B K V"], "DecodeCache"]:
+        """Runs K tokens a prompt, each at the end of a path of its own through the pool.
+
+        Args:
+            params: Parameters, stacked or not (`unstack`).
+            cache: What `prefill` or the last `extend` returned.
+            tokens: Token ids. Shape [B, K].
+            path: True at the slots of the pool that hold the tokens before each of them, and at its own. Shape
+                [B, K, M].
+            slot: The pool's slot of the first of the K tokens; they take K slots.
+
+        Returns:
+            Float32 logits of the tokens that come next, shape [B, K, V], and the cache with these in it.
+        """
+        width = jax.tree.leaves(cache.layers)[0].shape[-2]  # of the prompts' keys
+        prompt_mask = jnp.arange(width) < cache.prompt_lengths[:, None]
+        positions = cache.prompt_lengths[:, None] + path.sum(-1) - 1
+        network = self._bind(params)
+        hidden, layers = network.extend(tokens, positions, prompt_mask, path, cache.layers, slot)
+        return _logits(network, hidden), replace(cache, layers=layers)
+
+    def unstack(self, params: Params) -> Params:
+        """Takes the layers out of their stack, as decoding wants them: it then reads each weight where it lies.
+
+        Args:
+            params: Parameters; stacked ones are copied, unstacked ones are returned as they are.
+
+        Returns:
+            Parameters with one dictionary a layer.
+        """
+        if is_unstacked(params):
+            return params
+        layers = params["layers"]
+        count = jax.tree.leaves(layers)[0].shape[0]
+        return params | {"layers": {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}}
 
     def unembedding(self, params: Params) -> Float[Array, "V D"]:
         """Output vectors of the vocabulary, shape [V, D]: logits are `hidden @ unembedding.T`, in float32."""
@@ -161,14 +225,42 @@ class CausalLM:
         """
         rows, length = tokens.shape
         lengths = jnp.full(rows, length) if lengths is None else lengths
-        hidden, _ = self.hidden_states(params, tokens, *right_padded(lengths, length))
+        hidden = self.hidden_states(params, tokens, *right_padded(lengths, length))
         return jnp.einsum("bsd,vd->bsv", hidden, self.unembedding(params), preferred_element_type=jnp.float32)
 
-    def init_cache(self, rows: int, length: int) -> KVCache:
-        """Makes an empty cache of `length` slots for `rows` rows, in `compute.dtype`."""
-        config = self.config
-        shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
-        return KVCache(keys=jnp.zeros(shape, self.compute.dtype), values=jnp.zeros(shape, self.compute.dtype))
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeCache:
+    """What decoding remembers of B prompts and of M tokens after each (see `layers.LayerCache`).
+
+    Attributes:
+        layers: Keys and values of each layer; one stack of them where the parameters are stacked.
+        prompt_lengths: Tokens of each prompt. Shape [B].
+    """
+
+    layers: LayerCache | tuple[LayerCache, ...]
+    prompt_lengths: Int[Array, " B"]
+
+    def reorder(self, slots: Int[Array, "B N"]) -> "DecodeCache":
+        """Moves the pool's tokens.
+
+        Args:
+            slots: Where each slot's new content lies now. Shape [B, N]; N is the size of the new pool.
+        """
+        is_layer = lambda x: isinstance(x, LayerCache)  # noqa: E731
+        return replace(self, layers=jax.tree.map(lambda x: x.reorder(slots), self.layers, is_leaf=is_layer))
+
+
+def is_unstacked(params: Params) -> bool:
+    """Whether the parameters have one dictionary a layer (see `CausalLM.unstack`)."""
+    return 0 in params["layers"]
+
+
+def _logits(network: nnx.Module, hidden: Float[Array, "B K D"]) -> Float[Array, "B K V"]:
+    table = network.unembedding()
+    flat = jnp.einsum("nd,vd->nv", hidden.reshape(-1, hidden.shape[-1]), table, preferred_element_type=jnp.float32)
+    return flat.reshape(*hidden.shape[:2], -1)
 
 
 def right_padded(lengths: Int[Array, " B"], length: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S S"]]:

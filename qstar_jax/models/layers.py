@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -24,16 +24,90 @@ _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class KVCache:
-    """Keys and values of past tokens, in buffers of fixed length.
+class LayerCache:
+    """Keys and values that one layer keeps for decoding: of prompts, and of a pool of tokens that follow them.
+
+    Prompts are kept once, however many answers go on from them. The pool is not ordered: who follows whom is said by
+    masks, so that no beam or branch of a tree is ever copied.
 
     Attributes:
-        keys: Shape [layers, B, K, kv_heads, head_dim].
-        values: Shape [layers, B, K, kv_heads, head_dim].
+        prompt_keys: Shape [B, kv_heads, P, head_dim], in a stack with the layers before it.
+        prompt_values: Shape [B, kv_heads, P, head_dim].
+        pool_keys: Shape [B, kv_heads, M, head_dim].
+        pool_values: Shape [B, kv_heads, M, head_dim].
     """
 
-    keys: Float[Array, "L B K H D"]
-    values: Float[Array, "L B K H D"]
+    prompt_keys: Float[Array, "*L B G P D"]
+    prompt_values: Float[Array, "*L B G P D"]
+    pool_keys: Float[Array, "*L B G M D"]
+    pool_values: Float[Array, "*L B G M D"]
+
+    @classmethod
+    def of_prompt(cls, keys: Float[Array, "B P G D"], values: Float[Array, "B P G D"], slots: int) -> "LayerCache":
+        """Keeps a prompt's keys and values, and makes an empty pool of so many slots."""
+        keys, values = (rearrange(x, "b p g d -> b g p d") for x in (keys, values))
+        pool = jnp.zeros((*keys.shape[:2], slots, keys.shape[-1]), keys.dtype)
+        return cls(keys, values, pool, pool)
+
+    def layer(self, index: Int[Array, ""]) -> "LayerCache":
+        """One layer of a stack of caches."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self)
+
+    def with_slots_of(self, layer: "LayerCache", index: Int[Array, ""], slot: Int[Array, ""], count: int):
+        """A stack of caches in which `count` slots of the pool of one layer are those of `layer`."""
+
+        def put(stack: Array, pool: Array) -> Array:
+            new = jax.lax.dynamic_slice_in_dim(pool, slot, count, axis=2)
+            return jax.lax.dynamic_update_slice(stack, new[None], (index, 0, 0, slot, 0))
+
+        keys, values = put(self.pool_keys, layer.pool_keys), put(self.pool_values, layer.pool_values)
+        return replace(self, pool_keys=keys, pool_values=values)
+
+    def reorder(self, slots: Int[Array, "B N"]) -> "LayerCache":
+        """A pool whose slot n is the present slot `slots[:, n]`."""
+        index = slots[:, None, :, None]
+
+        def move(pool: Array) -> Array:
+            own = index.reshape((1,) * (pool.ndim - index.ndim) + index.shape)
+            return jnp.take_along_axis(pool, own, axis=-2)
+
+        return replace(self, pool_keys=move(self.pool_keys), pool_values=move(self.pool_values))
+
+    def write(self, keys: Float[Array, "B K G D"], values: Float[Array, "B K G D"], slot: Int[Array, ""]):
+        """Puts K new tokens into the pool's slots `slot` and on."""
+
+        def put(pool: Array, new: Array) -> Array:
+            new = rearrange(new, "b k g d -> b g k d").astype(pool.dtype)
+            return jax.lax.dynamic_update_slice(pool, new, (0, 0, slot, 0))
+
+        return replace(self, pool_keys=put(self.pool_keys, keys), pool_values=put(self.pool_values, values))
+
+    def attend(
+        self, q: Float[Array, "B K H D"], prompt_mask: Bool[Array, "B P"], path_mask: Bool[Array, "B K M"]
+    ) -> Float[Array, "B K H D"]:
+        """Attention of K tokens a prompt to their prompt and to their own pasts in the pool, in one softmax.
+
+        All tokens of a prompt meet all slots of its pool, and the mask keeps paths apart: K times the products that are
+        needed, but plain matrices, and no key is moved (bifurcated attention, arXiv 2403.08845).
+        """
+        groups, width = self.prompt_keys.shape[1], q.shape[-1]
+        q = rearrange(q, "b k (g h) d -> b g (k h) d", g=groups)
+        share = q.shape[2] // path_mask.shape[1]
+
+        def scores(keys: Array, mask: Array) -> Array:
+            found = jnp.einsum("bgqd,bgsd->bgqs", q, keys, preferred_element_type=jnp.float32)
+            return jnp.where(mask[:, None], found / math.sqrt(width), _MASKED)
+
+        on_prompt = scores(self.prompt_keys, prompt_mask[:, None])
+        on_path = scores(self.pool_keys, jnp.repeat(path_mask, share, axis=1))
+        highest = jnp.maximum(on_prompt.max(-1), on_path.max(-1))[..., None]
+        on_prompt, on_path = jnp.exp(on_prompt - highest), jnp.exp(on_path - highest)
+        total = on_prompt.sum(-1, keepdims=True) + on_path.sum(-1, keepdims=True)
+        out = sum(
+            jnp.einsum("bgqs,bgsd->bgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+            for weights, values in ((on_prompt, self.prompt_values), (on_path, self.pool_values))
+        )
+        return rearrange((out / total).astype(q.dtype), "b g (k h) d -> b k (g h) d", h=share)
 
 
 @jax.tree_util.register_dataclass
@@ -249,16 +323,14 @@ class Attention(nnx.Module):
         positions: Int[Array, "B S"],
         attend: Callable[[Array, Array, Array], Array],
         frequencies: Float[Array, " F"],
-        remember=lambda keys, values: (keys, values),
     ) -> Float[Array, "N D"]:
-        """Attends from each of S positions to the K positions that it may see.
+        """Attends from each of S positions to the positions that it may see.
 
         Args:
             x: Inputs of the N = B * S tokens. Shape [N, D].
             positions: Rotary positions, in tokens. Shape [B, S].
-            attend: What `masked_attention` makes of a mask.
+            attend: Function of queries [B, S, H, D], keys and values [B, S, G, D], as `masked_attention` makes it.
             frequencies: Rotary frequencies. Shape [head_dim / 2].
-            remember: Puts the S new keys and values into a cache and returns all K of them.
 
         Returns:
             Outputs. Shape [N, D].
@@ -267,9 +339,7 @@ class Attention(nnx.Module):
         q = self.q(x).reshape(batch, length, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        k, v = remember(apply_rope(k, positions, frequencies), v)
-        q = apply_rope(q, positions, frequencies)
-        out = attend(q, k, v)
+        out = attend(apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies), v)
         return self.o(checkpoint_name(out, ATTENDED).reshape(batch * length, -1))
 
 

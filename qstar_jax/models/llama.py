@@ -15,7 +15,7 @@ from qstar_jax.models.layers import (
     ATTENDED,
     Attention,
     GatedMLP,
-    KVCache,
+    LayerCache,
     Linears,
     RopeScaling,
     RowMask,
@@ -24,6 +24,8 @@ from qstar_jax.models.layers import (
 )
 from qstar_jax.models.lora import Lora
 from qstar_jax.sharding import constrain_batch
+
+LayerCaches = LayerCache | tuple[LayerCache, ...]  # one with a leading axis of layers, or one a layer
 
 # The rule of largest dimensions cuts q, k, v by outputs; their counterpart o is cut by inputs, to need one sum a layer.
 SHARDING_OVERRIDES = {r"layers/attention/o/kernel$": (None, "tensor", "fsdp")}
@@ -138,21 +140,29 @@ class LlamaLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A Llama model without its softmax: tokens in, last hidden states out. Layers are stacked and scanned."""
+    """A Llama model without its softmax: tokens in, last hidden states out.
+
+    Layers are stacked, and scanned in training, so that compile time does not grow with depth; or they lie apart, for
+    decoding, which reads every weight for a few tokens and must not copy it out of the stack first.
+    """
 
     def __init__(
         self,
         config: LlamaConfig,
         compute: ComputeOptions = ComputeOptions(),
         lora: Lora | None = None,
+        stacked: bool = True,
         *,
         rngs: nnx.Rngs,
     ):
-        self.config, self.compute = config, compute
+        self.config, self.compute, self.stacked = config, compute, stacked
         types = {"dtype": jnp.dtype(compute.dtype), "param_dtype": jnp.dtype(compute.param_dtype)}
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **types)
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
-        self.layers = jax.vmap(lambda key: LlamaLayer(config, compute, lora, rngs=nnx.Rngs(key)))(keys)
+        if stacked:
+            self.layers = jax.vmap(lambda key: LlamaLayer(config, compute, lora, rngs=nnx.Rngs(key)))(keys)
+        else:
+            self.layers = nnx.List(LlamaLayer(config, compute, lora, rngs=nnx.Rngs(key)) for key in keys)
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs, **types)
         if not config.tie_word_embeddings:
             self.unembed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **types)
@@ -163,56 +173,121 @@ class Llama(nnx.Module):
         return table.embedding[...].astype(self.compute.dtype)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B S"],
-        positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S K"] | RowMask,
-        cache: KVCache | None = None,
-        cache_index: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], mask: Bool[Array, "B S S"] | RowMask
+    ) -> Float[Array, "B S D"]:
         """Computes last hidden states.
 
         Args:
             tokens: Token ids. Shape [B, S].
             positions: Rotary positions, in tokens. Shape [B, S].
-            mask: True where a query may see a key; K is S, or the cache's length. Shape [B, S, K]. Or a `RowMask`,
-                without a cache.
-            cache: Keys and values so far; the new ones are written at `cache_index` and on.
-            cache_index: Slot of the first new token, the same for all rows.
+            mask: True where a query may see a key. Shape [B, S, S]. Or a `RowMask`.
 
         Returns:
-            Hidden states after the last norm, shape [B, S, D], and the cache with the new tokens in it.
+            Hidden states after the last norm. Shape [B, S, D].
         """
-        attend = masked_attention(mask, self.compute.attention)
+        attend, frequencies = masked_attention(mask, self.compute.attention), self._frequencies()
+        run_layer = _rematerialised(lambda layer, x: layer(x, positions, attend, frequencies), self.compute.remat)
+        x, _ = jax.lax.scan(lambda x, layer: (run_layer(layer, x), None), self._embedded(tokens), self.layers)
+        return rearrange(self.norm(x), "(b s) d -> b s d", b=tokens.shape[0])
+
+    def prefill(
+        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], mask: Bool[Array, "B S S"] | RowMask, slots: int
+    ) -> tuple[Float[Array, "B S D"], LayerCaches]:
+        """Computes last hidden states of prompts, and keeps every layer's keys and values.
+
+        Args:
+            tokens: Token ids. Shape [B, S].
+            positions: Rotary positions, in tokens. Shape [B, S].
+            mask: As for `__call__`.
+            slots: Room for the tokens that will follow, M.
+
+        Returns:
+            Hidden states after the last norm, shape [B, S, D], and the caches of all layers, stacked like the layers.
+        """
+        attend, frequencies = masked_attention(mask, self.compute.attention), self._frequencies()
+
+        def run(x, layer):
+            kept = None
+
+            def keeping(q, k, v):
+                nonlocal kept
+                kept = LayerCache.of_prompt(k, v, slots)
+                return attend(q, k, v)
+
+            x = layer(x, positions, keeping, frequencies)
+            return x, kept
+
+        x = self._embedded(tokens)
+        if self.stacked:
+            x, caches = jax.lax.scan(run, x, self.layers)
+        else:
+            caches = []
+            for layer in self.layers:
+                x, cache = run(x, layer)
+                caches.append(cache)
+            caches = tuple(caches)
+        return rearrange(self.norm(x), "(b s) d -> b s d", b=tokens.shape[0]), caches
+
+    def extend(
+        self,
+        tokens: Int[Array, "B K"],
+        positions: Int[Array, "B K"],
+        prompt_mask: Bool[Array, "B P"],
+        path_mask: Bool[Array, "B K M"],
+        caches: LayerCaches,
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B K D"], LayerCaches]:
+        """Runs K tokens a prompt, each at the end of a path of its own, and writes them into the pool.
+
+        Args:
+            tokens: Token ids. Shape [B, K].
+            positions: Rotary positions, in tokens. Shape [B, K].
+            prompt_mask: True at the prompt's tokens. Shape [B, P].
+            path_mask: True at the slots of the pool that hold a token's past, and at its own. Shape [B, K, M].
+            caches: Of all layers, as `prefill` returned them.
+            slot: The pool's slot of the first of the K tokens.
+
+        Returns:
+            Hidden states after the last norm, shape [B, K, D], and the caches with the new tokens in them.
+        """
+        frequencies, x = self._frequencies(), self._embedded(tokens)
+
+        def run(x, layer, cache):
+            written = None
+
+            def attend(q, k, v):
+                nonlocal written
+                written = cache.write(k, v, slot)
+                return written.attend(q, prompt_mask, path_mask)
+
+            x = layer(x, positions, attend, frequencies)
+            return x, written
+
+        if self.stacked:
+
+            def step(carry, layer_and_index):
+                x, caches = carry
+                layer, index = layer_and_index
+                x, own = run(x, layer, caches.layer(index))
+                # The buffers travel in the carry, so that XLA writes the new slots in place.
+                return (x, caches.with_slots_of(own, index, slot, tokens.shape[1])), None
+
+            indices = jnp.arange(self.config.num_hidden_layers)
+            (x, caches), _ = jax.lax.scan(step, (x, caches), (self.layers, indices))
+        else:
+            written = []
+            for layer, cache in zip(self.layers, caches, strict=True):
+                x, own = run(x, layer, cache)
+                written.append(own)
+            caches = tuple(written)
+        return rearrange(self.norm(x), "(b k) d -> b k d", b=tokens.shape[0]), caches
+
+    def _embedded(self, tokens: Int[Array, "B S"]) -> Float[Array, "N D"]:
         # One row a token: XLA transposes activations of three dimensions before it multiplies them on a CPU.
-        x = rearrange(constrain_batch(self.embed(tokens)), "b s d -> (b s) d")
-        frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        run_layer = _rematerialised(
-            lambda layer, x, *remember: layer(x, positions, attend, frequencies, *remember), self.compute.remat
-        )
-        if cache is None:
-            x, _ = jax.lax.scan(lambda x, layer: (run_layer(layer, x), None), x, self.layers)
-            return rearrange(self.norm(x), "(b s) d -> b s d", b=tokens.shape[0]), None
+        return rearrange(constrain_batch(self.embed(tokens)), "b s d -> (b s) d")
 
-        def step(carry, layer_and_index):
-            x, cache = carry
-            layer, index = layer_and_index
-
-            def remember(keys, values):
-                nonlocal cache  # the buffers travel in the carry, so that XLA writes the new slots in place
-                start = (index, 0, cache_index, 0, 0)
-                cache = KVCache(
-                    keys=jax.lax.dynamic_update_slice(cache.keys, keys[None].astype(cache.keys.dtype), start),
-                    values=jax.lax.dynamic_update_slice(cache.values, values[None].astype(cache.values.dtype), start),
-                )
-                return cache.keys[index], cache.values[index]
-
-            x = layer(x, positions, attend, frequencies, remember)
-            return (x, cache), None
-
-        indices = jnp.arange(self.config.num_hidden_layers)
-        (x, cache), _ = jax.lax.scan(step, (x, cache), (self.layers, indices))
-        return rearrange(self.norm(x), "(b s) d -> b s d", b=tokens.shape[0]), cache
+    def _frequencies(self) -> Float[Array, " F"]:
+        return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
 
 
 def _rematerialised(run_layer, remat: str):

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qstar_jax.data.tokenization import Example, Response
-from qstar_jax.decoding import sample
+from qstar_jax.decoding import SampleOptions, sample
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
@@ -77,10 +77,9 @@ def draw(
         padded, lengths = (
             jax.make_array_from_callback(x.shape, replicated, lambda index, x=x: x[index]) for x in (padded, lengths)
         )
-        key = jax.random.fold_in(jax.random.key(seed), start)
-        found = sample(
-            model, params, padded, lengths, key, max_new_tokens=max_new_tokens, eos_ids=(eos_id,), temperature=1.0
-        )
+        # A key for each prompt: what is drawn does not depend on how many are decoded at once.
+        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(start + np.arange(rows))
+        found = sample(model, params, padded, lengths, keys, SampleOptions(max_new_tokens, (eos_id,)))
         tokens, ends, finished = multihost_utils.process_allgather(
             (found.tokens, found.lengths, found.finished), tiled=True
         )

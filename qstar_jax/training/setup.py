@@ -23,6 +23,7 @@ from qstar_jax.loading import load_model, param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.lora import split_adapter
+from qstar_jax.settings import first_difference
 from qstar_jax.sharding import tree_shardings
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.reference import holds_reference, moves_reference, needs_reference, reference_identity
@@ -110,21 +111,13 @@ def _with_adapter(model: CausalLM, options: LoraOptions) -> CausalLM:
 
 
 def _check_same_options(stored: dict, given: dict, out: Path):
-    stored, given = _flatten(stored), _flatten(given)
-    for name in sorted(stored.keys() | given.keys()):
-        free = any(name == option or name.startswith(option + ".") for option in FREE_OPTIONS)
-        if not free and stored.get(name) != given.get(name):
-            raise InputError(
-                f"--resume: {name} was {stored.get(name)!r} in {out} and is {given.get(name)!r} now; "
-                "a run goes on with the options it began with (or begins anew in another --out)"
-            )
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    different = first_difference(stored, given, FREE_OPTIONS)
+    if different:
+        name, before, now = different
+        raise InputError(
+            f"--resume: {name} was {before!r} in {out} and is {now!r} now; "
+            "a run goes on with the options it began with (or begins anew in another --out)"
+        )
 
 
 def describe(config: SftConfig | DpoConfig, start: Start) -> Description:

@@ -1,166 +1,273 @@
+"""Beam search against every answer there is, against a restatement in plain lists, and against what must hold."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.decoding import beam_search, sample
+from qstar_jax.decoding.beam import BeamOptions, beam_search, t5x_compat
+from qstar_jax.decoding.hypotheses import Finish
 
-LENGTH = 4
-PROMPTS = [[1, 2, 3, 4, 1], [3], [2, 4, 4]]
-
-
-def padded(prompts, pad=0):
-    rows = [prompt + [pad] * (5 - len(prompt)) for prompt in prompts]  # one width: one program
-    return jnp.array(rows, jnp.int32), jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+# One holds EOS, which is 0, one is a single token, one ends in EOS: none of these is finished before it starts.
+PROMPTS = [[1, 0, 3], [4], [2, 0]]
+CLOSE = {"rtol": 0, "atol": 2e-5}  # sums of at most five float32 log-probabilities of at most 10 nats
 
 
-def search(micro, prompts=PROMPTS, *, beams, eos_ids=(0,), length=LENGTH, pad=0):
-    model, params = micro
-    options = {"beams": beams, "max_new_tokens": length, "eos_ids": eos_ids}
-    return jax.device_get(beam_search(model, params, *padded(prompts, pad), **options))
+@pytest.fixture(scope="module")
+def search(padded):
+    def run(policy, options, prompts=PROMPTS, width=3, pad=0, **keywords):
+        found = jax.device_get(beam_search(*policy, *padded(prompts, width, pad), options, **keywords))
+        check_contract(found, options)
+        return found
+
+    return run
 
 
-def answers(found, row):
-    """(tokens, score) of the answers that exist."""
-    return [
-        (tuple(found.tokens[row, k, : found.lengths[row, k]].tolist()), found.logp[row, k])
-        for k in range(found.logp.shape[1])
-        if found.logp[row, k] > -np.inf
-    ]
+def check_contract(found, options):
+    """What holds for every search: sorted, unique, nothing behind an end, and nothing where there is no answer."""
+    assert not any(np.isnan(x).any() for x in (found.logp, found.score))
+    for row in range(len(found.tokens)):
+        exists = found.finish[row] != Finish.INVALID
+        count = exists.sum()
+        assert exists[:count].all() and (np.diff(found.score[row, :count]) <= 0).all()
+        texts = [tuple(t[:n].tolist()) for t, n in zip(found.tokens[row], found.lengths[row], strict=True)]
+        assert len(set(texts[:count])) == count and all(texts[:count])
+        for k, text in enumerate(texts[:count]):
+            assert not set(text[:-1]) & set(options.eos_ids) and (found.tokens[row, k, len(text) :] == 0).all()
+            ended = text[-1] in options.eos_ids
+            assert found.finished[row, k] == ended and (ended or len(text) == options.max_new_tokens)
+        assert (found.lengths[row, count:] == 0).all() and (found.tokens[row, count:] == 0).all()
+        assert (found.logp[row, count:] == -np.inf).all() and (found.score[row, count:] == -np.inf).all()
 
 
-@pytest.mark.parametrize(("eos_ids", "count"), [((0,), 341), ((0, 3), 161)])
-def test_a_beam_wider_than_the_tree_finds_every_answer_in_order(micro, all_answers, eos_ids, count):
-    found = search(micro, beams=350, eos_ids=eos_ids)
+def assert_same(found, row, texts, scores):
+    count = len(texts)
+    got = [tuple(t[:n].tolist()) for t, n in zip(found.tokens[row, :count], found.lengths[row, :count], strict=True)]
+    assert got == texts
+    np.testing.assert_allclose(found.score[row, :count], scores, **CLOSE)
+    assert (found.finish[row, count:] == Finish.INVALID).all()
+
+
+# Wide enough that no live prefix is ever dropped: there are at most (V - 1) ** (T - 1) of these.
+WIDE = {3: 85, 4: 341, 5: 364}
+SPACES = [(3, "compete"), (4, "compete"), (5, "compete"), (4, "drop")]
+
+
+@pytest.mark.parametrize(("room", "truncated"), SPACES)
+def test_a_beam_wider_than_the_tree_finds_every_answer_in_order(
+    room, truncated, search, history_lm, history_next, every_answer
+):
+    options = BeamOptions(WIDE[room], room, (0,), truncated=truncated)
+    for vocabulary in (3, 4, 5):
+        policy = history_lm(vocabulary, vocabulary)
+        found = search(policy, options)
+        for row, prompt in enumerate(PROMPTS):
+            answers = every_answer(history_next(policy[1], prompt), room, (0,))
+            highest = max(answers.values())
+            if truncated == "drop":
+                answers = {text: score for text, score in answers.items() if text[-1] == 0}
+            else:
+                # Answers are a partition: their probabilities add up to 1.
+                np.testing.assert_allclose(sum(np.exp(list(answers.values()))), 1, rtol=1e-9)
+            ranked = sorted(answers.items(), key=lambda item: -item[1])
+            if vocabulary < 5 or room < 5:
+                assert len(ranked) <= options.beams  # so this is all of them
+            texts, scores = zip(*ranked[: options.beams], strict=True)
+            # Nothing was given up, but for cut answers where these are dropped: the first may have been better.
+            assert found.certified[row] == (scores[0] == highest)
+            assert_same(found, row, list(texts), scores)
+
+
+def test_narrow_beams_miss_what_wide_ones_find(search, history_lm, history_next, every_answer):
+    # The control of the test above: its tables are such that a search can go wrong.
+    options, missed = BeamOptions(1, 4, (0,)), 0
+    for seed in range(10):
+        policy = history_lm(seed, bias=-2.0)
+        found = search(policy, options)
+        for row, prompt in enumerate(PROMPTS):
+            best = max(every_answer(history_next(policy[1], prompt), 4, (0,)).values())
+            assert found.logp[row, 0] <= best + 2e-5
+            missed += found.logp[row, 0] < best - 1e-3
+    assert 0 < missed < 30
+
+
+LENGTH_RULES = [("hf", -1.0), ("hf", 0.6), ("hf", 1.0), ("hf", 2.0), ("gnmt", 0.6), ("gnmt", 2.0)]
+
+
+@pytest.mark.parametrize(("rule", "penalty"), LENGTH_RULES)
+def test_length_rules_order_all_answers(rule, penalty, search, history_lm, history_next, every_answer):
+    options = BeamOptions(85, 3, (0,), length_rule=rule, length_penalty=penalty)
+    orders = []
+    for seed in range(3):
+        policy = history_lm(seed)
+        found = search(policy, options)
+        for row, prompt in enumerate(PROMPTS):
+            answers = every_answer(history_next(policy[1], prompt), 3, (0,))
+            bases = {text: len(text) if rule == "hf" else (5 + len(text)) / 6 for text in answers}
+            divided = {text: score / bases[text] ** penalty for text, score in answers.items()}
+            ranked = sorted(divided.items(), key=lambda item: -item[1])
+            assert_same(found, row, *map(list, zip(*ranked, strict=True)))
+            logp = [answers[text] for text, _ in ranked]
+            np.testing.assert_allclose(found.logp[row, : len(ranked)], logp, **CLOSE)  # undivided
+            orders.append([text for text, _ in ranked] != sorted(answers, key=lambda text: -answers[text]))
+        assert found.certified is None  # there is no proof for divided sums
+    assert all(orders)  # the rule changes the order of every row
+
+
+# EOS, 1, 2. The likeliest answer (1, EOS) has p = .495 * .32 = .158, yet its EOS ranks fifth among the extensions of
+# its step: rules that keep EOS only among the first K or 2K candidates lose it while K is small.
+CROWDED = [[0.01, 0.495, 0.495], [0.32, 0.34, 0.34], [1 / 3, 1 / 3, 1 / 3]]
+LAST = 0.495 * 0.34 / 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "beams", "text", "p"),
+    [
+        ("all", 1, (1, 0), 0.1584),
+        ("hf", 4, (1, 1, 0), LAST),
+        ("hf", 5, (1, 0), 0.1584),
+        ("t5x", 2, (1, 1, 0), LAST),
+        ("t5x", 3, (1, 0), 0.1584),
+    ],
+)
+def test_rules_for_ends_that_are_crowded_out(rule, beams, text, p, search, table_lm):
+    # Only the widths at which an answer changes: each width is a program of its own.
+    found = search(table_lm(CROWDED), BeamOptions(beams, 3, (0,), eos_rule=rule), [[1]], width=1)
+    assert tuple(found.tokens[0, 0, : found.lengths[0, 0]].tolist()) == text
+    np.testing.assert_allclose(np.exp(found.logp[0, 0]), p, rtol=1e-5)
+    assert found.finish[0, 0] == Finish.EOS and not (text == (1, 1, 0) and found.certified[0])
+
+
+@pytest.mark.parametrize("rule", ["hf", "t5x", "all"])
+def test_width_1_is_greedy_under_one_rule_only(rule, search, history_lm, history_next):
+    options, equal = BeamOptions(1, 4, (0,), eos_rule=rule), []
+    for seed in range(8):
+        policy = history_lm(seed)
+        found = search(policy, options)
+        for row, prompt in enumerate(PROMPTS):
+            logp, text = history_next(policy[1], prompt), ()
+            while len(text) < 4 and (not text or text[-1] != 0):
+                text = (*text, int(logp(text).argmax()))
+            equal.append(tuple(found.tokens[row, 0, : found.lengths[row, 0]].tolist()) == text)
+    assert all(equal) == (rule == "hf")
+
+
+@pytest.mark.parametrize(
+    ("beams", "rule", "truncated"),
+    [(2, "all", "compete"), (3, "hf", "compete"), (3, "t5x", "drop"), (7, "all", "drop")],
+)
+def test_narrow_beams_equal_plain_lists(
+    beams, rule, truncated, search, history_lm, history_next, plain_beam_search, every_answer
+):
+    options, optimal, certified = BeamOptions(beams, 4, (0,), eos_rule=rule, truncated=truncated), [], []
+    for seed in range(12):
+        policy = history_lm(seed, scale=[0.3, 1.5, 5.0][seed % 3], bias=[-3.0, -3.0, 0.0][seed % 3])
+        found = search(policy, options)
+        for row, prompt in enumerate(PROMPTS):
+            logp = history_next(policy[1], prompt)
+            expected = plain_beam_search(logp, options)
+            assert_same(found, row, [e[0] for e in expected], [e[1] for e in expected])
+            # In these searches a certificate speaks of all answers, those that are dropped too.
+            optimal.append(found.logp[row, 0] > max(every_answer(logp, 4, (0,)).values()) - 2e-5)
+            certified.append(found.certified[row])
+    # A certificate is never wrong, and there are both: rows that have one, and rows that do not.
+    assert not any(c and not o for c, o in zip(certified, optimal, strict=True))
+    assert any(certified) and not all(certified) and not all(optimal)
+
+
+def test_rows_do_not_depend_on_their_batch(search, history_lm, table_lm):
+    policy, options = history_lm(0, bias=-2.0), BeamOptions(3, 4, (0,))
+    together = search(policy, options)
     for row, prompt in enumerate(PROMPTS):
-        expected = all_answers(prompt, LENGTH, eos_ids)
-        got = answers(found, row)
-        assert len(expected) == len(got) == count
-        np.testing.assert_allclose([s for _, s in got], [s for _, s in expected], rtol=1e-5, atol=1e-5)
-        # Scores closer than rounding may change places; the answers must be the same to the last one.
-        assert dict(got).keys() == dict(expected).keys()
-        scores = dict(expected)
-        for (tokens, score), (other, other_score) in zip(got, expected, strict=True):
-            assert abs(score - scores[tokens]) < 1e-4 and (tokens == other or abs(score - other_score) < 1e-4)
-        # Probabilities of all answers add up to 1: they are a partition.
-        np.testing.assert_allclose(np.exp(found.logp[row]).sum(), 1, atol=1e-4)
-        assert (found.logp[row, count:] == -np.inf).all() and (found.lengths[row, count:] == 0).all()
-        assert not found.finished[row, count:].any()
-        ends_in_eos = [tokens[-1] in eos_ids for tokens, _ in got]
-        assert found.finished[row, :count].tolist() == ends_in_eos
+        alone = search(policy, options, [prompt])
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+        np.testing.assert_allclose(alone.score[0], together.score[row], **CLOSE)
+    assert len({tuple(row) for row in together.tokens[:, 0].tolist()}) > 1  # a mix-up would show
+    # Two rows more, of which one is done at its first step and one never: more steps than one block of the loop has.
+    sure, never = [0.98, 0.01, 0.01], [1e-6, 0.1, 0.9 - 1e-6]
+    table = table_lm(np.array([[sure, sure, never]] * 2))
+    options = BeamOptions(2, 11, (0,))
+    for prompts in ([[1], [2]], [[2], [1]]):
+        found = search(table, options, prompts, width=1)
+        early, late = (0, 1) if prompts[0] == [1] else (1, 0)
+        assert found.lengths[early, 0] == 1 and found.finish[early, 0] == Finish.EOS
+        assert found.tokens[late, 0].tolist() == [2] * 11 and found.finish[late, 0] == Finish.LENGTH
+        np.testing.assert_allclose(found.logp[late, 0], 11 * np.log(0.9), atol=1e-4)
 
 
-def test_top_answer_of_a_wide_beam_is_the_best_of_all(micro, all_answers):
-    # 64 live prefixes are all that four words have before the last token.
-    found = search(micro, beams=74)
+def test_prompts_with_eos_in_them_begin_an_answer_all_the_same(search, history_lm, history_next, plain_beam_search):
+    # T5X's loop takes EOS in a prompt for a finished answer with score 0, which nothing can beat.
+    policy, options = history_lm(3), t5x_compat(3, 4, 0)
+    found = search(policy, options)
+    assert (found.lengths[:, 0] > 0).all() and (found.score[:, 0] < -0.01).all()
     for row, prompt in enumerate(PROMPTS):
-        tokens, score = all_answers(prompt, LENGTH, (0,))[0]
-        assert answers(found, row)[0][0] == tokens and abs(found.logp[row, 0] - score) < 2e-5
+        expected = plain_beam_search(history_next(policy[1], prompt), options, prompt_length=len(prompt))
+        assert_same(found, row, [e[0] for e in expected], [e[1] for e in expected])
 
 
-@pytest.mark.parametrize("beams", [1, 2, 3, 7])
-def test_narrow_beams_equal_a_plain_restatement(micro, prefix_scores, beams):
-    found = search(micro, beams=beams)
+def test_beams_that_do_not_exist_are_no_answers(search, history_lm, history_next, every_answer):
+    # Three words, eight beams: fewer candidates than places at the first steps; and seven answers in all.
+    policy, options = history_lm(1, 3, size=3), BeamOptions(8, 2, (0,))
+    found = search(policy, options, [[1, 0, 2], [2]])
+    for row, prompt in enumerate([[1, 0, 2], [2]]):
+        answers = every_answer(history_next(policy[1], prompt), 2, (0,))
+        ranked = sorted(answers.items(), key=lambda item: -item[1])
+        assert len(ranked) == 7
+        assert_same(found, row, *map(list, zip(*ranked, strict=True)))
+        assert found.finish[row].tolist().count(Finish.INVALID) == 1 and found.lengths[row, 7] == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dead_ends(dtype, search, table_lm):
+    # By the last token: 1 can only go on; 2 must end at the second step; 3 has nothing to say there, and 4 neither.
+    table = np.zeros((2, 5, 5))
+    table[:, 1, 1] = 1
+    table[0, 2, 2] = table[1, 2, 0] = 1
+    table[0, 3, [0, 3]] = 0.5
+    table[0, 4, 4] = 1
+    model, params = table_lm(table)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    with jax.debug_nans(True):
+        found = search((model, params), BeamOptions(3, 4, (0,)), [[1], [2], [3], [4]], width=1)
+    assert found.score.dtype == jnp.float32
+    assert found.lengths.tolist() == [[4, 0, 0], [2, 0, 0], [1, 0, 0], [0, 0, 0]]
+    ways = [Finish.LENGTH, Finish.EOS, Finish.EOS, Finish.INVALID]
+    assert found.finish[:, 0].tolist() == ways
+    np.testing.assert_allclose(found.logp[:, 0], [0, 0, np.log(0.5), -np.inf], atol=4e-3)  # bfloat16 has 8 bits
+    assert found.certified.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("eos_ids", "room"), [((0,), 1), ((4,), 3), ((), 3)])
+def test_limits_and_impossible_ends(eos_ids, room, search, history_lm, history_next, every_answer):
+    policy = history_lm(2, vocabulary=4)  # token 4 is impossible
+    found = search(policy, BeamOptions(5, room, eos_ids))
     for row, prompt in enumerate(PROMPTS):
-        score_of = prefix_scores(prompt)
-        live, ended = [((), 0.0)], []
-        for _ in range(LENGTH):
-            extended = [((*tokens, v), score_of[*tokens, v]) for tokens, _ in live for v in range(5)]
-            ended = best(ended + [item for item in extended if item[0][-1] == 0], beams)
-            live = best([item for item in extended if item[0][-1] != 0], beams)
-        expected = best(ended + live, beams)
-        got = answers(found, row)
-        assert [tokens for tokens, _ in got] == [tokens for tokens, _ in expected]
-        np.testing.assert_allclose([s for _, s in got], [s for _, s in expected], rtol=0, atol=2e-5)
+        answers = every_answer(history_next(policy[1], prompt), room, eos_ids)
+        assert max(answers, key=answers.get) == tuple(found.tokens[row, 0, : found.lengths[row, 0]].tolist())
+        if room == 1:
+            assert found.finish[row].tolist().count(Finish.EOS) == 1
+        else:
+            assert (found.finish[row] == Finish.LENGTH).all() and (found.lengths[row] == room).all()
 
 
-def best(items, count):
-    return sorted(items, key=lambda item: -item[1])[:count]
-
-
-@pytest.mark.parametrize("beams", [1, 2, 3, 4])
-def test_an_unlikely_eos_is_not_crowded_out(table_lm, beams):
-    # EOS, 1, 2. The likeliest answer (1, EOS) has p = .495 * .32 = .158, yet its EOS ranks last among the
-    # extensions of each prefix: rules that keep EOS only among the first K or 2K candidates lose it.
-    model, params = table_lm([[0.01, 0.495, 0.495], [0.32, 0.34, 0.34], [1 / 3, 1 / 3, 1 / 3]])
-    prompt = jnp.array([[1]]), jnp.array([1])
-    found = beam_search(model, params, *prompt, beams=beams, max_new_tokens=3, eos_ids=(0,))
-    assert found.tokens[0, 0, :2].tolist() == [1, 0] and found.lengths[0, 0] == 2
-    np.testing.assert_allclose(np.exp(found.logp[0, 0]), 0.495 * 0.32, rtol=1e-5)
-    assert found.finished[0, 0]
-
-
-def test_the_limit_cuts_answers_that_compete_on_equal_terms(table_lm):
-    model, params = table_lm([[0.1, 0.9], [0.1, 0.9]])
-    found = beam_search(model, params, jnp.array([[1]]), jnp.array([1]), beams=3, max_new_tokens=2, eos_ids=(0,))
-    np.testing.assert_allclose(np.exp(found.logp[0]), [0.81, 0.1, 0.09], rtol=1e-5)
-    assert found.finished[0].tolist() == [False, True, True] and found.lengths[0].tolist() == [2, 1, 2]
-
-
-def test_one_new_token(micro, all_answers):
-    found = search(micro, beams=5, length=1)
-    for row, prompt in enumerate(PROMPTS):
-        assert [tokens for tokens, _ in answers(found, row)] == [t for t, _ in all_answers(prompt, 1, (0,))]
-
-
-@pytest.mark.parametrize("beams", [1, 4])
-def test_scores_are_sums_of_log_pi_over_the_returned_tokens(tiny_model, tiny_params, log_pi, beams):
-    prompts = [[1, 20, 7, 33], [1, 5]]
-    found = search((tiny_model, tiny_params), prompts, beams=beams, eos_ids=(2, 9), length=10)
-    for row, prompt in enumerate(prompts):
-        got = answers(found, row)
-        assert len(got) == beams == len({tokens for tokens, _ in got})  # no answer is found twice
-        scores = [score for _, score in got]
-        assert scores == sorted(scores, reverse=True)
-        for k, (tokens, score) in enumerate(got):
-            np.testing.assert_allclose(score, log_pi(tiny_model, tiny_params, prompt, [tokens]).sum(), atol=1e-4)
-            assert found.finished[row, k] == (tokens[-1] in (2, 9))
-            assert not set(tokens[:-1]) & {2, 9} and (found.finished[row, k] or len(tokens) == 10)
-
-
-def test_width_1_is_never_worse_than_greedy(micro):
-    # With EOS split off, width 1 follows greedy's path and keeps the best end that it passes.
-    found = search(micro, beams=1)
-    model, params = micro
-    options = {"max_new_tokens": LENGTH, "eos_ids": (0,)}
-    greedy = sample(model, params, *padded(PROMPTS), jax.random.key(0), **options)
-    assert (found.logp[:, 0] >= np.asarray(greedy.logp[:, 0]) - 1e-5).all()
-
-
-def test_wider_beams_do_not_lose_score_here(micro):
-    # Not a theorem for every model, but true for this one: a search that mixes up its rows breaks it at once.
-    tops = [search(micro, beams=beams).logp[:, 0] for beams in (1, 7, 64)]
-    assert (np.diff(tops, axis=0) >= -1e-5).all()
-
-
-def test_a_row_alone_equals_the_row_in_a_batch(micro):
-    together = search(micro, beams=7)
-    for row, prompt in enumerate(PROMPTS):
-        alone = search(micro, [prompt], beams=7)
-        assert [tokens for tokens, _ in answers(alone, 0)] == [tokens for tokens, _ in answers(together, row)]
-        np.testing.assert_allclose(alone.logp[0], together.logp[row], rtol=0, atol=1e-5)
-
-
-def test_padding_of_prompts_has_no_effect(micro):
-    for name in ("tokens", "lengths", "finished"):
-        one, other = (getattr(search(micro, beams=7, pad=pad), name) for pad in (0, 4))
+def test_ties_are_broken_by_what_came_first(search, table_lm):
+    policy, options = table_lm([[0.25] * 4] * 2), BeamOptions(9, 2, (0,))
+    found = search(policy, options, [[1]], width=1)
+    # Equal answers that ended come before those that were cut; each kind is in the order of its tokens.
+    texts = [(0,), (1, 0), (2, 0), (3, 0), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+    assert_same(found, 0, texts, [np.log(0.25)] + 8 * [2 * np.log(0.25)])
+    again = search(policy, options, [[1]], width=1)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_prompt_that_holds_eos_is_not_finished(micro, all_answers):
-    prompt = [0, 2, 0]
-    found = search(micro, [prompt], beams=7)
-    tokens, score = all_answers(prompt, LENGTH, (0,))[0]
-    assert answers(found, 0)[0][0] == tokens and abs(found.logp[0, 0] - score) < 2e-5
-
-
-def test_a_row_that_is_done_early_waits_for_the_others(table_lm):
-    # Position, last token -> next token: a prompt ending in 1 stops at once, one ending in 2 never does.
-    model, _ = table_lm([[0.5, 0.5]])
-    sure, never = np.log([0.98, 0.01, 0.01]), np.log([1e-6, 0.1, 0.9 - 1e-6])
-    table = jnp.asarray(np.stack([[sure, sure, never]] * 3), jnp.float32)
-    prompts, lengths = jnp.array([[1], [2]]), jnp.array([1, 1])
-    found = beam_search(model, {"logits": table}, prompts, lengths, beams=2, max_new_tokens=5, eos_ids=(0,))
-    assert found.tokens[0, 0, 0] == 0 and found.lengths[0, 0] == 1
-    assert found.tokens[1, 0].tolist() == [2] * 5 and not found.finished[1, 0]
-    np.testing.assert_allclose(found.logp[1, 0], 5 * np.log(0.9), atol=1e-4)
+def test_the_same_program_serves_all_batches_of_a_shape(search, history_lm):
+    options = BeamOptions(3, 4, (0,))
+    search(history_lm(0), options)
+    before = beam_search._cache_size()
+    search(history_lm(1), BeamOptions(3, 4, (0,)), [[2, 2, 2], [1], [1]])
+    assert beam_search._cache_size() == before
+    search(history_lm(1), options, [[2, 2, 2]])  # another shape: the counter counts
+    assert beam_search._cache_size() in (before, before + 1)
+    search(history_lm(1), options, [[2, 2, 2]], width=4)
+    assert beam_search._cache_size() > before

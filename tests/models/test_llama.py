@@ -108,22 +108,89 @@ def test_written_folders_are_read_by_torch(name, tiny_config, tiny_tokenizer, to
 
 
 def full(model, params, tokens):
-    hidden, _ = jax.jit(model.hidden_states)(
-        params, tokens, *right_padded(jnp.full(len(tokens), tokens.shape[1]), tokens.shape[1])
-    )
-    return hidden
+    layout = right_padded(jnp.full(len(tokens), tokens.shape[1]), tokens.shape[1])
+    return jax.jit(model.hidden_states)(params, tokens, *layout)
 
 
-def test_decoding_with_a_cache_equals_the_full_pass(tiny_model, tiny_params, tokens):
-    tokens = jnp.asarray(tokens[:, :12])
-    expected = full(tiny_model, tiny_params, tokens)
-    step = jax.jit(tiny_model.hidden_states)
-    cache, slots = tiny_model.init_cache(3, 12), jnp.arange(12)
-    for first, last in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 12)):  # many tokens at once, and one by one
-        positions = jnp.broadcast_to(slots[first:last], (3, last - first))
-        mask = slots[None, None, :] <= positions[..., None]
-        hidden, cache = step(tiny_params, tokens[:, first:last], positions, mask, cache, first)
-        np.testing.assert_allclose(hidden, expected[:, first:last], rtol=0, atol=1e-5)
+# Three branches behind each prompt, as (slot, its past's slots): 0-1-4, 0-2-5 and 0-3, put in by three calls.
+CALLS = [(0, [[]]), (1, [[0], [0], [0]]), (4, [[0, 1], [0, 2]])]
+
+
+def decode(model, params, prompts, lengths, pool, *, width=8, reorder=None, mask=lambda path: path):
+    """Logits of what follows the prompts [B, V] and each of the pool's tokens [B, M, V], by prefill and extend."""
+    rows, slots = pool.shape
+    prompts = jnp.pad(prompts, ((0, 0), (0, width - prompts.shape[1])), constant_values=3)
+    first, cache = jax.jit(model.prefill, static_argnums=3)(params, prompts, lengths, slots)
+    step, found = jax.jit(model.extend), []
+    for slot, pasts in CALLS:
+        path = np.zeros((rows, len(pasts), slots), bool)
+        for k, past in enumerate(pasts):
+            path[:, k, [*past, slot + k]] = True
+        tokens = pool[:, slot : slot + len(pasts)]
+        logits, cache = step(params, cache, tokens, jnp.asarray(mask(path)), jnp.int32(slot))
+        found.append(logits)
+        if reorder is not None:
+            cache = cache.reorder(jnp.broadcast_to(jnp.asarray(reorder), (rows, slots)))
+    return first, jnp.concatenate(found, axis=1)
+
+
+def texts_of(prompts, lengths, pool):
+    """The text that ends in each slot of `CALLS`: the oracle's reading of the masks. [(row, slot, text)]."""
+    pasts = [past for _, calls in CALLS for past in calls]
+    return [
+        (row, slot, [*prompts[row, : lengths[row]].tolist(), *(int(pool[row, i]) for i in [*past, slot])])
+        for row in range(len(pool))
+        for slot, past in enumerate(pasts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def branches(tiny_model, tiny_params, tokens):
+    """Prompts of three lengths, tokens of their pools, and the logits [B, M, V] that full passes have for them."""
+    prompts, lengths, pool = tokens[:, :7], np.array([7, 1, 4]), tokens[:, 20:26]
+    texts = texts_of(prompts, lengths, pool)
+    rows = np.zeros((len(texts), 10), np.int32)
+    for line, (_, _, text) in zip(rows, texts, strict=True):
+        line[: len(text)] = text
+    ends = np.array([len(text) for _, _, text in texts])
+    logits = np.asarray(jax.jit(tiny_model.logits)(tiny_params, jnp.asarray(rows), jnp.asarray(ends)))
+    expected = logits[np.arange(len(texts)), ends - 1].reshape(3, 6, -1)
+    return jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(pool), expected
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_decoding_with_a_cache_equals_the_full_pass(stacked, tiny_model, tiny_params, branches):
+    prompts, lengths, pool, expected = branches
+    params = tiny_params if stacked else tiny_model.unstack(tiny_params)
+    first, found = decode(tiny_model, params, prompts, lengths, pool)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    full_pass = jax.jit(tiny_model.logits)(tiny_params, prompts, lengths)
+    last = np.asarray(full_pass)[np.arange(3), np.asarray(lengths) - 1]
+    np.testing.assert_allclose(first, last, rtol=0, atol=1e-5)
+    # Without the masks, every branch sees the others too: the comparison above would notice.
+    _, mixed = decode(tiny_model, params, prompts, lengths, pool, mask=lambda path: path.any(1, keepdims=True) | path)
+    assert np.abs(np.asarray(mixed - expected)[:, 1:]).max() > 0.01
+
+
+def test_a_pool_that_is_moved_must_be_read_at_its_new_places(tiny_model, tiny_params, branches):
+    prompts, lengths, pool, expected = branches
+    _, still = decode(tiny_model, tiny_params, prompts, lengths, pool, reorder=np.arange(6))
+    np.testing.assert_allclose(still, expected, rtol=0, atol=1e-5)
+    # Slots 1 and 2 change places after each call: of the last call's branches, each then follows the other's past.
+    _, moved = decode(tiny_model, tiny_params, prompts, lengths, pool, reorder=np.array([0, 2, 1, 3, 4, 5]))
+    np.testing.assert_allclose(moved[:, :4], expected[:, :4], rtol=0, atol=1e-5)
+    swapped = pool.at[:, 1].set(pool[:, 2]).at[:, 2].set(pool[:, 1])
+    _, other = decode(tiny_model, tiny_params, prompts, lengths, swapped)
+    np.testing.assert_allclose(moved[:, 4:], other[:, 4:], rtol=0, atol=1e-5)
+    assert np.abs(np.asarray(moved - expected)[:, 4:]).max() > 0.01
+
+
+def test_unstacking_keeps_every_weight(tiny_model, tiny_params):
+    unstacked = tiny_model.unstack(tiny_params)
+    assert list(unstacked["layers"]) == [0, 1] and tiny_model.unstack(unstacked) is unstacked
+    for i, layer in unstacked["layers"].items():
+        jax.tree.map(lambda x, own, i=i: np.testing.assert_array_equal(x[i], own), tiny_params["layers"], layer)
+    assert all(unstacked[name] is tiny_params[name] for name in unstacked if name != "layers")
 
 
 @pytest.mark.parametrize("rubbish", [0, 59])
@@ -134,8 +201,8 @@ def test_padding_on_either_side_changes_no_valid_position(tiny_model, tiny_param
     right, left = np.full((3, width), rubbish), np.full((3, width), rubbish)
     for i, n in enumerate(lengths):
         right[i, :n], left[i, width - n :] = rows[i][0], rows[i][0]
-    from_right, _ = step(tiny_params, jnp.asarray(right), *right_padded(jnp.asarray(lengths), width))
-    from_left, _ = step(tiny_params, jnp.asarray(left), *left_padded(jnp.asarray(lengths), width))
+    from_right = step(tiny_params, jnp.asarray(right), *right_padded(jnp.asarray(lengths), width))
+    from_left = step(tiny_params, jnp.asarray(left), *left_padded(jnp.asarray(lengths), width))
     assert np.isfinite(from_right).all() and np.isfinite(from_left).all()
     for i, n in enumerate(lengths):
         alone = full(tiny_model, tiny_params, rows[i])[0]
@@ -180,13 +247,15 @@ def test_types_are_those_that_are_asked_for(tiny_config, param_dtype, dtype):
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(param_dtype)}
     tokens = jnp.zeros((1, 4), jnp.int32)
     arguments = (params, tokens, *right_padded(jnp.array([4]), 4))
-    assert jax.eval_shape(model.hidden_states, *arguments)[0].dtype == jnp.dtype(dtype)
+    assert jax.eval_shape(model.hidden_states, *arguments).dtype == jnp.dtype(dtype)
     assert jax.eval_shape(model.unembedding, params).dtype == jnp.dtype(dtype)
     assert jax.eval_shape(model.logits, params, tokens).dtype == jnp.float32
-    cache = jax.eval_shape(lambda: model.init_cache(1, 4))
-    assert cache.keys.dtype == jnp.dtype(dtype)
-    hidden, cache = jax.eval_shape(model.hidden_states, *arguments, cache, 0)
-    assert hidden.dtype == cache.values.dtype == jnp.dtype(dtype)
+    prefill = jax.eval_shape(lambda *x: model.prefill(*x, slots=3), params, tokens, jnp.array([4]))
+    path = jnp.ones((1, 1, 3), bool)
+    extend = jax.eval_shape(model.extend, params, prefill[1], tokens[:, :1], path, jnp.int32(0))
+    for logits, cache in (prefill, extend):
+        assert logits.dtype == jnp.float32
+        assert {x.dtype for x in jax.tree.leaves(cache.layers)} == {jnp.dtype(dtype)}
 
 
 def equations(jaxpr) -> int:
@@ -207,10 +276,7 @@ def test_the_program_does_not_grow_with_depth(tiny_config):
         params, tokens = model.abstract_params(), jnp.zeros((2, 8), jnp.int32)
         forward = jax.make_jaxpr(model.logits)(params, tokens)
         backward = jax.make_jaxpr(jax.grad(loss_of(model, tokens)))(params)
-        cached = jax.make_jaxpr(model.hidden_states)(
-            params, tokens, *right_padded(jnp.array([8, 8]), 8), model.init_cache(2, 8)
-        )
-        return [equations(program.jaxpr) for program in (forward, backward, cached)]
+        return [equations(program.jaxpr) for program in (forward, backward)]
 
     assert sizes(2) == sizes(6)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qstar_jax.config import ComputeOptions, MeshOptions
-from qstar_jax.decoding import sample
+from qstar_jax.decoding import SampleOptions, sample
 from qstar_jax.loading import load_model
 from qstar_jax.models.causal_lm import left_padded, right_padded
 
@@ -77,7 +77,7 @@ def test_logits_of_padded_batches_equal_those_of_torch(side, ours, prompts, expe
     for row, prompt, start in zip(tokens, prompts, starts, strict=True):
         row[start : start + len(prompt)] = prompt
     layout = (left_padded if side == "left" else right_padded)(jnp.asarray(lengths), width)
-    hidden, _ = jax.jit(ours.model.hidden_states)(ours.params, jnp.asarray(tokens), *layout)
+    hidden = jax.jit(ours.model.hidden_states)(ours.params, jnp.asarray(tokens), *layout)
     table = np.asarray(ours.model.unembedding(ours.params))
     for row, start, logits in zip(np.asarray(hidden), starts, expected, strict=True):
         np.testing.assert_allclose(row[start : start + len(logits)] @ table.T, logits, rtol=0, atol=1e-3)
@@ -95,9 +95,8 @@ def test_greedy_continuations_are_those_of_torch(torch, ours, oracle, prompts):
         ours.params,
         jnp.asarray(tokens),
         jnp.asarray(lengths),
-        jax.random.key(0),
-        max_new_tokens=NEW_TOKENS,
-        eos_ids=eos_ids,
+        None,
+        SampleOptions(NEW_TOKENS, eos_ids, temperature=0.0),
     )
     for row, prompt in enumerate(prompts):
         options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0, "repetition_penalty": 1.0}

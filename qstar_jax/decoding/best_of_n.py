@@ -1,0 +1,111 @@
+"""Best of N: answers are drawn, and ranked by the objective's score, which is known as soon as they are."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from qstar_jax.decoding.drawing import SampleOptions
+from qstar_jax.decoding.hypotheses import Hypotheses
+from qstar_jax.decoding.objectives import Objective
+from qstar_jax.decoding.policies import Policy
+from qstar_jax.decoding.rollouts import Roller, Rollout
+from qstar_jax.decoding.stop_strings import StopStrings
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """When samples are given up before they have ended (speculative rejection).
+
+    Attributes:
+        interval: After every so many tokens.
+        keep: The fraction of the samples that stays each time, rounded up.
+
+    References:
+        arXiv 2410.20290.
+    """
+
+    interval: int
+    keep: float
+
+    def __post_init__(self):
+        """Checks the numbers."""
+        if self.interval < 1 or not 0 < self.keep <= 1:
+            raise ValueError(f"interval {self.interval} is at least 1, keep {self.keep} above 0 and at most 1")
+
+    def stages(self, samples: int, max_new_tokens: int) -> list[tuple[int, int]]:
+        """(samples, tokens they have at its end) of each stage, until nothing is dropped any more."""
+        found, length = [], 0
+        while True:
+            length += self.interval
+            fewer = math.ceil(round(samples * self.keep, 6))  # 0.07 * 100 is a little more than 7
+            if length >= max_new_tokens or fewer == samples:
+                return [*found, (samples, max_new_tokens)]
+            found.append((samples, length))
+            samples = fewer
+
+
+@partial(jax.jit, static_argnames=("model", "options", "objective", "rejection"))
+def best_of_n(
+    model: Policy,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, " B"],
+    keys: Key[Array, " B"],
+    options: SampleOptions,
+    *,
+    objective: Objective,
+    rejection: Rejection | None = None,
+    stop_strings: StopStrings | None = None,
+) -> Hypotheses:
+    """Draws N answers to each prompt as `sample` does, with the same keys, and returns them best first.
+
+    With `ImplicitReward` of (policy, reference) nothing has to be scored afterwards: both models read every token as it
+    is drawn. Answers that ran into the limit compete with the others.
+
+    Rejection gives up the worst samples on the way, by their score so far. That is no heuristic on the reward's part:
+    for the optimal policy a prefix's implicit reward is the reward so far plus V*(s_k) - V*(s_0), so it looks ahead,
+    and V*(s_0) is the same for all. Those that stay are the same answers as without rejection. Dropped samples leave
+    the pool, and what follows computes fewer rows.
+
+    Args:
+        model: A policy; an `Ensemble` where the objective reads several.
+        params: Its parameters; for speed, those that `model.unstack` returns.
+        prompts: Right-padded token ids. Shape [B, P].
+        prompt_lengths: Tokens of each prompt, at least 1. Shape [B].
+        keys: A `jax.random.key` for each prompt. Shape [B].
+        options: How tokens are drawn, and how many samples there are.
+        objective: What answers are ranked by.
+        rejection: When samples are given up; never by default.
+        stop_strings: Strings that end an answer.
+
+    Returns:
+        All samples that stayed, best first.
+
+    References:
+        arXiv 2404.12358, Eq. 10 summed along a prefix; arXiv 2410.20290.
+    """
+    roller = Roller(model, params, prompts, prompt_lengths, options, objective, stop_strings)
+    samples, room = options.num_samples, options.max_new_tokens
+    stages = rejection.stages(samples, room) if rejection else [(samples, room)]
+    state = roller.start(keys, samples, (stages[0][1] - 1) * samples)
+    length = 1  # tokens drawn; all but the last are in the pool
+    for count, end in stages:
+        if count < samples:
+            state = _best(state, count, length - 1, end - 1)
+        state = roller.run(state, end - length, draw=length, slot=(length - 1) * count)
+        samples, length = count, end
+    return state.samples.best(samples).hypotheses()
+
+
+def _best(state: Rollout, count: int, written: int, needed: int) -> Rollout:
+    """The best samples in their old order, with a pool of `needed` tokens each, of which some are written."""
+    samples = state.path.shape[1]
+    chosen = jnp.sort(jax.lax.top_k(state.samples.worth, count)[1], axis=1)
+    step = jnp.arange(needed)
+    slots = jnp.minimum(step, max(written - 1, 0))[:, None] * samples + chosen[:, None]
+    return state.pick(chosen, slots.reshape(len(chosen), -1), jnp.repeat(step < written, count))

@@ -1,0 +1,178 @@
+"""Chunk-level beam search: every beam draws several continuations of a few tokens, and the best prefixes go on.
+
+Between sampling and beam search: one chunk as long as an answer is best-of-N, chunks of one token are a beam search
+among tokens that were drawn. With `ImplicitReward` a chunk's contribution is a step reward of the policy's own process
+reward model (`mdp.step_rewards`), and a prefix's sum is its reward so far plus the value of where it has led.
+
+References:
+    Zhou et al., "Weak-to-strong search", arXiv 2405.19262.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from qstar_jax.decoding.constraints import Constraints
+from qstar_jax.decoding.drawing import SampleOptions
+from qstar_jax.decoding.hypotheses import Finish, Hypotheses
+from qstar_jax.decoding.objectives import Objective
+from qstar_jax.decoding.policies import Policy
+from qstar_jax.decoding.rollouts import Roller, Rollout
+from qstar_jax.decoding.samples import Samples, take_rows
+from qstar_jax.decoding.stop_strings import StopStrings
+
+
+@dataclass(frozen=True)
+class ChunkOptions:
+    """How chunks are drawn and chosen.
+
+    Attributes:
+        max_new_tokens: Longest answer T, EOS included.
+        eos_ids: Tokens that end an answer.
+        beams: Prefixes that are kept after each chunk, and answers that are returned.
+        samples: Continuations of each.
+        chunk_length: Most tokens of a chunk.
+        delimiter_ids: Tokens that end a chunk early: ends of lines make chunks steps of reasoning.
+        temperature: As in `SampleOptions`; so are the others.
+        top_k: See `restrict`.
+        top_p: See `restrict`.
+        min_p: See `restrict`.
+        constraints: Repetition and shortest length.
+    """
+
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    beams: int
+    samples: int
+    chunk_length: int
+    delimiter_ids: tuple[int, ...] = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    constraints: Constraints = Constraints()
+
+    def __post_init__(self):
+        """Refuses what has no meaning or would have no effect."""
+        if self.beams < 1 or self.samples < 1 or self.chunk_length < 1:
+            raise ValueError(
+                f"beams {self.beams}, samples {self.samples} and chunk_length {self.chunk_length} are at least 1"
+            )
+        if set(self.delimiter_ids) & set(self.eos_ids) or any(token < 0 for token in self.delimiter_ids):
+            raise ValueError(
+                f"delimiter_ids {self.delimiter_ids} are token ids, none of them of eos_ids {self.eos_ids}"
+            )
+        self.sampling  # noqa: B018 (checks the rest)
+
+    @property
+    def sampling(self) -> SampleOptions:
+        """How the tokens of all rows are drawn."""
+        return SampleOptions(
+            self.max_new_tokens,
+            self.eos_ids,
+            self.beams * self.samples,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.constraints,
+        )
+
+
+@partial(jax.jit, static_argnames=("model", "options", "objective"))
+def chunk_beam_search(
+    model: Policy,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, " B"],
+    keys: Key[Array, " B"],
+    options: ChunkOptions,
+    *,
+    objective: Objective,
+    stop_strings: StopStrings | None = None,
+) -> Hypotheses:
+    """Searches by chunks, over `beams * samples` rows a prompt.
+
+    After each chunk, answers that have ended go to a set of the best so many, and take no row any more. Of the others,
+    the best distinct prefixes go on, and share all rows; so a row never repeats what is finished, and the search cannot
+    fill up with copies of one answer. A prompt is done when nothing is left that could grow or, where no token can
+    raise the score, when all that is left is worse than every answer of a full set. Answers that run into
+    `max_new_tokens` count as ended.
+
+    Row j's draw s of chunk c has the key `fold_in(fold_in(keys[b], j), c * chunk_length + s)`, so a search of one beam
+    with one chunk is `best_of_n` with these keys.
+
+    Args:
+        model: A policy; an `Ensemble` where the objective reads several.
+        params: Its parameters; for speed, those that `model.unstack` returns.
+        prompts: Right-padded token ids. Shape [B, P].
+        prompt_lengths: Tokens of each prompt, at least 1. Shape [B].
+        keys: A `jax.random.key` for each prompt. Shape [B].
+        options: Width, chunks, and how tokens are drawn.
+        objective: What prefixes and answers are compared by.
+        stop_strings: Strings that end an answer.
+
+    Returns:
+        The best `beams` distinct answers, best first; INVALID where fewer were found.
+
+    References:
+        arXiv 2405.19262, without the copies of finished answers that its program makes.
+    """
+    roller = Roller(
+        model, params, prompts, prompt_lengths, options.sampling, objective, stop_strings, options.delimiter_ids
+    )
+    beams, rows, chunk_length = options.beams, options.beams * options.samples, options.chunk_length
+    # The pool: the tokens of the beams, position by position, then those of the present chunk.
+    history = (options.max_new_tokens - 1) * beams
+    state = roller.start(keys, rows, history + min(chunk_length, options.max_new_tokens) * rows)
+    ended = state.samples.without(jnp.ones_like(state.samples.paused)).best(beams)
+
+    def one(carry):
+        state, ended, chunk = carry
+        drawn = jnp.where(chunk == 0, 1, 0)  # the prompt has given the first token
+        state = roller.run(state, chunk_length - drawn, chunk * chunk_length + drawn, history)
+        ended = _distinct(ended.joined(state.samples.without(state.samples.growing))).best(beams)
+        live = _distinct(state.samples.without(~state.samples.growing))
+        worth, best = jax.lax.top_k(live.worth, beams)
+        count = (worth > -jnp.inf).sum(-1)
+        done = count == 0
+        if objective.monotone:
+            done |= worth[:, 0] <= ended.worth[:, -1]
+        return _continued(state, best, count, done), ended, chunk + 1
+
+    def going(carry):
+        state, _, chunk = carry
+        return (chunk == 0) | state.samples.growing.any()
+
+    _, ended, _ = jax.lax.while_loop(going, one, (state, ended, jnp.int32(0)))
+    return ended.hypotheses()
+
+
+def _distinct(samples: Samples) -> Samples:
+    """The samples without repetitions of earlier ones."""
+    valid = samples.finish != Finish.INVALID
+    same = (samples.tokens[:, :, None] == samples.tokens[:, None]).all(-1)
+    same &= (samples.length[:, :, None] == samples.length[:, None]) & valid[:, None]
+    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
+    return samples.without((same & earlier).any(-1))
+
+
+def _continued(state: Rollout, best: Int[Array, "B W"], count: Int[Array, " B"], done: Bool[Array, " B"]) -> Rollout:
+    """Gives all rows to the first `count` of the best prefixes in turn, and moves their tokens to the pool's front."""
+    beams, (_, rows, size) = best.shape[1], state.path.shape
+    rank = jnp.arange(rows) % jnp.maximum(count, 1)[:, None]
+    parents = jnp.take_along_axis(best, rank, axis=1)
+    positions = state.samples.tokens.shape[-1] - 1
+    # A path's slots are in the order of its tokens.
+    order = jnp.argsort(~take_rows(state.path, best), axis=-1, stable=True)[..., :positions]
+    slots = jnp.pad(order.swapaxes(1, 2).reshape(len(best), -1), ((0, 0), (0, size - positions * beams)))
+    slot = jnp.arange(size)
+    own = (slot % beams == rank[..., None]) & (slot < positions * beams)
+    picked = state.pick(parents, slots, own)
+    samples = replace(picked.samples, paused=jnp.zeros_like(picked.samples.paused)).without(done[:, None])
+    # Keys belong to rows, or siblings would say the same.
+    return replace(picked, samples=samples, keys=state.keys)

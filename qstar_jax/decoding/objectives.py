@@ -1,0 +1,184 @@
+"""What a search adds up: a score for every token, and a value for where the token leads.
+
+Likelihood search, reward-guided search, decoding-time alignment and the rest differ in nothing else. An objective is a
+hashable function of the logits of one or several policies.
+
+References:
+    arXiv 2404.12358, Eq. 12 and 13: with token rewards r + beta * log pi_ref and leaf values V*, search for reward is
+    search for beta * log pi, up to the constant V*(s_0).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qstar_jax.decoding.policies import Logits
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepScores:
+    """Numbers of every possible next token, float32 or better.
+
+    Attributes:
+        score: What a search adds up. Shape [..., V].
+        value: Value of where the token leads, for comparing unfinished paths; 0 behind an end. Shape [..., V], or None
+            for 0 everywhere.
+        logp: log pi of the policy that is decoded, over the whole vocabulary, in nats. Shape [..., V].
+        ref_logp: log pi_ref in nats, or None without a reference. Shape [..., V].
+    """
+
+    score: Float[Array, "*B V"]
+    value: Float[Array, "*B V"] | None
+    logp: Float[Array, "*B V"]
+    ref_logp: Float[Array, "*B V"] | None
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A setting of the search.
+
+    Attributes:
+        monotone: Whether no token can raise the sum; then a search can know that it is done.
+        comparable_across_lengths: Whether dividing the sum by a length keeps its meaning.
+    """
+
+    monotone: bool
+    comparable_across_lengths: bool
+
+    def __call__(self, logits: Logits) -> StepScores:
+        """Scores every next token."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The sum of log pi of the first policy; a second one is its reference and is reported only."""
+
+    monotone = True
+    comparable_across_lengths = True
+
+    def __call__(self, logits: Logits) -> StepScores:
+        """See `Objective`."""
+        logp, *rest = _log_softmax(logits)
+        return StepScores(logp, None, logp, rest[0] if rest else None)
+
+
+@dataclass(frozen=True)
+class RegularisedReward:
+    """Implicit reward with its price: r + beta * log pi_ref with r = beta * log(pi / pi_ref), of (policy, reference).
+
+    This is the objective that the policy is optimal for, so it finds what `Likelihood` finds (Eq. 13); it is here to be
+    compared, and for rewards that are not the policy's own.
+
+    Attributes:
+        beta: Temperature, in reward a nat.
+    """
+
+    beta: float
+    monotone = True
+    comparable_across_lengths = False
+
+    def __call__(self, logits: Logits) -> StepScores:
+        """See `Objective`."""
+        logp, ref_logp = _log_softmax(logits, 2)
+        reward = self.beta * (logp - ref_logp)
+        return StepScores(reward + self.beta * ref_logp, None, logp, ref_logp)
+
+
+@dataclass(frozen=True)
+class ImplicitReward:
+    """Implicit reward alone: the sum of beta * log(pi / pi_ref), of (policy, reference).
+
+    Another objective than `Likelihood`: it does not pay for leaving the reference, and it can rise and fall, so a
+    search over it never knows that it is done.
+
+    Attributes:
+        beta: Temperature, in reward a nat.
+    """
+
+    beta: float
+    monotone = False
+    comparable_across_lengths = False
+
+    def __call__(self, logits: Logits) -> StepScores:
+        """See `Objective`."""
+        logp, ref_logp = _log_softmax(logits, 2)
+        # A token that neither can say has no reward, rather than inf - inf.
+        reward = jnp.where(logp > -jnp.inf, self.beta * (logp - ref_logp), -jnp.inf)
+        return StepScores(reward, None, logp, ref_logp)
+
+
+@dataclass(frozen=True)
+class LogitArithmetic:
+    """The sum of log pi of base + sum_i w_i * (tuned_i - untuned_i), of (base, tuned_1, untuned_1, tuned_2, ...).
+
+    Everything is normalised before it is combined and again afterwards, so that sums over several tokens have meaning
+    and a constant added to one model's logits has no effect. Proxy tuning: base is a large model, the pair a small one
+    before and after tuning. Emulated fine-tuning: weight 1. DeRa: base is the reference, the pair (policy, reference)
+    and the weight the strength of alignment, which is beta_trained / beta_wanted.
+
+    Attributes:
+        weights: One for each pair.
+        vocabulary: Cuts every model to its first so many tokens; needed where tables of embeddings have other tails.
+
+    References:
+        arXiv 2401.08565 (proxy tuning), 2310.12962 (emulated fine-tuning), 2402.02992 (DeRa).
+    """
+
+    weights: tuple[float, ...]
+    vocabulary: int | None = None
+    monotone = True
+    comparable_across_lengths = True
+
+    def __call__(self, logits: Logits) -> StepScores:
+        """See `Objective`."""
+        logits = logits if isinstance(logits, tuple) else (logits,)
+        sizes = sorted({x.shape[-1] for x in logits})
+        if self.vocabulary is None and len(sizes) > 1:
+            raise ValueError(
+                f"the models have vocabularies of {' and '.join(map(str, sizes))} tokens; if the first {sizes[0]} mean "
+                f"the same in all of them, say so by vocabulary={sizes[0]}"
+            )
+        if self.vocabulary is not None and self.vocabulary > sizes[0]:
+            raise ValueError(f"vocabulary {self.vocabulary} is larger than that of a model, {sizes[0]} tokens")
+        logps = _log_softmax(tuple(x[..., : self.vocabulary] for x in logits), 1 + 2 * len(self.weights))
+        base, *pairs = logps
+        combined = base
+        for weight, tuned, untuned in zip(self.weights, pairs[::2], pairs[1::2], strict=True):
+            # What any model rules out stays ruled out, rather than inf - inf.
+            possible = (tuned > -jnp.inf) & (untuned > -jnp.inf)
+            combined = combined + jnp.where(possible, weight * (tuned - untuned), -jnp.inf if weight else 0.0)
+        combined = jax.nn.log_softmax(combined)
+        return StepScores(combined, None, combined, base)
+
+
+@dataclass(frozen=True)
+class TableReward:
+    """Rewards, reference and values written down as tables, of (r, log pi_ref, V(s')): see `token_tree.TreePolicy`.
+
+    Attributes:
+        beta: Temperature, in reward a nat; 0 leaves the reference out.
+        use_values: Whether paths are compared with the value of where they have led.
+    """
+
+    beta: float
+    use_values: bool = True
+    monotone = False
+    comparable_across_lengths = False
+
+    def __call__(self, logits: Logits) -> StepScores:
+        """See `Objective`."""
+        reward, ref_logp, values = logits
+        score = reward + self.beta * ref_logp
+        return StepScores(score, values if self.use_values else None, ref_logp, ref_logp)
+
+
+def _log_softmax(logits: Logits, count: int | None = None) -> tuple[Float[Array, "*B V"], ...]:
+    """Log-probabilities, never in less than float32."""
+    logits = logits if isinstance(logits, tuple) else (logits,)
+    if count is not None and len(logits) != count:
+        raise ValueError(f"this objective reads {count} policies (an Ensemble of so many), not {len(logits)}")
+    return tuple(jax.nn.log_softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in logits)

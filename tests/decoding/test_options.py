@@ -1,0 +1,224 @@
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from qstar_jax.config import DecodeOptions
+from qstar_jax.decoding.beam import hf_compat, t5x_compat
+from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, LogitArithmetic, RegularisedReward
+from qstar_jax.decoding.options import (
+    ALL,
+    DEFAULTS,
+    READERS,
+    check_options,
+    draws,
+    make_objective,
+    make_rejection,
+    method_options,
+    needs_reference,
+)
+from qstar_jax.errors import InputError
+
+# A value of each option that is not its default, and what else must be set for it to have a meaning.
+EXAMPLES = {
+    "max_new_tokens": (5, {}),
+    "min_new_tokens": (2, {}),
+    "stop": (["."], {}),
+    "repetition_penalty": (1.5, {}),
+    "no_repeat_ngram_size": (2, {}),
+    "return_sequences": (2, {}),
+    "seed": (7, {"beam": {"stochastic": True}, "mcts": {"selection": "gumbel"}}),
+    "temperature": (0.5, {}),
+    "top_k": (5, {}),
+    "top_p": (0.5, {}),
+    "min_p": (0.1, {}),
+    "num_samples": (3, {}),
+    "rejection_interval": (2, {}),
+    "rejection_keep": (0.25, {"best_of_n": {"rejection_interval": 2}}),
+    "beams": (6, {}),
+    "preset": ("hf", {}),
+    "eos_rule": ("t5x", {}),
+    "length_rule": ("gnmt", {}),
+    "length_penalty": (0.5, {"beam": {"length_rule": "hf"}}),
+    "count_prompt": (True, {"beam": {"length_rule": "hf"}}),
+    "early_stopping": (False, {}),
+    "truncated": ("drop", {}),
+    "groups": (4, {"beam": {"diversity": 0.3}}),
+    "diversity": (0.5, {"beam": {"groups": 2}}),
+    "stochastic": (True, {}),
+    "chunk_length": (3, {}),
+    "samples": (3, {}),
+    "delimiters": (["."], {}),
+    "num_simulations": (9, {}),
+    "num_actions": (3, {}),
+    "selection": ("gumbel", {}),
+    "max_expansions": (50, {}),
+    "objective": ("regularised_reward", {}),
+    "beta": (0.7, {method: {"report_reference": True} for method in ALL}),
+    "report_reference": (True, {"best_of_n": {"objective": "likelihood"}}),
+}
+INSTEAD = {"groups": 2, "diversity": 0.3}  # these have no meaning with the other's default
+LATER = {"stop", "delimiters", "seed", "beta"}  # these meet tokens, keys and models: see test_generate
+
+
+def built(options):
+    """All that is made of a block before there are models."""
+    made = method_options(options, (2,), ())
+    return made, make_rejection(options), make_objective(options, 0.1), needs_reference(options), draws(options)
+
+
+def test_every_option_has_readers_and_an_example():
+    names = {option.name for option in fields(DecodeOptions)}
+    assert set(READERS) == names
+    assert set(EXAMPLES) == names - {"method", "vocabulary"}
+    assert {method for readers in READERS.values() for method in readers} == set(ALL)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_methods_that_do_not_read_an_option_refuse_it(name):
+    value, _ = EXAMPLES[name]
+    others = [method for method in ALL if method not in READERS[name]]
+    for method in others:
+        with pytest.raises(InputError) as error:
+            check_options(DecodeOptions(method=method, **{name: value}))
+        message = str(error.value)
+        assert message.startswith(f"decode: {name} {value!r} has no effect with method {method}; ")
+        assert " and ".join(READERS[name]) in message and f"set --decode.method {READERS[name][0]}" in message
+    assert others or name in ("max_new_tokens", "beta", "report_reference")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_methods_that_read_an_option_are_changed_by_it(name):
+    value, companions = EXAMPLES[name]
+    for method in READERS[name]:
+        plain = DecodeOptions(method=method, **companions.get(method, {}))
+        if name in INSTEAD:
+            plain = replace(plain, **{name: INSTEAD[name]})
+        changed = replace(plain, **{name: value})
+        check_options(changed)
+        if name in LATER or (name == "return_sequences" and method not in ("sample", "mcts", "exact")):
+            continue
+        assert built(plain) != built(changed), method
+
+
+def test_the_help_names_the_values_of_what_is_not_set():
+    for name, value in DEFAULTS.items():
+        entry = re.search(rf"\n        {name}: (.*?)(?=\n        \w+: |\Z)", DecodeOptions.__doc__, re.DOTALL).group(1)
+        shown = value if isinstance(value, str | int) else f"{value:g}"
+        assert f"({shown})" in " ".join(entry.split()), name
+
+
+def test_the_readme_s_table_is_the_table():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("| `--decode.method` |")[1]
+    rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", text.split("\n\n")[0], re.MULTILINE))
+    shared = re.search(r"All read (.*?)\. ", text, re.DOTALL).group(1)
+    assert set(rows) == set(ALL)
+    named = {method: set(re.findall(r"`(\w+)`", row)) for method, row in rows.items()}
+    named["sample"] |= named["greedy"]  # "these"
+    for method in ALL:
+        for other in re.findall(r"those of `(\w+)`", rows[method]):
+            named[method] = named[method] - {other} | named[other]
+        read = {name for name, readers in READERS.items() if method in readers and name != "method"}
+        assert named[method] | set(re.findall(r"`(\w+)`", shared)) == read, method
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"beams": 5}, r"beams 5 has no effect with method greedy.*set --decode.method beam"),
+        ({"temperature": 1.0}, "temperature 1.0.*greedy.*set --decode.method sample"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"min_new_tokens": 200}, "min_new_tokens 200 is above max_new_tokens 128"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
+        ({"vocabulary": 5}, "vocabulary 5 has no effect without pairs"),
+        ({"beta": 0.1}, "beta 0.1 has no effect without a reference"),
+        ({"method": "sample", "return_sequences": 0}, "return_sequences 0"),
+        ({"method": "sample", "temperature": -1.0}, "temperature -1.0"),
+        ({"method": "sample", "temperature": float("nan")}, "temperature nan"),
+        ({"method": "sample", "temperature": 0.0, "top_k": 5}, "temperature 0 does not sample"),
+        ({"method": "sample", "temperature": 0.0, "return_sequences": 2}, "same answer 2 times"),
+        ({"method": "sample", "temperature": 0.0, "seed": 3}, "seed 3 has no effect"),
+        ({"method": "sample", "top_p": 1.5}, "top_p 1.5"),
+        ({"method": "beam", "beams": 0}, "beams 0"),
+        ({"method": "beam", "beams": 3, "return_sequences": 4}, "return_sequences 4.*beams .3"),
+        ({"method": "beam", "return_sequences": 0}, "return_sequences 0"),
+        ({"method": "beam", "seed": 3}, "seed 3.*stochastic true"),
+        ({"method": "beam", "groups": 2}, "groups 2 with diversity 0"),
+        ({"method": "beam", "length_penalty": 1.0}, "length_penalty 1.0.*length_rule none"),
+        ({"method": "beam", "length_rule": "hf", "objective": "implicit_reward"}, "length_rule hf with objective impl"),
+        ({"method": "beam", "preset": "hf", "objective": "regularised_reward"}, "length_rule hf with objective reg"),
+        ({"method": "beam", "stochastic": True, "objective": "implicit_reward"}, "objective is Likelihood"),
+        ({"method": "best_of_n", "rejection_keep": 0.5}, "rejection_keep 0.5 has no effect without rejection_interval"),
+        ({"method": "best_of_n", "rejection_interval": 0}, "interval 0"),
+        ({"method": "best_of_n", "rejection_interval": 1, "rejection_keep": 2.0}, "keep 2.0"),
+        ({"method": "best_of_n", "num_samples": 3, "return_sequences": 4}, "return_sequences 4.*num_samples .3"),
+        (
+            {"method": "best_of_n", "num_samples": 4, "return_sequences": 2, "rejection_interval": 1},
+            "return_sequences 2.*samples that rejection leaves .1",
+        ),
+        ({"method": "chunk", "chunk_length": 0}, "chunk_length 0"),
+        ({"method": "chunk", "beams": 2, "return_sequences": 3}, "return_sequences 3.*beams .2"),
+        ({"method": "mcts", "num_simulations": 3, "return_sequences": 4}, "return_sequences 4.*num_simulations .3"),
+        ({"method": "mcts", "num_actions": 0}, "num_actions 0"),
+        ({"method": "mcts", "seed": 2}, "seed 2.*selection gumbel"),
+        ({"method": "exact", "max_expansions": 0}, "max_expansions 0"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(options, named):
+    with pytest.raises(InputError, match=f"^decode: .*{named}"):
+        check_options(DecodeOptions(**options))
+
+
+def test_presets_are_those_of_the_library():
+    def made(**given):
+        options = DecodeOptions(method="beam", beams=3, max_new_tokens=9, **given)
+        check_options(options)
+        return method_options(options, (2, 5))
+
+    assert made(preset="hf") == hf_compat(3, 9, (2, 5))
+    assert made(preset="hf", length_penalty=0.0, early_stopping="never") == hf_compat(
+        3, 9, (2, 5), length_penalty=0.0, early_stopping="never"
+    )
+    assert made(preset="hf", eos_rule="hf", min_new_tokens=2).constraints.min_new_tokens == 2
+    assert made(preset="t5x") == replace(t5x_compat(3, 9, 2), eos_ids=(2, 5))
+    assert made(preset="t5x", length_penalty=0.2).length_penalty == 0.2
+    assert made(preset="hf") != made(preset="t5x") != made()
+
+
+@pytest.mark.parametrize(
+    ("preset", "given"),
+    [
+        ("hf", {"eos_rule": "all"}),
+        ("hf", {"length_rule": "gnmt"}),
+        ("hf", {"count_prompt": True}),
+        ("hf", {"truncated": "drop"}),
+        ("hf", {"groups": 2, "diversity": 0.5}),
+        ("hf", {"stochastic": True}),
+        ("t5x", {"early_stopping": True}),
+        ("t5x", {"min_new_tokens": 2}),
+        ("t5x", {"truncated": "compete"}),
+    ],
+)
+def test_what_a_preset_contradicts_is_refused(preset, given):
+    with pytest.raises(InputError, match=f"^decode: preset {preset} means "):
+        check_options(DecodeOptions(method="beam", preset=preset, **given))
+
+
+def test_objectives():
+    best = DecodeOptions(method="best_of_n")
+    beam = DecodeOptions(method="beam")
+    assert make_objective(best, 0.1) == ImplicitReward(0.1) and needs_reference(best)
+    assert make_objective(beam, 0.1) == Likelihood() and not needs_reference(beam)
+    assert make_objective(replace(best, objective="likelihood"), None) == Likelihood()
+    assert make_objective(replace(beam, objective="regularised_reward"), 0.3) == RegularisedReward(0.3)
+    guided = replace(best, vocabulary=7)
+    check_options(guided, pairs=2)
+    assert make_objective(guided, None, [1.0, 0.5]) == LogitArithmetic((1.0, 0.5), 7)
+    assert not needs_reference(guided, pairs=2)
+
+
+@pytest.mark.parametrize("given", [{"objective": "implicit_reward"}, {"report_reference": True}, {"vocabulary": 0}])
+def test_pairs_of_models_have_no_reference(given):
+    with pytest.raises(InputError, match=r"^decode: (pairs of models|vocabulary 0 is)"):
+        check_options(DecodeOptions(method="beam", **given), pairs=1)
