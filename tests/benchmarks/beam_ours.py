@@ -6,11 +6,11 @@ and the cache that it needs once, nor than its arithmetic.
 
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def matmul_rate(rows: int, inner: int, outer: int, dtype: str) -> float:
     @jax.jit
     def several(x, w):
         # Each product needs the one before, or the compiler would make one of them.
-        return jax.lax.fori_loop(0, repeats, lambda _, y: x + 0 * (y @ w)[:, :1], x)
+        return jax.lax.fori_loop(0, repeats, lambda _, y: x + 0 * (y @ w).max(-1, keepdims=True), x)
 
     best = seconds_of(lambda: several(x, w))
     if dtype == "float32":
@@ -104,7 +104,7 @@ def main(model: str, prompt_tokens: int, new_tokens: int, batch: int, settings: 
         tokens = np.asarray(search(*arguments).tokens)
         return tokens[:, 0] if kind == "beams" else tokens.reshape(-1, new_tokens)
 
-    def floor(kind: str, count: int, pool: int) -> dict:
+    def floor(count: int, pool: int, bandwidth: float) -> dict:
         """What one step has to do at least, and how long that takes on average over the answer."""
         cache = jax.eval_shape(partial(lm.prefill, slots=pool), params, prompts, lengths)[1]
         per_slot = nbytes(jax.eval_shape(partial(lm.prefill, slots=pool + 1), params, prompts, lengths)[1])
@@ -139,19 +139,18 @@ def main(model: str, prompt_tokens: int, new_tokens: int, batch: int, settings: 
             "model_step_temporary : cache": step.compile().memory_analysis().temp_size_in_bytes / nbytes(cache),
         }
 
-    def measure(kind: str, count: int) -> dict:
-        pool = program(kind, count)[2]
-        seconds = statistics.median(seconds_of(lambda: prefill(params, prompts, lengths, pool), 1) for _ in range(3))
-        return {"prefill_seconds": seconds, "compilations": compilations}
+    def limits() -> dict:
+        bandwidth = read_bandwidth()
+        found = {}
+        for setting in settings:
+            kind, count = setting.split()
+            pool = program(kind, int(count))[2]
+            found[setting] = floor(int(count), pool, bandwidth) | temporary(kind, int(count), pool)
+            found[setting]["prefill_seconds"] = seconds_of(lambda pool=pool: prefill(params, prompts, lengths, pool))
+        return {"read_gigabytes_per_second": bandwidth / 1e9, "limits": found}
 
-    bandwidth = read_bandwidth()
-    limits = {}
-    for setting in settings:
-        kind, count = setting.split()
-        pool = program(kind, int(count))[2]
-        limits[setting] = floor(kind, int(count), pool) | temporary(kind, int(count), pool)
-        measure(kind, int(count))  # compiles
-    serve(run, settings, measure, versions={"jax": jax.__version__}, read_gigabytes=bandwidth / 1e9, limits=limits)
+    versions = {name: version(name) for name in ("jax", "flax")}
+    serve(run, settings, count=lambda: {"compilations": compilations}, close=limits, versions=versions)
 
 
 if __name__ == "__main__":

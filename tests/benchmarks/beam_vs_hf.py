@@ -68,24 +68,23 @@ def main(
         for setting in settings:
             for name, worker in workers.items():
                 turns[setting][name].append(worker.ask(setting))
+    closing = {name: worker.ask("stop") for name, worker in workers.items()}
     result = {"model": Path(model).name, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
     result["versions"] = {name: worker.ready["versions"] for name, worker in workers.items()}
     for setting in settings:
         result[setting] = {name: speed_and_memory(turns[setting][name]) for name in libraries}
         if "ours" in libraries:
             result[setting] |= ratios(result[setting], libraries)
-            result[setting]["ours"] |= limits(
-                turns[setting]["ours"], workers["ours"].ready["limits"][setting], new_tokens
-            )
+            result[setting]["ours"] |= steps(turns[setting]["ours"], closing["ours"]["limits"][setting], new_tokens)
             result[setting] |= same_answers(setting, workers)
     if "ours" in libraries:
         counts = [turn["compilations"] for setting in settings for turn in turns[setting]["ours"]]
-        result["recompilations"] = max(counts) - min(counts)
-        result["read_gigabytes_per_second"] = workers["ours"].ready["read_gigabytes"]
-        steps = {count: result[f"beams {count}"]["ours"]["step_seconds"] for count in sorted(beams)}
-        narrow = min(steps)
+        result["recompilations"] = max(counts) - workers["ours"].ready["compilations"]
+        result["read_gigabytes_per_second"] = closing["ours"]["read_gigabytes_per_second"]
+        seconds = {count: result[f"beams {count}"]["ours"]["step_seconds"] for count in sorted(beams)}
+        narrow = min(seconds)
         # 1 if K beams take K times as long as one; below, if beams share work.
-        result["step_time : linear in K"] = {k: s / steps[narrow] * narrow / k for k, s in steps.items()}
+        result["step_time : linear in K"] = {k: s / seconds[narrow] * narrow / k for k, s in seconds.items()}
     print(json.dumps(result, indent=2))
 
 
@@ -108,16 +107,18 @@ def ratios(of: dict[str, dict], libraries: list[str]) -> dict[str, dict]:
     }
 
 
-def limits(turns: list[dict], known: dict, new_tokens: int) -> dict[str, float]:
-    """Step time without the prompt's computation, and its share of what is possible."""
-    step = statistics.median((turn["seconds"] - turn["prefill_seconds"]) / (new_tokens - 1) for turn in turns)
-    prefill = statistics.median(turn["prefill_seconds"] for turn in turns)
-    reached = known["floor_step_seconds"] / step
-    return {"prefill_seconds": prefill, "step_seconds": step, "share_of_floor": reached, **known}
+def steps(turns: list[dict], limits: dict, new_tokens: int) -> dict[str, float]:
+    """Time of a step, without the prompt's computation, and its share of what is possible."""
+    seconds = statistics.median(turn["seconds"] for turn in turns)
+    step = (seconds - limits["prefill_seconds"]) / (new_tokens - 1)
+    return {"step_seconds": step, "share_of_floor": limits["floor_step_seconds"] / step, **limits}
 
 
-def same_answers(setting: str, workers: dict[str, Worker]) -> dict[str, dict[str, bool]]:
-    """Whether all do the same work: random prompts make ties likely, so an answer may differ, but not most of them."""
+def same_answers(setting: str, workers: dict[str, Worker]) -> dict[str, dict[str, float]]:
+    """Share of prompts to which another library gives the same best answer, so that all do the same work.
+
+    Tunix computes one more token than it returns, and its best beam is the best with that one.
+    """
     answers = {name: worker.ready["answers"].get(setting) for name, worker in workers.items()}
     if answers["ours"] is None:
         return {}

@@ -20,15 +20,17 @@ def random_prompts(batch: int, length: int, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).integers(3, vocabulary, (batch, length), dtype=np.int32)
 
 
-def memory_bytes(field: str) -> int:
-    """Reads what Linux counts of this process's memory: VmHWM is the peak, VmRSS the present."""
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+def peak_memory_bytes() -> int:
+    """Reads the peak that Linux keeps of this process's memory."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def serve(
     run: Callable[[str, int], np.ndarray],
     settings: Sequence[str],
-    measure: Callable[[str, int], dict] = lambda kind, count: {},
+    *,
+    count: Callable[[], dict] = dict,
+    close: Callable[[], dict] = dict,
     **about: object,
 ):
     """Answers requests until there are no more.
@@ -37,28 +39,30 @@ def serve(
         run: Decodes with so many beams, or draws so many samples: (`beams` or `sample`, number) -> tokens, shape
             [batch, T] or [batch * N, T].
         settings: Requests that there will be, such as `beams 5`.
-        measure: Further numbers, taken before each turn and outside of its time.
-        **about: Said once.
+        count: Numbers that are said after the warm-up and after each turn.
+        close: What is said at the end; what it takes does not count as the memory of decoding.
+        **about: Said once, when ready.
     """
     answers_to = sys.stdout
+
+    def say(**answer):
+        print(json.dumps(answer), file=answers_to, flush=True)
+
     with contextlib.redirect_stdout(sys.stderr):
-        baseline = memory_bytes("VmRSS")
         answers = {}
         for setting in settings:
-            kind, count = setting.split()
-            found = np.asarray(run(kind, int(count)))
+            kind, number = setting.split()
+            found = np.asarray(run(kind, int(number)))
             if kind == "beams":
                 answers[setting] = found.tolist()
-        about |= {"ready": True, "answers": answers, "loaded_bytes": baseline}
-        print(json.dumps(about), file=answers_to, flush=True)
+        say(ready=True, answers=answers, **about, **count())
         for line in sys.stdin:
             if line.split()[:1] in ([], ["stop"]):
                 break
-            kind, count = line.split()
-            more = measure(kind, int(count))
+            kind, number = line.split()
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             start = time.perf_counter()
-            found = np.asarray(run(kind, int(count)))
+            found = np.asarray(run(kind, int(number)))
             seconds = time.perf_counter() - start
-            more |= {"seconds": seconds, "tokens": found.size, "peak_memory_bytes": memory_bytes("VmHWM")}
-            print(json.dumps(more), file=answers_to, flush=True)
+            say(seconds=seconds, tokens=found.size, peak_memory_bytes=peak_memory_bytes(), **count())
+        say(**close())
