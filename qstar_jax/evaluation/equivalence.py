@@ -297,8 +297,8 @@ def _largest(difference: np.ndarray, where: np.ndarray) -> float:
 
 def as_table(rows: Sequence[Comparison]) -> Table:
     """What `main` prints."""
-    table = Table()
-    for title in ("search", "objective", "same as beta log pi", "off by", "predicted"):
+    table = Table(title="the same as the search for beta log pi?")
+    for title in ("search", "objective", "same", "off by", "predicted"):
         table.add_column(title, no_wrap=True)
     for row in rows:
         error = "" if row.error is None else f"{row.error:.0e}"

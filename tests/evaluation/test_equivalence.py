@@ -37,12 +37,14 @@ def test_problems_are_solved(problems):
     """Eq. 13 itself, by plain sums along every path: its two sides differ by V*(s_0)."""
     paths = problems.tree.paths
     for row in range(0, COUNT, 20):
-        bonus = problems.rewards[row] + problems.beta * problems.ref_logp[row]
+        bonus = np.asarray(problems.rewards)[row] + problems.beta * np.asarray(problems.ref_logp)[row]
         sums = [
             np.where(paths.mask, np.asarray(x)[paths.states, paths.tokens], 0).sum(-1)
             for x in (bonus, problems.log_policy[row])
         ]
-        np.testing.assert_allclose(sums[0] - problems.beta * sums[1], problems.values[row, 0], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(
+            sums[0] - problems.beta * sums[1], np.asarray(problems.values)[row, 0], rtol=0, atol=TOLERANCE
+        )
         assert np.ptp(sums[0]) > 0.1
     sizes = np.asarray(problems.rewards).std((1, 2))
     assert sizes.min() < 0.4 and sizes.max() > 2  # mild and strong preferences
