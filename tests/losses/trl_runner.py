@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -226,6 +226,7 @@ class _LanguageModel:
 
     training = True
     is_gradient_checkpointing = False
+    _modules: ClassVar[dict[str, Any]] = {}  # where accelerate looks for compiled parts, once PEFT is installed
 
     def __init__(self, *tables, log_sum_sq=None):
         self.tables, self.log_sum_sq = tables, log_sum_sq
