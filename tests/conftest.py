@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -155,6 +156,18 @@ def train_file(tmp_path_factory):
 def eval_file(tmp_path_factory):
     """Eleven pairs in JSON lines: no multiple of any batch here."""
     return write_pairs(tmp_path_factory.mktemp("pairs") / "eval.jsonl", rows=11, seed=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Frees compiled programs before the process has as many memory maps as Linux allows, 65,530 by default.
+
+    Each program takes some; where one more is refused, the compiler ends in a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
