@@ -250,7 +250,7 @@ def beam_search(
         ended=_Beams.empty(rows, beams, room, live.stop.shape[-1], dtype),
         closed=jnp.zeros((rows, options.groups), bool),
         pruned=jnp.full(rows, -jnp.inf, dtype),
-        ancestry=jnp.full((rows, beams, room), -1),
+        ancestry=jnp.full((rows, beams, room), -1, jnp.int32),
         step=step,
         memory=memory,
         key=jax.random.key(0) if key is None else key,
@@ -358,7 +358,7 @@ def _follow(
         memory = memory.reorder((jnp.arange(room)[:, None] * beams + parents[:, None]).reshape(rows, -1))
         parents = jnp.broadcast_to(jnp.arange(beams), parents.shape)
     ancestry = jnp.take_along_axis(ancestry, parents[..., None], axis=1)
-    return ancestry.at[:, :, t].set(jnp.arange(beams)), memory
+    return ancestry.at[:, :, t].set(jnp.arange(beams, dtype=jnp.int32)), memory
 
 
 @jax.tree_util.register_dataclass
@@ -466,7 +466,7 @@ class _Ranked:
 
 
 def _flat(width: int, vocabulary: int, tokens: Array, rows: int) -> Array:
-    flat = (jnp.arange(width)[:, None] * vocabulary + tokens).reshape(-1)
+    flat = (jnp.arange(width, dtype=jnp.int32)[:, None] * vocabulary + tokens).reshape(-1)
     return jnp.broadcast_to(flat, (rows, flat.size))
 
 
@@ -475,7 +475,7 @@ def _top(key: Float[Array, "B K V"], count: int) -> _Ranked:
     rows, width, vocabulary = key.shape
     best, token = jax.lax.top_k(key.reshape(rows * width, vocabulary), min(count, vocabulary))
     best, token = (x.reshape(rows, -1) for x in (best, token))
-    flat = jnp.arange(width).repeat(min(count, vocabulary)) * vocabulary + token
+    flat = jnp.arange(width, dtype=jnp.int32).repeat(min(count, vocabulary)) * vocabulary + token
     missing = max(count - best.shape[1], 0)  # fewer candidates than beams
     best = jnp.pad(best, ((0, 0), (0, missing)), constant_values=-jnp.inf)
     best, order = jax.lax.top_k(best, count)

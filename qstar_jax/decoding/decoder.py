@@ -68,7 +68,7 @@ class Decoder:
 
     Attributes:
         model: The policy, or an `Ensemble` of it and what else is run.
-        params: Parameters, layers unstacked.
+        params: Parameters, stacked or not.
         tokenizer: The policy's tokenizer.
         options: The `decode:` block.
         method: The method's own options.

@@ -11,11 +11,12 @@ import pytest
 
 from qstar_jax.config import ComputeOptions, DecodeOptions, MeshOptions
 from qstar_jax.decoding.eos import eos_token_ids
-from qstar_jax.decoding.generate import Guide, generate, prepare
+from qstar_jax.decoding.generate import Guide, generate, params_for, prepare
 from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.options import ALL, READERS
 from qstar_jax.errors import InputError
 from qstar_jax.loading import LoadedModel, load_model
+from qstar_jax.models.causal_lm import is_unstacked
 from qstar_jax.sharding import make_mesh
 
 WORDS = [f"w{i}" for i in range(56)]
@@ -301,6 +302,14 @@ def test_consumed_models_are_freed_and_others_kept(hf_folder, one_device):
     decoder = prepare(ours, block("greedy"), one_device, consume=True)
     assert all(x.is_deleted() for x in jax.tree.leaves(ours.params["layers"]))
     assert decoder(PROMPTS) == expected
+
+
+def test_layers_stay_stacked_where_slices_cost_nothing(loaded, one_device):
+    decoder = prepare(loaded, block("greedy"), one_device)
+    (kept,) = params_for("tpu", [loaded], consume=True)
+    assert kept is loaded.params and not any(x.is_deleted() for x in jax.tree.leaves(kept))
+    assert not is_unstacked(kept) and is_unstacked(decoder.params)
+    assert replace(decoder, params=kept)(PROMPTS) == decoder(PROMPTS)
 
 
 def test_answers_on_a_mesh_equal_those_on_one_device(hf_folder, one_device):
