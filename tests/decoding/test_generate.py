@@ -304,7 +304,8 @@ def test_consumed_models_are_freed_and_others_kept(hf_folder, one_device):
     assert decoder(PROMPTS) == expected
 
 
-def test_layers_stay_stacked_where_slices_cost_nothing(loaded, one_device):
+def test_layers_stay_stacked_where_slices_cost_nothing(hf_folder, one_device):
+    loaded = load_model(hf_folder, ComputeOptions(), one_device, MeshOptions())
     decoder = prepare(loaded, block("greedy"), one_device)
     (kept,) = params_for("tpu", [loaded], consume=True)
     assert kept is loaded.params and not any(x.is_deleted() for x in jax.tree.leaves(kept))
