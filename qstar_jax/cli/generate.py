@@ -36,7 +36,7 @@ def run(config: GenerateConfig):
         examples = _prompts(config, loaded.tokenizer)
         texts = {e.row: loaded.tokenizer.decode(e.prompt, skip_special_tokens=False) for e in examples}
         _check_prompts(file, texts)
-        done = len(file.prompts)
+        done = len(texts.keys() & file.prompts.keys())
         if done == len(examples):
             _say(console, f"nothing to do: all {done} prompts are answered in {file.path}")
             return
@@ -53,7 +53,7 @@ def run(config: GenerateConfig):
                 missing = [(row, answers) for row, answers in zip(rows, found, strict=True) if row not in file.prompts]
                 file.append(
                     [
-                        {"row": row, "rank": rank, "prompt": texts[row], **asdict(answer)}
+                        {"row": row, "rank": rank, "answers": len(answers), "prompt": texts[row], **asdict(answer)}
                         for row, answers in missing
                         for rank, answer in enumerate(answers)
                     ]
@@ -91,9 +91,9 @@ def _prompts(config: GenerateConfig, tokenizer) -> list[Example]:
 
 def _check_prompts(file: AnswersFile, texts: dict[int, str]):
     for row, prompt in file.prompts.items():
-        if texts.get(row) != prompt:
+        if texts.get(row, prompt) != prompt:  # a smaller --data.max_eval_rows leaves rows out
             raise InputError(
-                f"{file.path} answers another prompt in row {row}: {prompt!r} there, {texts.get(row)!r} now; {FIX}"
+                f"{file.path} answers another prompt in row {row}: {prompt!r} there, {texts[row]!r} now; {FIX}"
             )
 
 

@@ -1,7 +1,7 @@
 """Answers from a model: sampled, or searched for; every search is a setting of one scored core."""
 
-from qstar_jax.decoding.beam import BeamOptions as BeamOptions
 from qstar_jax.decoding.beam import beam_search as beam_search
+from qstar_jax.decoding.beam_options import BeamOptions as BeamOptions
 from qstar_jax.decoding.best_of_n import Rejection as Rejection
 from qstar_jax.decoding.best_of_n import best_of_n as best_of_n
 from qstar_jax.decoding.chunks import ChunkOptions as ChunkOptions

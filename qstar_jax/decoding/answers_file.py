@@ -34,7 +34,7 @@ class AnswersFile:
         self.path = self.folder / "generations.jsonl"
         self._settings = yaml.safe_dump(asdict(config), sort_keys=False)
         self._check_settings()
-        records, self._size = self._read(config.decode.return_sequences)
+        records, self._size = self._read()
         self.prompts: dict[int, str] = {record["row"]: record["prompt"] for record in records}
         self.answers = len(records)
 
@@ -55,7 +55,7 @@ class AnswersFile:
             name, before, now = different
             raise InputError(f"{self.folder} holds answers with {name} {before!r}, and it is {now!r} now; {FIX}")
 
-    def _read(self, count: int) -> tuple[list[dict], int]:
+    def _read(self) -> tuple[list[dict], int]:
         """Records of rows that are done, and where they end in the file."""
         if not self.path.exists():
             return [], 0
@@ -64,12 +64,12 @@ class AnswersFile:
             lines.pop()  # half a line, of a process that was killed while it wrote
         try:
             records = [json.loads(line) for line in lines]
-            last = [record["row"] for record in records][-1:]
+            last = [(record["row"], record["answers"]) for record in records][-1:]
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{self.path}: a line that is no answer ({error}); {FIX}") from error
         # Rows are written one after the other, so only the last can be incomplete.
-        kept = [record for record in records if [record["row"]] != last]
-        if len(records) - len(kept) >= count:
+        kept = [record for record in records if record["row"] not in dict(last)]
+        if [len(records) - len(kept)] == list(dict(last).values()):
             kept = records
         return kept, sum(map(len, lines[: len(kept)]))
 

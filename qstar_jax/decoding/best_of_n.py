@@ -42,7 +42,7 @@ class Rejection:
         found, length = [], 0
         while True:
             length += self.interval
-            fewer = math.ceil(round(samples * self.keep, 6))  # 0.07 * 100 is a little more than 7
+            fewer = max(1, math.ceil(round(samples * self.keep, 6)))  # 0.07 * 100 is a little more than 7
             if length >= max_new_tokens or fewer == samples:
                 return [*found, (samples, max_new_tokens)]
             found.append((samples, length))

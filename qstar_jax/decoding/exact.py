@@ -21,6 +21,8 @@ from qstar_jax.decoding.hypotheses import Finish, Hypotheses
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.policies import Policy
 
+WIDTH = 64  # rows are padded to multiples of so many tokens, so that prompts of many lengths share a program
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def exact_search(
     """
     _check(objective, max_new_tokens, n_best, max_expansions, batch_size)
     prompt = np.asarray(prompt, np.int32)
-    rows = np.zeros((batch_size, len(prompt) + max_new_tokens - 1), np.int32)
+    width = -(-(len(prompt) + max_new_tokens - 1) // WIDTH) * WIDTH
+    rows = np.zeros((batch_size, width), np.int32)
     rows[:, : len(prompt)] = prompt
     eos = np.array(sorted(set(eos_ids)), np.int64)
     best: list[_Answer] = []  # at most N

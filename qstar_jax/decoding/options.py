@@ -5,7 +5,7 @@ from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, get_args
 
 from qstar_jax.config import DecodeOptions, Method
-from qstar_jax.decoding.beam import BeamOptions, hf_compat, t5x_compat
+from qstar_jax.decoding.beam_options import BeamOptions, hf_compat, t5x_compat
 from qstar_jax.decoding.best_of_n import Rejection
 from qstar_jax.decoding.chunks import ChunkOptions
 from qstar_jax.decoding.constraints import Constraints
@@ -215,7 +215,13 @@ def _wrong_number_of_answers(options: DecodeOptions) -> str | None:
         rejection = make_rejection(options)
         found, what = _value(options, "num_samples"), "num_samples"
         if rejection:
-            found, what = rejection.stages(found, options.max_new_tokens)[-1][0], "samples that rejection leaves"
+            stages = rejection.stages(found, options.max_new_tokens)
+            if len(stages) == 1:
+                return (
+                    f"rejection_interval {rejection.interval} and rejection_keep {rejection.keep} drop none of {found} "
+                    f"samples within {options.max_new_tokens} tokens"
+                )
+            found, what = stages[-1][0], "samples that rejection leaves"
     elif options.method == "mcts":
         found, what = _value(options, "num_simulations"), "num_simulations"
     if 1 <= found < wanted:
@@ -232,6 +238,11 @@ def _not_together(options: DecodeOptions, objective: Objective) -> str | None:
         return (
             f"length_rule {made.length_rule} with objective {options.objective}: a search for reward and one for "
             "likelihood differ by a constant, and a constant divided by lengths is none; set length_rule none"
+        )
+    if options.repetition_penalty != 1 and not objective.comparable_across_lengths:
+        return (
+            f"repetition_penalty {options.repetition_penalty} with objective {options.objective}: it scales "
+            "log-probabilities, and a reward near 0 would be no worse for it; use no_repeat_ngram_size"
         )
     if made.stochastic and not isinstance(objective, Likelihood):
         return f"stochastic beams are drawn from one policy, so their objective is Likelihood, not {name}"

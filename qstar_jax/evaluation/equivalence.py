@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qstar_jax import tabular
-from qstar_jax.decoding.beam import BeamOptions, beam_search
+from qstar_jax.decoding.beam import beam_search
+from qstar_jax.decoding.beam_options import BeamOptions
 from qstar_jax.decoding.hypotheses import Hypotheses
 from qstar_jax.decoding.mcts import MctsOptions, mcts
 from qstar_jax.decoding.objectives import Likelihood, Objective, RegularisedReward, StepScores, TableReward
@@ -299,11 +300,11 @@ def as_table(rows: Sequence[Comparison]) -> Table:
     """What `main` prints."""
     table = Table(title="the same as the search for beta log pi?")
     for title in ("search", "objective", "same", "off by", "predicted"):
-        table.add_column(title, no_wrap=True)
+        table.add_column(title, no_wrap=title != "objective")
     for row in rows:
         error = "" if row.error is None else f"{row.error:.0e}"
         verdict = ("all" if row.equal else "not all") + ("" if row.passed else ": NO")
-        table.add_row(row.search, row.objective, f"{row.agree} of {row.total}", error, verdict)
+        table.add_row(row.search, row.objective, f"{row.agree}/{row.total}", error, verdict)
     return table
 
 

@@ -21,6 +21,9 @@ ATTENDED = "attended"
 # A score that no softmax sees; finite, as gradients of infinities are NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
+# Parts of a pool that attention can leave out while they are empty; each is a program more to compile.
+POOL_PARTS = 4
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -83,13 +86,31 @@ class LayerCache:
         return replace(self, pool_keys=put(self.pool_keys, keys), pool_values=put(self.pool_values, values))
 
     def attend(
-        self, q: Float[Array, "B K H D"], prompt_mask: Bool[Array, "B P"], path_mask: Bool[Array, "B K M"]
+        self,
+        q: Float[Array, "B K H D"],
+        prompt_mask: Bool[Array, "B P"],
+        path_mask: Bool[Array, "B K M"],
+        used: Int[Array, ""],
     ) -> Float[Array, "B K H D"]:
         """Attention of K tokens a prompt to their prompt and to their own pasts in the pool, in one softmax.
 
-        All tokens of a prompt meet all slots of its pool, and the mask keeps paths apart: K times the products that are
-        needed, but plain matrices, and no key is moved (bifurcated attention, arXiv 2403.08845).
+        All tokens of a prompt meet all of the `used` first slots of its pool (rounded up to a part of it), and the mask
+        keeps paths apart: K times the products that are needed, but plain matrices, and no key is moved (bifurcated
+        attention, arXiv 2403.08845).
         """
+        slots = self.pool_keys.shape[2]
+        sizes = sorted({math.ceil(slots * part / POOL_PARTS) for part in range(1, POOL_PARTS + 1)})
+
+        def attend_to(size: int, q, prompt_mask, path_mask, cache: "LayerCache"):
+            used = replace(cache, pool_keys=cache.pool_keys[:, :, :size], pool_values=cache.pool_values[:, :, :size])
+            return used._attend(q, prompt_mask, path_mask[..., :size])
+
+        index = jnp.searchsorted(jnp.array(sizes), used)
+        return jax.lax.switch(index, [partial(attend_to, size) for size in sizes], q, prompt_mask, path_mask, self)
+
+    def _attend(
+        self, q: Float[Array, "B K H D"], prompt_mask: Bool[Array, "B P"], path_mask: Bool[Array, "B K M"]
+    ) -> Float[Array, "B K H D"]:
         groups, width = self.prompt_keys.shape[1], q.shape[-1]
         q = rearrange(q, "b k (g h) d -> b g (k h) d", g=groups)
         share = q.shape[2] // path_mask.shape[1]

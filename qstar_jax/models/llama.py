@@ -258,7 +258,7 @@ class Llama(nnx.Module):
             def attend(q, k, v):
                 nonlocal written
                 written = cache.write(k, v, slot)
-                return written.attend(q, prompt_mask, path_mask)
+                return written.attend(q, prompt_mask, path_mask, slot + tokens.shape[1])
 
             x = layer(x, positions, attend, frequencies)
             return x, written

@@ -60,7 +60,20 @@ def test_beams_from_a_run_are_sorted_and_scored_by_log_pi(dpo_run, tmp_path, one
         np.testing.assert_allclose(record["reward"], 0.3 * (logp - ref_logp), atol=1e-4)
         assert abs(logp - ref_logp) > 1e-3 and record["score"] == record["logp"]
         assert record["text"] == loaded.tokenizer.decode(record["tokens"], skip_special_tokens=True)
-    fields = ["row", "rank", "prompt", "text", "tokens", "length", "logp", "ref_logp", "reward", "score", "finish"]
+    fields = [
+        "row",
+        "rank",
+        "answers",
+        "prompt",
+        "text",
+        "tokens",
+        "length",
+        "logp",
+        "ref_logp",
+        "reward",
+        "score",
+        "finish",
+    ]
     assert list(found[0]) == [*fields, "certified", "seed"]
     assert found[0]["certified"] in (True, False) and found[1]["certified"] is None
 
@@ -139,6 +152,12 @@ def test_a_broken_run_goes_on_where_it_was(whole, tmp_path, one_device_only, dec
         assert generate(broken, *words) == 0
         assert (broken / "generations.jsonl").read_bytes() == expected, name
         assert len(decoded) == batches, name
+    # A last row that has fewer answers than were asked for, as there were no more, is complete.
+    fewer = shutil.copytree(out, tmp_path / "fewer")
+    last = json.dumps(json.loads(lines[20]) | {"answers": 1}).encode() + b"\n"
+    (fewer / "generations.jsonl").write_bytes(b"".join(lines[:20]) + last)
+    decoded.clear()
+    assert generate(fewer, *words) == 0 and not decoded
     # Nothing is left to do, whatever the size of batches.
     decoded.clear()
     capsys.readouterr()
@@ -167,6 +186,9 @@ def test_a_run_that_is_killed_has_kept_its_batches(hf_folder, eval_file, tmp_pat
     assert len(records(tmp_path / "few")) == 2
     assert generate(tmp_path / "few", *words) == 0
     assert [r["tokens"] for r in records(tmp_path / "few")] == [r["tokens"] for r in records(tmp_path / "out")]
+    # And fewer: there is nothing to do then, and nothing is lost.
+    assert generate(tmp_path / "few", *words, "--data.max_eval_rows", "2") == 0
+    assert len(records(tmp_path / "few")) == 11
 
 
 def test_other_settings_do_not_go_on(hf_folder, eval_file, tmp_path, one_device_only, capsys):

@@ -1,14 +1,16 @@
 """Every option of beam search against a restatement in plain Python, or against numbers worked out by enumeration."""
 
 import itertools
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.decoding.beam import BeamOptions, beam_search, hf_compat, t5x_compat
+from qstar_jax.decoding.beam import BLOCK, beam_search
+from qstar_jax.decoding.beam_options import BeamOptions, hf_compat, t5x_compat
 from qstar_jax.decoding.constraints import Constraints
 from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.objectives import ImplicitReward, LogitArithmetic, RegularisedReward
@@ -47,7 +49,7 @@ def counted(logp):
     return compute, calls
 
 
-@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.6, 2.0])
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.6, 1.0, 2.0])
 def test_stopping_never_too_early_is_running_to_the_limit(
     penalty, search, history_lm, history_next, plain_beam_search, read_answers
 ):
@@ -67,6 +69,31 @@ def test_stopping_never_too_early_is_running_to_the_limit(
             assert [e[0] for e in plain_beam_search(stopping, options)] == [e[0] for e in to_the_limit]
             early += len(calls) < len(all_calls)
     assert early  # there was something to save
+
+
+@dataclass(frozen=True, eq=False)
+class Counting:
+    """A policy that counts its steps when they run."""
+
+    inner: Any
+    steps: list = field(default_factory=list)
+
+    def prefill(self, *arguments):
+        return self.inner.prefill(*arguments)
+
+    def extend(self, params, memory, tokens, path, slot):
+        jax.debug.callback(lambda slot: self.steps.append(int(slot)), slot)
+        return self.inner.extend(params, memory, tokens, path, slot)
+
+
+def test_a_batch_that_is_done_takes_no_further_block_of_steps(search, table_lm):
+    ending = [[0.02, 0.49, 0.49], [0.98, 0.01, 0.01]]
+    for table, blocks in ((ending, 1), ([[0.0, 0.5, 0.5]], 2)):
+        model, params = table_lm(table)
+        policy = Counting(model)
+        search((policy, params), BeamOptions(2, 2 * BLOCK + 1, (0,)), [[1]])
+        jax.effects_barrier()
+        assert len(policy.steps) == blocks * BLOCK
 
 
 def test_the_three_rules_for_stopping_differ(search, history_lm, history_next, plain_beam_search, read_answers):
@@ -117,24 +144,26 @@ def t5x_restated(logp, beams, prompt_length, room, eos, alpha):
     return [item for item in finished if item[1] > void / 2], [item for item in live if item[1] > void / 2]
 
 
-def test_t5x_options_do_what_t5x_does(search, history_lm, history_next, read_answers):
+@pytest.mark.parametrize(("beams", "alpha"), [(2, 0.6), (4, 2.0), (1, 0.0)])
+def test_t5x_options_do_what_t5x_does(beams, alpha, search, history_lm, history_next, read_answers):
     # Same answers and scores where a row has finished ones. Where it has none, T5X returns sums that are not divided;
     # here they are divided as all others are, and the answers and their order are the same.
-    options, unfinished, changed = t5x_compat(2, 4, 0), 0, 0
+    options, unfinished, changed = t5x_compat(beams, 4, 0, alpha=alpha), 0, 0
     for seed in range(8):
         policy = history_lm(seed, bias=-7.0 if seed % 2 else -1.0)
         found = search(policy, options)
         for row, prompt in enumerate(PROMPTS):
             logp, size = history_next(policy[1], prompt), len(prompt)
-            finished, live = t5x_restated(logp, 2, size, 4, 0, 0.6)
+            finished, live = t5x_restated(logp, beams, size, 4, 0, alpha)
             if not finished:
                 unfinished += 1
-                finished = [(text, score / ((5 + size + 4) / 6) ** 0.6) for text, score in live]
+                finished = [(text, score / ((5 + size + 4) / 6) ** alpha) for text, score in live]
             assert read_answers(found, row) == [text for text, _ in finished]
             np.testing.assert_allclose(found.score[row, : len(finished)], [s for _, s in finished], **CLOSE)
             # Another prompt length or alpha would give another number: both are in the score.
-            changed += abs(found.score[row, 0] - found.logp[row, 0] / ((5 + found.lengths[row, 0]) / 6) ** 0.6) > 1e-3
-    assert 3 < unfinished < 21 and changed == 24
+            own_length = found.logp[row, 0] / ((5 + found.lengths[row, 0]) / 6) ** alpha
+            changed += abs(found.score[row, 0] - own_length) > 1e-3
+    assert (3 < unfinished < 21 or beams == 4) and changed == (24 if alpha else 0)
 
 
 def test_presets_set_what_they_say():
@@ -288,8 +317,14 @@ def test_stop_strings_end_answers(rule, search, history_lm, history_next, plain_
         ({"diversity": 1.0}, "groups 1 with diversity 1.0"),
         ({"length_penalty": 1.0}, "length_penalty 1.0 has no effect with length_rule none"),
         ({"count_prompt": True}, "no effect with length_rule none"),
-        ({"stochastic": True, "length_rule": "hf", "length_penalty": 1.0}, "a sample, which neither groups nor"),
-        ({"stochastic": True, "groups": 2, "diversity": 1.0}, "a sample, which neither groups nor"),
+        ({"length_rule": "gnmt"}, "length_rule gnmt has no effect with length_penalty 0"),
+        ({"early_stopping": True}, "early_stopping True with eos_rule all would stop at once"),
+        ({"stochastic": True, "length_rule": "hf", "length_penalty": 1.0}, "a sample, which no groups, rules"),
+        ({"stochastic": True, "groups": 2, "diversity": 1.0}, "a sample, which no groups"),
+        ({"stochastic": True, "early_stopping": False}, "a sample, which no .* early stopping may change"),
+        ({"stochastic": True, "truncated": "drop"}, "a sample, which no"),
+        ({"stochastic": True, "eos_rule": "hf"}, "a sample, which no"),
+        ({"stochastic": True, "constraints": Constraints(min_new_tokens=2)}, "a sample, which no .* constraints"),
         ({"constraints": Constraints(min_new_tokens=6)}, "min_new_tokens 6 is above max_new_tokens 5"),
         ({"eos_ids": (0, -1)}, r"eos_ids \(0, -1\) are token ids, from 0 on"),
     ],
@@ -305,6 +340,9 @@ def test_options_that_do_not_go_with_their_objective_are_refused(search, history
     for objective in (RegularisedReward(0.1), ImplicitReward(0.1)):
         with pytest.raises(ValueError, match="differ by a constant, and a constant divided by lengths is none"):
             search(policy, divided, objective=objective)
+        repeating = replace(plain, constraints=Constraints(repetition_penalty=2.0))
+        with pytest.raises(ValueError, match=r"repetition_penalty 2\.0 .* a reward near 0 would be no worse for it"):
+            search(policy, repeating, objective=objective)
     with pytest.raises(ValueError, match="their objective is Likelihood, not LogitArithmetic"):
         search(policy, sampled, objective=LogitArithmetic((1.0,)), key=jax.random.key(0))
     for options, key in ((sampled, None), (plain, jax.random.key(0))):

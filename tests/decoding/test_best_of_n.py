@@ -115,6 +115,7 @@ def test_keeping_all_rejects_nothing(pair):
 def test_stages(rejection, stages):
     assert rejection.stages(6, 6) == stages
     assert Rejection(1, 0.07).stages(100, 2) == [(100, 1), (7, 2)]
+    assert Rejection(1, 1e-8).stages(8, 2) == [(8, 1), (1, 2)]
 
 
 @dataclass(frozen=True, eq=False)

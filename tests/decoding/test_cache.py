@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.decoding.beam import BeamOptions, beam_search
+from qstar_jax.decoding.beam import beam_search
+from qstar_jax.decoding.beam_options import BeamOptions
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.models import CausalLM
 
@@ -147,8 +148,9 @@ def test_scores_and_rewards_are_those_of_full_passes(search, micro, unstacked, l
 
 
 def test_a_search_needs_little_memory_beside_its_cache(tiny_config):
-    # Compiled only, in a shape in which the cache is nearly all there is: long answers, wide heads.
-    shape = {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    # Compiled only, in a shape in which the cache is nearly all there is: long answers, wide heads, and so many layers
+    # that the part of one layer's pool which attention reads, of which there is a copy, is little.
+    shape = {"num_hidden_layers": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
     model = CausalLM.from_hf(tiny_config | shape)
     params = jax.eval_shape(lambda key: model.unstack(model.init(key)), jax.random.key(0))
     prompts, lengths = jax.ShapeDtypeStruct((4, 16), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
@@ -161,5 +163,5 @@ def test_a_search_needs_little_memory_beside_its_cache(tiny_config):
         analysis = beam_search.lower(model, params, prompts, lengths, options).compile().memory_analysis()
         return analysis.temp_size_in_bytes / size
 
-    # Found: 1.02, and 1.25 to 2.0 where keys and values are moved, which cannot be done in place.
+    # Found: 1.06, and more than 1.2 where keys and values are moved, which cannot be done in place.
     assert 1 < share("ancestry") < 1.1 < share("gather")

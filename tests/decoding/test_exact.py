@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qstar_jax import tabular
-from qstar_jax.decoding.beam import BeamOptions, beam_search
+from qstar_jax.decoding.beam import beam_search
+from qstar_jax.decoding.beam_options import BeamOptions
 from qstar_jax.decoding.exact import exact_search
 from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.objectives import ImplicitReward, RegularisedReward, TableReward

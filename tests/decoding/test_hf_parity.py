@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.decoding.beam import beam_search, hf_compat
+from qstar_jax.decoding.beam import beam_search
+from qstar_jax.decoding.beam_options import hf_compat
 from qstar_jax.decoding.constraints import Constraints
 
 pytestmark = pytest.mark.parity

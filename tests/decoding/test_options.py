@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qstar_jax.config import DecodeOptions
-from qstar_jax.decoding.beam import hf_compat, t5x_compat
+from qstar_jax.decoding.beam_options import hf_compat, t5x_compat
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, LogitArithmetic, RegularisedReward
 from qstar_jax.decoding.options import (
     ALL,
@@ -39,9 +39,9 @@ EXAMPLES = {
     "beams": (6, {}),
     "preset": ("hf", {}),
     "eos_rule": ("t5x", {}),
-    "length_rule": ("gnmt", {}),
+    "length_rule": ("gnmt", {"beam": {"length_penalty": 0.5}}),
     "length_penalty": (0.5, {"beam": {"length_rule": "hf"}}),
-    "count_prompt": (True, {"beam": {"length_rule": "hf"}}),
+    "count_prompt": (True, {"beam": {"length_rule": "hf", "length_penalty": 0.5}}),
     "early_stopping": (False, {}),
     "truncated": ("drop", {}),
     "groups": (4, {"beam": {"diversity": 0.3}}),
@@ -58,7 +58,12 @@ EXAMPLES = {
     "beta": (0.7, {method: {"report_reference": True} for method in ALL}),
     "report_reference": (True, {"best_of_n": {"objective": "likelihood"}}),
 }
-INSTEAD = {"groups": 2, "diversity": 0.3}  # these have no meaning with the other's default
+INSTEAD = {
+    "groups": 2,
+    "diversity": 0.3,
+    "length_rule": "hf",
+    "length_penalty": 0.3,
+}  # these have no meaning with the other's default
 LATER = {"stop", "delimiters", "seed", "beta"}  # these meet tokens, keys and models: see test_generate
 
 
@@ -146,12 +151,25 @@ def test_the_readme_s_table_is_the_table():
         ({"method": "beam", "seed": 3}, "seed 3.*stochastic true"),
         ({"method": "beam", "groups": 2}, "groups 2 with diversity 0"),
         ({"method": "beam", "length_penalty": 1.0}, "length_penalty 1.0.*length_rule none"),
-        ({"method": "beam", "length_rule": "hf", "objective": "implicit_reward"}, "length_rule hf with objective impl"),
+        ({"method": "beam", "length_rule": "hf"}, "length_rule hf has no effect with length_penalty 0"),
+        ({"method": "beam", "early_stopping": True}, "early_stopping True with eos_rule all"),
+        (
+            {"method": "beam", "repetition_penalty": 1.2, "objective": "implicit_reward"},
+            "repetition_penalty 1.2 with objective implicit_reward",
+        ),
+        (
+            {"method": "beam", "length_rule": "hf", "length_penalty": 1.0, "objective": "implicit_reward"},
+            "length_rule hf with objective impl",
+        ),
         ({"method": "beam", "preset": "hf", "objective": "regularised_reward"}, "length_rule hf with objective reg"),
         ({"method": "beam", "stochastic": True, "objective": "implicit_reward"}, "objective is Likelihood"),
         ({"method": "best_of_n", "rejection_keep": 0.5}, "rejection_keep 0.5 has no effect without rejection_interval"),
         ({"method": "best_of_n", "rejection_interval": 0}, "interval 0"),
         ({"method": "best_of_n", "rejection_interval": 1, "rejection_keep": 2.0}, "keep 2.0"),
+        (
+            {"method": "best_of_n", "num_samples": 4, "rejection_interval": 2, "rejection_keep": 0.9},
+            "rejection_interval 2 and rejection_keep 0.9 drop none of 4 samples",
+        ),
         ({"method": "best_of_n", "num_samples": 3, "return_sequences": 4}, "return_sequences 4.*num_samples .3"),
         (
             {"method": "best_of_n", "num_samples": 4, "return_sequences": 2, "rejection_interval": 1},
@@ -183,7 +201,7 @@ def test_presets_are_those_of_the_library():
     assert made(preset="hf", eos_rule="hf", min_new_tokens=2).constraints.min_new_tokens == 2
     assert made(preset="t5x") == replace(t5x_compat(3, 9, 2), eos_ids=(2, 5))
     assert made(preset="t5x", length_penalty=0.2).length_penalty == 0.2
-    assert made(preset="hf") != made(preset="t5x") != made()
+    assert made(preset="hf") != made() and made(preset="t5x") != made() and made(preset="hf") != made(preset="t5x")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from qstar_jax import losses
-from qstar_jax.decoding.beam import BeamOptions, beam_search
+from qstar_jax.decoding.beam import beam_search
+from qstar_jax.decoding.beam_options import BeamOptions
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, RegularisedReward
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.evaluation import equivalence
@@ -97,7 +98,7 @@ def test_main_prints_the_table(monkeypatch, capsys):
     assert asked[0] == ((3, 3, 3), np.float64, 0.2, 7)
     printed = capsys.readouterr().out
     assert printed.count("NO") == 1
-    for text in ("3 of 3", "2 of 3", "2e-14", "all", "not all: NO"):
+    for text in ("3/3", "2/3", "2e-14", "all", "not all: NO"):
         assert text in printed
 
 

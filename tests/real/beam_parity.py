@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.data.loading import load_examples
-from qstar_jax.decoding.beam import beam_search, hf_compat
+from qstar_jax.decoding.beam import beam_search
+from qstar_jax.decoding.beam_options import hf_compat
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.loading import load_model
 from qstar_jax.sharding import make_mesh
