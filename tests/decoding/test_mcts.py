@@ -12,9 +12,11 @@ import pytest
 from qstar_jax import tabular
 from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.mcts import MctsOptions, mcts
-from qstar_jax.decoding.objectives import Likelihood
+from qstar_jax.decoding.objectives import Likelihood, TableReward
+from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.search_tree import COMPLETE, UNVISITED, gumbel_interior, halving_schedule, puct
 from qstar_jax.decoding.token_tree import TreePolicy
+from qstar_jax.evaluation.equivalence import WithPolicy
 
 TREE = tabular.TokenTree(vocabulary=4, depth=4, eos=3)
 ROWS, SIMULATIONS = 12, 40
@@ -51,23 +53,24 @@ def nodes_by_path(tree, row):
 
 
 @partial(jax.jit, static_argnums=3)
-def mctx_search(tables, values, gumbel, options):
+def mctx_search(tables, values, gumbel, options, rewards):
     import mctx
 
+    values = jnp.broadcast_to(values, tables.shape[:2])
     children = jnp.asarray(np.vstack([TREE.children, np.full(TREE.vocabulary, TREE.shape[0])]))
 
     def recurrent(_, key, action, state):
         rows = jnp.arange(len(action))
         new, done = children[state, action], state == TREE.shape[0]
-        reward = jnp.where(done, 0.0, tables[rows, jnp.minimum(state, TREE.shape[0] - 1), action])
+        reward = jnp.where(done, 0.0, rewards[rows, jnp.minimum(state, TREE.shape[0] - 1), action])
         end = new == TREE.shape[0]
         prior = jnp.where(end[:, None], 0.0, tables[rows, jnp.minimum(new, TREE.shape[0] - 1)])
-        own = jnp.where(end, 0.0, values)
+        own = jnp.where(end, 0.0, values[rows, jnp.minimum(new, TREE.shape[0] - 1)])
         discount = jnp.where(end, 0.0, 1.0)
         return mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=prior, value=own), new
 
     state = jnp.zeros(len(tables), children.dtype)
-    root = mctx.RootFnOutput(prior_logits=tables[:, 0], value=jnp.full(len(tables), values), embedding=state)
+    root = mctx.RootFnOutput(prior_logits=tables[:, 0], value=values[:, 0], embedding=state)
     common = (None, jax.random.key(0), root, recurrent, options.num_simulations)
     if options.policy == "puct":
         numbers = {"pb_c_init": options.pb_c_init, "pb_c_base": options.pb_c_base}
@@ -83,12 +86,16 @@ def mctx_search(tables, values, gumbel, options):
         ).search_tree
 
 
-def mctx_trees(tables, options, values=0.0, gumbel=0.0):
-    """Trees of mctx on the same tables, an action being a token; with `values` as every node's own value."""
+def mctx_trees(tables, options, values=0.0, gumbel=0.0, rewards=None):
+    """Trees of mctx on the same tables, an action being a token; with `values` as the nodes' own values.
+
+    Rewards are log pi unless there are others.
+    """
     pytest.importorskip("mctx")
     with jax.enable_x64(True):
+        rewards = jnp.asarray(tables if rewards is None else rewards)
         gumbel = jnp.zeros((len(tables), TREE.vocabulary)) + gumbel
-        return jax.device_get(mctx_search(jnp.asarray(tables), jnp.asarray(values), gumbel, options))
+        return jax.device_get(mctx_search(jnp.asarray(tables), jnp.asarray(values), gumbel, options, rewards))
 
 
 def assert_same_trees(tree, other):
@@ -130,6 +137,22 @@ def test_trees_are_those_of_mctx(searched, tables):
     assert wasted > ROWS  # mctx made nodes behind ends too, so the comparison has left something out
     with pytest.raises(AssertionError):
         assert_same_trees(tree, mctx_trees(tables, options, values=1.0))
+
+
+@pytest.mark.parametrize("options", [PUCT, GUMBEL], ids=["puct", "gumbel"])
+def test_trees_with_rewards_and_values_are_those_of_mctx(options, tables):
+    rng = np.random.default_rng(5)
+    rewards, values = rng.standard_normal(tables.shape), rng.standard_normal(tables.shape[:2])
+    behind = np.pad(values, ((0, 0), (0, 1)))[:, TREE.children]  # 0 behind an end
+    with jax.enable_x64(True):
+        prompts, lengths = jnp.zeros((ROWS, 1), jnp.int32), jnp.ones(ROWS, jnp.int32)
+        params = tuple(map(jnp.asarray, (tables, rewards, np.zeros_like(rewards), behind)))
+        more = {"objective": WithPolicy(TableReward(1.0)), "root_values": jnp.asarray(values[:, 0])}
+        model = Ensemble((TreePolicy(TREE),) * 4)
+        _, tree = jax.device_get(mcts(model, params, prompts, lengths, options, **more))
+    assert_same_trees(tree, mctx_trees(tables, options, values, rewards=rewards))
+    with pytest.raises(AssertionError):
+        assert_same_trees(tree, mctx_trees(tables, options, 0 * values, rewards=rewards))
 
 
 def test_other_numbers_are_those_of_mctx(tables):

@@ -1,5 +1,7 @@
 """What each objective adds up, and what searches over it find."""
 
+from dataclasses import dataclass, replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +148,62 @@ def test_reports_of_a_search_with_a_reference(search, pair, history_next, read_a
             np.testing.assert_allclose(found.score[row, k], own, **CLOSE)
             np.testing.assert_allclose(found.rewards(0.1)[row, k], 0.1 * (own - ref), **CLOSE)
     assert np.abs(found.logp - found.ref_logp).min() > 1e-3
+
+
+@pytest.mark.parametrize("reorder", ["ancestry", "gather"])
+def test_policies_that_are_combined_are_searched_like_one(
+    reorder, search, pair, history_next, plain_beam_search, read_answers
+):
+    weights, options, others = (0.7, -0.4), replace(OPTIONS, reorder=reorder), 0
+    for seed in range(0, 20, 5):
+        policy = pair(*range(seed, seed + 5))
+        found = search(policy, options, objective=LogitArithmetic(weights))
+        for row, prompt in enumerate(PROMPTS):
+            base, *pairs = (history_next(params, prompt) for params in policy[1])
+
+            def raw(text, base=base, pairs=pairs):
+                tuned = zip(weights, pairs[::2], pairs[1::2], strict=True)
+                return base(text) + sum(weight * (one(text) - other(text)) for weight, one, other in tuned)
+
+            expected = plain_beam_search(lambda text, raw=raw: log_softmax(raw(text)), options)
+            assert read_answers(found, row) == [text for text, *_ in expected]
+            np.testing.assert_allclose(found.score[row], [e[1] for e in expected], **CLOSE)
+            others += read_answers(found, row) != [text for text, *_ in plain_beam_search(raw, options)]
+    assert others > 3  # sums that are not normalised again at every step find something else
+
+
+@dataclass(frozen=True)
+class Valued:
+    """Likelihood, and a value behind each word: of where a path has led, so only its last one counts."""
+
+    values = (0.0, 1.0, -2.0, 0.5, 3.0)
+    monotone = False
+    comparable_across_lengths = False
+
+    def __call__(self, logits):
+        step = Likelihood()(logits)
+        return replace(step, value=jnp.broadcast_to(jnp.array(self.values), step.score.shape))
+
+
+def test_paths_are_compared_with_the_value_of_where_they_have_led(
+    search, history_lm, history_next, plain_beam_search, read_answers
+):
+    others = 0
+    for seed in range(6):
+        policy = history_lm(seed, bias=-2.0)
+        found = search(policy, objective=Valued())
+        for row, prompt in enumerate(PROMPTS):
+            logp = history_next(policy[1], prompt)
+
+            def shaped(text, logp=logp):
+                # Summed over a text, all values but the last cancel.
+                return logp(text) + np.array(Valued.values) - (Valued.values[text[-1]] if text else 0.0)
+
+            expected = plain_beam_search(shaped, OPTIONS, stops=False)
+            assert read_answers(found, row) == [text for text, *_ in expected]
+            np.testing.assert_allclose(found.score[row], [e[1] for e in expected], **CLOSE)
+            others += read_answers(found, row) != [text for text, *_ in plain_beam_search(logp, OPTIONS)]
+    assert others > 9
 
 
 def test_search_for_reward_with_its_price_is_search_for_likelihood(search, pair, read_answers):

@@ -51,13 +51,15 @@ def test_problems_are_solved(problems):
     assert sizes.min() < 0.4 and sizes.max() > 2  # mild and strong preferences
 
 
-def test_beams(problems):
+@pytest.mark.parametrize(("beams", "at_most"), [(1, 0.9), (2, 0.75), (4, 0.75), (8, 0.85)])
+def test_beams(problems, beams, at_most):
     with jax.enable_x64(True):
-        equal, unequal = by_objective(equivalence.compare_beams(problems, 4))
+        equal, unequal = by_objective(equivalence.compare_beams(problems, beams))
     assert list(equal) == ["r + beta log pi_ref, V*"]
     found = {name: row.agree for name, row in unequal.items()}
-    assert len(found) == 4 and max(found.values()) < 0.75 * COUNT
-    assert found["beta log(pi/pi_ref)"] == found["r, V*"] < 0.1 * COUNT  # their sums differ by V*(s_0) too
+    assert len(found) == 4 and max(found.values()) < at_most * COUNT
+    assert found["beta log(pi/pi_ref)"] == found["r, V*"]  # their sums differ by V*(s_0) too
+    assert found["r, V*"] < 0.1 * COUNT or beams < 4
 
 
 @pytest.mark.parametrize("policy", ["puct", "gumbel"])
