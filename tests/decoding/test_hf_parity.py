@@ -140,7 +140,7 @@ def test_one_beam_is_greedy_decoding_whatever_the_rest(decode, generate):
 
 
 def test_another_rule_for_ends_is_seen(decode, generate):
-    case = GREEDY | {"beams": 2, "length_penalty": 1.0, "early_stopping": False}
+    case = GREEDY | {"beams": 2, "length_penalty": 0.0, "early_stopping": False}
     other = [[text for text, _ in row] for row in generate(case)]
     assert [[text for text, _ in row] for row in decode(case)] == other
     assert [[text for text, _ in row] for row in decode(case, eos_rule="all")] != other
