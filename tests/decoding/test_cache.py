@@ -163,5 +163,8 @@ def test_a_search_needs_little_memory_beside_its_cache(tiny_config):
         analysis = beam_search.lower(model, params, prompts, lengths, options).compile().memory_analysis()
         return analysis.temp_size_in_bytes / size
 
-    # Found: 1.06, and more than 1.2 where keys and values are moved, which cannot be done in place.
-    assert 1 < share("ancestry") < 1.1 < share("gather")
+    # Found: 1.05. Where keys and values are moved, which cannot be done in place, there is a copy of a layer's keys at
+    # the least (1.09, jax 0.10.2), or of all there is (1.99, jax 0.12.0.1).
+    ancestry = share("ancestry")
+    assert 1 < ancestry < 1.1
+    assert share("gather") - ancestry > 1 / 32
