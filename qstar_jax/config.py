@@ -299,6 +299,11 @@ class ScoreConfig:
         answers: `pairs` scores chosen and rejected, `single` the one answer of each row (column `completion`).
         batch_size: Rows scored at once.
         show: How many rows to colour in the terminal and on the page.
+        alternatives: How many of the policy's likeliest tokens to show beside each token of these rows.
+        wrong: Column that marks what is wrong in an answer (in rejected ones, of pairs): a list of [start, end)
+            character ranges, or of texts that occur in it once. How well low rewards find these tokens goes to
+            credit.json.
+        kind: Column that names the kind of a mistake, where there are several.
         data: `data.eval` is the file that is scored.
     """
 
@@ -309,6 +314,9 @@ class ScoreConfig:
     answers: Literal["pairs", "single"] = "pairs"
     batch_size: int = 4
     show: int = 3
+    alternatives: int = 5
+    wrong: str | None = None
+    kind: str = "kind"
     data: DataOptions = field(default_factory=DataOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
@@ -478,6 +486,151 @@ class ExportConfig:
     base: str | None = None
     dtype: Dtype = "float32"
     mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Who decides which of two answers is better. An option that the kind does not read is an error.
+
+    Where an option begins with names of kinds, these read it, and others do not.
+
+    Args:
+        kind: `true_reward` is the task's own reward, where it is known; `reward_model` scores each answer by a model of
+            ours or a classifier, and the larger reward wins; `llm` asks a language model which one is better.
+        model: reward_model: folder of a DPO run, whose implicit reward beta * log(pi / pi_ref) is summed over the
+            answer, or folder or hub name of a classifier with one label (LlamaForSequenceClassification); llm: name
+            of the model at its server.
+        tolerance: true_reward, reward_model: rewards that differ by no more than this tie.
+        reference: reward_model: folder or hub name of the reference of a language model; a DPO run carries its own.
+        beta: The same: temperature of its rewards; a DPO run carries its own.
+        as_chat: reward_model: wrap prompt and answer as messages and apply the model's chat template.
+        max_length: reward_model: longest prompt and answer together, in tokens; a longer answer loses its end; where a
+            classifier reads chats, a longer chat loses its beginning.
+        max_prompt_length: reward_model: longest prompt, in tokens; a longer one loses its beginning. Not read by
+            classifiers of chats.
+        batch_size: reward_model: answers scored at once.
+        base_url: llm: address of a server with OpenAI's chat interface, such as http://localhost:8000/v1; not set: the
+            client's default. The key is taken from the variable OPENAI_API_KEY only; with an address there may be none.
+        prompt: llm: the question: `tldr`, `hh` (both after the paper's), or a text file with {prompt}, {a} and {b}.
+        seed: llm: decides, with the texts, which answer is shown first.
+        both_orders: llm: ask in both orders; where the two replies disagree, it is a tie.
+        retries: llm: further calls where a reply names no letter; a comparison without one is undecided, no tie.
+        temperature: llm: of sampling; null leaves it to the server.
+        max_tokens: llm: longest reply.
+        concurrency: llm: calls on their way at once.
+        http_retries: llm: further tries of a request that fails on its way or at the server, after longer and longer
+            waits.
+        timeout: llm: seconds that a request may take.
+        cache: llm: folder of the replies, which are never paid for twice; by default under the user's cache folder.
+        price_in: llm: dollars a million tokens of questions, for the estimate before the first call.
+        price_out: llm: dollars a million tokens of replies.
+        max_cost: llm: dollars; if the estimate is above, nothing is asked, and if repeated calls reach it, no more.
+    """
+
+    kind: Literal["true_reward", "reward_model", "llm"] = "reward_model"
+    model: str | None = None
+    tolerance: float = 1e-6
+    reference: str | None = None
+    beta: float | None = None
+    as_chat: bool = False
+    max_length: int = 1024
+    max_prompt_length: int = 512
+    batch_size: int = 4
+    base_url: str | None = None
+    prompt: str = "tldr"
+    seed: int = 0
+    both_orders: bool = False
+    retries: int = 2
+    temperature: float | None = 0.0
+    max_tokens: int = 256
+    concurrency: int = 8
+    http_retries: int = 5
+    timeout: float = 120.0
+    cache: str | None = None
+    price_in: float | None = None
+    price_out: float | None = None
+    max_cost: float | None = None
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The paper's second insight, measured: win rate, length and reward of answers against the width of beam search.
+
+    Each prompt of `data.eval` is answered with one beam (sampled, and greedy) and with wider ones. A judge compares
+    each answer with the one in the file (column `completion`, or `chosen`). Answers are kept, and the same command goes
+    on where it was broken off.
+
+    Args:
+        model: Folder of a DPO run, or a list of several (of other betas, say), which are drawn as one curve each; the
+            first is the one that a report's verdict speaks of.
+        out: Folder for sweep.json, sweep.png, comparisons.jsonl and the answers.
+        reference: Folder or hub name of the reference; a DPO run carries its own.
+        beta: Temperature of the implicit rewards; a DPO run carries its own.
+        widths: Beams; a width of 1, sampled and greedy, is always tried too.
+        seeds: Of the samples: each prompt is sampled once with each of them.
+        temperature: Of the samples; the paper's is 1.
+        top_k: Samples are drawn among the so many likeliest tokens; the paper's is 50.
+        max_new_tokens: Longest answer, EOS included.
+        stop: Strings that end an answer; its text is cut before them.
+        batch_size: Prompts decoded, or scored, at once.
+        export: Also write the answers and verdicts in alpaca_eval's format, one folder a setting under
+            `out`/alpaca_eval.
+        judge: Who decides which of two answers is better.
+        data: `data.eval` is the file of prompts; where several rows have one prompt, the first of them counts.
+    """
+
+    model: list[str] | str
+    out: str
+    reference: str | None = None
+    beta: float | None = None
+    widths: list[int] = field(default_factory=lambda: [2, 3, 5, 7, 10, 20])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    temperature: float = 1.0
+    top_k: int = 50
+    max_new_tokens: int = 128
+    stop: list[str] = field(default_factory=list)
+    batch_size: int = 4
+    export: bool = False
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
+class DeclineConfig:
+    """The paper's third insight, from the metrics of real runs: do rewards of chosen answers fall in training?
+
+    Args:
+        out: Folder for decline.json and decline.png.
+        with_sft: Folder of a DPO run that began from a model fitted to the chosen answers.
+        without_sft: Folder of a DPO run on the same data that did not.
+    """
+
+    out: str
+    with_sft: str | None = None
+    without_sft: str | None = None
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One page of what `score --wrong`, `sweep` and `decline` have measured. Any of the three may be left out.
+
+    Args:
+        out: Folder for report.html, summary.json and the figures.
+        credit: Folder that `qstar score --wrong COLUMN` wrote.
+        sweep: Folder that `qstar sweep` wrote.
+        decline: Folder that `qstar decline` wrote.
+        title: Heading of the page.
+        show: How many rows of `credit` to colour on the page.
+    """
+
+    out: str
+    credit: str | None = None
+    sweep: str | None = None
+    decline: str | None = None
+    title: str = "Your language model is a Q-function"
+    show: int = 6
 
 
 @dataclass(frozen=True)

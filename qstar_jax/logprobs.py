@@ -59,6 +59,40 @@ def token_logprobs(
     return _token_logprobs(softcap, chunk_size, hidden, unembedding, bias, targets)
 
 
+def top_logprobs(
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    ref_hidden: Float[Array, "B T E"],
+    ref_unembedding: Float[Array, "V E"],
+    count: int,
+    *,
+    chunk_size: int = 128,
+) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"], Float[Array, "B T K"]]:
+    """The likeliest tokens of each position, and what a reference thinks of the same tokens.
+
+    Args:
+        hidden: Last hidden states of the policy. Shape [B, T, D].
+        unembedding: Its output vectors. Shape [V, D].
+        ref_hidden: Last hidden states of the reference. Shape [B, T, E].
+        ref_unembedding: Its output vectors. Shape [V, E].
+        count: Tokens a position, K; at most V.
+        chunk_size: Positions of a row whose logits exist at one time.
+
+    Returns:
+        (ids, logp, ref_logp), likeliest first; the last two float32 in nats. Shape [B, T, K] each.
+    """
+
+    def one_chunk(chunk):
+        hidden, ref_hidden = chunk
+        logp, ids = jax.lax.top_k(jax.nn.log_softmax(_logits(None, hidden, unembedding, 0.0)), count)
+        ref_logp = jax.nn.log_softmax(_logits(None, ref_hidden, ref_unembedding, 0.0))
+        return ids, logp, jnp.take_along_axis(ref_logp, ids, axis=-1)
+
+    batch, length, _ = hidden.shape
+    found = jax.lax.map(one_chunk, (_cut(hidden, chunk_size), _cut(ref_hidden, chunk_size)))
+    return tuple(_join(x, batch, length) for x in found)
+
+
 def token_statistics(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],
@@ -112,7 +146,7 @@ def _join(x: Array, batch: int, length: int) -> Array:
     return x.reshape(chunks, batch, -1, *x.shape[2:]).swapaxes(0, 1).reshape(batch, -1, *x.shape[2:])[:, :length]
 
 
-def _logits(softcap: float | None, hidden: Array, unembedding: Array, bias: Array) -> Array:
+def _logits(softcap: float | None, hidden: Array, unembedding: Array, bias: Array | float) -> Array:
     logits = jnp.einsum("nd,vd->nv", hidden, unembedding, preferred_element_type=jnp.float32) + bias
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 

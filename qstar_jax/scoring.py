@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qstar_jax.data.batches import Batch
-from qstar_jax.logprobs import token_logprobs
+from qstar_jax.logprobs import token_logprobs, top_logprobs
 from qstar_jax.mdp import TokenScores
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
@@ -26,12 +26,31 @@ def response_logprobs(
     Returns:
         (logp, logz), float32 in nats, shape [B, R, T]; 0 after the end of an answer.
     """
-    mask = RowMask(blocks=batch.blocks, branches=batch.branches)
-    hidden = model.hidden_states(params, batch.tokens, batch.positions, mask)
-    hidden = jnp.take_along_axis(hidden, batch.slots[..., None], axis=1)
-    scores = token_logprobs(hidden, model.unembedding(params), batch.targets)
+    scores = token_logprobs(_scored_states(model, params, batch), model.unembedding(params), batch.targets)
     # From where they were computed to whose they are; floats only, so that this is cheap across devices too.
     return tuple(jnp.where(batch.response_mask, x.reshape(-1)[batch.index], 0.0) for x in scores)
+
+
+def response_alternatives(
+    model: CausalLM, params: Params, ref_params: Params | None, batch: Batch, count: int
+) -> tuple[Int[Array, "B R T K"], Float[Array, "B R T K"], Float[Array, "B R T K"]]:
+    """What else the policy could have said at each token of the answers.
+
+    Args:
+        model: The model; policy and reference have the same shape, but for an adapter.
+        params: The policy's parameters.
+        ref_params: The reference's, without an adapter; None where it is the policy without its adapter.
+        batch: B prompts with R answers each.
+        count: Tokens a place, K; at most the size of the vocabulary.
+
+    Returns:
+        (ids, logp, ref_logp) of the policy's likeliest tokens, likeliest first; float32 in nats. Shape [B, R, T, K];
+        what stands after the end of an answer means nothing.
+    """
+    base = split_adapter(params)[0] if ref_params is None else ref_params
+    hidden, ref_hidden = _scored_states(model, params, batch), _scored_states(model.base, base, batch)
+    found = top_logprobs(hidden, model.unembedding(params), ref_hidden, model.base.unembedding(base), count)
+    return tuple(x.reshape(-1, count)[batch.index] for x in found)
 
 
 def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, batch: Batch) -> TokenScores:
@@ -58,3 +77,10 @@ def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, bat
         base = split_adapter(params)[0] if ref_params is None else ref_params
         ref_logp, _ = response_logprobs(model.base, base, batch)
     return TokenScores(logp=logp, ref_logp=jax.lax.stop_gradient(ref_logp), logz=logz)
+
+
+def _scored_states(model: CausalLM, params: Params, batch: Batch) -> Float[Array, "N K D"]:
+    """Hidden states of the slots whose next token is scored, whatever the layout of the rows."""
+    mask = RowMask(blocks=batch.blocks, branches=batch.branches)
+    hidden = model.hidden_states(params, batch.tokens, batch.positions, mask)
+    return jnp.take_along_axis(hidden, batch.slots[..., None], axis=1)

@@ -1,7 +1,6 @@
 """`qstar generate`."""
 
 import time
-from dataclasses import asdict
 
 import jax
 from jax.sharding import Mesh
@@ -14,7 +13,7 @@ from qstar_jax.config import GenerateConfig
 from qstar_jax.data.loading import load_examples
 from qstar_jax.data.preferences import prompt_records
 from qstar_jax.data.tokenization import Example, tokenize
-from qstar_jax.decoding.answers_file import FIX, AnswersFile
+from qstar_jax.decoding.answers_file import FIX, AnswersFile, answer_prompts
 from qstar_jax.decoding.decoder import Answer, Decoder
 from qstar_jax.decoding.generate import Guide, prepare
 from qstar_jax.decoding.options import check_options, needs_reference
@@ -44,23 +43,10 @@ def run(config: GenerateConfig):
             _say(console, f"{done} of {len(examples)} prompts are answered in {file.path}; going on")
         decoder = _decoder(config, loaded, mesh)
         with file, _Bar(console, len(examples), done) as bar:
-            for batch in _batches(examples, config.batch_size):
-                if all(example.row in file.prompts for example in batch):
-                    continue
-                rows = [example.row for example in batch]
-                size = min(config.batch_size, len(examples))
-                found = decoder([example.prompt for example in batch], rows, fill_to=size)
-                missing = [(row, answers) for row, answers in zip(rows, found, strict=True) if row not in file.prompts]
-                file.append(
-                    [
-                        {"row": row, "rank": rank, "answers": len(answers), "prompt": texts[row], **asdict(answer)}
-                        for row, answers in missing
-                        for rank, answer in enumerate(answers)
-                    ]
-                )
-                for row, answers in missing:
+            for found in answer_prompts(decoder, examples, texts, file, config.batch_size):
+                for row, answers in found:
                     _show(texts[row], answers, console)
-                bar.advance(len(missing), sum(answer.length for _, answers in missing for answer in answers))
+                bar.advance(len(found), sum(answer.length for _, answers in found for answer in answers))
     _say(console, f"{file.answers} answers: {file.path}")
 
 
@@ -113,11 +99,6 @@ def _decoder(config: GenerateConfig, policy: LoadedModel, mesh: Mesh) -> Decoder
         reference = load(str(source))
     guides = [Guide(load(pair.tuned), load(pair.untuned), pair.weight) for pair in config.pairs]
     return prepare(policy, config.decode, mesh, reference=reference, beta=beta, guides=guides, consume=True)
-
-
-def _batches(examples: list[Example], size: int) -> list[list[Example]]:
-    """Always the same ones, or a run that goes on could differ from one that was not broken by rounding."""
-    return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
 class _Bar:

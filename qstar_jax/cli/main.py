@@ -19,6 +19,9 @@ VERBS: dict[str, tuple[type, str]] = {
     "dpo": (config.DpoConfig, "train on preference pairs"),
     "score": (config.ScoreConfig, "give every token of every answer its reward"),
     "generate": (config.GenerateConfig, "answer prompts: greedy, sampled, searched for, or chosen by reward"),
+    "sweep": (config.SweepConfig, "measure what wider beams are worth: win rate, length and reward"),
+    "decline": (config.DeclineConfig, "show how implicit rewards moved in real runs"),
+    "report": (config.ReportConfig, "put what score, sweep and decline have measured on one page"),
     "export": (config.ExportConfig, "write a run's model, or its adapter, as a Hugging Face folder"),
     "env": (config.EnvConfig, "print versions and devices, for a bug report"),
 }

@@ -1,6 +1,7 @@
 """`qstar score`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,14 +10,20 @@ from rich.progress import track
 
 from qstar_jax.config import ScoreConfig
 from qstar_jax.data.loading import load_examples
+from qstar_jax.data.reading import read_rows
 from qstar_jax.errors import InputError
+from qstar_jax.evaluation.credit import MarkedAnswer, credit_report, mark_answers
 from qstar_jax.evaluation.references import find_beta, find_reference
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.evaluation.token_rewards import score_dataset
-from qstar_jax.loading import load_model
+from qstar_jax.loading import LoadedModel, load_model
+from qstar_jax.report.figures import write_figures
+from qstar_jax.report.insights_terminal import print_credit
 from qstar_jax.report.page import heatmap_page
 from qstar_jax.report.terminal import print_heatmaps
 from qstar_jax.sharding import make_mesh
+from qstar_jax.tiny_tldr import BUILTIN, read_post
+from qstar_jax.tiny_tldr.oracle import Oracle
 
 KINDS = {"pairs": "preferences", "single": "completions"}
 
@@ -45,6 +52,8 @@ def run(config: ScoreConfig):
             beta=beta,
             batch_size=config.batch_size,
             mesh=mesh,
+            alternatives=config.alternatives,
+            first=config.show,
             track=lambda batches: track(
                 batches,
                 "scoring",
@@ -54,6 +63,51 @@ def run(config: ScoreConfig):
             ),
         )
     _write(config, scored, console)
+    if config.wrong:
+        record = credit(config, scored, policy, str(source))
+        print_credit(record, console)
+        files = _write_credit(Path(config.out), record)
+        console.print(f"credit: {files}", markup=False, highlight=False, soft_wrap=True)
+
+
+def credit(config: ScoreConfig, scored: list[ScoredResponse], policy: LoadedModel, reference: str) -> dict:
+    """Measures how well low rewards find the tokens that the file marks as wrong.
+
+    Args:
+        config: The run of `qstar score`.
+        scored: Its answers.
+        policy: The policy.
+        reference: What its reference is called.
+
+    Returns:
+        What credit.json holds.
+
+    Raises:
+        InputError: If the marks do not fit the answers.
+    """
+    data = config.data
+    rows = read_rows(data.eval, data.eval_split, data.max_eval_rows)
+    column = {"pairs": data.rejected, "single": data.completion}[config.answers]
+    columns = {"answer": column, "wrong": config.wrong, "kind": config.kind}
+    marked = mark_answers(scored, rows, source=data.eval, **columns)
+    if data.eval.startswith(BUILTIN):
+        marked = _with_true_advantages(marked, rows, policy)
+    return credit_report(marked, model=config.model, reference=reference)
+
+
+def _with_true_advantages(marked: list[MarkedAnswer], rows: list[dict], policy: LoadedModel) -> list[MarkedAnswer]:
+    """What a perfect policy would give to each token, as the ceiling of what can be reached."""
+    tokenizer, beta = policy.tokenizer, marked[0].scored.beta
+    oracle = Oracle(lambda text: tokenizer(text).input_ids, tokenizer.eos_token_id, beta)
+    return [
+        replace(m, advantages=oracle.advantages(read_post(rows[m.scored.row]["prompt"]), m.scored.token_ids))
+        for m in marked
+    ]
+
+
+def _write_credit(out: Path, record: dict) -> str:
+    (out / "credit.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return ", ".join(map(str, [out / "credit.json", *write_figures(out, credit=record)]))
 
 
 def _write(config: ScoreConfig, scored: list[ScoredResponse], console: Console):

@@ -9,8 +9,11 @@ from itertools import islice
 from pathlib import Path
 
 from qstar_jax.errors import InputError
+from qstar_jax.tiny_tldr import BUILTIN, SPLITS, builtin_seed, split_rows
 
-_ACCEPTED = ".jsonl, .json (one object a line; both also .gz), .parquet, or a data-set name on the Hugging Face hub"
+_ACCEPTED = (
+    f".jsonl, .json (one object a line; both also .gz), .parquet, a data-set name on the Hugging Face hub, or {BUILTIN}"
+)
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin"}
 
 
@@ -18,8 +21,9 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict]:
     """Reads examples as dictionaries, one a row, in file order.
 
     Args:
-        source: Path of a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file, or a data-set name on the hub.
-        split: Split to take when `source` is a hub name; files have none.
+        source: Path of a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file, a data-set name on the hub, or
+            builtin:tiny-tldr (builtin:tiny-tldr?seed=3: other posts).
+        split: Split to take when `source` is a hub name or built in; files have none.
         limit: Read the first so many rows only.
 
     Returns:
@@ -32,6 +36,8 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict]:
         raise InputError(f"{source}: cannot take the first {limit} rows; expected a positive number of rows, or none")
     if not source:
         raise InputError(f"no data named; set --data.train or --data.eval to {_ACCEPTED}")
+    if source.startswith("builtin:"):
+        return _builtin_rows(source, split, limit)
     path = Path(source).expanduser()
     suffix = _suffix(path)
     if suffix in _PICKLES:
@@ -49,6 +55,15 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict]:
     if not rows:
         raise InputError(f"{source}: no rows; the file or split is empty")
     return rows
+
+
+def _builtin_rows(source: str, split: str, limit: int | None) -> list[dict]:
+    seed = builtin_seed(source)
+    if seed is None:
+        raise InputError(f"{source}: no such built-in data; expected {BUILTIN}, or {BUILTIN}?seed=3 for other posts")
+    if split not in SPLITS:
+        raise InputError(f"{source} has no split {split!r}; expected one of {', '.join(SPLITS)}")
+    return split_rows(split, seed, limit)
 
 
 def _suffix(path: Path) -> str:

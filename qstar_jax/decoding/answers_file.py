@@ -2,12 +2,15 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from qstar_jax.config import GenerateConfig
+from qstar_jax.data.tokenization import Example
+from qstar_jax.decoding.decoder import Answer, Decoder
 from qstar_jax.errors import InputError
 from qstar_jax.settings import first_difference
 
@@ -94,3 +97,49 @@ class AnswersFile:
         self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
         self._file.flush()
         self.answers += len(records)
+
+
+def read_answers(folder: Path) -> list[dict]:
+    """Reads a complete file of answers.
+
+    Args:
+        folder: Where `qstar generate` or a sweep has written it.
+
+    Returns:
+        Its records.
+    """
+    return [json.loads(line) for line in (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def answer_prompts(
+    decoder: Decoder, examples: Sequence[Example], texts: Mapping[int, str], file: AnswersFile, batch_size: int
+) -> Iterator[list[tuple[int, list[Answer]]]]:
+    """Answers the prompts that a file does not answer yet, batch by batch.
+
+    Args:
+        decoder: Answers prompts.
+        examples: All prompts of the run.
+        texts: Row of each prompt -> its text.
+        file: Gets the answers; it must be open.
+        batch_size: Prompts decoded at once.
+
+    Yields:
+        Rows and their answers, after they were written.
+    """
+    size = min(batch_size, len(examples))
+    for start in range(0, len(examples), batch_size):
+        # Always the same batches, or a run that goes on could differ from one that was not broken by rounding.
+        batch = examples[start : start + batch_size]
+        rows = [example.row for example in batch]
+        if all(row in file.prompts for row in rows):
+            continue
+        found = decoder([example.prompt for example in batch], rows, fill_to=size)
+        missing = [(row, answers) for row, answers in zip(rows, found, strict=True) if row not in file.prompts]
+        file.append(
+            [
+                {"row": row, "rank": rank, "answers": len(answers), "prompt": texts[row], **asdict(answer)}
+                for row, answers in missing
+                for rank, answer in enumerate(answers)
+            ]
+        )
+        yield missing

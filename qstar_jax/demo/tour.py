@@ -1,44 +1,51 @@
-"""The tour: SFT, DPO, then the paper's three insights, each measured against the true reward of the task."""
+"""The tour: SFT, DPO at several betas and without SFT, then the paper's three insights, measured and put on one page.
+
+It calls what the verbs call, with the options that a user would give, so each part can be done again by hand.
+"""
 
 import json
+import shutil
 import time
 from pathlib import Path
-from random import Random
 
-import jax
 from rich.console import Console
 from rich.rule import Rule
-from rich.table import Table
 
+from qstar_jax.cli import decline, report, score, sweep
 from qstar_jax.config import (
     ComputeOptions,
     DataOptions,
+    DeclineConfig,
     DemoConfig,
     DpoConfig,
+    JudgeOptions,
     LossOptions,
-    MeshOptions,
     OptimizerOptions,
+    ReportConfig,
+    ScoreConfig,
     SftConfig,
+    SweepConfig,
     TrainOptions,
 )
-from qstar_jax.demo import task
-from qstar_jax.demo.insights import BETA, LENGTHS, credit_assignment, findings, reward_of_samples, search
-from qstar_jax.demo.pretrain import BASE, pretrain, weights_hash
-from qstar_jax.demo.vocabulary import split_words
-from qstar_jax.evaluation.scored import ScoredResponse
-from qstar_jax.loading import load_model
-from qstar_jax.report.page import heatmap_page
-from qstar_jax.report.terminal import print_heatmaps
-from qstar_jax.sharding import make_mesh
+from qstar_jax.demo.pretrain import pretrain, weights_hash
+from qstar_jax.tiny_tldr import BASE, BUILTIN
 from qstar_jax.training.run import train
 
-SFT_STEPS, SFT_BATCH, SFT_RATE = 80, 64, 5e-4
-DPO_STEPS, DPO_BATCH, DPO_RATE = 100, 32, 2e-4
-CORRUPTED, SUMMARISED, SHOWN = 128, 128, 3  # test posts for insight 1, for insights 2 and 3, and pairs that are shown
+SFT = {"steps": 80, "batch_size": 64}
+SFT_RATE = 2e-3
+DPO = {"steps": 40, "batch_size": 32, "eval_batch_size": 64, "eval_every": 10, "reference_samples": 64}
+DPO_RATE = 2e-4
+BETAS = (0.3, 0.1, 1.0)  # the first is that of the verdicts, of the credit pictures and of the run without SFT
+EVALUATED, CORRUPTED, ANSWERED = 192, 192, 192  # pairs in evaluations, corrupted summaries, prompts of the sweep
+LENGTHS = {"max_length": 128, "max_prompt_length": 88}  # nothing is cut
+# One prompt a row with all scores at once: for rows as short as these the quickest to compile and to run.
+SHAPE = {"layout": "shared", **LENGTHS}
+COMPUTE = ComputeOptions(attention="dense")
+MAX_NEW_TOKENS = 40
 
 
 def run(config: DemoConfig, console: Console) -> dict:
-    """Runs the tour and writes report.html, summary.json, metrics.jsonl and the two runs.
+    """Runs the tour and writes report.html, summary.json, metrics.jsonl, the figures and all runs.
 
     Args:
         config: Folder, seed, and whether to pretrain first.
@@ -48,38 +55,34 @@ def run(config: DemoConfig, console: Console) -> dict:
         The summary that is also written to summary.json.
     """
     began, out = time.perf_counter(), Path(config.out)
-    console.print(Rule("A language model as a Q-function: the demo of qstar_jax"))
+    source = f"{BUILTIN}?seed={config.seed}"
     base = _base_model(config, console)
-    _write_data(out / "data", config.seed)
-    console.print(Rule("Supervised fine-tuning on summaries, a quarter of them flawed"))
-    train(_sft_config(base, out, config.seed), console)
-    console.print(Rule("DPO on pairs: a right summary against one with a wrong fact, or one that runs on"))
-    dpo = train(_dpo_config(out, config.seed), console)
-
-    mesh = make_mesh()
-    with jax.set_mesh(mesh):
-        sft_model, dpo_model = (
-            load_model(out / name, ComputeOptions(), mesh, MeshOptions()) for name in ("sft", "dpo")
+    console.print(Rule("Supervised fine-tuning on preferred summaries"))
+    train(_sft(base, out, source, config.seed), console)
+    for beta in BETAS:
+        console.print(Rule(f"DPO from there on pairs of summaries, beta {beta:g}"))
+        train(_dpo(out / "sft", out / f"dpo-{beta:g}", source, beta, config.seed), console)
+    console.print(Rule(f"The same without SFT, beta {BETAS[0]:g}"))
+    train(_dpo(base, out / "dpo-without-sft", source, BETAS[0], config.seed), console)
+    console.print(Rule("Insight 1: which tokens are wrong?"))
+    score.run(_score(out, source))
+    console.print(Rule("Insight 2: what is search worth?"))
+    sweep.sweep(_sweep(out, source), console)
+    decline.decline(
+        DeclineConfig(
+            out=str(out / "decline"), with_sft=str(out / f"dpo-{BETAS[0]:g}"), without_sft=str(out / "dpo-without-sft")
         )
-        credit, scored = credit_assignment(dpo_model, sft_model, out / "data" / "corrupted.jsonl", mesh)
-        found, samples = search({"sft": sft_model, "dpo": dpo_model}, _posts(config.seed), mesh)
-        path = out / "data" / "reference_samples.jsonl"
-        on_samples = reward_of_samples(dpo_model, sft_model, samples, path, mesh)
-    held_out = {name: dpo[f"eval_rewards/{name}"] for name in ("chosen", "rejected", "margins", "accuracies")}
-    summary = {
-        "credit": credit,
-        "search": found,
-        "decline": {**held_out, "reference_samples": on_samples},
-        "base_sha256": weights_hash(base),
-        "seconds": time.perf_counter() - began,
-    }
-    said, shown = findings(summary), scored[: 2 * SHOWN]
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    (out / "metrics.jsonl").write_bytes((out / "dpo" / "metrics.jsonl").read_bytes())
-    page = heatmap_page(shown, "What DPO taught a small model about summaries", notes=said)
-    (out / "report.html").write_text(page, encoding="utf-8")
-    _show(shown, found, said, out, console)
-    return summary
+    )
+    console.print(Rule("What it showed"))
+    shutil.copyfile(out / f"dpo-{BETAS[0]:g}" / "metrics.jsonl", out / "metrics.jsonl")
+    parts = {name: str(out / name) for name in ("credit", "sweep", "decline")}
+    return report.report(
+        ReportConfig(out=str(out), **parts),
+        console,
+        seed=config.seed,
+        base_sha256=weights_hash(base),
+        seconds=time.perf_counter() - began,
+    )
 
 
 def _base_model(config: DemoConfig, console: Console) -> Path:
@@ -97,103 +100,54 @@ def _base_model(config: DemoConfig, console: Console) -> Path:
     return BASE
 
 
-def _write_data(folder: Path, seed: int):
-    folder.mkdir(parents=True, exist_ok=True)
-    train_seed, test_seed = 2 * seed, 2 * seed + 1  # never the same posts
-    files = {
-        "sft": task.completion_rows(SFT_STEPS * SFT_BATCH, train_seed),
-        "pairs": task.preference_rows(DPO_STEPS * DPO_BATCH, train_seed),
-        "pairs_test": task.preference_rows(256, test_seed),
-        "corrupted": _corrupted_rows(CORRUPTED, test_seed),
-    }
-    for name, rows in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-
-def _posts(seed: int) -> list[task.Post]:
-    rng = Random(f"search {seed}")
-    return [task.make_post(rng) for _ in range(SUMMARISED)]
-
-
-def _corrupted_rows(n: int, seed: int) -> list[dict]:
-    """Makes pairs that differ in one word only, as in the paper's Figure 1."""
-    rng = Random(f"corrupted {seed}")
-    rows = []
-    while len(rows) < n:
-        post = task.make_post(rng)
-        corrupted, _, index = task.corrupt(post, rng)
-        right = next((s for s in _summaries(post) if _differ_in_one_word(s, corrupted, index)), None)
-        if right is not None:
-            rows.append({"prompt": post.prompt, "chosen": right, "rejected": corrupted, "wrong_word": index})
-    return rows
-
-
-def _summaries(post: task.Post) -> list[str]:
-    return [task.reference_summary(post, form) for form in range(len(post.family.summaries))]
-
-
-def _differ_in_one_word(right: str, corrupted: str, index: int) -> bool:
-    right_words, words = split_words(right), split_words(corrupted)
-    return len(right_words) == len(words) and right_words[:index] + right_words[index + 1 :] == (
-        words[:index] + words[index + 1 :]
-    )
-
-
-def _sft_config(base: Path, out: Path, seed: int) -> SftConfig:
+def _sft(base: Path, out: Path, source: str, seed: int) -> SftConfig:
     return SftConfig(
         model=str(base),
         out=str(out / "sft"),
-        data=DataOptions(train=str(out / "data" / "sft.jsonl"), **LENGTHS),
+        data=DataOptions(train=source, max_train_rows=SFT["steps"] * SFT["batch_size"], **SHAPE),
+        compute=COMPUTE,
         optimizer=OptimizerOptions(learning_rate=SFT_RATE, warmup_steps=10, schedule="cosine"),
-        train=TrainOptions(steps=SFT_STEPS, batch_size=SFT_BATCH, seed=seed),
+        train=TrainOptions(seed=seed, **SFT),
     )
 
 
-def _dpo_config(out: Path, seed: int) -> DpoConfig:
-    data = DataOptions(train=str(out / "data" / "pairs.jsonl"), eval=str(out / "data" / "pairs_test.jsonl"), **LENGTHS)
+def _dpo(model: Path, out: Path, source: str, beta: float, seed: int) -> DpoConfig:
     return DpoConfig(
-        model=str(out / "sft"),
-        out=str(out / "dpo"),
-        data=data,
-        loss=LossOptions(beta=BETA),
-        optimizer=OptimizerOptions(learning_rate=DPO_RATE, warmup_steps=10),
-        train=TrainOptions(
-            steps=DPO_STEPS,
-            batch_size=DPO_BATCH,
-            eval_batch_size=64,
-            eval_every=20,
-            seed=seed,
-            reference_samples=0,  # `reward_of_samples` measures the same with the samples of the search
+        model=str(model),
+        out=str(out),
+        data=DataOptions(
+            train=source,
+            eval=source,
+            max_train_rows=DPO["steps"] * DPO["batch_size"],
+            max_eval_rows=EVALUATED,
+            **SHAPE,
         ),
+        compute=COMPUTE,
+        loss=LossOptions(beta=beta),
+        optimizer=OptimizerOptions(learning_rate=DPO_RATE, warmup_steps=10),
+        train=TrainOptions(seed=seed, **DPO),
     )
 
 
-def _show(shown: list[ScoredResponse], found: dict, said: list[str], out: Path, console: Console):
-    console.print(Rule("Insight 1: answer-level labels, token-level credit"))
-    print_heatmaps(shown, console)
-    console.print(Rule("Insight 2: search by likelihood is search by reward"))
-    table = Table("model", "decoder", "true reward", "best possible", "perfect", "tokens")
-    for name, decoders in found.items():
-        for decoder, result in decoders.items():
-            table.add_row(
-                name,
-                decoder,
-                f"{result['true_reward']:.2f}",
-                f"{result['best_possible']:.2f}",
-                f"{result['perfect']:.0%}",
-                f"{result['tokens']:.1f}",
-            )
-    console.print(table)
-    console.print(Rule("What it showed"))
-    for finding in said:
-        console.print(finding, markup=False, highlight=False)
-    console.print("\nFiles:", style="bold")
-    for name, what in (
-        ("report.html", "the coloured summaries as a page"),
-        ("summary.json", "all figures above"),
-        ("metrics.jsonl", "the DPO run, step by step"),
-        ("sft", "run folder after SFT"),
-        ("dpo", "run folder after DPO: try `qstar score` and `qstar generate` on it"),
-    ):
-        console.print(f"  {out / name}  {what}", markup=False, highlight=False, soft_wrap=True)
+def _score(out: Path, source: str) -> ScoreConfig:
+    return ScoreConfig(
+        model=str(out / f"dpo-{BETAS[0]:g}"),
+        out=str(out / "credit"),
+        wrong="wrong",
+        batch_size=32,
+        show=4,
+        compute=COMPUTE,
+        data=DataOptions(eval=source, eval_split="corrupted", max_eval_rows=CORRUPTED, **LENGTHS),
+    )
+
+
+def _sweep(out: Path, source: str) -> SweepConfig:
+    return SweepConfig(
+        model=[str(out / f"dpo-{beta:g}") for beta in BETAS],
+        out=str(out / "sweep"),
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=64,
+        judge=JudgeOptions(kind="true_reward"),
+        compute=COMPUTE,
+        data=DataOptions(eval=source, max_eval_rows=ANSWERED, **LENGTHS),
+    )

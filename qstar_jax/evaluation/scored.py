@@ -2,12 +2,28 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol, Self
 
 _PER_TOKEN = ("logp", "ref_logp", "reward", "q", "v")
 _UNFINISHED = "\ufffd"
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, so also the most tokens that one character can be spread over
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A token that the policy could have said instead.
+
+    Args:
+        piece: Its text.
+        logp: log pi of it (nats).
+        reward: beta * (log pi - log pi_ref) of it (nats).
+    """
+
+    piece: str
+    logp: float
+    reward: float
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,8 @@ class ScoredResponse:
         v: beta * logz, the value of the state before this token.
         truncated: The answer was cut, so it has no EOS and its total is not that of a finished answer.
         beta: Temperature of the rewards.
+        alternatives: The policy's likeliest tokens at the place of each token, likeliest first; empty where nobody
+            asked for them.
     """
 
     row: int
@@ -41,10 +59,12 @@ class ScoredResponse:
     v: tuple[float, ...]
     truncated: bool
     beta: float
+    alternatives: tuple[tuple[Alternative, ...], ...] = ()
 
     def __post_init__(self) -> None:
         """Checks that every token has every number."""
-        lengths = {name: len(getattr(self, name)) for name in ("pieces", "token_ids", *_PER_TOKEN)}
+        names = ("pieces", "token_ids", *_PER_TOKEN, *(["alternatives"] if self.alternatives else []))
+        lengths = {name: len(getattr(self, name)) for name in names}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"row {self.row}, {self.role}: one entry a token expected in each field, found {lengths}")
 
@@ -64,7 +84,9 @@ class ScoredResponse:
         Returns:
             The fields by name, tuples as lists of plain numbers, and `total_reward`.
         """
-        record = asdict(self) | {"pieces": list(self.pieces), "token_ids": [int(token) for token in self.token_ids]}
+        record = asdict(self)
+        record |= {"alternatives": [list(place) for place in record["alternatives"]]}
+        record |= {"pieces": list(self.pieces), "token_ids": [int(token) for token in self.token_ids]}
         record |= {name: [float(value) for value in getattr(self, name)] for name in _PER_TOKEN}
         return record | {"total_reward": self.total_reward}
 
@@ -73,12 +95,16 @@ class ScoredResponse:
         """Reads back what `to_json` wrote, so that views can be drawn from scores.jsonl.
 
         Args:
-            record: One parsed line; keys that are no field (`total_reward`) are left aside.
+            record: One parsed line; keys that are no field (`total_reward`) are left aside, and `alternatives` may be
+                missing.
 
         Returns:
             The record it was made from.
         """
-        values = {field.name: record[field.name] for field in fields(cls)}
+        values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        values["alternatives"] = [
+            tuple(Alternative(**alternative) for alternative in place) for place in record.get("alternatives", ())
+        ]
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -134,11 +160,7 @@ def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
     Returns:
         One piece for each id; joined, they are the decoded text, to the letter.
     """
-
-    def spell(tokens: Sequence[int]) -> str:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return tokenizer.decode([int(token) for token in tokens], **options)
-
+    spell = partial(_spell, tokenizer)
     ends: list[int] = []
     window = fresh = 0  # the window opens with the tokens before `fresh`, already spelled, as context
     offset = 0  # where the window's text begins in the whole text
@@ -153,3 +175,21 @@ def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
     text = spell(ids)
     starts = [0, *ends[:-1]] if ends else []
     return tuple(text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=False))
+
+
+def lone_piece(token_id: int, tokenizer: Tokenizer) -> str:
+    """Finds the text of a token that may stand anywhere, with its leading space.
+
+    Args:
+        token_id: The token.
+        tokenizer: The tokenizer that it belongs to.
+
+    Returns:
+        Its text behind another token, here itself: some tokenizers take the space from the first token of a text.
+    """
+    return _spell(tokenizer, [token_id, token_id])[len(_spell(tokenizer, [token_id])) :]
+
+
+def _spell(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return tokenizer.decode([int(token) for token in tokens], **options)

@@ -1,7 +1,8 @@
 """The implicit reward of every token of every answer, from one pass of policy and reference."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,10 +12,12 @@ from qstar_jax import mdp
 from qstar_jax.config import DataOptions
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.loading import Dataset
-from qstar_jax.evaluation.scored import ScoredResponse, token_pieces
+from qstar_jax.data.tokenization import Example
+from qstar_jax.errors import InputError
+from qstar_jax.evaluation.scored import Alternative, ScoredResponse, lone_piece, token_pieces
 from qstar_jax.loading import LoadedModel
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.scoring import score_tokens
+from qstar_jax.scoring import response_alternatives, score_tokens
 from qstar_jax.training.feeding import Feeder
 
 ROLES = {1: ("answer",), 2: ("chosen", "rejected")}
@@ -28,6 +31,8 @@ def score_dataset(
     beta: float,
     batch_size: int,
     mesh: Mesh,
+    alternatives: int = 0,
+    first: int | None = None,
     track: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
 ) -> list[ScoredResponse]:
     """Scores all answers of a data set.
@@ -39,39 +44,53 @@ def score_dataset(
         beta: Temperature of the rewards.
         batch_size: Rows of the data set scored at once; (data * fsdp) of the mesh must divide it.
         mesh: Devices of the models.
+        alternatives: How many of the policy's likeliest tokens to keep at the place of each token.
+        first: Keep them for so many rows from the first only; for all by default.
         track: Wraps the batches, for a progress bar.
 
     Returns:
         One record an answer, in file order.
 
     Raises:
-        InputError: If the batch cannot be cut evenly over the mesh.
+        InputError: If the batch cannot be cut evenly over the mesh, or there are not so many tokens.
     """
+    if not 0 <= alternatives <= policy.model.config.vocab_size:
+        raise InputError(
+            f"--alternatives {alternatives}: expected 0 to {policy.model.config.vocab_size}, the model's vocabulary"
+        )
     feeder = Feeder(dataset, batch_size, mesh, DataOptions(), policy.tokenizer.pad_token_id or 0, "batch_size")
     replicated = NamedSharding(mesh, PartitionSpec())  # so that every host can read the result
     score = jax.jit(partial(score_tokens, policy.model), out_shardings=replicated)
-    examples = iter(dataset.examples)
+    ask = jax.jit(partial(response_alternatives, policy.model, count=alternatives), out_shardings=replicated)
+    piece = cache(partial(lone_piece, tokenizer=policy.tokenizer))
+    asked = 0 if alternatives == 0 else len(dataset.examples) if first is None else first
+    examples = iter(enumerate(dataset.examples))
     records: list[ScoredResponse] = []
-    for batch in track(feeder.in_order()):
+    for number, batch in enumerate(track(feeder.in_order())):
         scores = jax.device_get(score(policy.params, ref_params, batch))
+        others = jax.device_get(ask(policy.params, ref_params, batch)) if number * batch_size < asked else None
         # strict=False: the rows that only fill up the last batch come after the last example
-        for b, example in zip(range(batch_size), examples, strict=False):
-            prompt = policy.tokenizer.decode(example.prompt, skip_special_tokens=False)
+        for b, (index, example) in zip(range(batch_size), examples, strict=False):
             for r, response in enumerate(example.responses):
-                own = jax.tree.map(lambda x, at=(b, r, slice(len(response.ids))): x[at], scores)
-                records.append(
-                    ScoredResponse(
-                        row=example.row,
-                        role=ROLES[len(example.responses)][r],
-                        prompt=prompt,
-                        pieces=token_pieces(response.ids, policy.tokenizer),
-                        token_ids=tuple(response.ids.tolist()),
-                        truncated=response.truncated,
-                        beta=beta,
-                        **_numbers(own, beta),
-                    )
-                )
+                at = (b, r, slice(len(response.ids)))
+                places = _alternatives([x[at] for x in others], piece, beta) if index < asked else ()
+                own = jax.tree.map(lambda x, at=at: x[at], scores)
+                records.append(_record(policy, example, r, beta, alternatives=places, **_numbers(own, beta)))
     return records
+
+
+def _record(policy: LoadedModel, example: Example, r: int, beta: float, **found: Any) -> ScoredResponse:
+    response = example.responses[r]
+    return ScoredResponse(
+        row=example.row,
+        role=ROLES[len(example.responses)][r],
+        prompt=policy.tokenizer.decode(example.prompt, skip_special_tokens=False),
+        pieces=token_pieces(response.ids, policy.tokenizer),
+        token_ids=tuple(response.ids.tolist()),
+        truncated=response.truncated,
+        beta=beta,
+        **found,
+    )
 
 
 def _numbers(scores: mdp.TokenScores, beta: float) -> dict[str, tuple[float, ...]]:
@@ -84,3 +103,14 @@ def _numbers(scores: mdp.TokenScores, beta: float) -> dict[str, tuple[float, ...
         "v": mdp.state_values(scores.logz, everywhere, beta=beta),
     }
     return {name: tuple(np.asarray(values).tolist()) for name, values in arrays.items()}
+
+
+def _alternatives(
+    found: list[np.ndarray], piece: Callable[[int], str], beta: float
+) -> tuple[tuple[Alternative, ...], ...]:
+    ids, logp, ref_logp = found
+    reward = beta * (logp - ref_logp)
+    return tuple(
+        tuple(Alternative(piece(token), value, gain) for token, value, gain in zip(*place, strict=True))
+        for place in zip(ids.tolist(), logp.tolist(), reward.tolist(), strict=True)
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qstar_jax.errors import InputError
+from qstar_jax.tiny_tldr import BASE, BUILTIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,8 @@ def open_folder(model: str) -> Path:
     """Turns a folder or a hub name into a folder on this machine.
 
     Args:
-        model: Path of a folder, or a name such as "owner/model", whose files are fetched into the hub's cache.
+        model: Path of a folder, or a name such as "owner/model", whose files are fetched into the hub's cache; or
+            builtin:tiny-tldr, the base model of the package.
 
     Returns:
         The folder.
@@ -26,6 +28,8 @@ def open_folder(model: str) -> Path:
     Raises:
         InputError: If it is neither.
     """
+    if model == BUILTIN:
+        return BASE
     path = Path(model).expanduser()
     if path.is_dir():
         return path

@@ -1,9 +1,10 @@
 """The curves of a run, from its metrics.jsonl: loss, rewards, margin and accuracy, in training and on held-out rows."""
 
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from qstar_jax.training.run_log import read_metrics
 
 # Title of a panel -> its curves: name of the metric, label, colour. Colours tell apart for all kinds of sight.
 _PANELS: dict[str, list[tuple[str, str, str]]] = {
@@ -16,26 +17,6 @@ _PANELS: dict[str, list[tuple[str, str, str]]] = {
     "reward margin": [("rewards/margins", "margin", "#0072B2")],
     "pairs ranked right": [("rewards/accuracies", "accuracy", "#0072B2")],
 }
-
-
-def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Reads what a run has logged.
-
-    Args:
-        run: Folder of the run.
-
-    Returns:
-        Name of the metric -> (steps, values).
-    """
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        metrics = json.loads(line)
-        for name, value in metrics.items():
-            if name != "step":
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(metrics["step"])
-                values.append(value)
-    return found
 
 
 def draw_curves(metrics: dict[str, tuple[list[int], list[float]]]) -> Figure:

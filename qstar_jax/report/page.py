@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qstar_jax.evaluation.scored import ScoredResponse, by_row, pair_margin
 from qstar_jax.report.chart import Bounds, chart_bounds, chart_points, chart_ticks
 from qstar_jax.report.colours import DARK, LIGHT, reward_colour, reward_scale, strength
+from qstar_jax.report.numbers import signed
+from qstar_jax.report.rendering import render
 from qstar_jax.report.visible import one_line, visible
 
 _UNDERLINE_BELOW = -0.5  # strong negatives carry a second sign, for greyscale prints and colour-blind eyes
@@ -30,39 +31,29 @@ def heatmap_page(responses: Sequence[ScoredResponse], title: str, notes: Sequenc
     Returns:
         A whole HTML document that works from a file, offline, and without scripts (then with plain tooltips).
     """
+    return render("heatmap.html.j2", title=one_line(title), notes=notes, heat=heatmap_view(responses))
+
+
+def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
+    """Prepares answers for the macros of `_heatmaps.html.j2`.
+
+    Args:
+        responses: Answers to show on one colour scale.
+
+    Returns:
+        Texts, colours and points of lines.
+    """
     scale = reward_scale(reward for response in responses for reward in response.reward)
     rows = by_row(responses)
     margins = [margin for row in rows if (margin := pair_margin(row)) is not None]
-    environment = Environment(
-        loader=PackageLoader("qstar_jax.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("heatmap.html.j2").render(
-        title=one_line(title),
-        notes=notes,
-        betas=sorted({response.beta for response in responses}),
-        scale=scale,
-        legend=[_colours(scale * step / _LEGEND_STEPS, scale) for step in range(-_LEGEND_STEPS, _LEGEND_STEPS + 1)],
-        rows=[_row(row, scale) for row in rows],
-        pairs=len(margins),
-        agreements=sum(margin > 0 for margin in margins),
-    )
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """Writes a number with its sign, with the minus that is as wide as the plus.
-
-    Args:
-        value: Number to show.
-        digits: Digits after the point.
-
-    Returns:
-        For example "+0.043".
-    """
-    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return {
+        "betas": sorted({response.beta for response in responses}),
+        "scale": scale,
+        "legend": [_colours(scale * step / _LEGEND_STEPS, scale) for step in range(-_LEGEND_STEPS, _LEGEND_STEPS + 1)],
+        "rows": [_row(row, scale) for row in rows],
+        "pairs": len(margins),
+        "agreements": sum(margin > 0 for margin in margins),
+    }
 
 
 def _row(answers: list[ScoredResponse], scale: float) -> dict[str, Any]:
@@ -102,7 +93,7 @@ def _answer(answer: ScoredResponse, scale: float, bounds: Bounds, margin: float 
 def _token(answer: ScoredResponse, index: int, scale: float) -> dict[str, Any]:
     piece, reward = answer.pieces[index], answer.reward[index]
     facts = {
-        "token": f"“{one_line(piece)}”" if piece else "(part of the next character)",
+        "token": _quoted(piece) if piece else "(part of the next character)",
         "id": answer.token_ids[index],
         "log π": signed(answer.logp[index]),
         "log π_ref": signed(answer.ref_logp[index]),
@@ -111,12 +102,24 @@ def _token(answer: ScoredResponse, index: int, scale: float) -> dict[str, Any]:
         "V": signed(answer.v[index]),
         "reward so far": signed(answer.running_reward[index]),
     }
+    lines = [f"{name}: {value}" for name, value in facts.items()]
     return {
         "text": Markup('<i class="mark">↵</i>\n').join(visible(piece).split("\n")),
-        "facts": "\n".join(f"{name}: {value}" for name, value in facts.items()),
+        "facts": "\n".join(lines + _others(answer, index)),
         "low": strength(reward, scale) < _UNDERLINE_BELOW,
         "colours": _colours(reward, scale),
     }
+
+
+def _others(answer: ScoredResponse, index: int) -> list[str]:
+    """Rows of a table, cells between tabs, which `one_line` leaves in no text."""
+    places = answer.alternatives[index] if answer.alternatives else ()
+    rows = [f"{_quoted(other.piece)}\t{signed(other.logp)}\t{signed(other.reward)}" for other in places]
+    return ["likeliest here\tlog π\treward", *rows] if rows else []
+
+
+def _quoted(piece: str) -> str:
+    return f"“{one_line(piece)}”"
 
 
 def _colours(reward: float, scale: float) -> str:

@@ -88,3 +88,23 @@ def _is_before(line: str, start: int) -> bool:
         return False  # half a line, from a process that was killed while it wrote
     # A checkpoint at step s is written after the evaluation at s and before the training line of s.
     return metrics["step"] < start or (metrics["step"] == start and "loss" not in metrics)
+
+
+def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Reads what a run has logged.
+
+    Args:
+        run: Folder of the run.
+
+    Returns:
+        Name of the metric -> (steps, values).
+    """
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        metrics = json.loads(line)
+        for name, value in metrics.items():
+            if name != "step":
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(metrics["step"])
+                values.append(value)
+    return found

@@ -73,12 +73,26 @@ def test_numbers_equal_those_from_full_logits(scored, dpo_run, eval_file, tiny_p
 def test_page_and_records_are_there(scored):
     assert len(records(scored)) == 22
     page = (scored / "heatmap.html").read_text()
-    assert page.lower().startswith("<!doctype html") and "w" in page
+    assert page.lower().startswith("<!doctype html") and "likeliest here" in page
+
+
+def test_shown_rows_tell_what_else_could_have_been_said(scored, dpo_run, eval_file, tmp_path, one_device_only):
+    found = records(scored)
+    assert [bool(record["alternatives"]) for record in found] == [True] * 4 + [False] * 18
+    for record in found[:4]:
+        for token, place in enumerate(record["alternatives"]):
+            likeliest = [other["logp"] for other in place]
+            assert len(place) == 5 and likeliest == sorted(likeliest, reverse=True)
+            assert record["logp"][token] <= likeliest[0] + 1e-5
+    words = ["--data.eval", eval_file, "--data.max_eval_rows", "2", "--alternatives", "0"]
+    assert score(tmp_path, "--model", dpo_run, *words) == 0
+    assert not any(record["alternatives"] for record in records(tmp_path))
+    assert "likeliest here" not in (tmp_path / "heatmap.html").read_text()
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/4"])
 def test_every_folder_of_the_run_will_do(place, dpo_run, eval_file, scored, tmp_path, one_device_only):
-    assert score(tmp_path, "--model", dpo_run / place, "--data.eval", eval_file) == 0
+    assert score(tmp_path, "--model", dpo_run / place, "--data.eval", eval_file, "--show", "2") == 0
     assert records(tmp_path) == records(scored)
 
 
@@ -138,3 +152,6 @@ def test_scores_on_eight_devices_equal_those_on_one(dpo_run, eval_file, scored, 
     for record, other in zip(records(tmp_path), records(scored), strict=True):
         np.testing.assert_allclose(record["reward"], other["reward"], rtol=0, atol=3e-5)
         np.testing.assert_allclose(record["q"], other["q"], rtol=0, atol=3e-5)
+        for place, expected in zip(record["alternatives"], other["alternatives"], strict=False):
+            found, likeliest = ([a["logp"] for a in alternatives] for alternatives in (place, expected))
+            np.testing.assert_allclose(found, likeliest, rtol=0, atol=3e-5)

@@ -8,7 +8,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qstar_jax.evaluation.scored import ScoredResponse, by_row, pair_margin, token_pieces
+from qstar_jax.evaluation.scored import (
+    Alternative,
+    ScoredResponse,
+    by_row,
+    lone_piece,
+    pair_margin,
+    token_pieces,
+)
 
 
 def test_json_round_trip(respond):
@@ -95,3 +102,29 @@ def test_windows_stay_short(byte_tokenizer):
     ids = byte_tokenizer("naïve 😀 " * 40)["input_ids"] + [byte_tokenizer.convert_tokens_to_ids("Ń")] * 40
     token_pieces(ids, Watched())
     assert longest <= 12
+
+
+def test_alternatives_survive_json_and_old_lines_have_none(respond):
+    places = ((Alternative(" two", -0.5, 0.25), Alternative("<b>", -2.0, -1.0)), (Alternative("\n", -0.125, 0.0),))
+    response = dataclasses.replace(respond(["a", "b"], [0.5, 1.0]), alternatives=places)
+    line = json.loads(json.dumps(response.to_json()))
+    assert line["alternatives"][1] == [{"piece": "\n", "logp": -0.125, "reward": 0.0}]
+    assert ScoredResponse.from_json(line) == response
+    del line["alternatives"]
+    assert ScoredResponse.from_json(line).alternatives == ()
+    with pytest.raises(ValueError, match="'alternatives': 1"):
+        dataclasses.replace(response, alternatives=places[:1])
+
+
+def test_a_lone_piece_keeps_its_space(byte_tokenizer):
+    words = ["<unk>", "▁Hello", "s"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert [lone_piece(token, wrapped) for token in (1, 2)] == [" Hello", "s"]
+    assert lone_piece(byte_tokenizer.eos_token_id, byte_tokenizer) == "<|im_end|>"
+    assert [lone_piece(token, byte_tokenizer) for token in byte_tokenizer("é ")["input_ids"]] == [
+        "\ufffd",
+        "\ufffd",
+        " ",
+    ]

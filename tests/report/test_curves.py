@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from qstar_jax.report.curves import draw_curves, read_metrics, write_curves
+from qstar_jax.report.curves import draw_curves, write_curves
+from qstar_jax.training.run_log import read_metrics
 
 LINES = [
     {"step": 0, "eval_loss": 0.7, "eval_rewards/chosen": 0.0, "eval_rewards/chosen_stderr": 0.0},

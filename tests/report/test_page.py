@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qstar_jax.report.page import heatmap_page, signed
+from qstar_jax.report.numbers import signed
+from qstar_jax.report.page import heatmap_page
 
 MINUS = "\N{MINUS SIGN}"
 HOSTILE = ["<script>alert(1)</script>", "{{ 7*7 }}", "{% raw %}", "\"'", "\u202e", "</span>", "&lt;"]
@@ -42,7 +43,7 @@ def test_hostile_text_shows_as_text(respond):
     page = heatmap_page([respond(HOSTILE, [0.1] * 7, prompt=HOSTILE[0], role="<b>")], title=HOSTILE[0])
     parsed = _Tokens(page)
     assert [text for text, _ in parsed.tokens] == [*HOSTILE[:4], "⟨U+202E⟩", *HOSTILE[5:]]
-    assert [tag for tag, _ in parsed.tags].count("script") == 1
+    assert [tag for tag, _ in parsed.tags].count("script") == 2  # our own: the theme, the tooltips
     assert "<script>alert" not in page and "\u202e" not in page and "<b></span>" not in page
     assert "{{ 7*7 }}" in page
 
@@ -50,7 +51,8 @@ def test_hostile_text_shows_as_text(respond):
 def test_nothing_is_loaded(respond):
     parsed = _Tokens(heatmap_page([respond(["http://example.org/x.png"], [0.5])], "t"))
     loads = {"src", "href", "srcset", "poster", "action", "data", "xlink:href"}
-    assert [pair for pair in parsed.tags if loads & set(pair[1])] == []
+    places = [attributes[name] for _, attributes in parsed.tags for name in loads & set(attributes)]
+    assert places == ["#main"]  # the link that skips to the content
     page = heatmap_page([respond(["a"], [0.5])], "t")
     assert not re.search(r"url\(|@import|https?://|fetch\(|\bimport\b", page)
     policy = [tag for tag in parsed.tags if tag[1].get("http-equiv") == "Content-Security-Policy"]
@@ -71,6 +73,18 @@ def test_every_token_tells_its_numbers(respond):
         "reward so far: -1.175",
     ]
     assert ["reward: +0.125" in titles[0], "reward: +0.042" in titles[2], "“↵”" in titles[2]] == [True] * 3
+
+
+def test_alternatives_are_rows_of_a_table_without_markup(heatmaps):
+    titles = [title for _, title in _Tokens(heatmap_page(heatmaps, "t")).tokens]
+    heading, *rows = titles[0].split("\n")[8:]
+    assert heading.split("\t") == ["likeliest here", "log π", "reward"]
+    assert [row.split("\t") for row in rows[:3]] == [
+        ["“ three”", f"{MINUS}0.250", "+0.300"],
+        ['“<script>alert("x")</script>⟨U+202E⟩”', f"{MINUS}0.950", "+0.150"],
+        ["“↵”", f"{MINUS}1.650", "+0.000"],
+    ]
+    assert rows[4].split("\t")[0] == "“⇥”"
 
 
 def test_whitespace_and_newlines_are_kept(respond):

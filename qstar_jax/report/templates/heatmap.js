@@ -2,12 +2,32 @@
 // Without this script the browser shows each token's title; with it, a table, a mark on the chart, and arrow keys.
 const tip = document.getElementById("tip");
 
+// Lines of a title are "name: value"; those with tabs are rows of a table, the first of them its heading.
 function facts(token) {
   if (token.title) {
     token.dataset.facts = token.title;
     token.removeAttribute("title");  // or the browser would show its own tooltip over ours
   }
-  return token.dataset.facts.split("\n").map((line) => line.split(/: (.*)/s));
+  const lines = token.dataset.facts.split("\n");
+  return {
+    numbers: lines.filter((line) => !line.includes("\t")).map((line) => line.split(/: (.*)/s)),
+    others: lines.filter((line) => line.includes("\t")).map((line) => line.split("\t")),
+  };
+}
+
+function element(name, ...content) {
+  const made = document.createElement(name);
+  made.append(...content);
+  return made;
+}
+
+function contents(token) {
+  const { numbers, others } = facts(token);
+  const list = element("dl", ...numbers.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
+  if (!others.length) return [list];
+  const rows = others.map((cells, number) => element("tr", ...cells.map((c) => element(number ? "td" : "th", c))));
+  for (const row of rows) row.classList.toggle("said", row.firstChild.textContent === numbers[0][1]);
+  return [list, element("table", ...rows)];
 }
 
 function chartOf(token) {
@@ -18,15 +38,10 @@ function show(token) {
   hide();
   token.classList.add("on");
   token.setAttribute("aria-describedby", "tip");
-  tip.replaceChildren(...facts(token).flatMap(([name, value]) => {
-    const label = document.createElement("span"), number = document.createElement("b");
-    label.textContent = name;
-    number.textContent = value;
-    return [label, number];
-  }));
+  tip.replaceChildren(...contents(token));
   tip.hidden = false;
   const box = token.getClientRects()[0], size = tip.getBoundingClientRect();
-  const below = box.bottom + 8 + size.height < innerHeight;
+  const below = box.bottom + 8 + size.height < innerHeight || box.top < innerHeight - box.bottom;
   tip.style.left = Math.max(8, Math.min(box.left, innerWidth - size.width - 8)) + "px";
   tip.style.top = (below ? box.bottom + 8 : Math.max(8, box.top - size.height - 8)) + "px";
   mark(token);
@@ -69,5 +84,5 @@ for (const [event, act] of [["mouseover", show], ["focusin", show], ["mouseout",
 document.addEventListener("keydown", step);
 document.addEventListener("scroll", () => {
   const token = document.querySelector(".t.on");
-  if (token) (token === document.activeElement ? show : hide)(token);  // walking with the keyboard scrolls too
+  if (token) (token.matches(":hover, :focus") ? show : hide)(token);  // walking with the keyboard scrolls too
 }, { passive: true, capture: true });

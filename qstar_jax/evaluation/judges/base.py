@@ -1,0 +1,101 @@
+"""What a judge takes and gives: comparisons of two answers, verdicts, and the win rate that they amount to."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, description, total) -> items, for a progress bar
+Say = Callable[[str], None]  # shows a sentence to the user
+
+
+def no_track(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+    """Shows no progress."""
+    return items
+
+
+def no_words(text: str):
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to a prompt.
+
+    Args:
+        row: Row of the data file.
+        prompt: The prompt, as plain text.
+        answer: The answer that is on trial.
+        baseline: The one that it is compared with.
+    """
+
+    row: int
+    prompt: str
+    answer: str
+    baseline: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which of the two is better.
+
+    Args:
+        win: 1.0 where the answer wins, 0.5 for a tie, 0.0 where the baseline wins; None where no decision could be got,
+            which is never the same as a tie.
+        answer_score: What a judge by rewards gave the answer; None where it gave nothing.
+        baseline_score: The same of the baseline.
+        note: How the verdict came about, for people.
+    """
+
+    win: float | None
+    answer_score: float | None = None
+    baseline_score: float | None = None
+    note: str = ""
+
+
+class Judge(Protocol):
+    """Decides which of two answers is better."""
+
+    name: str
+
+    def __call__(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """Returns one verdict a comparison, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """What verdicts amount to.
+
+    Args:
+        rate: Mean of `win` over the decided comparisons, so a tie is half a win; None where none is decided.
+        stderr: Standard error of that mean; None below two decided comparisons.
+        wins: Comparisons that the answer wins.
+        ties: Comparisons that nobody wins.
+        losses: Comparisons that the baseline wins.
+        undecided: Comparisons without a decision; they are in none of the other numbers.
+    """
+
+    rate: float | None
+    stderr: float | None
+    wins: int
+    ties: int
+    losses: int
+    undecided: int
+
+
+def win_rate(verdicts: Sequence[Verdict]) -> WinRate:
+    """Counts verdicts.
+
+    Args:
+        verdicts: Any number of them, of comparisons that do not depend on each other.
+
+    Returns:
+        The win rate and its parts.
+    """
+    decided = [verdict.win for verdict in verdicts if verdict.win is not None]
+    n = len(decided)
+    rate = sum(decided) / n if n else None
+    stderr = math.sqrt(sum((win - rate) ** 2 for win in decided) / (n - 1) / n) if n > 1 else None
+    wins, losses = sum(win > 0.5 for win in decided), sum(win < 0.5 for win in decided)
+    return WinRate(rate, stderr, wins, n - wins - losses, losses, len(verdicts) - n)

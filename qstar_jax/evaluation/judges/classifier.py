@@ -1,0 +1,177 @@
+"""Reward models in Hugging Face's form: a language model whose last hidden state is multiplied by one vector."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import jinja2
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from qstar_jax import hub
+from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
+from qstar_jax.data.dialogues import Messages
+from qstar_jax.data.preferences import Record
+from qstar_jax.data.tokenization import tokenize
+from qstar_jax.errors import InputError
+from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
+from qstar_jax.hub.reader import TensorFiles
+from qstar_jax.loading import param_shardings
+from qstar_jax.models import CausalLM
+from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.layers import RowMask
+from qstar_jax.sharding import BATCH
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUFFIX, HEAD = "ForSequenceClassification", "score.weight"
+_MULTIPLE = 64  # rows are padded to multiples of it, so that few programs are compiled
+
+
+@dataclass(frozen=True)
+class ClassifierReward:
+    """The score of (prompt, answer) by a sequence classifier with one label.
+
+    Texts are read as prompt, answer and EOS; with `data.as_chat` as the chat template writes the conversation, without
+    any change, since that is how such models are trained and used.
+
+    Args:
+        model: The language model below the head.
+        params: Its parameters.
+        head: The vector of the head. Shape [D].
+        tokenizer: Its tokenizer.
+        pad_id: `pad_token_id` of its config.json.
+        data: `as_chat`, `max_length` and (without chats) `max_prompt_length` are read.
+        batch_size: Answers scored at once; (data * fsdp) of the mesh must divide it.
+        mesh: Devices of the model.
+        say: Is told of texts that were cut or cannot be read.
+        track: Wraps batches, for a progress bar.
+    """
+
+    model: CausalLM
+    params: Params
+    head: Float[Array, " D"]
+    tokenizer: "PreTrainedTokenizerBase"
+    pad_id: int | None
+    data: DataOptions
+    batch_size: int
+    mesh: Mesh
+    say: Say = no_words
+    track: Track = no_track
+
+    @classmethod
+    def load(cls, folder: Path, compute: ComputeOptions, mesh_options: MeshOptions, **more) -> "ClassifierReward":
+        """Reads a folder for which `is_classifier` holds.
+
+        Args:
+            folder: A Hugging Face folder.
+            compute: Types.
+            mesh_options: How parameters are cut.
+            **more: `data` and what follows it.
+
+        Raises:
+            InputError: If it has another number of labels, or parts that are not built here.
+        """
+        config = hub.read_config(folder)
+        labels = len(config.get("id2label") or ()) or config.get("num_labels") or 2  # transformers leaves two unsaid
+        if labels != 1:
+            raise InputError(f"{folder}: a classifier with {labels} labels is no reward model; expected one label")
+        # There is no unembedding in the folder, and none is needed; a tied one has no parameters of its own.
+        model = CausalLM.from_hf(config | {"tie_word_embeddings": True}, compute)
+        params = hub.read_params(folder, model, param_shardings(model, more["mesh"], mesh_options))
+        head = np.asarray(TensorFiles(folder).get(HEAD, (1, model.config.hidden_size))[:], np.float32)[0]
+        head = jax.device_put(head, NamedSharding(more["mesh"], PartitionSpec()))
+        return cls(model, params, head, hub.read_tokenizer(folder), config.get("pad_token_id"), **more)
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Scores (prompt, answer) pairs; NaN where one cannot be tokenised."""
+        ids = self._encode(pairs)
+        found = [math.nan] * len(pairs)
+        order = sorted(ids, key=lambda row: len(ids[row]))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        replicated = NamedSharding(self.mesh, PartitionSpec())  # so that every host can read the result
+        score = jax.jit(partial(_scores, self.model), out_shardings=replicated)
+        with jax.set_mesh(self.mesh):
+            for rows in self.track(batches, "judging", len(batches)):
+                arrays = jax.device_put(self._arrays([ids[row] for row in rows]), NamedSharding(self.mesh, BATCH))
+                values = jax.device_get(score(self.params, self.head, *arrays))
+                for row, value in zip(rows, values, strict=False):  # rows that only fill up the batch come last
+                    found[row] = float(value)
+        return found
+
+    def _arrays(self, rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        width = -(-max(map(len, rows)) // _MULTIPLE) * _MULTIPLE
+        tokens = np.zeros((self.batch_size, width), np.int32)
+        lengths, last = np.zeros((2, self.batch_size), np.int32)
+        for i, ids in enumerate(rows):
+            tokens[i, : len(ids)], lengths[i] = ids, len(ids)
+            # As transformers does it: with pad = EOS, the head was trained on the token before the EOS.
+            last[i] = max(np.flatnonzero(ids != self.pad_id), default=0) if self.pad_id is not None else len(ids) - 1
+        return tokens, lengths, last
+
+    def _encode(self, pairs: Sequence[tuple[str, str]]) -> dict[int, np.ndarray]:
+        """Token ids by row, without those that cannot be read."""
+        if self.data.as_chat:
+            ids, cut, dropped = self._encode_chats(pairs)
+        else:
+            records = [Record(prompt, (answer,), row) for row, (prompt, answer) in enumerate(pairs)]
+            examples, reasons = tokenize(records, self.tokenizer, self.data)
+            ids = {e.row: np.concatenate([e.prompt, e.responses[0].ids]) for e in examples}
+            cut, dropped = sum(e.responses[0].truncated for e in examples), list(reasons)
+        if dropped:
+            self.say(f"no reward for {len(pairs) - len(ids)} answers: {', '.join(sorted(set(dropped)))}")
+        if cut:
+            part = "chats lost their beginning" if self.data.as_chat else "answers lost their end"
+            self.say(f"{cut} of {len(ids)} {part}, as they exceed judge.max_length")
+        return ids
+
+    def _encode_chats(self, pairs: Sequence[tuple[str, str]]) -> tuple[dict[int, np.ndarray], int, list[str]]:
+        if not self.tokenizer.chat_template:
+            raise InputError("judge.as_chat: the reward model's tokenizer has no chat template; leave it off")
+        ids, cut, dropped, longest = {}, 0, [], self.data.max_length
+        for row, (prompt, answer) in enumerate(pairs):
+            messages = [message for turn in as_messages(prompt, answer) for message in turn]
+            try:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            except jinja2.TemplateError as error:
+                dropped.append(f"the chat template refuses it ({error})")
+                continue
+            found = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            cut += len(found) > longest
+            ids[row] = np.asarray(found[-longest:], np.int32)
+        return ids, cut, dropped
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether config.json of a folder names a sequence classifier."""
+    if hub.is_adapter(folder):
+        return False
+    return any(str(name).endswith(SUFFIX) for name in hub.read_config(folder).get("architectures") or ())
+
+
+def as_messages(prompt: str, answer: str) -> tuple[Messages, Messages]:
+    """Wraps a prompt as a user's message and an answer as the assistant's."""
+    return [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
+
+
+def _scores(
+    model: CausalLM,
+    params: Params,
+    head: Float[Array, " D"],
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    last: Int[Array, " B"],
+) -> Float[Array, " B"]:
+    slots = jnp.arange(tokens.shape[1])
+    positions = jnp.broadcast_to(slots, tokens.shape)
+    mask = RowMask(jnp.where(slots < lengths[:, None], 0, -1), jnp.zeros_like(tokens))
+    hidden = model.hidden_states(params, tokens, positions, mask)
+    pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return pooled.astype(jnp.float32) @ head

@@ -1,0 +1,144 @@
+"""Rewards of whole answers by a model: the implicit reward of a DPO run of ours, or the score of a classifier."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from qstar_jax import hub
+from qstar_jax.checkpoints import find_checkpoint
+from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
+from qstar_jax.data.loading import Dataset
+from qstar_jax.data.preferences import Record
+from qstar_jax.data.tokenization import tokenize
+from qstar_jax.errors import InputError
+from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
+from qstar_jax.evaluation.judges.classifier import ClassifierReward, as_messages, is_classifier
+from qstar_jax.evaluation.judges.rewards import Reward
+from qstar_jax.evaluation.references import find_beta, find_reference
+from qstar_jax.evaluation.token_rewards import score_dataset
+from qstar_jax.loading import LoadedModel, load_model
+from qstar_jax.models.causal_lm import Params
+
+
+@dataclass(frozen=True)
+class SummedReward:
+    """beta * log(pi / pi_ref), summed over the tokens of an answer, its EOS included.
+
+    Programs are compiled for the lengths of what is given, so many answers at once take less time than few by few.
+
+    Args:
+        policy: The preference-trained model.
+        ref_params: Parameters of its reference.
+        beta: Reward a nat.
+        data: `as_chat`, `max_length` and `max_prompt_length` are read.
+        batch_size: Answers scored at once; (data * fsdp) of the mesh must divide it.
+        mesh: Devices of the models.
+        say: Is told of answers that lost their end.
+        track: Wraps batches, for a progress bar.
+    """
+
+    policy: LoadedModel
+    ref_params: Params
+    beta: float
+    data: DataOptions
+    batch_size: int
+    mesh: Mesh
+    say: Say = no_words
+    track: Track = no_track
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Scores (prompt, answer) pairs; NaN where one cannot be tokenised (it has an EOS token inside, say)."""
+        records = [_record(pair, row, self.data.as_chat) for row, pair in enumerate(pairs)]
+        examples, dropped = tokenize(records, self.policy.tokenizer, self.data)
+        rewards = [math.nan] * len(pairs)
+        if dropped:
+            self.say(f"no reward: {', '.join(f'{n} {why}' for why, n in dropped.items())}")
+        if not examples:
+            return rewards
+        cut = sum(example.responses[0].truncated for example in examples)
+        if cut:
+            self.say(f"{cut} of {len(examples)} answers lost their end, as they exceed judge.max_length")
+        batches = -(-len(examples) // self.batch_size)
+        with jax.set_mesh(self.mesh):
+            scored = score_dataset(
+                self.policy,
+                self.ref_params,
+                Dataset(examples, dropped, "judge"),
+                beta=self.beta,
+                batch_size=self.batch_size,
+                mesh=self.mesh,
+                track=lambda items: self.track(items, "judging", batches),
+            )
+        for answer in scored:
+            rewards[answer.row] = answer.total_reward
+        return rewards
+
+
+def _record(pair: tuple[str, str], row: int, as_chat: bool) -> Record:
+    prompt, answer = as_messages(*pair) if as_chat else pair
+    return Record(prompt, (answer,), row)
+
+
+def load_reward(
+    model: str,
+    *,
+    mesh: Mesh,
+    reference: str | None = None,
+    beta: float | None = None,
+    data: DataOptions = DataOptions(),
+    batch_size: int = 4,
+    compute: ComputeOptions = ComputeOptions(),
+    mesh_options: MeshOptions = MeshOptions(),
+    say: Say = no_words,
+    track: Track = no_track,
+) -> Reward:
+    """Opens a reward model.
+
+    Args:
+        model: Folder of a DPO run (or another policy, with `reference` and `beta`), or folder or hub name of a
+            classifier with one label.
+        mesh: Devices.
+        reference: Folder or hub name of the policy's reference; a DPO run carries its own.
+        beta: Reward a nat; a DPO run carries its own.
+        data: `as_chat`, `max_length` and `max_prompt_length` are read.
+        batch_size: Answers scored at once; (data * fsdp) of the mesh must divide it.
+        compute: Types.
+        mesh_options: How parameters are cut.
+        say: Is told what was cut or could not be scored.
+        track: Wraps batches, for a progress bar.
+
+    Returns:
+        A function from (prompt, answer) pairs to rewards.
+
+    Raises:
+        InputError: If the model cannot be used, or an option has no effect on it.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % parts:
+        raise InputError(
+            f"judge.batch_size {batch_size} cannot be cut evenly over {parts} devices (mesh data * fsdp); choose a "
+            f"multiple of {parts}"
+        )
+    common = {"data": data, "batch_size": batch_size, "mesh": mesh, "say": say, "track": track}
+    with jax.set_mesh(mesh):
+        if find_checkpoint(Path(model).expanduser()) is None and is_classifier(folder := hub.open_folder(model)):
+            given = [name for name, value in (("reference", reference), ("beta", beta)) if value is not None]
+            if given:
+                raise InputError(f"judge.{given[0]} has no effect on a classifier, which {model} is; leave it out")
+            return ClassifierReward.load(folder, compute, mesh_options, **common)
+        policy = load_model(model, compute, mesh, mesh_options)
+        if reference is None and policy.reference is None:
+            raise InputError(
+                f"judge.model {model} is no reward model: neither a classifier (its config.json names no "
+                "...ForSequenceClassification) nor a run with a reference; name the reference by judge.reference"
+            )
+        beta = find_beta(policy, beta, model, "--judge.beta")
+        source = find_reference(policy, reference, model)
+        found = load_model(source, compute, mesh, mesh_options)
+        if found.model != policy.model:
+            raise InputError(f"judge.reference {source} and judge.model {model} have different shapes (config.json)")
+    return SummedReward(policy, found.params, beta, **common)

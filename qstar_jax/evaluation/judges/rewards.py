@@ -1,0 +1,50 @@
+"""A judge made of any scalar reward: the larger one wins."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qstar_jax.evaluation.judges.base import Comparison, Verdict
+
+Reward = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]  # (prompt, answer) pairs -> one reward each
+
+
+@dataclass(frozen=True)
+class RewardJudge:
+    """Compares the rewards of both answers; each distinct (prompt, answer) is scored once.
+
+    Args:
+        name: Of the judge, for reports.
+        reward: Rewards of (prompt, answer) pairs, all given at once; None or NaN where one has none.
+        tolerance: Rewards that differ by no more than this tie, in units of the reward.
+    """
+
+    name: str
+    reward: Reward
+    tolerance: float = 1e-6
+
+    def __call__(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """See `base.Judge`.
+
+        Raises:
+            ValueError: If `reward` does not return one number a pair.
+        """
+        pairs = list(dict.fromkeys((c.prompt, text) for c in comparisons for text in (c.answer, c.baseline)))
+        rewards = list(self.reward(pairs)) if pairs else []
+        if len(rewards) != len(pairs):
+            raise ValueError(f"{self.name}: {len(rewards)} rewards for {len(pairs)} answers; expected one each")
+        found = {
+            pair: math.nan if reward is None else float(reward) for pair, reward in zip(pairs, rewards, strict=True)
+        }
+        return [self._verdict(c, found[c.prompt, c.answer], found[c.prompt, c.baseline]) for c in comparisons]
+
+    def _verdict(self, comparison: Comparison, answer: float, baseline: float) -> Verdict:
+        scores = [None if math.isnan(score) else score for score in (answer, baseline)]
+        if comparison.answer == comparison.baseline:
+            return Verdict(0.5, *scores, note="identical answers")
+        if None in scores:
+            which = " and ".join(name for name, s in zip(("answer", "baseline"), scores, strict=True) if s is None)
+            return Verdict(None, *scores, note=f"no reward of the {which}")
+        if answer == baseline or abs(answer - baseline) <= self.tolerance:  # infinite rewards have no difference
+            return Verdict(0.5, *scores)
+        return Verdict(float(answer > baseline), *scores)

@@ -1,0 +1,50 @@
+"""Numbers as readers see them: with a minus that is as wide as the plus, and ends of their intervals."""
+
+from collections.abc import Mapping
+
+Interval = Mapping[str, float]  # mean, low, high
+
+MINUS = "\N{MINUS SIGN}"
+NONE = "\N{EN DASH}"  # what was not measured
+
+
+def decimal(value: float, digits: int = 2) -> str:
+    """Writes a number without a plus.
+
+    Args:
+        value: Number to show.
+        digits: Digits after the point.
+
+    Returns:
+        For example "0.04".
+    """
+    return f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """Writes a number with its sign.
+
+    Args:
+        value: Number to show.
+        digits: Digits after the point.
+
+    Returns:
+        For example "+0.043".
+    """
+    return f"{value + 0.0:+.{digits}f}".replace("-", MINUS)  # the sum makes -0.0 a plain zero
+
+
+def with_interval(interval: Interval | None, digits: int = 2) -> str:
+    """Writes a mean and the ends of its interval.
+
+    Args:
+        interval: Mean and ends; None where there is none.
+        digits: Digits after the point.
+
+    Returns:
+        For example "0.61 [0.55, 0.67]".
+    """
+    if interval is None:
+        return NONE
+    mean, low, high = (decimal(interval[key], digits) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"

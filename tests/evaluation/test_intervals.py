@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from qstar_jax.evaluation.intervals import auc, bootstrap, mean_interval
+
+
+def test_area_is_that_of_mann_and_whitney():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 9, 300).astype(float), rng.random(300) < 0.2  # many ties
+    u = stats.mannwhitneyu(scores[positive], scores[~positive]).statistic
+    assert auc(scores, positive, np.ones((1, 300)))[0] == pytest.approx(u / positive.sum() / (~positive).sum())
+
+
+def test_weights_count_as_copies():
+    rng = np.random.default_rng(1)
+    scores, positive = rng.normal(size=40), rng.random(40) < 0.5
+    weights = rng.integers(0, 4, 40)
+    copies = np.repeat(np.arange(40), weights)
+    expected = auc(scores[copies], positive[copies], np.ones((1, len(copies))))
+    np.testing.assert_allclose(auc(scores, positive, weights[None]), expected)
+
+
+def test_an_area_without_positives_or_negatives_is_not_a_number():
+    assert np.isnan(auc(np.arange(3.0), np.zeros(3, bool), np.ones((1, 3)))).all()
+
+
+def test_interval_of_a_mean_is_that_of_scipys_bootstrap():
+    values = np.random.default_rng(2).exponential(size=150)
+    found = mean_interval(values)
+    other = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=5000, rng=3).confidence_interval
+    assert found.mean == pytest.approx(values.mean())
+    assert found.low == pytest.approx(other.low, abs=0.02) and found.high == pytest.approx(other.high, abs=0.02)
+
+
+def test_values_that_are_missing_are_left_aside():
+    found = mean_interval(np.array([1.0, np.nan, 3.0, np.nan]))
+    assert found.mean == 2.0 and 1.0 <= found.low <= found.high <= 3.0
+
+
+def test_the_seed_changes_the_resamples_only():
+    values = np.random.default_rng(3).normal(size=30)
+    one, same, other = mean_interval(values, seed=0), mean_interval(values, seed=0), mean_interval(values, seed=1)
+    assert one == same and one.mean == other.mean and one.low != other.low
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(4)
+    found = [mean_interval(rng.normal(size=60), seed=seed) for seed in range(200)]
+    assert 0.88 <= np.mean([interval.low <= 0 <= interval.high for interval in found]) <= 0.99
+
+
+def test_above_zero():
+    assert bootstrap(lambda weights: weights @ np.array([1.0, 2.0]) / weights.sum(1), 2).above_zero
+    assert not mean_interval(np.array([-1.0, 1.0])).above_zero

@@ -1,0 +1,136 @@
+"""The page of the three insights."""
+
+import copy
+import io
+from html import unescape
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+
+from qstar_jax.report.insights_page import insights_page
+from qstar_jax.report.insights_terminal import print_decline, print_sweep
+from qstar_jax.report.numbers import NONE
+
+VOID = {"meta", "img", "br", "line", "polyline"}
+
+
+class _Parsed(HTMLParser):
+    """What a browser would see: tags in order, and the text outside scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.text += data
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_hostile_text_shows_as_text(whole_page):
+    parsed = _Parsed(whole_page)
+    assert parsed.open == []  # every tag is closed where it should be
+    assert len(parsed.named("script")) == 2 and parsed.named("i")[0].get("aria-hidden") == "true"
+    assert "<script>alert" not in whole_page and "\u202e" not in unescape(whole_page)
+    assert '<script>alert("x")</script>⟨U+202E⟩' in parsed.text and "<i>⟨U+202E⟩" in parsed.text
+
+
+def test_nothing_is_loaded(whole_page):
+    parsed = _Parsed(whole_page)
+    policy = next(a["content"] for a in parsed.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in parsed.named("img"))
+    places = {a["href"] for a in parsed.named("a")}
+    assert places == {"#main", "#credit", "#search", "#decline", "#heatmaps"}
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) and {place[1:] for place in places} <= set(ids)
+
+
+def test_claim_number_and_paper_stand_side_by_side(whole_page, findings):
+    parsed = _Parsed(whole_page)
+    for finding in findings:
+        title = parsed.text.rindex(finding["title"])
+        places = [parsed.text.index(finding[name][:40], title) for name in ("claim", "measured", "paper", "command")]
+        assert places == sorted(places)
+    statuses = [attributes["class"] for attributes in parsed.named("p") if "status" in (attributes.get("class") or "")]
+    assert statuses == ["status yes", "status no", "status unknown"] * 2  # in the contents, then in the sections
+    for words in ("✓reproduced", "✗not reproduced", "?cannot be told"):
+        assert words in parsed.text
+
+
+def test_figures_are_there_in_both_themes_with_words_and_tables(whole_page):
+    parsed = _Parsed(whole_page)
+    images = parsed.named("img")
+    assert [image["class"] for image in images] == ["light", "dark"] * 11
+    assert all(len(image["alt"]) > 40 and image["width"] and image["height"] for image in images)
+    assert all(one["src"] != two["src"] for one, two in zip(images[::2], images[1::2], strict=True))
+    for cell in ("0.830 [0.815, 0.845]", "20 beams", "12.5%", "0.85 ± 0.08"):
+        assert cell in parsed.text
+    assert len(parsed.named("table")) == 2 + 4 + 3
+    assert len(whole_page.encode()) < 2e6
+
+
+def test_headings_descend_one_by_one(whole_page):
+    levels = [int(tag[1]) for tag, _ in _Parsed(whole_page).tags if tag in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+@pytest.mark.parametrize("name", ["credit", "sweep", "decline"])
+def test_one_record_alone_makes_a_page(name, request):
+    page = insights_page([], **{name: request.getfixturevalue(name)}, title="t")
+    parsed = _Parsed(page)
+    assert len(parsed.named("h2")) == 1 and parsed.named("img") and "status" not in parsed.text
+    assert 'class="t' not in page and "Made by" not in parsed.text
+
+
+def test_what_a_judge_left_open_and_a_run_did_not_say_is_no_fault(sweep, decline):
+    sweep, decline = copy.deepcopy(sweep), copy.deepcopy(decline)
+    first = sweep["runs"][0]
+    first["points"][0] |= {"win_rate": None, "undecided": 256}
+    first["differences"]["5 beams - sampled"] = None
+    decline["runs"][0]["verdict"] = ""
+    parsed = _Parsed(insights_page([], sweep=sweep, decline=decline, title="t"))
+    assert "256 answers on which the judge did not decide" in parsed.text and NONE in parsed.text
+    assert "no verdict" in parsed.text
+    console = Console(file=io.StringIO())
+    print_sweep(sweep, console)
+    print_decline(decline, console)
+
+
+def test_one_finding_alone_makes_a_page(findings):
+    parsed = _Parsed(insights_page(findings[1:2], title="t"))
+    assert [a["href"] for a in parsed.named("a")] == ["#main", "#search"]
+    assert not parsed.named("img") and "Measured here" in parsed.text
+
+
+def test_findings_of_one_insight_share_its_section(findings):
+    parsed = _Parsed(insights_page([findings[0], findings[0] | {"title": "Another model"}], title="t"))
+    assert len(parsed.named("h2")) == 1 and len(parsed.named("h3")) == 2 and "Another model" in parsed.text
+
+
+def test_nothing_at_all_still_makes_a_page():
+    assert "no results to show" in insights_page([], title="t")
+
+
+def test_an_unknown_insight_is_refused(findings):
+    with pytest.raises(ValueError, match="unknown insights: credits; known: credit, search, decline"):
+        insights_page([findings[0] | {"insight": "credits"}], title="t")
