@@ -86,9 +86,7 @@ def _search(sweep: Record) -> dict[str, Any]:
 
 def _decline(decline: Record) -> dict[str, Any]:
     runs = {run["name"]: run for run in decline["runs"]}
-    fell = {name: _fell(run) for name, run in runs.items()}
-    both = {"with SFT", "without SFT"} <= set(runs)
-    told = [fell[name] is not None for name in fell]
+    both = [runs.get("with SFT"), runs.get("without SFT")]
     return {
         "insight": "decline",
         "title": "Falling rewards",
@@ -97,15 +95,22 @@ def _decline(decline: Record) -> dict[str, Any]:
         "paper": "With SFT on the chosen answers both rewards decline while the margin grows; without it chosen "
         "rewards stay above 0 (Fig. 3).",
         "measured": " ".join(_moved(run) for run in runs.values()),
-        "reproduced": (fell["with SFT"] is True and fell["without SFT"] is False) if both and all(told) else None,
+        "reproduced": None if None in both else _falls_with_sft_only(*map(_end, both)),
         "command": "qstar decline",
     }
 
 
-def _fell(run: Record) -> bool | None:
-    """Whether chosen rewards ended below 0, beyond two standard errors; None where noise hides it."""
-    last, error = run["curves"]["chosen"][-1], run["stderr"].get("chosen", [float("inf")])[-1]
-    return last < 0 if abs(last) > 2 * error else None
+def _end(run: Record) -> tuple[float, float]:
+    """Chosen rewards at the end of a run, and two standard errors; infinite where the run logged none."""
+    return run["curves"]["chosen"][-1], 2 * run["stderr"].get("chosen", [float("inf")])[-1]
+
+
+def _falls_with_sft_only(with_sft: tuple[float, float], without: tuple[float, float]) -> bool | None:
+    """Whether the one falls and the other does not, or clearly less and not beyond noise; None where noise hides it."""
+    (fallen, error), (other, other_error) = with_sft, without
+    if fallen > error or other < -other_error:
+        return False
+    return True if fallen < -error and other - fallen > (error**2 + other_error**2) ** 0.5 else None
 
 
 def _moved(run: Record) -> str:

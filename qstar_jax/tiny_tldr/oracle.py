@@ -19,7 +19,7 @@ from qstar_jax.tiny_tldr import words
 from qstar_jax.tiny_tldr.posts import FACTS, FILLERS, Post
 from qstar_jax.tiny_tldr.rewards import END, LATE_WORD, WORD, WRONG, split_words
 from qstar_jax.tiny_tldr.rewards import RIGHT as RIGHT_REWARD
-from qstar_jax.tiny_tldr.summaries import EMPTY, EXTRAS, FORMS, FROM_POST, RUN_ON, chance_of_right
+from qstar_jax.tiny_tldr.summaries import EMPTY, EXTRAS, FORMS, FROM_POST, RIGHT, RUN_ON
 
 Tokens = tuple[int, ...]
 Weights = np.ndarray  # (probability under mu, the same times exp(reward / beta)) of a piece of a summary
@@ -126,7 +126,7 @@ class Oracle:
 
     def _slot(self, post: Post, fact: str) -> _Slot:
         confusing = fact in post.distractors
-        chance = chance_of_right(post, fact)
+        chance = RIGHT[fact][not confusing]
         length = WORD * len(post.facts[fact].split())  # all values of a fact have the same number of words
 
         def weights(probability: float, reward: float) -> Weights:

@@ -7,11 +7,11 @@ from random import Random
 
 from qstar_jax.tiny_tldr.posts import CUE, FACTS, FORMS, Post, make_post
 from qstar_jax.tiny_tldr.rewards import split_words, true_reward
-from qstar_jax.tiny_tldr.summaries import draw_form, draw_summary, fill, invent, is_hasty, run_on
+from qstar_jax.tiny_tldr.summaries import draw_form, draw_summary, fill, invent, run_on
 
 SPLITS = ("train", "test", "corrupted")
 ROWS = {"train": 8000, "test": 1000, "corrupted": 600}
-KINDS = ("hasty", "distractor", "invented", "run-on")
+KINDS = ("distractor", "invented", "run-on")
 _TOLD_AGAIN, _CAPITALS = 0.6, string.ascii_uppercase + ";"
 _QUESTIONS = {
     "who": "Who was it?",
@@ -28,8 +28,8 @@ def split_rows(split: str, seed: int = 0, limit: int | None = None) -> list[dict
     Args:
         split: `train` and `test` are pairs of summaries, labelled by readers whose choices are random (Bradley-Terry of
             the true reward): `prompt`, `chosen`, `rejected`. `corrupted` are right summaries beside copies with one
-            mistake: also `wrong`, the [start, end) characters in `rejected` of each wrong word or digit, and of the
-            first word behind the end where it runs on; and `kind`.
+            mistake: also `wrong`, the one range [start, end) of characters in `rejected` from the first wrong word, or
+            digit, to the last (of the first word behind the end, where it runs on), and `kind`.
         seed: Fixes the rows; another seed gives other posts.
         limit: The first so many rows only.
 
@@ -83,20 +83,13 @@ def _corrupted_row(kind: str, rng: Random) -> dict:
         if kind == "run-on":
             rejected, start = run_on(chosen, rng), len(chosen) + 1
             return row | {"rejected": rejected, "wrong": [[start, start + len(split_words(rejected[start:])[0])]]}
-        stated = [fact for fact in form.facts if kind == "invented" or _kind(post, fact) == kind]
+        stated = [fact for fact in form.facts if kind == "invented" or fact in post.distractors]
         if not stated:
             continue
         fact = rng.choice(stated)
         value = invent(post, fact, rng) if kind == "invented" else post.distractors[fact]
         rejected = text.format(**post.facts | {fact: value})
         return row | {"rejected": rejected, "wrong": [_difference(chosen, rejected)]}
-
-
-def _kind(post: Post, fact: str) -> str | None:
-    """Kind of the mistake to take the wrong value that the post mentions, if it does."""
-    if fact not in post.distractors:
-        return None
-    return "hasty" if is_hasty(post, fact) else "distractor"
 
 
 def _difference(right: str, wrong: str) -> list[int]:

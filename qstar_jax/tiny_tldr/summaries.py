@@ -63,7 +63,6 @@ EXTRAS = {
 EMPTY = 0.4
 # The chance that a writer gets a fact right where the post mentions a wrong value too, and where it does not.
 RIGHT = {"who": (0.8, 0.96), "what": (0.7, 0.96), "much": (0.6, 0.94), "where": (0.6, 0.94), "when": (0.6, 0.94)}
-HASTY = 0.35  # the same for an amount where the post mentions the wrong one last: most writers take that
 FROM_POST = 0.85  # of the mistakes are that wrong value, where there is one; the others are invented
 RUN_ON = 0.15  # of the summaries go on with a sentence that says nothing
 
@@ -138,38 +137,8 @@ def invent(post: Post, fact: str, rng: Random) -> str:
     return value
 
 
-def is_hasty(post: Post, fact: str) -> bool:
-    """Whether a post invites the mistake that most writers make: its wrong amount is the one that it mentions last.
-
-    Args:
-        post: The post.
-        fact: One of `posts.FACTS`.
-
-    Returns:
-        True for the amount of such posts.
-    """
-    return (
-        fact == "much"
-        and "much" in post.distractors
-        and post.text.rindex(post.distractors["much"]) > post.text.rindex(post.facts["much"])
-    )
-
-
-def chance_of_right(post: Post, fact: str) -> float:
-    """The chance that a writer gets a fact of a post right.
-
-    Args:
-        post: The post.
-        fact: One of `posts.FACTS`.
-
-    Returns:
-        A probability.
-    """
-    return HASTY if is_hasty(post, fact) else RIGHT[fact][fact not in post.distractors]
-
-
 def _stated(post: Post, fact: str, rng: Random) -> str:
-    if rng.random() < chance_of_right(post, fact):
+    confusing = fact in post.distractors
+    if rng.random() < RIGHT[fact][not confusing]:
         return post.facts[fact]
-    from_post = fact in post.distractors and rng.random() < FROM_POST
-    return post.distractors[fact] if from_post else invent(post, fact, rng)
+    return post.distractors[fact] if confusing and rng.random() < FROM_POST else invent(post, fact, rng)

@@ -10,7 +10,7 @@ from qstar_jax.evaluation.judges.alpaca_eval import read_annotations
 
 
 @pytest.fixture(autouse=True)
-def on_one_device(monkeypatch):
+def on_one_device(monkeypatch, kept_programs):
     import jax
 
     def make_mesh(options):
@@ -18,6 +18,8 @@ def on_one_device(monkeypatch):
 
     for module in ("sweep", "score"):
         monkeypatch.setattr(f"qstar_jax.cli.{module}.make_mesh", make_mesh)
+    with kept_programs():
+        yield
 
 
 def sweep(out, *words):
@@ -29,14 +31,14 @@ def record(out):
 
 
 @pytest.fixture(scope="module")
-def swept(dpo_run, eval_file, tmp_path_factory):
+def swept(dpo_run, eval_file, tmp_path_factory, kept_programs):
     """A sweep of the run, judged by its own implicit reward, with the words that made it."""
     import jax
 
     out = tmp_path_factory.mktemp("sweep") / "out"
     words = ["--model", dpo_run, "--data.eval", eval_file, "--judge.kind", "reward_model", "--judge.model", dpo_run]
     words += ["--seeds", "[0,1]", "--export"]
-    with pytest.MonkeyPatch.context() as patch:
+    with kept_programs(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("qstar_jax.cli.sweep.make_mesh", lambda o: sharding.make_mesh(o, jax.devices()[:1]))
         assert sweep(out, *words) == 0
     return out, words

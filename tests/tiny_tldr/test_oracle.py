@@ -14,10 +14,11 @@ from qstar_jax.tiny_tldr.summaries import (
     EXTRAS,
     FORMS,
     RUN_ON,
-    chance_of_right,
     draw_summary,
     invent,
-    is_hasty,
+)
+from qstar_jax.tiny_tldr.summaries import (
+    RIGHT as CHANCES,
 )
 
 BETA = 0.7
@@ -115,12 +116,12 @@ def test_a_right_amount_has_the_advantage_of_its_chance(tokenizer, oracle):
     for post in posts:
         begun = f" {post.facts['who']} {post.facts['what']} for just"
         whole = tokenizer(f"{begun} {post.facts['much']} dollars").input_ids
-        chances.add(chance := chance_of_right(post, "much"))
+        chances.add(chance := CHANCES["much"][("much" not in post.distractors)])
         worth = np.exp((RIGHT["much"] - WRONG) / BETA)  # of a right amount, against a wrong one
         expected = BETA * np.log(worth / (chance * worth + 1 - chance))
         found = oracle.advantages(post, whole)[len(tokenizer(begun).input_ids) :]
         assert found.sum() == pytest.approx(expected, abs=1e-9)
-    assert len(chances) == 3 and any(is_hasty(post, "much") for post in posts)
+    assert len(chances) == 2
 
 
 def test_advantages_of_the_first_tokens_are_those_of_drawn_summaries(tokenizer, oracle):

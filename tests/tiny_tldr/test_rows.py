@@ -8,7 +8,7 @@ from qstar_jax.tiny_tldr import read_post, reward_of_text, split_rows
 from qstar_jax.tiny_tldr.posts import CUE, FACTS, FILLERS
 from qstar_jax.tiny_tldr.rewards import LATE_WORD, WORD, split_words, true_rewards
 from qstar_jax.tiny_tldr.rows import KINDS, ROWS, documents
-from qstar_jax.tiny_tldr.summaries import EXTRAS, is_hasty
+from qstar_jax.tiny_tldr.summaries import EXTRAS
 
 
 def test_splits_are_functions_of_the_seed_and_share_no_post():
@@ -77,7 +77,7 @@ def test_the_mark_reaches_from_the_first_word_or_digit_that_differs_to_the_last(
             parts = differing(right, wrong)
             assert (first, last) == (parts[0][0], parts[-1][1])
     assert fillers == set(FILLERS)
-    assert lengths == {"hasty": {1}, "distractor": {1, 2}, "invented": {1, 2, 3, 4}, "run-on": {1}}
+    assert lengths == {"distractor": {1, 2}, "invented": {1, 2, 3, 4}, "run-on": {1}}
 
 
 def test_the_mark_begins_where_the_reward_is_lowest_and_no_other_fact_is_wrong(corrupted):
@@ -98,14 +98,12 @@ def test_distractors_stand_in_the_post_and_what_is_invented_does_not(corrupted):
     seen = {kind: set() for kind in KINDS}
     for post, row in corrupted:
         swapped = [row["chosen"].replace(post.facts[fact], value) for fact, value in post.distractors.items()]
-        assert (row["rejected"] in swapped) == (row["kind"] in ("hasty", "distractor"))
+        assert (row["rejected"] in swapped) == (row["kind"] == "distractor")
         right = [fact for fact in FACTS if post.facts[fact] in row["chosen"]]
         lost = [fact for fact in right if post.facts[fact] not in row["rejected"]]
         assert len(lost) == (row["kind"] != "run-on")
         seen[row["kind"]].update(lost)
-        if row["kind"] in ("hasty", "distractor"):
-            assert is_hasty(post, lost[0]) == (row["kind"] == "hasty")
-    assert seen == {"hasty": {"much"}, "distractor": {*FACTS}, "invented": {*FACTS}, "run-on": set()}
+    assert seen == {"distractor": {*FACTS}, "invented": {*FACTS}, "run-on": set()}
 
 
 def test_corrupted_rows_have_words_that_change_nothing_on_both_sides(corrupted):

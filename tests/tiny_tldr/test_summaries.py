@@ -11,14 +11,12 @@ from qstar_jax.tiny_tldr.summaries import (
     EXTRAS,
     FORMS,
     FROM_POST,
-    HASTY,
     RIGHT,
     RUN_ON,
     draw_form,
     draw_summary,
     fill,
     invent,
-    is_hasty,
     run_on,
 )
 
@@ -109,27 +107,15 @@ def test_drawn_summaries_have_these_words_too_and_run_on_as_often_as_said(drawn)
         assert_share((parts["filler"] == f" {filler}" for _, parts in drawn), RUN_ON / len(FILLERS))
 
 
-def misleads(post):
-    """Whether the post mentions a wrong amount, behind the right one."""
-    return re.search(r"dollars, (?:not|though it was worth) \d", post.text) is not None
-
-
-def test_hasty_is_the_amount_where_the_wrong_one_is_mentioned_last(drawn):
-    for post, _ in drawn:
-        assert [fact for fact in FACTS if is_hasty(post, fact)] == ["much"] * misleads(post)
-
-
 def test_writers_are_mostly_right_and_less_so_where_the_post_confuses(drawn):
     for fact, (confused, sure) in RIGHT.items():
-        assert HASTY < 0.5 < confused < sure
-        right = {chance: [] for chance in (HASTY, confused, sure)}
+        assert 0.5 < confused < sure
+        right = {confused: [], sure: []}
         for post, parts in drawn:
-            hasty = fact == "much" and misleads(post)
-            chance = HASTY if hasty else confused if fact in post.distractors else sure
+            chance = confused if fact in post.distractors else sure
             right[chance] += [parts[fact] == post.facts[fact]] if parts[fact] else []
         for chance, hits in right.items():
-            if chance != HASTY or fact == "much":
-                assert_share(hits, chance)
+            assert_share(hits, chance)
 
 
 def test_most_mistakes_where_the_post_confuses_are_its_distractor(drawn):
