@@ -18,20 +18,28 @@ def summary():
     return json.loads((Path(FOLDER) / "summary.json").read_text())
 
 
+# What held for every seed that was tried; the README says for how many of them the rest does.
 @needs_demo
-def test_the_papers_directions_are_reproduced(summary):
-    assert {verdict["insight"]: verdict["reproduced"] for verdict in summary["verdicts"]} == {
-        "credit": True, "search": True, "decline": True,
-    }  # fmt: skip
+def test_low_rewards_find_mistakes(summary):
+    detectors = {name: area["mean"] for name, area in summary["credit"]["detectors"].items()}
+    ceiling, reward = detectors.pop("true advantage"), detectors.pop("implicit reward")
+    assert ceiling > reward > max(*detectors.values(), 0.9)
 
 
 @needs_demo
-def test_numbers_are_those_that_the_readme_promises(summary):
-    credit = summary["credit"]
-    assert credit["detectors"]["implicit reward"]["mean"] >= 0.9
-    assert all(difference["low"] > 0 for difference in credit["differences"].values())
-    assert credit["detectors"]["true advantage"]["mean"] > credit["detectors"]["implicit reward"]["mean"]
-    assert [run["beta"] for run in summary["sweep"]["runs"]] == list(tour.BETAS)
+def test_five_beams_beat_sampling_and_are_not_worse_than_greedy(summary):
+    runs = summary["sweep"]["runs"]
+    assert [run["beta"] for run in runs] == list(tour.BETAS)
+    for run in runs:
+        assert run["differences"]["5 beams - sampled"]["low"] > 0
+        assert run["differences"]["5 beams - greedy"]["high"] > 0
+
+
+@needs_demo
+def test_chosen_rewards_fall_with_sft_as_those_of_the_reference_do(summary):
+    with_sft, without = (run["curves"] for run in summary["decline"]["runs"])
+    assert with_sft["chosen"][-1] < 0 and with_sft["chosen"][-1] < without["chosen"][-1]
+    assert abs(with_sft["chosen"][-1] / with_sft["reference"][-1] - 1) < 0.5
 
 
 @needs_demo
