@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from qstar_jax.training.run import train
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STEPS, BATCH_SIZE, SEED = 1200, 32, 0
+STEPS, BATCH_SIZE, SEED = 1600, 32, 0
 EMBEDDING_SCALE = 0.3  # standard deviation; with the default of 1 / sqrt(128) it learns to copy facts much later
 OPTIMIZER = OptimizerOptions(
     learning_rate=3e-3, warmup_steps=100, schedule="cosine", weight_decay=0.1, beta2=0.98, max_grad_norm=1.0
@@ -92,8 +93,9 @@ def pretrain(out: Path, *, seed: int = SEED, steps: int = STEPS, console: Consol
 
 
 def _texts(documents: list[dict], seed: int) -> list[str]:
-    """What the tokenizer is trained on: the language, and summaries, whose words it must know."""
-    return [row["completion"] for row in documents[:10_000]] + [row["chosen"] for row in split_rows("train", seed)]
+    """What the tokenizer is trained on: the language without its headings, and summaries, whose words it must know."""
+    told = [re.sub(r"\n[A-Z;]+:", "\n", row["completion"]) for row in documents[:10_000]]
+    return told + [row["chosen"] for row in split_rows("train", seed)]
 
 
 def _write_base(out: Path, model: CausalLM, tokenizer: "PreTrainedTokenizerBase", record: dict):

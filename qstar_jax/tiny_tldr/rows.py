@@ -5,14 +5,15 @@ import re
 import string
 from random import Random
 
-from qstar_jax.tiny_tldr.posts import CUE, FACTS, FORMS, Post, make_post
+from qstar_jax.tiny_tldr.posts import CUE, FACTS, FILLERS, FORMS, Post, make_post
 from qstar_jax.tiny_tldr.rewards import split_words, true_reward
-from qstar_jax.tiny_tldr.summaries import draw_form, draw_summary, fill, invent, run_on
+from qstar_jax.tiny_tldr.summaries import draw_form, draw_sentence, draw_summary, fill, invent, run_on
 
 SPLITS = ("train", "test", "corrupted")
 ROWS = {"train": 8000, "test": 1000, "corrupted": 600}
 KINDS = ("distractor", "invented", "run-on")
-_TOLD_AGAIN, _CAPITALS = 0.6, string.ascii_uppercase + ";"
+_TOLD_AGAIN, _CONFUSED = 0.6, 0.4  # documents that tell a post again; facts in them that get the wrong value, if any
+_CAPITALS = string.ascii_uppercase + ";"
 _QUESTIONS = {
     "who": "Who was it?",
     "what": "What happened?",
@@ -128,6 +129,14 @@ def _answer(post: Post, fact: str) -> str:
 
 
 def _retold(post: Post, rng: Random) -> str:
-    """Facts of the post without its distractors, in other sentences and another order."""
-    rest = [rng.choice(FORMS[fact][1]) for fact in rng.sample(("where", "when", "much"), rng.randint(0, 3))]
-    return " ".join([rng.choice(FORMS["what"][1]), *rest]).format(**post.names)
+    """Two to four sentences with some of the facts, right or confused as it happens; one of them joins several."""
+    facts = {
+        fact: post.distractors[fact] if fact in post.distractors and rng.random() < _CONFUSED else value
+        for fact, value in post.facts.items()
+    }
+    form = draw_sentence(rng)
+    others = [rng.choice(FORMS[fact][1]).format(**post.names | facts) for fact in FORMS if fact not in form.facts]
+    others = rng.sample([*others, *rng.sample(FILLERS, 2)], rng.randint(1, min(3, len(others) + 2)))
+    sentences = [fill(form, facts, rng).strip(), *others]
+    rng.shuffle(sentences)
+    return " ".join(sentences)

@@ -14,6 +14,7 @@ from qstar_jax.tiny_tldr.summaries import (
     RIGHT,
     RUN_ON,
     draw_form,
+    draw_sentence,
     draw_summary,
     fill,
     invent,
@@ -70,6 +71,18 @@ def test_each_opening_has_its_weight_and_leads_to_every_clause_that_adds_to_it()
     ):
         forms = [form for form in FORMS if form.text.startswith(opening)]
         assert (len(forms), sum(form.weight for form in forms)) == (count, pytest.approx(weight))
+
+
+def test_sentences_of_the_language_show_no_habit():
+    rng = Random(3)
+    texts = [draw_sentence(rng).text for _ in range(10_000)]
+    assert set(texts) == {form.text for form in FORMS}
+    for opening in (" {who}", " So", " On {when},", " At {where},"):
+        own = [text for text in texts if text.startswith(opening)]
+        assert_share((text.startswith(opening) for text in texts), 0.25)
+        clauses = [text[text.index(" {who}") :] for text in own]
+        for clause in set(clauses):
+            assert_share((other == clause for other in clauses), 1 / len(set(clauses)))
 
 
 def test_a_form_states_facts_once_and_words_that_change_nothing_are_no_facts():
