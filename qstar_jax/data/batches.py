@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.data.packing import Block, Shapes, blocks_of, pack
+from qstar_jax.data.packing import Shapes, blocks_of, pack
 from qstar_jax.data.tokenization import Example
 
 
@@ -87,7 +87,7 @@ def make_batch(
     # Without packing the number of rows is known before, and is that of a full batch.
     wanted = len(rows) if shapes.layout == "packed" else count * (answers if shapes.layout == "plain" else 1)
     height = max(-(-wanted // shapes.rows) * shapes.rows, at_least[0])
-    scored = max(sum(_scored(block, examples) for block in row) for row in rows)
+    scored = max(sum(block.scored for block in row) for row in rows)
     width = max(-(-scored // shapes.scored) * shapes.scored, shapes.scored, at_least[1])
     tokens = np.full((height, shapes.length), pad_id, np.int32)
     positions, branches = np.zeros((2, height, shapes.length), np.int32)
@@ -133,10 +133,6 @@ def make_batch(
         weights=(np.arange(count) < len(examples)).astype(np.float32),
         ref_logp=None if ref_logps is None else _padded(ref_logps, index.shape),
     )
-
-
-def _scored(block: Block, examples: Sequence[Example]) -> int:
-    return sum(len(examples[block.example].responses[r].ids) for r in block.answers)
 
 
 def _padded(values: Sequence[Sequence[np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:

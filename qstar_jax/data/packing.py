@@ -22,11 +22,13 @@ class Block:
         example: Index of the example in its batch.
         answers: Indices of the answers.
         length: Slots that it takes.
+        scored: Slots whose next token is scored: the tokens of the answers.
     """
 
     example: int
     answers: tuple[int, ...]
     length: int
+    scored: int
 
 
 def blocks_of(examples: Sequence[Example], layout: Layout) -> list[Block]:
@@ -44,7 +46,7 @@ def blocks_of(examples: Sequence[Example], layout: Layout) -> list[Block]:
         answers = range(len(example.responses))
         for group in [(r,) for r in answers] if layout == "plain" else [tuple(answers)]:
             scored = sum(len(example.responses[r].ids) for r in group)
-            blocks.append(Block(i, group, len(example.prompt) - 1 + scored))
+            blocks.append(Block(i, group, len(example.prompt) - 1 + scored, scored))
     return blocks
 
 
@@ -122,9 +124,13 @@ class Shapes:
         def up(number: int, step: int) -> int:
             return max(-(-number // step), 1) * step
 
-        longest = max(block.length for block in blocks_of(examples, layout))
+        blocks = blocks_of(examples, layout)
+        longest = max(block.length for block in blocks)
         length = up(max(longest, row_length if layout == "packed" else 0), multiple)
         response_length = up(max(len(r.ids) for e in examples for r in e.responses), multiple)
         # A quarter of the batch, and of the row: at most sixteen programs, of which most data sets meet two or three.
+        # Of short rows more than a quarter: there another program costs more time than the empty slots.
         rows = up(up(batch_size, 4) // 4 if layout == "packed" else 1, parts)
-        return cls(layout, length, response_length, rows, up(up(length, 4) // 4, multiple))
+        most = length if layout == "packed" else max(block.scored for block in blocks)
+        scored = min(max(up(length, 4) // 4, 3 * multiple), most)
+        return cls(layout, length, response_length, rows, up(scored, multiple))

@@ -16,7 +16,9 @@ from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.stop_strings import compile_stop_strings, token_texts
 from qstar_jax.errors import InputError
 from qstar_jax.loading import LoadedModel
-from qstar_jax.models.causal_lm import is_unstacked
+from qstar_jax.models.causal_lm import CausalLM, is_unstacked
+
+_unstack = jax.jit(CausalLM.unstack, static_argnums=0)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def params_for(platform: str, members: Sequence[LoadedModel], *, consume: bool) 
     done = {}
     for member in members:
         if id(member.params) not in done:
-            done[id(member.params)] = jax.jit(member.model.unstack)(member.params)
+            done[id(member.params)] = _unstack(member.model, member.params)
             if consume and not is_unstacked(member.params):  # what is not in a stack has been passed through
                 jax.tree.map(lambda x: x.delete(), member.params["layers"])
     return tuple(done[id(member.params)] for member in members)

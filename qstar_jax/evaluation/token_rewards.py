@@ -67,15 +67,15 @@ def score_dataset(
     examples = iter(enumerate(dataset.examples))
     records: list[ScoredResponse] = []
     for number, batch in enumerate(track(feeder.in_order())):
-        scores = jax.device_get(score(policy.params, ref_params, batch))
+        scores = _numbers(jax.device_get(score(policy.params, ref_params, batch)), beta)
         others = jax.device_get(ask(policy.params, ref_params, batch)) if number * batch_size < asked else None
         # strict=False: the rows that only fill up the last batch come after the last example
         for b, (index, example) in zip(range(batch_size), examples, strict=False):
             for r, response in enumerate(example.responses):
                 at = (b, r, slice(len(response.ids)))
                 places = _alternatives([x[at] for x in others], piece, beta) if index < asked else ()
-                own = jax.tree.map(lambda x, at=at: x[at], scores)
-                records.append(_record(policy, example, r, beta, alternatives=places, **_numbers(own, beta)))
+                own = {name: tuple(values[at].tolist()) for name, values in scores.items()}
+                records.append(_record(policy, example, r, beta, alternatives=places, **own))
     return records
 
 
@@ -93,7 +93,8 @@ def _record(policy: LoadedModel, example: Example, r: int, beta: float, **found:
     )
 
 
-def _numbers(scores: mdp.TokenScores, beta: float) -> dict[str, tuple[float, ...]]:
+def _numbers(scores: mdp.TokenScores, beta: float) -> dict[str, np.ndarray]:
+    """What is told of each token of a batch. Shape [B, R, T] each; nothing is meant after the end of an answer."""
     everywhere = np.ones(scores.logp.shape, bool)
     arrays = {
         "logp": scores.logp,
@@ -102,7 +103,7 @@ def _numbers(scores: mdp.TokenScores, beta: float) -> dict[str, tuple[float, ...
         "q": mdp.q_values(scores.logp, scores.logz, everywhere, beta=beta),
         "v": mdp.state_values(scores.logz, everywhere, beta=beta),
     }
-    return {name: tuple(np.asarray(values).tolist()) for name, values in arrays.items()}
+    return {name: np.asarray(values) for name, values in arrays.items()}
 
 
 def _alternatives(

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -163,16 +162,23 @@ def score_trials(
     Returns:
         For each setting one record a trial.
     """
-    examples = [
-        replace(
-            trial.example, responses=(Response(np.array(answer["tokens"], np.int32), answer["finish"] == "length"),)
-        )
-        for own in answers.values()
-        for trial, answer in zip(trials, own, strict=True)
-    ]
-    dataset = Dataset(examples, Counter(), "answers")  # one for all settings, so one program
-    scored = iter(score_dataset(policy, reference.params, dataset, beta=beta, batch_size=batch_size, mesh=mesh))
-    return {setting: list(islice(scored, len(trials))) for setting in answers}
+    distinct: dict[tuple[int, ...], Example] = {}  # wide beams mostly find the same answers
+    for own in answers.values():
+        for trial, answer in zip(trials, own, strict=True):
+            response = Response(np.array(answer["tokens"], np.int32), answer["finish"] == "length")
+            distinct[_key(trial, answer)] = replace(trial.example, responses=(response,))
+    dataset = Dataset(list(distinct.values()), Counter(), "answers")  # one for all settings, so one program
+    found = score_dataset(policy, reference.params, dataset, beta=beta, batch_size=batch_size, mesh=mesh)
+    scored = dict(zip(distinct, found, strict=True))
+    return {
+        setting: [scored[_key(trial, answer)] for trial, answer in zip(trials, own, strict=True)]
+        for setting, own in answers.items()
+    }
+
+
+def _key(trial: Trial, answer: dict) -> tuple[int, ...]:
+    """What tells answers apart."""
+    return trial.row, *answer["tokens"]
 
 
 def compare(answers: Sequence[dict], trials: Sequence[Trial]) -> list[Comparison]:

@@ -75,7 +75,7 @@ def test_index_finds_every_token_of_every_answer(layout):
 
 def test_first_fit_leaves_little_room():
     rng = np.random.default_rng(1)
-    blocks = [Block(i, (0,), int(n)) for i, n in enumerate(rng.integers(5, 60, 200))]
+    blocks = [Block(i, (0,), int(n), int(n)) for i, n in enumerate(rng.integers(5, 60, 200))]
     rows = pack(blocks, 100, "packed")
     assert sorted(b.example for row in rows for b in row) == list(range(200))
     assert all(sum(b.length for b in row) <= 100 for row in rows)
