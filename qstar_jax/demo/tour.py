@@ -36,7 +36,7 @@ SFT_RATE = 2e-3
 DPO = {"steps": 34, "batch_size": 32, "eval_batch_size": 64, "eval_every": 10, "reference_samples": 64}
 DPO_RATE = 2e-4
 BETAS = (0.3, 1.0)  # the first is that of the verdicts, of the credit pictures and of the run without SFT
-EVALUATED, CORRUPTED, ANSWERED = 128, 192, 160  # pairs in evaluations, corrupted summaries, prompts of the sweep
+EVALUATED, CORRUPTED, ANSWERED = 128, 600, 160  # pairs in evaluations, corrupted summaries, prompts of the sweep
 LENGTHS = {"max_length": 128, "max_prompt_length": 88}  # nothing is cut
 # One prompt a row with all scores at once: for rows as short as these the quickest to compile and to run.
 SHAPE = {"layout": "shared", **LENGTHS}

@@ -173,12 +173,12 @@ def _interval(answers: Sequence[Units], name: str, seed: int, minus: str | None)
     wrong = np.concatenate([units.wrong for units in answers])
     owner = np.repeat(np.arange(len(answers)), [len(units.wrong) for units in answers])
 
-    def area(detector: str, weights: np.ndarray) -> np.ndarray:
-        suspicion = -np.concatenate([units.worth[detector] for units in answers])
-        return auc(suspicion, wrong, weights[:, owner])
+    def area(detector: str) -> Callable[[np.ndarray], np.ndarray]:
+        return auc(-np.concatenate([units.worth[detector] for units in answers]), wrong, owner)
 
-    def figure(weights: np.ndarray) -> np.ndarray:
-        areas = area(name, weights)
-        return areas if minus is None else area(minus, weights) - areas
+    own, other = area(name), None if minus is None else area(minus)
 
-    return asdict(bootstrap(figure, len(answers), seed=seed))
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return other(weights) - own(weights)
+
+    return asdict(bootstrap(own if minus is None else difference, len(answers), seed=seed))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -74,22 +74,30 @@ def mean_interval(values: Float[np.ndarray, " N"], *, seed: int = 0) -> Interval
 
 
 def auc(
-    scores: Float[np.ndarray, " N"], positive: Bool[np.ndarray, " N"], weights: Float[np.ndarray, "K N"]
-) -> Float[np.ndarray, " K"]:
+    scores: Float[np.ndarray, " N"], positive: Bool[np.ndarray, " N"], owner: Int[np.ndarray, " N"]
+) -> Callable[[np.ndarray], np.ndarray]:
     """Area under the ROC curve: how often a positive scores above a negative, ties counted half (Mann and Whitney).
 
     Args:
         scores: What should be high for positives.
         positive: Which are positives.
-        weights: How often each counts, one row for each area.
+        owner: Which prompt each belongs to, counted from 0.
 
     Returns:
-        Areas; NaN where there are no positives or no negatives.
+        A figure for `bootstrap`: from how often each of P prompts was drawn, [K, P], to the areas, [K]; NaN where there
+        are no positives or no negatives.
     """
-    _, place = np.unique(scores, return_inverse=True)  # equal scores share a place
-    ups, downs = (
-        np.stack([np.bincount(place, row, place.max() + 1) for row in weights * part]) for part in (positive, ~positive)
-    )
-    below = np.cumsum(downs, axis=1) - downs / 2
-    with np.errstate(invalid="ignore"):
-        return (ups * below).sum(1) / (ups.sum(1) * downs.sum(1))
+    ups, of_ups, count = scores[positive], owner[positive], owner.max() + 1
+    downs = [np.sort(scores[~positive & (owner == prompt)]) for prompt in range(count)]
+    # [p, q]: how many pairs the positives of prompt p win against the negatives of q.
+    won = np.zeros((count, count))
+    for q, own in enumerate(downs):
+        below = (np.searchsorted(own, ups, "left") + np.searchsorted(own, ups, "right")) / 2
+        won[:, q] = np.bincount(of_ups, below, count)
+    up_count, down_count = np.bincount(of_ups, minlength=count), np.array([len(own) for own in downs])
+
+    def areas(weights: np.ndarray) -> np.ndarray:
+        pairs = (weights @ up_count) * (weights @ down_count)
+        return (weights @ won * weights).sum(1) / np.where(pairs > 0, pairs, np.nan)
+
+    return areas

@@ -8,6 +8,10 @@ from qstar_jax.evaluation.intervals import auc
 from qstar_jax.evaluation.scored import ScoredResponse
 
 
+def area(rewards, wrong):
+    return auc(-rewards, wrong, np.zeros(len(wrong), int))(np.ones((1, 1)))[0]
+
+
 def answer(rewards, ref_logp=None, row=0, role="rejected", pieces=None):
     n = len(rewards)
     return ScoredResponse(
@@ -44,14 +48,14 @@ def test_areas_are_over_all_tokens_and_by_kind():
     answers, found = report()
     rewards = np.concatenate([a.scored.reward for a in answers])
     wrong = np.concatenate([a.wrong for a in answers])
-    assert found["detectors"][REWARD]["mean"] == pytest.approx(auc(-rewards, wrong, np.ones((1, len(wrong))))[0])
+    assert found["detectors"][REWARD]["mean"] == pytest.approx(area(rewards, wrong))
     assert found["detectors"][CEILING]["mean"] == 1.0
     assert abs(found["detectors"][UNIFORM]["mean"] - 0.5) < 0.05
     assert (found["answers"], found["tokens"], found["wrong_tokens"]) == (80, 640, 80)
     assert {kind: part["answers"] for kind, part in found["kinds"].items()} == {"a": 40, "b": 40}
     own = [a for a in answers if a.kind == "a"]
     rewards, wrong = np.concatenate([a.scored.reward for a in own]), np.concatenate([a.wrong for a in own])
-    expected = auc(-rewards, wrong, np.ones((1, len(wrong))))[0]
+    expected = area(rewards, wrong)
     assert found["kinds"]["a"]["detectors"][REWARD]["mean"] == pytest.approx(expected)
 
 

@@ -9,20 +9,23 @@ def test_area_is_that_of_mann_and_whitney():
     rng = np.random.default_rng(0)
     scores, positive = rng.integers(0, 9, 300).astype(float), rng.random(300) < 0.2  # many ties
     u = stats.mannwhitneyu(scores[positive], scores[~positive]).statistic
-    assert auc(scores, positive, np.ones((1, 300)))[0] == pytest.approx(u / positive.sum() / (~positive).sum())
+    for owner in (np.arange(300), rng.integers(0, 7, 300), np.zeros(300, int)):  # whose they are makes no difference
+        area = auc(scores, positive, owner)(np.ones((1, owner.max() + 1)))
+        assert area == pytest.approx([u / positive.sum() / (~positive).sum()])
 
 
 def test_weights_count_as_copies():
     rng = np.random.default_rng(1)
-    scores, positive = rng.normal(size=40), rng.random(40) < 0.5
-    weights = rng.integers(0, 4, 40)
-    copies = np.repeat(np.arange(40), weights)
-    expected = auc(scores[copies], positive[copies], np.ones((1, len(copies))))
-    np.testing.assert_allclose(auc(scores, positive, weights[None]), expected)
+    scores, positive, owner = rng.normal(size=40), rng.random(40) < 0.5, np.repeat(np.arange(10), 4)
+    weights = rng.integers(0, 4, (5, 10))
+    for drawn, found in zip(weights, auc(scores, positive, owner)(weights), strict=True):
+        copies = np.repeat(np.arange(40), drawn[owner])
+        u = stats.mannwhitneyu(scores[copies][positive[copies]], scores[copies][~positive[copies]]).statistic
+        assert found == pytest.approx(u / positive[copies].sum() / (~positive[copies]).sum())
 
 
 def test_an_area_without_positives_or_negatives_is_not_a_number():
-    assert np.isnan(auc(np.arange(3.0), np.zeros(3, bool), np.ones((1, 3)))).all()
+    assert np.isnan(auc(np.arange(3.0), np.zeros(3, bool), np.arange(3))(np.ones((1, 3)))).all()
 
 
 def test_interval_of_a_mean_is_that_of_scipys_bootstrap():
