@@ -31,9 +31,9 @@ from qstar_jax.demo.pretrain import pretrain, weights_hash
 from qstar_jax.tiny_tldr import BASE, BUILTIN
 from qstar_jax.training.run import train
 
-SFT = {"steps": 54, "batch_size": 64}
+SFT = {"steps": 60, "batch_size": 64}
 SFT_RATE = 2e-3
-DPO = {"steps": 34, "batch_size": 32, "eval_batch_size": 64, "eval_every": 10, "reference_samples": 64}
+DPO = {"steps": 40, "batch_size": 32, "eval_batch_size": 64, "eval_every": 10, "reference_samples": 64}
 DPO_RATE = 2e-4
 BETAS = (0.3, 1.0)  # the first is that of the verdicts, of the credit pictures and of the run without SFT
 EVALUATED, CORRUPTED, ANSWERED = 128, 600, 160  # pairs in evaluations, corrupted summaries, prompts of the sweep
