@@ -24,6 +24,7 @@ def test_low_rewards_find_mistakes(summary):
     detectors = {name: area["mean"] for name, area in summary["credit"]["detectors"].items()}
     ceiling, reward = detectors.pop("true advantage"), detectors.pop("implicit reward")
     assert ceiling > reward > max(*detectors.values(), 0.9)
+    assert all(gain["low"] > 0 for gain in summary["credit"]["differences"].values())
 
 
 @needs_demo
@@ -36,10 +37,17 @@ def test_five_beams_beat_sampling_and_are_not_worse_than_greedy(summary):
 
 
 @needs_demo
-def test_chosen_rewards_fall_with_sft_as_those_of_the_reference_do(summary):
+def test_chosen_rewards_fall_with_sft_as_those_of_the_reference_do_and_not_without(summary):
     with_sft, without = (run["curves"] for run in summary["decline"]["runs"])
-    assert with_sft["chosen"][-1] < 0 and with_sft["chosen"][-1] < without["chosen"][-1]
+    assert with_sft["chosen"][-1] < 0 < without["chosen"][-1]
     assert abs(with_sft["chosen"][-1] / with_sft["reference"][-1] - 1) < 0.5
+
+
+@needs_demo
+def test_no_claim_is_refuted(summary):
+    verdicts = {verdict["insight"]: verdict["reproduced"] for verdict in summary["verdicts"]}
+    assert verdicts.keys() == {"credit", "search", "decline"}
+    assert verdicts["credit"] and verdicts["decline"] and verdicts["search"] is not False
 
 
 @needs_demo
