@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,9 +17,7 @@ from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.stop_strings import compile_stop_strings, token_texts
 from qstar_jax.errors import InputError
 from qstar_jax.loading import LoadedModel
-from qstar_jax.models.causal_lm import CausalLM, is_unstacked
-
-_unstack = jax.jit(CausalLM.unstack, static_argnums=0)
+from qstar_jax.models.causal_lm import is_unstacked
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,11 @@ def params_for(platform: str, members: Sequence[LoadedModel], *, consume: bool) 
             if consume and not is_unstacked(member.params):  # what is not in a stack has been passed through
                 jax.tree.map(lambda x: x.delete(), member.params["layers"])
     return tuple(done[id(member.params)] for member in members)
+
+
+@partial(jax.jit, static_argnums=0)
+def _unstack(model: Any, params: Any) -> Any:
+    return model.unstack(params)
 
 
 def _check_same_tokens(loaded: LoadedModel, other: LoadedModel, vocabulary: int | None):
