@@ -174,3 +174,17 @@ def test_order_is_pinned():
 
 def test_eval_batches():
     assert [b.tolist() for b in eval_batches(5, 2)] == [[0, 1], [2, 3], [4]]
+
+
+def test_short_rows_come_in_one_width_that_holds_no_more_than_they_need():
+    examples = [example(range(60), range(9, 29 + 3 * i), range(9, 39)) for i in range(12)]  # 50 to 83 tokens
+    shapes = Shapes.of(examples, "shared", batch_size=4)
+    widths = {make_batch(examples[i : i + 4], shapes, pad_id=0).slots.shape[1] for i in (0, 4, 8)}
+    assert shapes.scored == 96 and widths == {96}
+
+
+def test_long_rows_come_in_quarters():
+    examples = [example(range(400), range(9, 9 + n), range(9, 39)) for n in (30, 200)]
+    shapes = Shapes.of(examples, "shared", batch_size=1)
+    widths = [make_batch([one], shapes, pad_id=0).slots.shape[1] for one in examples]
+    assert shapes.scored == 160 and widths == [160, 320]  # rows have 640 slots
