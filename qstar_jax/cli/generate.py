@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qstar_jax.caches import keep_programs
 from qstar_jax.config import GenerateConfig
+from qstar_jax.data.dropped import counted_reasons
 from qstar_jax.data.loading import load_examples
 from qstar_jax.data.preferences import prompt_records
 from qstar_jax.data.tokenization import Example, tokenize
@@ -71,7 +72,7 @@ def _prompts(config: GenerateConfig, tokenizer) -> list[Example]:
     records, _ = prompt_records([{config.data.prompt: config.prompt}], config.data, "--prompt")
     examples, dropped = tokenize(records, tokenizer, config.data)
     if not examples:
-        raise InputError(f"--prompt {config.prompt!r} cannot be used ({', '.join(dropped)})")
+        raise InputError(f"--prompt {config.prompt!r} cannot be used ({counted_reasons(dropped)})")
     return examples
 
 

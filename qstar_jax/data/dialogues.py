@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qstar_jax.data.dropped import DroppedRow
 from qstar_jax.errors import InputError
 
 Messages = list[dict[str, Any]]
@@ -9,10 +10,6 @@ Turns = str | Messages
 
 ASSISTANT_MARKER = "\n\nAssistant:"  # dialogues in text, as Anthropic's HH data ships them
 HUMAN_MARKER = "\n\nHuman:"
-
-
-class DroppedRow(Exception):
-    """The row cannot be used; the message is the reason under which it is counted."""
 
 
 def checked_turns(value: Any, where: str) -> Turns:

@@ -1,10 +1,10 @@
 """One call from a file or hub name to tokenised examples, with an account of what became of its rows."""
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qstar_jax.config import DataOptions
+from qstar_jax.data.dropped import Dropped, counted_reasons
 from qstar_jax.data.preferences import completion_records, preference_records, prompt_records
 from qstar_jax.data.reading import read_rows
 from qstar_jax.data.tokenization import Example, tokenize
@@ -19,22 +19,21 @@ class Dataset:
 
     Args:
         examples: At least one, in file order.
-        dropped: How many rows were dropped for each reason.
+        dropped: Rows of the source that are not among them, in file order.
         source: Path or hub name.
     """
 
     examples: list[Example]
-    dropped: Counter
+    dropped: tuple[Dropped, ...]
     source: str
 
     @property
     def summary(self) -> str:
         """One paragraph: rows read, used and dropped (by reason), lengths in tokens, the share that was truncated."""
-        dropped = self.dropped.total()
+        dropped = len(self.dropped)
         parts = [f"{self.source}: {len(self.examples) + dropped:,} rows read, {len(self.examples):,} used"]
         if dropped:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
-            parts.append(f"{dropped:,} dropped ({reasons})")
+            parts.append(f"{dropped:,} dropped ({counted_reasons(self.dropped)})")
         prompts = [(len(e.prompt), e.prompt_truncated) for e in self.examples]
         answers = [(len(r.ids), r.truncated) for e in self.examples for r in e.responses]
         parts.append(_lengths("prompts", prompts))
@@ -76,8 +75,7 @@ def load_examples(
     rows = read_rows(source, split, limit)
     records, dropped = _RECORDS[kind](rows, options, source)
     examples, dropped_later = tokenize(records, tokenizer, options)
-    dropped += dropped_later
+    dropped = sorted(dropped + dropped_later, key=lambda one: one.row)
     if not examples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
-        raise InputError(f"{source}: none of its {len(rows)} rows can be used ({reasons})")
-    return Dataset(examples, dropped, source)
+        raise InputError(f"{source}: none of its {len(rows)} rows can be used ({counted_reasons(dropped)})")
+    return Dataset(examples, tuple(dropped), source)

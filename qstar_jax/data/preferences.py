@@ -1,12 +1,10 @@
 """Rows of any accepted form -> records with one prompt and its answers, either all text or all chat messages."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.dialogues import (
     ASSISTANT_MARKER,
-    DroppedRow,
     Messages,
     Turns,
     checked_turns,
@@ -16,6 +14,7 @@ from qstar_jax.data.dialogues import (
     text_of,
     without_prompt,
 )
+from qstar_jax.data.dropped import Dropped, DroppedRow, counted_reasons
 from qstar_jax.errors import InputError
 
 _EXPECTED = {
@@ -52,7 +51,7 @@ class _Layout:
     answers: dict[str, tuple[str, str]]
 
 
-def preference_records(rows: list[dict], options: DataOptions, source: str) -> tuple[list[Record], Counter]:
+def preference_records(rows: list[dict], options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
     """Turns rows with a preferred and another answer into records with two responses: chosen, rejected.
 
     Args:
@@ -61,7 +60,7 @@ def preference_records(rows: list[dict], options: DataOptions, source: str) -> t
         source: Name of the file, for errors.
 
     Returns:
-        The records in file order, and how many rows were dropped for each reason.
+        The records and the rows that were dropped, both in file order.
 
     Raises:
         InputError: A column is missing or of the wrong type, or no row can be used.
@@ -71,7 +70,7 @@ def preference_records(rows: list[dict], options: DataOptions, source: str) -> t
     return _records(rows, layout, options, source)
 
 
-def completion_records(rows: list[dict], options: DataOptions, source: str) -> tuple[list[Record], Counter]:
+def completion_records(rows: list[dict], options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
     """Turns rows with one answer into records with one response, for supervised fine-tuning.
 
     The answer is the column `options.completion`; else `options.chosen`; else the last turn of the column `messages`.
@@ -90,7 +89,7 @@ def completion_records(rows: list[dict], options: DataOptions, source: str) -> t
     return _records(rows, _Layout("completions", prompt, {"": answer}), options, source)
 
 
-def prompt_records(rows: list[dict], options: DataOptions, source: str) -> tuple[list[Record], Counter]:
+def prompt_records(rows: list[dict], options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
     """Turns rows into records without responses, for generation.
 
     Where there is no prompt column, the prompt is that of the dialogues in `options.chosen`, else in `messages`.
@@ -117,15 +116,17 @@ def _prompt_column(rows: list[dict], options: DataOptions) -> str | None:
     return options.prompt if rows and _names_column("prompt", rows[0], options) else None
 
 
-def _records(rows: list[dict], layout: _Layout, options: DataOptions, source: str) -> tuple[list[Record], Counter]:
-    records, dropped = [], Counter()
+def _records(
+    rows: list[dict], layout: _Layout, options: DataOptions, source: str
+) -> tuple[list[Record], list[Dropped]]:
+    records, dropped = [], []
     for index, row in enumerate(rows):
         try:
             records.append(_record(row, index, layout, options, f"{source} row {index + 1}"))
         except DroppedRow as reason:
-            dropped[str(reason)] += 1
+            dropped.append(Dropped(index, str(reason)))
     if not records:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "there are none"
+        reasons = counted_reasons(dropped) or "there are none"
         raise InputError(f"{source}: none of its {len(rows)} rows can be used ({reasons})")
     return records, dropped
 

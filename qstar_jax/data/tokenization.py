@@ -3,7 +3,6 @@
 An answer ends with EOS exactly once, which counts in the loss; a truncated answer has none and says so.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 from jaxtyping import Int
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.dialogues import DroppedRow, Messages
+from qstar_jax.data.dialogues import Messages
+from qstar_jax.data.dropped import Dropped, DroppedRow
 from qstar_jax.data.preferences import Record
 from qstar_jax.errors import InputError
 
@@ -46,7 +46,7 @@ class Example:
     row: int
 
 
-def tokenize(records: list[Record], tokenizer: Any, options: DataOptions) -> tuple[list[Example], Counter]:
+def tokenize(records: list[Record], tokenizer: Any, options: DataOptions) -> tuple[list[Example], list[Dropped]]:
     """Tokenises records and cuts them to the longest lengths allowed.
 
     Args:
@@ -55,19 +55,19 @@ def tokenize(records: list[Record], tokenizer: Any, options: DataOptions) -> tup
         options: Longest lengths, in tokens: `max_prompt_length` and `max_length` (prompt and answer together).
 
     Returns:
-        The examples in order (maybe none), and how many records were dropped for each reason.
+        The examples (maybe none) and the rows that were dropped, both in order.
 
     Raises:
         InputError: The tokenizer has no EOS or no chat template where one is needed, or the lengths leave no room.
     """
     _check_lengths(options)
     _check_tokenizer(tokenizer, any(isinstance(record.prompt, list) for record in records))
-    examples, dropped = [], Counter()
+    examples, dropped = [], []
     for record in records:
         try:
             examples.append(_example(record, tokenizer, options))
         except DroppedRow as reason:
-            dropped[str(reason)] += 1
+            dropped.append(Dropped(record.row, str(reason)))
     return examples, dropped
 
 

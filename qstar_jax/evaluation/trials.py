@@ -1,6 +1,5 @@
 """Answers on trial: prompts with the answer to beat, what each way to decode makes of them, and what that is worth."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,7 +166,7 @@ def score_trials(
         for trial, answer in zip(trials, own, strict=True):
             response = Response(np.array(answer["tokens"], np.int32), answer["finish"] == "length")
             distinct[_key(trial, answer)] = replace(trial.example, responses=(response,))
-    dataset = Dataset(list(distinct.values()), Counter(), "answers")  # one for all settings, so one program
+    dataset = Dataset(list(distinct.values()), (), "answers")  # one for all settings, so one program
     found = score_dataset(policy, reference.params, dataset, beta=beta, batch_size=batch_size, mesh=mesh)
     scored = dict(zip(distinct, found, strict=True))
     return {

@@ -5,7 +5,6 @@ Eq. 16: answers drawn from the reference have the mean implicit reward -beta KL(
 fall along. It holds for prefixes too: an answer that was cut is one of a game that ends there, with the KL up to there.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,6 +172,6 @@ def _scorer(
     examples: list[Example], config: DpoConfig, model: CausalLM, feeder: Feeder, mesh: Mesh
 ) -> Callable[[Params], list[np.ndarray]]:
     rows = _rows(len(examples), feeder, mesh)
-    own = Feeder(Dataset(examples, Counter(), FILE), rows, mesh, config.data, feeder.pad_id, "train.reference_samples")
+    own = Feeder(Dataset(examples, (), FILE), rows, mesh, config.data, feeder.pad_id, "train.reference_samples")
     score = make_scorer(model, own)
     return lambda params: [answers[0] for _, part in score(params, own.in_order(), 0) for answers in part]

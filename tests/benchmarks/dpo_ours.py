@@ -7,7 +7,6 @@ import json
 import resource
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -77,7 +76,7 @@ def main(
     with jax.set_mesh(mesh):
         loaded = load_model(model, ComputeOptions(dtype=dtype), mesh, MeshOptions())
         options = DataOptions(layout=layout, row_length=row_length)
-        dataset = Dataset(examples, Counter(), pairs)
+        dataset = Dataset(examples, (), pairs)
         feeder = Feeder(dataset, batch, mesh, options, 0, "batch", accumulate=accumulate)
         if reference == "cached":
             logprobs = jax.jit(lambda params, batch: response_logprobs(loaded.model, params, batch)[0])

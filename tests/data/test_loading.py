@@ -3,6 +3,7 @@ import json
 import pytest
 
 from qstar_jax.config import DataOptions
+from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.loading import load_examples
 from qstar_jax.errors import InputError
 
@@ -22,7 +23,11 @@ def pair(prompt, chosen, rejected):
 def test_rows_dropped_at_either_stage_are_counted_together(tmp_path, plain_tokenizer):
     rows = [pair("a", "b", "b"), pair("", "b", "c"), pair("a", "b", "c"), pair("", "d", "e")]
     data = load_examples(write(tmp_path, *rows), "train", "preferences", plain_tokenizer, OPTIONS)
-    assert data.dropped == {"chosen equals rejected": 1, "empty prompt": 2}
+    assert data.dropped == (
+        Dropped(0, "chosen equals rejected"),
+        Dropped(1, "empty prompt"),
+        Dropped(3, "empty prompt"),
+    )
     assert [example.row for example in data.examples] == [2]
 
 
@@ -53,6 +58,6 @@ def test_completions(tmp_path, plain_tokenizer):
 def test_nothing_left_after_tokenisation(tmp_path, plain_tokenizer):
     source = write(tmp_path, pair("", "b", "c"), pair("a", "b", "b"))
     with pytest.raises(
-        InputError, match=r"none of its 2 rows can be used \(1 chosen equals rejected, 1 empty prompt\)"
+        InputError, match=r"none of its 2 rows can be used \(1 empty prompt, 1 chosen equals rejected\)"
     ):
         load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS)

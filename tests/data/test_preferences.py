@@ -1,8 +1,7 @@
-from collections import Counter
-
 import pytest
 
 from qstar_jax.config import DataOptions
+from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.preferences import Record, completion_records, preference_records, prompt_records
 from qstar_jax.errors import InputError
 
@@ -28,7 +27,7 @@ def failure(records, *rows, **options):
 
 
 def test_text():
-    assert preferences(PAIR) == ([Record("p", ("c", "r"), 0)], Counter())
+    assert preferences(PAIR) == ([Record("p", ("c", "r"), 0)], [])
 
 
 def test_columns_by_another_name():
@@ -51,7 +50,7 @@ CHAT = Record([user("p")], ([assistant("c")], [assistant("r")]), 0)
     ],
 )
 def test_chat_forms(row):
-    assert preferences(row) == ([CHAT], Counter())
+    assert preferences(row) == ([CHAT], [])
 
 
 def test_whole_chats_are_split_before_the_last_answer():
@@ -72,9 +71,9 @@ def test_dialogues_in_text_are_split_after_the_last_marker():
 
 
 def test_as_chat():
-    assert preferences(PAIR, as_chat=True) == ([CHAT], Counter())
+    assert preferences(PAIR, as_chat=True) == ([CHAT], [])
     chat = {"prompt": CHAT.prompt, "chosen": CHAT.responses[0], "rejected": CHAT.responses[1]}
-    assert preferences(chat, as_chat=True) == ([CHAT], Counter())
+    assert preferences(chat, as_chat=True) == ([CHAT], [])
 
 
 def test_as_chat_cannot_take_dialogues_in_text():
@@ -106,7 +105,7 @@ HH = "\n\nHuman: 1\n\nAssistant:"
 def test_unusable_rows_are_counted_by_reason(row, reason):
     records, dropped = preferences(PAIR, row, PAIR)
     assert [record.row for record in records] == [0, 2]
-    assert dropped == {reason: 1}
+    assert dropped == [Dropped(1, reason)]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,7 @@ def test_unusable_dialogues_are_counted_by_reason(chosen, rejected, reason):
     good = {"chosen": HH + " c", "rejected": HH + " r"}
     records, dropped = preferences({"chosen": chosen, "rejected": rejected}, good)
     assert [record.row for record in records] == [1]
-    assert dropped == {reason: 1}
+    assert dropped == [Dropped(0, reason)]
 
 
 def test_an_empty_prompt_in_text_is_kept_for_the_tokenizer_to_judge():
@@ -216,7 +215,7 @@ def test_completion_failures():
     ],
 )
 def test_prompts(row, prompt):
-    assert prompt_records([row], DataOptions(), "data.jsonl") == ([Record(prompt, (), 0)], Counter())
+    assert prompt_records([row], DataOptions(), "data.jsonl") == ([Record(prompt, (), 0)], [])
 
 
 def test_prompt_failures():

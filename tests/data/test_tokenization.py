@@ -1,9 +1,8 @@
-from collections import Counter
-
 import numpy as np
 import pytest
 
 from qstar_jax.config import DataOptions
+from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.preferences import Record
 from qstar_jax.data.tokenization import tokenize
 from qstar_jax.errors import InputError
@@ -28,9 +27,9 @@ def one(tokenizer, prompt, *answers, max_length=100, max_prompt_length=50):
 def dropped_reason(tokenizer, prompt, *answers, **lengths):
     examples, dropped = tokenize([Record(prompt, answers, 0)], tokenizer, DataOptions(**lengths))
     assert examples == []
-    [(reason, count)] = dropped.items()
-    assert count == 1
-    return reason
+    [one] = dropped
+    assert one.row == 0
+    return one.reason
 
 
 def test_plain_text_ends_with_eos_once(plain_tokenizer):
@@ -99,7 +98,7 @@ def test_prompt_limit_must_be_positive(plain_tokenizer):
 def test_prompt_limit_must_be_below_the_whole(plain_tokenizer):
     with pytest.raises(InputError, match=r"max_prompt_length \(6\) leaves no room .*max_length \(6 tokens"):
         tokenize([], plain_tokenizer, DataOptions(max_prompt_length=6, max_length=6))
-    assert tokenize([], plain_tokenizer, DataOptions(max_prompt_length=5, max_length=6)) == ([], Counter())
+    assert tokenize([], plain_tokenizer, DataOptions(max_prompt_length=5, max_length=6)) == ([], [])
 
 
 def test_long_prompt_loses_its_beginning(plain_tokenizer):
@@ -165,4 +164,4 @@ def test_order_rows_and_counts(plain_tokenizer):
     records = [Record("a", ("b",), 2), Record("", ("b",), 3), Record("a", ("c",), 5), Record("", ("d",), 6)]
     examples, dropped = tokenize(records, plain_tokenizer, DataOptions())
     assert [example.row for example in examples] == [2, 5]
-    assert dropped == {"empty prompt": 2}
+    assert dropped == [Dropped(3, "empty prompt"), Dropped(6, "empty prompt")]

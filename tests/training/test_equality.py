@@ -1,7 +1,6 @@
 """Every fast way to the loss and its gradient equals the plain one in float32: one answer a row, one micro-batch."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -155,7 +154,7 @@ PLAIN_STEP = OptimizerOptions(
 
 
 def one_step(loss_fn, examples, params, ref_params, mesh, accumulate, layout="packed"):
-    dataset = Dataset(examples, Counter(), "pairs.jsonl")
+    dataset = Dataset(examples, (), "pairs.jsonl")
     options = DataOptions(layout=layout)
     feeder = Feeder(dataset, 8, mesh, options, EOS, "train.batch_size", accumulate=accumulate)
     optimizer = make_optimizer(PLAIN_STEP, 10)
@@ -186,7 +185,7 @@ def test_accumulation_is_exact(objective, tiny_model, tiny_params, ref_params, e
 def test_batches_that_cannot_be_cut_are_refused(examples, one_device):
     with pytest.raises(InputError, match=r"batch_size 8 .* 3 micro-batches \(train\.accumulate\).* multiple of 3"):
         Feeder(
-            Dataset(examples, Counter(), "pairs.jsonl"),
+            Dataset(examples, (), "pairs.jsonl"),
             8,
             one_device,
             DataOptions(),

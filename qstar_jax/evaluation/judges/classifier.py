@@ -122,9 +122,9 @@ class ClassifierReward:
             ids, cut, dropped = self._encode_chats(pairs)
         else:
             records = [Record(prompt, (answer,), row) for row, (prompt, answer) in enumerate(pairs)]
-            examples, reasons = tokenize(records, self.tokenizer, self.data)
+            examples, unused = tokenize(records, self.tokenizer, self.data)
             ids = {e.row: np.concatenate([e.prompt, e.responses[0].ids]) for e in examples}
-            cut, dropped = sum(e.responses[0].truncated for e in examples), list(reasons)
+            cut, dropped = sum(e.responses[0].truncated for e in examples), [one.reason for one in unused]
         if dropped:
             self.say(f"no reward for {len(pairs) - len(ids)} answers: {', '.join(sorted(set(dropped)))}")
         if cut:

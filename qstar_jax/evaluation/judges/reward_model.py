@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from qstar_jax import hub
 from qstar_jax.checkpoints import find_checkpoint
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
+from qstar_jax.data.dropped import counted_reasons
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.preferences import Record
 from qstar_jax.data.tokenization import tokenize
@@ -56,7 +57,7 @@ class SummedReward:
         examples, dropped = tokenize(records, self.policy.tokenizer, self.data)
         rewards = [math.nan] * len(pairs)
         if dropped:
-            self.say(f"no reward: {', '.join(f'{n} {why}' for why, n in dropped.items())}")
+            self.say(f"no reward: {counted_reasons(dropped)}")
         if not examples:
             return rewards
         cut = sum(example.responses[0].truncated for example in examples)
@@ -67,7 +68,7 @@ class SummedReward:
             scored = score_dataset(
                 self.policy,
                 self.ref_params,
-                Dataset(examples, dropped, "judge"),
+                Dataset(examples, tuple(dropped), "judge"),
                 beta=self.beta,
                 batch_size=self.batch_size,
                 mesh=self.mesh,
