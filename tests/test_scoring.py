@@ -65,8 +65,12 @@ def test_layouts_take_as_many_slots_as_they_say(pair_batch, random_examples):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padding_ids_change_nothing(layout, tiny_params, pair_batch, logprobs):
+    batch = pair_batch(4, layout=layout)
+    padding = batch.blocks < 0
+    assert padding.any() and not batch.tokens[padding].any()
     # Also where padding is a token that answers hold, such as EOS.
-    one, other = (logprobs(tiny_params, pair_batch(4, layout=layout, pad_id=pad_id)) for pad_id in (0, 7))
+    padded = replace(batch, tokens=jnp.where(padding, 7, batch.tokens))
+    one, other = (logprobs(tiny_params, each) for each in (batch, padded))
     for x, y in zip(one, other, strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -76,7 +80,7 @@ def test_the_other_answer_and_the_neighbours_change_nothing(tiny_params, random_
     shapes = Shapes.of(examples, batch_size=4, row_length=64, multiple=4)
 
     def scores(examples):
-        return logprobs(tiny_params, jax.tree.map(jnp.asarray, make_batch(examples, shapes, pad_id=0)))[0]
+        return logprobs(tiny_params, jax.tree.map(jnp.asarray, make_batch(examples, shapes)))[0]
 
     before = scores(examples)
     chosen, rejected = examples[1].responses

@@ -23,7 +23,7 @@ class Batch:
     Masks come from lengths and from where tokens lie, not from token ids.
 
     Args:
-        tokens: Inputs of the model.
+        tokens: Inputs of the model; 0 for padding, which any model knows, whatever its tokenizer pads with.
         positions: Rotary positions; those of each answer go on from its prompt.
         blocks: Which prompt of the row a slot belongs to, from 0; -1 for padding.
         branches: Which of its answers, from 1; 0 for what they share.
@@ -60,7 +60,6 @@ def make_batch(
     examples: Sequence[Example],
     shapes: Shapes,
     *,
-    pad_id: int,
     fill_to: int | None = None,
     ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
     at_least: tuple[int, int] = (0, 0),
@@ -70,7 +69,6 @@ def make_batch(
     Args:
         examples: At least one; all with the same number of answers.
         shapes: Shapes of the data set.
-        pad_id: Any token id; what it is has no effect.
         fill_to: Add examples without tokens, of weight 0, up to so many.
         ref_logps: log pi_ref of each token of each answer of each example, in nats.
         at_least: N and K are at least these.
@@ -89,8 +87,7 @@ def make_batch(
     height = max(-(-wanted // shapes.rows) * shapes.rows, at_least[0])
     scored = max(sum(block.scored for block in row) for row in rows)
     width = max(-(-scored // shapes.scored) * shapes.scored, shapes.scored, at_least[1])
-    tokens = np.full((height, shapes.length), pad_id, np.int32)
-    positions, branches = np.zeros((2, height, shapes.length), np.int32)
+    tokens, positions, branches = np.zeros((3, height, shapes.length), np.int32)
     blocks = np.full((height, shapes.length), -1, np.int32)
     slots, targets = np.zeros((2, height, width), np.int32)
     index = np.zeros((count, answers, shapes.response_length), np.int32)

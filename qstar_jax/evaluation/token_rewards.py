@@ -58,7 +58,7 @@ def score_dataset(
         raise InputError(
             f"--alternatives {alternatives}: expected 0 to {policy.model.config.vocab_size}, the model's vocabulary"
         )
-    feeder = Feeder(dataset, batch_size, mesh, DataOptions(), policy.tokenizer.pad_token_id or 0, "batch_size")
+    feeder = Feeder(dataset, batch_size, mesh, DataOptions(), "batch_size")
     replicated = NamedSharding(mesh, PartitionSpec())  # so that every host can read the result
     score = jax.jit(partial(score_tokens, policy.model), out_shardings=replicated)
     ask = jax.jit(partial(response_alternatives, policy.model, count=alternatives), out_shardings=replicated)

@@ -172,6 +172,6 @@ def _scorer(
     examples: list[Example], config: DpoConfig, model: CausalLM, feeder: Feeder, mesh: Mesh
 ) -> Callable[[Params], list[np.ndarray]]:
     rows = _rows(len(examples), feeder, mesh)
-    own = Feeder(Dataset(examples, (), FILE), rows, mesh, config.data, feeder.pad_id, "train.reference_samples")
+    own = Feeder(Dataset(examples, (), FILE), rows, mesh, config.data, "train.reference_samples")
     score = make_scorer(model, own)
     return lambda params: [answers[0] for _, part in score(params, own.in_order(), 0) for answers in part]

@@ -30,7 +30,6 @@ class Feeder:
         batch_size: Rows of a batch, over all hosts.
         mesh: Devices; (data * fsdp) must divide the rows of a micro-batch.
         options: How examples are laid into rows.
-        pad_id: Token id of padding, which no mask depends on.
         option: Name of the option that sets `batch_size`, for the error.
         accumulate: Micro-batches of a training step.
 
@@ -44,7 +43,6 @@ class Feeder:
         batch_size: int,
         mesh: Mesh,
         options: DataOptions,
-        pad_id: int,
         option: str,
         *,
         accumulate: int = 1,
@@ -57,7 +55,7 @@ class Feeder:
                 f"--{option} {batch_size} cannot be cut evenly over {parts} devices (mesh data * fsdp){micro}; "
                 f"choose a multiple of {pieces}, or give devices to mesh.tensor"
             )
-        self.dataset, self.batch_size, self.accumulate, self.pad_id = dataset, batch_size, accumulate, pad_id
+        self.dataset, self.batch_size, self.accumulate = dataset, batch_size, accumulate
         self.shapes = Shapes.of(
             dataset.examples,
             options.layout,
@@ -73,7 +71,6 @@ class Feeder:
         return make_batch(
             [self.dataset.examples[i] for i in indices],
             self.shapes,
-            pad_id=self.pad_id,
             fill_to=fill_to,
             ref_logps=None if self._ref_logps is None else [self._ref_logps[i] for i in indices],
             at_least=at_least,

@@ -140,17 +140,16 @@ def _loss_fn(config: SftConfig | DpoConfig, model: CausalLM) -> LossFn:
 def _feeders(config: SftConfig | DpoConfig, start: Start, mesh: Mesh, console: Console) -> tuple[Feeder, Feeder | None]:
     data, options = config.data, config.train
     kind = "preferences" if isinstance(config, DpoConfig) else "completions"
-    pad_id = start.tokenizer.pad_token_id or 0  # any id will do: masks come from lengths
     train = load_examples(data.train, data.train_split, kind, start.tokenizer, data, data.max_train_rows)
     console.print(train.summary, markup=False, highlight=False, soft_wrap=True)
     console.print(preview(train.examples[0], start.tokenizer))
-    feeder = Feeder(train, options.batch_size, mesh, data, pad_id, "train.batch_size", accumulate=options.accumulate)
+    feeder = Feeder(train, options.batch_size, mesh, data, "train.batch_size", accumulate=options.accumulate)
     if data.eval is None:
         return feeder, None
     held_out = load_examples(data.eval, data.eval_split, kind, start.tokenizer, data, data.max_eval_rows)
     console.print(held_out.summary, markup=False, highlight=False, soft_wrap=True)
     eval_batch_size = options.eval_batch_size or options.batch_size
-    return feeder, Feeder(held_out, eval_batch_size, mesh, data, pad_id, "train.eval_batch_size")
+    return feeder, Feeder(held_out, eval_batch_size, mesh, data, "train.eval_batch_size")
 
 
 def _with_cached_reference(config: DpoConfig, start: Start, feeder: Feeder | None, console: Console) -> Feeder | None:

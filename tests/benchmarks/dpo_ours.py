@@ -77,10 +77,10 @@ def main(
         loaded = load_model(model, ComputeOptions(dtype=dtype), mesh, MeshOptions())
         options = DataOptions(layout=layout, row_length=row_length)
         dataset = Dataset(examples, (), pairs)
-        feeder = Feeder(dataset, batch, mesh, options, 0, "batch", accumulate=accumulate)
+        feeder = Feeder(dataset, batch, mesh, options, "batch", accumulate=accumulate)
         if reference == "cached":
             logprobs = jax.jit(lambda params, batch: response_logprobs(loaded.model, params, batch)[0])
-            in_order = Feeder(dataset, batch, mesh, options, 0, "batch").in_order()
+            in_order = Feeder(dataset, batch, mesh, options, "batch").in_order()
             values = np.concatenate([logprobs(loaded.params, b) for b in in_order])
             known = [[values[i, r, : len(a.ids)] for r, a in enumerate(e.responses)] for i, e in enumerate(examples)]
             feeder = feeder.with_reference(known)

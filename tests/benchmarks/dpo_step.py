@@ -43,7 +43,7 @@ def full_batch(model: CausalLM, pairs: int, length: int, layout: Layout) -> Batc
         for row in range(pairs)
     ]
     shapes = Shapes.of(examples, layout, batch_size=pairs)
-    return jax.tree.map(jnp.asarray, make_batch(examples, shapes, pad_id=0))
+    return jax.tree.map(jnp.asarray, make_batch(examples, shapes))
 
 
 def main(

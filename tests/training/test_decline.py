@@ -68,7 +68,7 @@ def test_an_answer_ends_with_its_end_or_is_truncated(drawn):
 def probe(drawn, tiny_model, tiny_params, one_device):
     examples = [Example(PROMPT, False, (answer,), 0) for answer in drawn]
     with jax.set_mesh(one_device):
-        feeder = Feeder(Dataset(examples, {}, ""), 512, one_device, DataOptions(layout="packed"), 0, "")
+        feeder = Feeder(Dataset(examples, {}, ""), 512, one_device, DataOptions(layout="packed"), "")
         score = make_scorer(tiny_model, feeder)
 
         def logps(params):

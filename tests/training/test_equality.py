@@ -61,7 +61,7 @@ def same(assert_norm_close):
 
 def batch_of(examples, layout, row_length=48, **options):
     shapes = Shapes.of(examples, layout, batch_size=len(examples), row_length=row_length, multiple=4)
-    return jax.tree.map(jnp.asarray, make_batch(examples, shapes, pad_id=EOS, **options))
+    return jax.tree.map(jnp.asarray, make_batch(examples, shapes, **options))
 
 
 def loss_and_gradient(loss_fn, params, ref_params, batch):
@@ -156,7 +156,7 @@ PLAIN_STEP = OptimizerOptions(
 def one_step(loss_fn, examples, params, ref_params, mesh, accumulate, layout="packed"):
     dataset = Dataset(examples, (), "pairs.jsonl")
     options = DataOptions(layout=layout)
-    feeder = Feeder(dataset, 8, mesh, options, EOS, "train.batch_size", accumulate=accumulate)
+    feeder = Feeder(dataset, 8, mesh, options, "train.batch_size", accumulate=accumulate)
     optimizer = make_optimizer(PLAIN_STEP, 10)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), ref_params)
     with jax.set_mesh(mesh):
@@ -189,7 +189,6 @@ def test_batches_that_cannot_be_cut_are_refused(examples, one_device):
             8,
             one_device,
             DataOptions(),
-            EOS,
             "train.batch_size",
             accumulate=3,
         )

@@ -183,7 +183,7 @@ def test_lengths_and_truncation_are_counted_by_hand(answers, tiny_model, tiny_pa
     ]
     shapes = Shapes.of(examples, batch_size=4, multiple=4, row_length=64)
     # Two micro-batches; the second has two examples and two that only fill up.
-    parts = [make_batch(part, shapes, pad_id=0, fill_to=4, at_least=(4, 64)) for part in (examples[:4], examples[4:])]
+    parts = [make_batch(part, shapes, fill_to=4, at_least=(4, 64)) for part in (examples[:4], examples[4:])]
     batches = jax.tree.map(lambda *x: jnp.stack(x), *parts)
     loss_fn = dpo_loss_fn(tiny_model, LOSS) if answers == 2 else sft_loss_fn(tiny_model)
     optimizer = optax.sgd(0.1)
