@@ -6,14 +6,14 @@ adapter and `base/` the frozen rest, which is the reference as well. Each of the
 hold `opt_state` too, and `ref_params` where the reference moves.
 """
 
-import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from qstar_jax import hub
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
@@ -34,9 +34,10 @@ class Description:
         verb: The verb that wrote it, "sft" or "dpo".
         model: Dictionary of the model's config.json.
         options: The run's resolved configuration.
-        tokenizer: Name -> text of the tokenizer's files.
+        tokenizer: Path -> text of the tokenizer's files.
         reference: Who the frozen reference is (see `training.reference`); None where there is none.
         lora: Fields of the adapter's `Lora`, where the parameters are those of an adapter alone.
+        generation: Dictionary of generation_config.json, whose `eos_token_id` are all tokens that end an answer.
     """
 
     verb: str
@@ -45,6 +46,7 @@ class Description:
     tokenizer: dict[str, str]
     reference: str | None = None
     lora: dict[str, Any] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
 
     def build_model(self, compute: ComputeOptions) -> CausalLM:
         """Builds the model, with the shape of its adapter where it has one."""
@@ -53,19 +55,7 @@ class Description:
 
     def build_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Builds the tokenizer from its files' texts."""
-        from qstar_jax.hub import read_tokenizer
-
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in self.tokenizer.items():
-                (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-            return read_tokenizer(Path(folder))
-
-
-def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
-    """Returns name -> text of the files that rebuild a (fast) tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+        return hub.build_tokenizer(self.tokenizer)
 
 
 def _context() -> ocp.Context:

@@ -1,8 +1,8 @@
 """One way to open a model, wherever it lies: a run's checkpoint, a Hugging Face folder, PEFT's adapter, a hub name."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -29,6 +29,7 @@ class LoadedModel:
         tokenizer: Its tokenizer.
         source: Folder from which it came.
         description: What its run recorded, where it came from a checkpoint.
+        generation: Dictionary of its generation_config.json, with what config.json says of the ends of answers.
     """
 
     model: CausalLM
@@ -36,6 +37,7 @@ class LoadedModel:
     tokenizer: "PreTrainedTokenizerBase"
     source: Path
     description: Description | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def reference(self) -> Path | None:
@@ -64,13 +66,15 @@ def load_model(source: str | Path, compute: ComputeOptions, mesh: Mesh, mesh_opt
         description = read_description(checkpoint)
         model = description.build_model(compute)
         params = read_checkpoint_params(checkpoint, model, param_shardings(model, mesh, mesh_options))
-        return LoadedModel(*_merged(model, params), description.build_tokenizer(), checkpoint, description)
+        loaded = _merged(model, params)
+        return LoadedModel(*loaded, description.build_tokenizer(), checkpoint, description, description.generation)
     folder = hub.open_folder(str(source))
     if hub.is_adapter(folder):
         return _load_adapter(folder, compute, mesh, mesh_options)
-    model = CausalLM.from_hf(hub.read_config(folder), compute)
+    model = hub.read_model(folder, compute)
     params = hub.read_params(folder, model, param_shardings(model, mesh, mesh_options))
-    return LoadedModel(model, params, hub.read_tokenizer(folder), folder)
+    generation = hub.read_generation_config(folder)
+    return LoadedModel(model, params, hub.read_tokenizer(folder), folder, generation=generation)
 
 
 def _load_adapter(folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_options: MeshOptions) -> LoadedModel:
@@ -78,7 +82,7 @@ def _load_adapter(folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_option
     model = replace(base.model, lora=hub.read_lora(folder, base.model))
     _, shardings = split_adapter(param_shardings(model, mesh, mesh_options))
     params = attach_adapter(base.params, hub.read_adapter(folder, model, shardings))
-    return LoadedModel(*_merged(model, params), base.tokenizer, folder)
+    return LoadedModel(*_merged(model, params), base.tokenizer, folder, generation=base.generation)
 
 
 def _merged(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:

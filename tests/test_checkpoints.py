@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qstar_jax import hub
 from qstar_jax.checkpoints import (
     REFERENCE,
     STEPS,
@@ -17,7 +18,6 @@ from qstar_jax.checkpoints import (
     read_checkpoint_params,
     read_description,
     reference_of,
-    tokenizer_files,
 )
 from qstar_jax.config import ComputeOptions, DpoConfig, MeshOptions, OptimizerOptions
 from qstar_jax.errors import InputError
@@ -43,7 +43,7 @@ def shardings_of(model, optimizer, options):
 @pytest.fixture(scope="module")
 def description(tiny_model, tiny_tokenizer):
     options = asdict(DpoConfig(model="some/model", out="runs/a"))
-    return Description("dpo", tiny_model.config.to_hf(), options, tokenizer_files(tiny_tokenizer))
+    return Description("dpo", tiny_model.config.to_hf(), options, hub.tokenizer_files(tiny_tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_chat_templates_travel_with_the_tokenizer(tiny_tokenizer):
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    again = Description("dpo", {}, {}, tokenizer_files(tokenizer)).build_tokenizer()
+    again = Description("dpo", {}, {}, hub.tokenizer_files(tokenizer)).build_tokenizer()
     assert again.chat_template == tokenizer.chat_template
 
 
@@ -168,7 +168,8 @@ def test_tokenizer_files_cannot_leave_their_folder(description, tmp_path):
     # A checkpoint may come from a stranger.
     target = tmp_path / "evil.txt"
     files = description.tokenizer | {f"../../../../../../{target}": "x", str(target): "x"}
-    Description("dpo", {}, {}, files).build_tokenizer()
+    with pytest.raises(InputError, match="expected paths inside its folder"):
+        Description("dpo", {}, {}, files).build_tokenizer()
     assert not target.exists()
 
 

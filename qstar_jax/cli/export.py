@@ -32,7 +32,7 @@ def _export_model(config: ExportConfig, out: Path, mesh: jax.sharding.Mesh):
     loaded = load_model(config.model, ComputeOptions(), mesh, config.mesh)
     params = multihost_utils.process_allgather(loaded.params, tiled=True)
     if jax.process_index() == 0:
-        hub.write_folder(out, loaded.model, params, loaded.tokenizer, config.dtype)
+        hub.write_folder(out, loaded.model, params, loaded.tokenizer, config.dtype, loaded.generation)
 
 
 def _export_adapter(config: ExportConfig, out: Path, mesh: jax.sharding.Mesh):
@@ -53,4 +53,6 @@ def _export_adapter(config: ExportConfig, out: Path, mesh: jax.sharding.Mesh):
     _, adapter = split_adapter(multihost_utils.process_allgather(params, tiled=True))
     if jax.process_index() == 0:
         hub.write_adapter(out, model, adapter, base)
-        description.build_tokenizer().save_pretrained(out)
+        tokenizer = description.build_tokenizer()
+        hub.write_tokenizer(out, tokenizer)
+        hub.write_generation_config(out, hub.with_eos(description.generation, tokenizer))

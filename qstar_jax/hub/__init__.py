@@ -2,11 +2,18 @@
 
 from qstar_jax.hub.folder import open_folder as open_folder
 from qstar_jax.hub.folder import read_config as read_config
-from qstar_jax.hub.folder import read_tokenizer as read_tokenizer
+from qstar_jax.hub.generation import read_generation_config as read_generation_config
+from qstar_jax.hub.generation import with_eos as with_eos
+from qstar_jax.hub.generation import write_generation_config as write_generation_config
 from qstar_jax.hub.peft import is_adapter as is_adapter
 from qstar_jax.hub.peft import read_adapter as read_adapter
 from qstar_jax.hub.peft import read_base_name as read_base_name
 from qstar_jax.hub.peft import read_lora as read_lora
 from qstar_jax.hub.peft import write_adapter as write_adapter
+from qstar_jax.hub.reader import read_model as read_model
 from qstar_jax.hub.reader import read_params as read_params
+from qstar_jax.hub.tokenizer import build_tokenizer as build_tokenizer
+from qstar_jax.hub.tokenizer import read_tokenizer as read_tokenizer
+from qstar_jax.hub.tokenizer import tokenizer_files as tokenizer_files
+from qstar_jax.hub.tokenizer import write_tokenizer as write_tokenizer
 from qstar_jax.hub.writer import write_folder as write_folder

@@ -1,15 +1,12 @@
-"""What lies in a Hugging Face folder: configuration, tokenizer, and the way from a hub name to a folder."""
+"""The way from a hub name to a Hugging Face folder, and its configuration."""
 
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qstar_jax.errors import InputError
 from qstar_jax.tiny_tldr import BASE, BUILTIN
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # What is fetched from the hub: text and safetensors, never a pickle (.bin, .pt) and never Python code.
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
@@ -73,21 +70,3 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object, found a {type(found).__name__}")
     return found
-
-
-def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a folder; code that a folder may carry is never run.
-
-    Raises:
-        InputError: If there is none that transformers can read without running code.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many types here; the user needs the folder's name
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(
-            f"{folder}: no usable tokenizer; expected tokenizer.json beside config.json "
-            f"({type(error).__name__}: {reason})"
-        ) from error

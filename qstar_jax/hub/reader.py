@@ -1,19 +1,30 @@
 """Weights from safetensors straight onto their shardings: each device's part is read, and nothing else is held."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
-from qstar_jax.hub.folder import read_json_object
+from qstar_jax.hub.folder import read_config, read_json_object
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 
+NUMBER_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors; others are quantised
+_ROWS = 4096  # compared at once
+
 
 class TensorFiles:
-    """The tensors of a folder: one model.safetensors, or several with model.safetensors.index.json."""
+    """The tensors of a folder: one model.safetensors, or several with model.safetensors.index.json.
+
+    Raises:
+        InputError: If there are none, a file cannot be read, a tensor lies in two files, or has numbers of another type
+            than `NUMBER_TYPES`.
+    """
 
     def __init__(self, folder: Path):
         from safetensors import SafetensorError, safe_open
@@ -27,12 +38,31 @@ class TensorFiles:
                 raise InputError(f"{path}: not a readable safetensors file ({error})") from error
             self._open.append(file)
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if name in self._slices:
+                    raise InputError(f"{path}: tensor {name!r} is in another file of {folder} too; remove one of them")
                 self._slices[name] = file.get_slice(name)
+                kind = self._slices[name].get_dtype()
+                if kind not in NUMBER_TYPES:
+                    raise InputError(
+                        f"{path}: tensor {name!r} has numbers of type {kind}; expected {', '.join(NUMBER_TYPES)}: "
+                        "quantised weights must be dequantised first (transformers: model.dequantize())"
+                    )
         self.folder = folder
 
     def names(self) -> Iterator[str]:
         """Yields the names of all tensors."""
         return iter(self._slices)
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same numbers; False where one is not there."""
+        if first not in self._slices or second not in self._slices:
+            return False
+        a, b = self._slices[first], self._slices[second]
+        if a.get_shape() != b.get_shape():
+            return False
+        rows = a.get_shape()[0]
+        slices = [slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
+        return all(np.array_equal(a[part], b[part]) for part in slices)
 
     def get(self, name: str, shape: tuple[int, ...]):
         """Returns a slice object of the tensor, whose bytes are read when it is indexed.
@@ -53,6 +83,10 @@ class TensorFiles:
 
 def _safetensors_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() and index.is_file():
+        raise InputError(
+            f"{folder}: holds {single.name} and {index.name}, which may be of two models; remove the one that is old"
+        )
     if single.is_file():
         return [single]
     if index.is_file():
@@ -73,22 +107,49 @@ def _safetensors_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
-def read_params(folder: Path, model: CausalLM, shardings: Params) -> Params:
+def read_model(folder: Path, compute: ComputeOptions = ComputeOptions()) -> CausalLM:
+    """Builds the model that a folder describes, by config.json and by what its files hold.
+
+    Where config.json ties the unembedding to the embedding, and the files hold another one (as trainers write that cut
+    parameters into pieces), that one is the model's: what was trained goes before what was meant.
+
+    Args:
+        folder: A Hugging Face folder.
+        compute: Types and rematerialisation.
+
+    Returns:
+        The model, without its parameters.
+
+    Raises:
+        InputError: If it is not known, or something in the folder cannot be read.
+    """
+    model = CausalLM.from_hf(read_config(folder), compute)
+    if not model.config.tie_word_embeddings:
+        return model
+    files, tables = TensorFiles(folder), _tables(model)
+    if not set(tables) <= set(files.names()) or files.equal(*tables):
+        return model
+    return replace(model, config=replace(model.config, tie_word_embeddings=False))
+
+
+def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Collection[str] = ()) -> Params:
     """Reads a model's parameters, each device's part straight from the file onto the device.
 
     Args:
         folder: A Hugging Face folder.
         model: The model, whose `compute.param_dtype` the parameters take.
         shardings: Tree of `jax.sharding.Sharding`, like the parameters.
+        besides: Names of tensors that the caller reads.
 
     Returns:
         The parameters.
 
     Raises:
-        InputError: If a tensor is missing or misshapen, or the weights are a pickle.
+        InputError: If a tensor is missing, misshapen or not one of the model's, or the weights are a pickle.
     """
     files = TensorFiles(folder)
     sources = model.family.hf_tensors(model.config)
+    _check_left(files, set(files.names()) - _tensor_names(model) - set(besides), model)
 
     def read(path, abstract, sharding):
         name, transposed = sources[jax.tree_util.keystr(path, simple=True, separator="/")]
@@ -109,3 +170,30 @@ def read_params(folder: Path, model: CausalLM, shardings: Params) -> Params:
         return jax.make_array_from_callback(abstract.shape, sharding, part_of_device)
 
     return jax.tree_util.tree_map_with_path(read, model.abstract_params(), shardings)
+
+
+def _tensor_names(model: CausalLM) -> set[str]:
+    """Names of all tensors that the model reads; one without layers stands for itself."""
+    names = [name for name, _ in model.family.hf_tensors(model.config).values()]
+    return {name.format(layer=i) for name in names for i in range(model.config.num_hidden_layers)}
+
+
+def _check_left(files: TensorFiles, left: set[str], model: CausalLM):
+    """Refuses tensors that the model has no place for: without them its numbers would be wrong."""
+    left = {name for name in left if not re.search(model.family.HARMLESS_TENSORS, name)}
+    embedding, head = _tables(model)
+    if head in left and files.equal(embedding, head):  # a tied unembedding, written a second time
+        left.remove(head)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise InputError(
+            f"{files.folder}: its files hold {min(left)!r}{more}, and the {model.model_type} model of config.json has "
+            "no place for it, so its numbers would be lost; correct config.json if it leaves a part of the model out, "
+            "or remove the tensors"
+        )
+
+
+def _tables(model: CausalLM) -> tuple[str, str]:
+    """Names of the embedding's tensor and of the unembedding's, whether the model has one of its own or not."""
+    tensors = model.family.hf_tensors(replace(model.config, tie_word_embeddings=False))
+    return tensors["embed/embedding"][0], tensors["unembed/embedding"][0]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
+from qstar_jax.models.config_keys import check_keys
 from qstar_jax.models.layers import (
     ATTENDED,
     Attention,
@@ -29,6 +30,22 @@ LayerCaches = LayerCache | tuple[LayerCache, ...]  # one with a leading axis of 
 
 # The rule of largest dimensions cuts q, k, v by outputs; their counterpart o is cut by inputs, to need one sum a layer.
 SHARDING_OVERRIDES = {r"layers/attention/o/kernel$": (None, "tensor", "fsdp")}
+
+# Tensors of older files that are computed from config.json, here as in transformers.
+HARMLESS_TENSORS = r"(^|\.)rotary_emb\.inv_freq$"
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_BUILT = {
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "rope_interleaved": (False,),
+}
+_ROPE_KEYS = {  # kind of scaling -> its parameters
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,30 +70,27 @@ class LlamaConfig:
         """Reads the dictionary of a config.json.
 
         Raises:
-            InputError: If a key is missing, or the model has a part that is not built here (biases, another activation
-                function, another scaling of rotary positions).
+            InputError: If a key is missing, sizes do not fit each other, or the model has a part that is not built here
+                (biases, another activation function, another scaling of rotary positions, a key that is not known).
         """
-        for key, built in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-            if config.get(key, built) != built:
-                raise InputError(f"config.json: {key} is {config[key]!r}; Llama models are built with {built!r} only")
+        check_keys(config, read={*cls.__dataclass_fields__, "rope_parameters"}, built=_BUILT)
         try:
-            heads = config["num_attention_heads"]
-            return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                max_position_embeddings=config.get("max_position_embeddings", cls.max_position_embeddings),
-                rms_norm_eps=config.get("rms_norm_eps", cls.rms_norm_eps),
-                rope_theta=_rope_parameters(config).get("rope_theta") or config.get("rope_theta") or cls.rope_theta,
-                rope_scaling=_rope_scaling(_rope_parameters(config)),
-                tie_word_embeddings=config.get("tie_word_embeddings", cls.tie_word_embeddings),
-            )
+            sizes = {name: config[name] for name in _SIZES}
         except KeyError as error:
             raise InputError(f"config.json: no key {error} (found: {', '.join(sorted(config))})") from None
+        heads = sizes["num_attention_heads"]
+        sizes["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+        sizes["max_position_embeddings"] = config.get("max_position_embeddings", cls.max_position_embeddings)
+        _check_sizes(sizes, config.get("head_dim"))
+        rope = _rope_parameters(config)
+        return cls(
+            **sizes,
+            head_dim=config.get("head_dim") or sizes["hidden_size"] // heads,
+            rms_norm_eps=config.get("rms_norm_eps", cls.rms_norm_eps),
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or cls.rope_theta,
+            rope_scaling=_rope_scaling(rope),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", cls.tie_word_embeddings)),
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the dictionary of a config.json that `from_hf` and transformers read."""
@@ -101,21 +115,48 @@ class LlamaConfig:
         }
 
 
+def _check_sizes(sizes: dict[str, Any], head_dim: Any):
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise InputError(f"config.json: {name} is {size!r}; expected a whole number of at least 1")
+    heads, groups, width = (sizes[name] for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    if heads % groups:
+        raise InputError(f"config.json: {groups} num_key_value_heads do not divide {heads} num_attention_heads")
+    if not head_dim and width % heads:
+        raise InputError(f"config.json: {heads} num_attention_heads do not divide hidden_size {width}; give head_dim")
+
+
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     # transformers 5 writes `rope_parameters` (theta inside), earlier versions `rope_scaling` (theta beside it).
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    rope = {key: value for key, value in (found or [{}])[0].items() if value is not None}
+    if len(found) == 2 and any(rope.get(key, value) != value for key, value in found[1].items()):
+        raise InputError(
+            f"config.json: rope_parameters {found[0]} and rope_scaling {found[1]} differ; keep one of them"
+        )
+    theta, other = config.get("rope_theta"), rope.get("rope_theta")
+    if theta and other and theta != other:
+        raise InputError(f"config.json: rope_theta is {theta}, and {other} inside rope_parameters; keep one of them")
+    return rope
 
 
 def _rope_scaling(parameters: dict[str, Any]) -> RopeScaling | None:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
+    if kind not in _ROPE_KEYS:
         raise InputError(f"config.json: rotary scaling of type {kind!r}; expected default, linear or llama3")
-    if "factor" not in parameters:
-        raise InputError(f"config.json: rotary scaling of type {kind!r} has no factor (found: {parameters})")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return RopeScaling(kind=kind, **{name: parameters[name] for name in names if name in parameters})
+    needed = _ROPE_KEYS[kind]
+    missing = [name for name in needed if name not in parameters]
+    if missing:
+        raise InputError(f"config.json: rotary scaling of type {kind!r} has no {missing[0]} (found: {parameters})")
+    # What a linear scaling was stretched from is written down, and used by nobody.
+    unknown = parameters.keys() - {*needed, "rope_type", "type", "rope_theta", "original_max_position_embeddings"}
+    if unknown:
+        name = min(unknown)
+        raise InputError(
+            f"config.json: rotary scaling of type {kind!r} has {name} {parameters[name]!r}, which is not built here "
+            f"(it has {', '.join(needed) or 'no parameters'})"
+        )
+    return None if kind == "default" else RopeScaling(kind=kind, **{name: parameters[name] for name in needed})
 
 
 class LlamaLayer(nnx.Module):

@@ -18,6 +18,7 @@ from qstar_jax.config import DpoConfig, SftConfig
 from qstar_jax.data.batches import step_indices
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
+from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
@@ -163,7 +164,7 @@ def _draw_examples(
         seed=seed,
         rows=_rows(count, feeder, mesh),
         max_new_tokens=min(LONGEST, max(len(r.ids) for example in there for r in example.responses)),
-        eos_id=start.tokenizer.eos_token_id,
+        eos_ids=eos_token_ids(start),
     )
     return [replace(example, responses=(answer,)) for example, answer in zip(chosen, answers, strict=True)]
 

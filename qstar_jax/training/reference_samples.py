@@ -49,7 +49,7 @@ def draw(
     seed: int,
     rows: int,
     max_new_tokens: int,
-    eos_id: int,
+    eos_ids: tuple[int, ...],
 ) -> list[Response]:
     """Samples one answer to each prompt at temperature 1 from the whole vocabulary.
 
@@ -61,7 +61,7 @@ def draw(
         seed: Of the samples.
         rows: Prompts decoded at once.
         max_new_tokens: Longest answer, EOS included.
-        eos_id: Token that ends an answer.
+        eos_ids: Tokens that end an answer.
 
     Returns:
         The answers; one that reached `max_new_tokens` without EOS is truncated.
@@ -79,7 +79,7 @@ def draw(
         )
         # A key for each prompt: what is drawn does not depend on how many are decoded at once.
         keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(start + np.arange(rows))
-        found = sample(model, params, padded, lengths, keys, SampleOptions(max_new_tokens, (eos_id,)))
+        found = sample(model, params, padded, lengths, keys, SampleOptions(max_new_tokens, eos_ids))
         tokens, ends, finished = multihost_utils.process_allgather(
             (found.tokens, found.lengths, found.finished), tiled=True
         )

@@ -1,13 +1,14 @@
 """From a configuration to a state on the mesh: a fresh one from a model, or the one that a checkpoint holds."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qstar_jax import hub
 from qstar_jax.checkpoints import (
     BASE,
     REFERENCE,
@@ -15,7 +16,6 @@ from qstar_jax.checkpoints import (
     Description,
     abstract_with_shardings,
     read_checkpoint_params,
-    tokenizer_files,
 )
 from qstar_jax.config import DpoConfig, LoraOptions, SftConfig
 from qstar_jax.errors import InputError
@@ -63,6 +63,7 @@ class Start:
         step: Steps that are done already.
         params: Parameters of a fresh run, without an adapter; None where `step` is read from a checkpoint.
         reference: Who the frozen reference is; None if the loss has none.
+        generation: Dictionary of the model's generation_config.json (see `loading.LoadedModel`).
     """
 
     model: CausalLM
@@ -70,6 +71,7 @@ class Start:
     step: int = 0
     params: Params | None = None
     reference: str | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
 
 
 def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh) -> Start:
@@ -83,7 +85,7 @@ def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh
         loaded = load_model(config.model, config.compute, mesh, config.mesh)
         identity = reference_identity(loaded.model, loaded.params) if needs_reference(config) else None
         model = _with_adapter(loaded.model, config.lora)
-        return Start(model, loaded.tokenizer, params=loaded.params, reference=identity)
+        return Start(model, loaded.tokenizer, params=loaded.params, reference=identity, generation=loaded.generation)
     if not config.resume:
         raise InputError(
             f"{config.out} already holds a run with a checkpoint at step {step}; "
@@ -92,7 +94,7 @@ def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh
     description = store.describe(step)
     _check_same_options(description.options, asdict(config), Path(config.out))
     model, tokenizer = description.build_model(config.compute), description.build_tokenizer()
-    return Start(model, tokenizer, step, reference=description.reference)
+    return Start(model, tokenizer, step, reference=description.reference, generation=description.generation)
 
 
 def _with_adapter(model: CausalLM, options: LoraOptions) -> CausalLM:
@@ -123,9 +125,10 @@ def _check_same_options(stored: dict, given: dict, out: Path):
 def describe(config: SftConfig | DpoConfig, start: Start) -> Description:
     """Collects what is stored beside the parameters."""
     verb = "dpo" if isinstance(config, DpoConfig) else "sft"
-    files = tokenizer_files(start.tokenizer)
+    files = hub.tokenizer_files(start.tokenizer)
     lora = start.model.lora and asdict(start.model.lora)
-    return Description(verb, start.model.config.to_hf(), asdict(config), files, start.reference, lora)
+    model = start.model.config.to_hf()
+    return Description(verb, model, asdict(config), files, start.reference, lora, start.generation)
 
 
 def build_state(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from qstar_jax import hub
 from qstar_jax.config import ComputeOptions, DecodeOptions, MeshOptions
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import Guide, generate, params_for, prepare
@@ -277,21 +278,19 @@ def test_ends_of_answers_are_collected(loaded, hf_folder, tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         (folder / name).write_text(json.dumps({"eos_token_id": [9, 5, 700]}))
-        there = replace(loaded, source=folder)
+        there = replace(loaded, generation=hub.read_generation_config(folder))
         assert eos_token_ids(there) == (2, 5, 9)  # 700 is behind the vocabulary
         assert eos_token_ids(there, 9) == (2, 5)
         (folder / name).write_text(json.dumps({"eos_token_id": 9}))
-        assert eos_token_ids(there) == (2, 9)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
-    assert eos_token_ids(replace(loaded, source=adapter)) == (2, 9)
+        assert eos_token_ids(replace(loaded, generation=hub.read_generation_config(folder))) == (2, 9)
 
 
 def test_every_end_ends(loaded, one_device, tmp_path):
     (free,) = generate(loaded, PROMPTS[:1], block("greedy"), one_device)[0]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [free.tokens[1]]}))
-    (ended,) = generate(replace(loaded, source=tmp_path), PROMPTS[:1], block("greedy"), one_device)[0]
+    (ended,) = generate(
+        replace(loaded, generation=hub.read_generation_config(tmp_path)), PROMPTS[:1], block("greedy"), one_device
+    )[0]
     assert ended.tokens == free.tokens[: free.tokens.index(free.tokens[1]) + 1] and ended.finish == "eos"
 
 

@@ -4,6 +4,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -13,7 +14,6 @@ from qstar_jax import hub
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.errors import InputError
 from qstar_jax.loading import load_model, param_shardings
-from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh
 
 
@@ -24,7 +24,7 @@ def folder(hf_folder, tmp_path):
 
 
 def read(folder, mesh):
-    model = CausalLM.from_hf(hub.read_config(folder))
+    model = hub.read_model(folder)
     return hub.read_params(folder, model, param_shardings(model, mesh, MeshOptions(min_shard_size=64)))
 
 
@@ -49,6 +49,68 @@ def test_misshapen_tensor(folder, one_device):
 
     change_tensors(folder, transpose)
     with pytest.raises(InputError, match=r"up_proj\.weight' has shape \(32, 64\).*should be \(64, 32\)"):
+        read(folder, one_device)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight", "score.weight", "model.norm.bias"],
+)
+def test_tensors_without_a_place_are_named(name, folder, one_device):
+    added = {name: np.zeros(32, np.float32), "zzz": np.zeros(1, np.float32)}
+    change_tensors(folder, lambda tensors: tensors.update(added))
+    with pytest.raises(InputError, match=rf"hold '{name}' and 1 more.*correct config\.json.*remove the tensors"):
+        read(folder, one_device)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])
+def test_computed_tensors_of_old_files_change_nothing(name, folder, one_device, tiny_params):
+    change_tensors(folder, lambda tensors: tensors.update({name: np.ones(4, np.float32)}))
+    jax.tree.map(np.testing.assert_array_equal, read(folder, one_device), tiny_params)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.float64, ml_dtypes.float8_e4m3fn, bool], ids=str)
+def test_other_types_of_numbers_are_refused(kind, folder, one_device):
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].astype(kind)}))
+    with pytest.raises(InputError, match=rf"'{name}' has numbers of type .*expected F32, F16, BF16.*dequantised"):
+        read(folder, one_device)
+
+
+def set_tied(folder, change):
+    """A folder whose config.json ties the tables, with tensors changed."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    change_tensors(folder, change)
+    model = hub.read_model(folder)
+    return model, hub.read_params(folder, model, jax.tree.map(lambda _: jax.devices()[0], model.abstract_params()))
+
+
+def test_a_tied_unembedding_may_be_written_twice(folder):
+    model, params = set_tied(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert model.config.tie_word_embeddings and "unembed" not in params
+
+
+def test_an_unembedding_of_its_own_goes_before_a_tie(folder, tiny_model, tiny_params, tmp_path, tiny_tokenizer):
+    model, params = set_tied(folder, lambda tensors: None)
+    assert model == tiny_model
+    jax.tree.map(np.testing.assert_array_equal, params, tiny_params)
+    hub.write_folder(tmp_path / "again", model, params, tiny_tokenizer, "float32")
+    assert hub.read_config(tmp_path / "again")["tie_word_embeddings"] is False
+
+
+def test_two_sets_of_weights_are_refused(folder, one_device):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    with pytest.raises(InputError, match=r"holds model\.safetensors and model\.safetensors\.index\.json"):
+        read(folder, one_device)
+
+
+def test_a_tensor_in_two_files_is_refused(folder, one_device):
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    shutil.copy(folder / "one.safetensors", folder / "two.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"two\.safetensors: tensor '.*' is in another file"):
         read(folder, one_device)
 
 
@@ -170,6 +232,9 @@ class Spy:
 
     def get_shape(self):
         return self._part.get_shape()
+
+    def get_dtype(self):
+        return self._part.get_dtype()
 
     def __getitem__(self, index):
         value = self._part[index]

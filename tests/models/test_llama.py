@@ -325,11 +325,42 @@ def test_every_parameter_has_its_tensor(tiny_model):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'; expected default, linear or llama3"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}}, "has no high_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 0.7}}, r"has mscale 0\.7, which is not built"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "has partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, r"rope_theta is 10000\.0, and 500000\.0"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}, "rope_parameters .* differ"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "method 'gptq'.*quantised.*dequantise"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map names code"),
+        ({"sliding_window": 4096}, "sliding_window is 4096, a key that is not known"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30\.0"),
+        ({"embedding_multiplier": 12.0}, r"embedding_multiplier is 12\.0"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"num_key_value_heads": 3}, "3 num_key_value_heads do not divide 4"),
+        ({"hidden_size": 30}, "4 num_attention_heads do not divide hidden_size 30"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; expected a whole number"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(changes, named, tiny_config):
     with pytest.raises(InputError, match=named):
         CausalLM.from_hf(tiny_config | changes)
+
+
+def test_keys_that_change_nothing_are_passed_over(tiny_config, tiny_model):
+    harmless = {
+        "_name_or_path": "x/y",
+        "transformers_version": "5.1",
+        "torch_dtype": "bfloat16",
+        "attention_dropout": 0.1,
+        "eos_token_id": [1, 2],
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "rope_scaling": None,
+        "hidden_act": "swish",
+        "auto_map": {"AutoTokenizer": ["x.Y", None]},
+    }
+    assert CausalLM.from_hf(tiny_config | harmless) == tiny_model
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"])

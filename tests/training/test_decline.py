@@ -30,7 +30,7 @@ def of_reference(metrics):
 def drawn(tiny_model, tiny_params, one_device):
     """Answers of at most two tokens, which can be enumerated."""
     prompts = [PROMPT] * DRAWN
-    options = {"seed": 3, "rows": DRAWN // 2, "max_new_tokens": 2, "eos_id": EOS}
+    options = {"seed": 3, "rows": DRAWN // 2, "max_new_tokens": 2, "eos_ids": (EOS,)}
     with jax.set_mesh(one_device):
         return draw(tiny_model, tiny_params, prompts, one_device, **options)
 

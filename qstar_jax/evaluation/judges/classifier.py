@@ -85,7 +85,9 @@ class ClassifierReward:
             raise InputError(f"{folder}: a classifier with {labels} labels is no reward model; expected one label")
         # There is no unembedding in the folder, and none is needed; a tied one has no parameters of its own.
         model = CausalLM.from_hf(config | {"tie_word_embeddings": True}, compute)
-        params = hub.read_params(folder, model, param_shardings(model, more["mesh"], mesh_options))
+        params = hub.read_params(
+            folder, model, param_shardings(model, more["mesh"], mesh_options), besides=(HEAD, "lm_head.weight")
+        )
         head = np.asarray(TensorFiles(folder).get(HEAD, (1, model.config.hidden_size))[:], np.float32)[0]
         head = jax.device_put(head, NamedSharding(more["mesh"], PartitionSpec()))
         return cls(model, params, head, hub.read_tokenizer(folder), config.get("pad_token_id"), **more)
