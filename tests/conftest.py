@@ -45,6 +45,21 @@ from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh
 
+
+@pytest.hookimpl(tryfirst=True)  # before the plugin that starts the processes
+def pytest_cmdline_main(config):
+    """Tests folders on all cores, at most eight; single files in this process, unless `-n` says otherwise.
+
+    Neighbours stay together, so that hardly a fixture of a module or folder is made twice.
+    """
+    option = config.option
+    if config.pluginmanager.hasplugin("xdist") and option.numprocesses is None and not option.usepdb:
+        if any(Path(arg).is_dir() for arg in config.args) and (cores := min(os.cpu_count() or 1, 8)) > 1:
+            option.numprocesses = cores
+    if getattr(option, "numprocesses", None) and option.dist == "no":
+        option.dist = "worksteal"
+
+
 WORDS = [f"w{i}" for i in range(56)]
 SPECIALS = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]
 TINY_CONFIG = {
