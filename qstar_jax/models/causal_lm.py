@@ -65,6 +65,27 @@ class CausalLM:
         """The model without its adapter."""
         return replace(self, lora=None)
 
+    def check_length(self, length: int, what: str) -> str | None:
+        """Compares a length with the positions for which the model was made.
+
+        Args:
+            length: The longest row, in tokens.
+            what: What is so long, for the sentence.
+
+        Returns:
+            A warning with both numbers, or None if all fits.
+
+        Raises:
+            InputError: If it does not fit, and positions are learned.
+        """
+        made_for = self.config.max_position_embeddings
+        if length <= made_for:
+            return None
+        said = f"{what}: {length:,} tokens, and the model was made for {made_for:,} (max_position_embeddings)"
+        if self.family.POSITIONS == "learned":
+            raise InputError(f"{said}; it has no positions beyond them: shorten the rows or the answers")
+        return f"warning: {said}; what it says beyond them may be nonsense"
+
     @property
     def linear_layers(self) -> dict[str, str]:
         """Hugging Face's name of each linear layer of a block (`q_proj`, ...) -> path of its parameters here."""

@@ -31,6 +31,8 @@ LayerCaches = LayerCache | tuple[LayerCache, ...]  # one with a leading axis of 
 # The rule of largest dimensions cuts q, k, v by outputs; their counterpart o is cut by inputs, to need one sum a layer.
 SHARDING_OVERRIDES = {r"layers/attention/o/kernel$": (None, "tensor", "fsdp")}
 
+POSITIONS = "rotary"  # or "learned": then there is no vector behind max_position_embeddings
+
 # Tensors of older files that are computed from config.json, here as in transformers.
 HARMLESS_TENSORS = r"(^|\.)rotary_emb\.inv_freq$"
 

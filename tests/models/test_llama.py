@@ -369,6 +369,16 @@ def test_missing_keys_are_named(key, tiny_config):
         CausalLM.from_hf({name: value for name, value in tiny_config.items() if name != key})
 
 
+def test_lengths_beyond_the_positions(tiny_model, monkeypatch):
+    assert tiny_model.check_length(256, "rows") is None
+    said = tiny_model.check_length(1257, "rows")
+    assert said.startswith("warning: rows: 1,257 tokens, and the model was made for 256")
+    monkeypatch.setattr(tiny_model.family, "POSITIONS", "learned")
+    assert tiny_model.check_length(256, "rows") is None
+    with pytest.raises(InputError, match="rows: 257 tokens.*256.*no positions beyond"):
+        tiny_model.check_length(257, "rows")
+
+
 def test_flops_by_hand():
     config = LlamaConfig(10, 4, 6, 2, 2, 1, 2)
     # A layer: q and o 4*4 each, k and v 4*2 each, three 4*6 in the MLP: 120 weights. Context 3: 4 * 3 * 4 = 48.
