@@ -52,11 +52,12 @@ def pytest_cmdline_main(config):
 
     Neighbours stay together, so that hardly a fixture of a module or folder is made twice.
     """
-    option = config.option
-    if config.pluginmanager.hasplugin("xdist") and option.numprocesses is None and not option.usepdb:
-        if any(Path(arg).is_dir() for arg in config.args) and (cores := min(os.cpu_count() or 1, 8)) > 1:
-            option.numprocesses = cores
-    if getattr(option, "numprocesses", None) and option.dist == "no":
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return  # a worker must not start workers of its own
+    option, cores = config.option, min(os.cpu_count() or 1, 8)
+    if option.numprocesses is None and not option.usepdb and any(Path(arg).is_dir() for arg in config.args):
+        option.numprocesses = cores if cores > 1 else None
+    if option.numprocesses and option.dist == "no":
         option.dist = "worksteal"
 
 
