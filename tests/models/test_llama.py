@@ -375,7 +375,7 @@ def test_lengths_beyond_the_positions(tiny_model, monkeypatch):
     assert said.startswith("warning: rows: 1,257 tokens, and the model was made for 256")
     monkeypatch.setattr(tiny_model.family, "POSITIONS", "learned")
     assert tiny_model.check_length(256, "rows") is None
-    with pytest.raises(InputError, match="rows: 257 tokens.*256.*no positions beyond"):
+    with pytest.raises(InputError, match=r"rows: 257 tokens.*256.*no positions beyond"):
         tiny_model.check_length(257, "rows")
 
 
