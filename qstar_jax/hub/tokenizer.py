@@ -35,6 +35,9 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 def write_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase"):
     """Writes a tokenizer with all its chat templates, so that transformers 4 and 5 read the same from it.
 
+    The classes of single models mend what tokenizer.json says, each version in its own way: what transformers 5 reads
+    as LlamaTokenizer gives other tokens once it is saved and read again. The general class takes the file as it is.
+
     Args:
         folder: A folder that is there.
         tokenizer: The tokenizer.
@@ -43,9 +46,9 @@ def write_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase"):
     path = folder / _CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in _OF_THIS_LOAD}
-    if config.get("tokenizer_class") == "TokenizersBackend":  # known to transformers 5 alone; both know the former name
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):  # the same
+    if tokenizer.is_fast:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # both versions know it by this name
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects a dictionary under this name
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

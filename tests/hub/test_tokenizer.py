@@ -3,6 +3,7 @@ import os
 import subprocess
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers
 
 from qstar_jax import hub
 from qstar_jax.errors import InputError
@@ -41,6 +42,21 @@ def test_nothing_is_written_that_one_version_alone_knows(tokenizer, tmp_path):
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["additional_special_tokens"] == ["w7"] and "extra_special_tokens" not in config
     assert not {"backend", "is_local", "local_files_only"} & config.keys()
+
+
+def test_tokens_stay_the_same_where_a_class_mends_the_file(tmp_path):
+    """What transformers 5 reads as LlamaTokenizer and saves as such, it reads with other tokens behind special ones."""
+    model = models.BPE({"<s>": 0, "</s>": 1, "▁": 2, "a": 3, "▁a": 4}, [("▁", "a")])
+    rust = Tokenizer(model)
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    rust.add_special_tokens(["<s>", "</s>"])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = hub.read_tokenizer(tmp_path)
+    again = hub.build_tokenizer(hub.tokenizer_files(tokenizer))
+    for text in ("a a", "a</s>a", " a</s> a", "<s>a"):
+        assert again(text).input_ids == tokenizer(text).input_ids, text
 
 
 @pytest.mark.skipif("QSTAR_TRANSFORMERS4" not in os.environ, reason="names a Python that has transformers 4")
