@@ -4,7 +4,7 @@ Nothing is imported here that takes time, so `qstar --help` stays quick. Lengths
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -66,6 +66,12 @@ class DataOptions:
         rejected: Column of the other answer.
         completion: Column of the answer in files for supervised fine-tuning; where it is missing, `chosen` is used.
         as_chat: Wrap a plain-text prompt as a user's message and apply the tokenizer's chat template.
+        chat_template: Name of one of the tokenizer's chat templates, or a file that holds one (Jinja); not set: the
+            tokenizer's default, or `tool_use` for dialogues with tools. A run's tokenizer keeps the choice as its
+            default.
+        chat_template_kwargs: Further variables that the chat template reads, such as {"enable_thinking": false}.
+        date: Day (2026-01-31) that chat templates take for today, where they print it; not set: the day on which the
+            run or folder was begun, which is kept with it.
         max_length: Longest prompt and answer together; a longer answer loses its end, and its EOS.
         max_prompt_length: Longest prompt; a longer one loses its beginning.
         layout: How prompts and answers share rows in training: `packed` computes a prompt once for all its answers, and
@@ -85,6 +91,9 @@ class DataOptions:
     rejected: str = "rejected"
     completion: str = "completion"
     as_chat: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    date: str | None = None
     max_length: int = 1024
     max_prompt_length: int = 512
     layout: Literal["packed", "shared", "plain"] = "packed"

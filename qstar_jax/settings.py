@@ -1,7 +1,20 @@
 """Comparing the settings of two runs, so that one goes on only with what it began with."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
+
+from qstar_jax.config import DataOptions
+
+
+def keep_date(options: DataOptions, stored: dict) -> DataOptions:
+    """Takes over the date that chat templates were told when something was begun, where the options name none.
+
+    Args:
+        options: Those of now.
+        stored: All options of then, as nested dictionaries.
+    """
+    return options if options.date is not None else replace(options, date=(stored.get("data") or {}).get("date"))
 
 
 def first_difference(stored: dict, given: dict, free: Collection[str] = ()) -> tuple[str, Any, Any] | None:

@@ -1,5 +1,6 @@
 """One call from a file or hub name to tokenised examples, with an account of what became of its rows."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.dropped import Dropped, counted_reasons
 from qstar_jax.data.preferences import completion_records, preference_records, prompt_records
 from qstar_jax.data.reading import read_rows
-from qstar_jax.data.tokenization import Example, tokenize
+from qstar_jax.data.tokenization import Example, settle_date, tokenize
 from qstar_jax.errors import InputError
 
 _RECORDS = {"preferences": preference_records, "completions": completion_records, "prompts": prompt_records}
@@ -21,11 +22,13 @@ class Dataset:
         examples: At least one, in file order.
         dropped: Rows of the source that are not among them, in file order.
         source: Path or hub name.
+        date: Day that the chat template took for today, where it prints it (see `DataOptions.date`).
     """
 
     examples: list[Example]
     dropped: tuple[Dropped, ...]
     source: str
+    date: str | None = None
 
     @property
     def summary(self) -> str:
@@ -55,6 +58,9 @@ def load_examples(
     tokenizer: Any,
     options: DataOptions,
     limit: int | None = None,
+    *,
+    vocabulary: int | None = None,
+    eos_ids: Collection[int] = (),
 ) -> Dataset:
     """Reads and tokenises a file or a data set of the hub.
 
@@ -65,17 +71,22 @@ def load_examples(
         tokenizer: A Hugging Face tokenizer.
         options: Columns, form and longest lengths.
         limit: Use the first so many rows only.
+        vocabulary: Rows of the model's embedding; token ids beyond it are refused.
+        eos_ids: Tokens that end an answer of the model, beside the tokenizer's EOS.
 
     Returns:
         At least one example, and the rows that were dropped.
 
     Raises:
-        InputError: The source cannot be read, a row has another form, or no row can be used.
+        InputError: The source cannot be read, a row has another form or a token that the model does not know, no row
+            can be used, or an option has no effect.
     """
     rows = read_rows(source, split, limit)
     records, dropped = _RECORDS[kind](rows, options, source)
-    examples, dropped_later = tokenize(records, tokenizer, options)
+    options = settle_date(options, records, tokenizer)
+    model = {"vocabulary": vocabulary, "eos_ids": eos_ids}
+    examples, dropped_later = tokenize(records, tokenizer, options, **model, source=source)
     dropped = sorted(dropped + dropped_later, key=lambda one: one.row)
     if not examples:
         raise InputError(f"{source}: none of its {len(rows)} rows can be used ({counted_reasons(dropped)})")
-    return Dataset(examples, tuple(dropped), source)
+    return Dataset(examples, tuple(dropped), source, options.date)

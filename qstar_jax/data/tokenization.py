@@ -1,16 +1,30 @@
-"""Records -> token ids. Prompt and answer are tokenised apart and joined as ids, so no token spans their boundary.
+"""Records -> token ids: those of prompt and answer as one text, cut where the prompt ends.
 
-An answer ends with EOS exactly once, which counts in the loss; a truncated answer has none and says so.
+Chats: the whole dialogue is rendered and tokenised at once, so prompt and answer together have the ids that the
+template's own tokenisation gives, whatever the tokenizer. A token that spans the end of the prompt, or that the answers
+of a pair do not share, belongs to the answers; the prompt ends before it.
+
+Plain text: prompt and answer are joined as they stand, and tokenised at once, but the prompt keeps the ids that it has
+alone, which are those from which an answer will be generated. So no token spans the boundary: where one would, the
+answer's ids are those that it has at the beginning of a line, without the space that some tokenizers put in front of a
+text. A prompt that begins with BOS gets no other one.
+
+An answer ends exactly once, with EOS, which counts in the loss; a truncated answer has none and says so. What follows
+the first token of a chat's end that ends answers for the model (`<|im_end|>`, say, in a list of EOS ids) is left out.
+Where a template ends turns by something else, that is kept, and EOS follows.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.dialogues import Messages
+from qstar_jax.data.chat_templates import ChatTemplate, check_without_chats
 from qstar_jax.data.dropped import Dropped, DroppedRow
 from qstar_jax.data.preferences import Record
 from qstar_jax.errors import InputError
@@ -21,7 +35,7 @@ class Response:
     """One answer as tokens.
 
     Args:
-        ids: Token ids; the last one is EOS unless `truncated`.
+        ids: Token ids; the last one ends the answer (see `tokenize`) unless `truncated`.
         truncated: The answer lost its end, and its EOS.
     """
 
@@ -46,29 +60,99 @@ class Example:
     row: int
 
 
-def tokenize(records: list[Record], tokenizer: Any, options: DataOptions) -> tuple[list[Example], list[Dropped]]:
+def tokenize(
+    records: list[Record],
+    tokenizer: Any,
+    options: DataOptions,
+    *,
+    vocabulary: int | None = None,
+    eos_ids: Collection[int] = (),
+    source: str = "data",
+) -> tuple[list[Example], list[Dropped]]:
     """Tokenises records and cuts them to the longest lengths allowed.
 
     Args:
         records: Prompts and answers, as text or chat messages.
-        tokenizer: A Hugging Face tokenizer with an EOS token; with a chat template, if there are chat messages.
-        options: Longest lengths, in tokens: `max_prompt_length` and `max_length` (prompt and answer together).
+        tokenizer: A fast Hugging Face tokenizer with an EOS token; with a chat template, if there are chat messages.
+        options: Longest lengths, in tokens: `max_prompt_length` and `max_length` (prompt and answer together); how
+            dialogues are rendered.
+        vocabulary: Rows of the model's embedding; token ids beyond it are refused.
+        eos_ids: Tokens that end an answer of the model, beside the tokenizer's EOS.
+        source: Name of the data, for errors.
 
     Returns:
         The examples (maybe none) and the rows that were dropped, both in order.
 
     Raises:
-        InputError: The tokenizer has no EOS or no chat template where one is needed, or the lengths leave no room.
+        InputError: The tokenizer cannot do what is needed, the lengths leave no room, a token is none of the model's,
+            or options have no effect.
     """
     _check_lengths(options)
-    _check_tokenizer(tokenizer, any(isinstance(record.prompt, list) for record in records))
+    _check_tokenizer(tokenizer)
+    template = chat_template(records, tokenizer, options)
+    eos_ids = frozenset((tokenizer.eos_token_id, *eos_ids))
     examples, dropped = [], []
     for record in records:
         try:
-            examples.append(_example(record, tokenizer, options))
+            example = _example(record, tokenizer, template, eos_ids, options)
         except DroppedRow as reason:
             dropped.append(Dropped(record.row, str(reason)))
+            continue
+        if vocabulary is not None:
+            for ids in (example.prompt, *(response.ids for response in example.responses)):
+                check_known(ids, vocabulary, tokenizer, f"{source} row {record.row + 1}")
+        examples.append(example)
     return examples, dropped
+
+
+def chat_template(records: list[Record], tokenizer: Any, options: DataOptions) -> ChatTemplate | None:
+    """Finds what renders the dialogues among records.
+
+    Args:
+        records: Prompts and answers, as text or chat messages.
+        tokenizer: A Hugging Face tokenizer.
+        options: `chat_template`, `chat_template_kwargs` and `date` are read.
+
+    Returns:
+        The template; None where no record is a dialogue.
+
+    Raises:
+        InputError: There is no such template, or an option has no effect.
+    """
+    if any(isinstance(record.prompt, list) for record in records):
+        return ChatTemplate.find(tokenizer, options)
+    if records:
+        check_without_chats(options)
+    return None
+
+
+def settle_date(options: DataOptions, records: list[Record], tokenizer: Any) -> DataOptions:
+    """Writes today's date into options that name none, where a chat template prints it: from now on it is that day."""
+    template = chat_template(records, tokenizer, options)
+    if template is None or options.date is not None or not template.prints_date:
+        return options
+    return replace(options, date=date.today().isoformat())
+
+
+def check_known(ids: Sequence[int], vocabulary: int, tokenizer: Any, where: str, model: str = "the model") -> None:
+    """Refuses token ids for which a model has no embedding.
+
+    Args:
+        ids: Token ids, at least one.
+        vocabulary: Rows of the model's embedding.
+        tokenizer: Of these ids.
+        where: What holds them, for the error.
+        model: Who does not know them, for the error.
+
+    Raises:
+        InputError: One of them is at or beyond `vocabulary`.
+    """
+    worst = int(np.max(ids))
+    if worst >= vocabulary:
+        raise InputError(
+            f"{where}: the token {tokenizer.convert_ids_to_tokens(worst)!r} has id {worst}, and {model} knows "
+            f"{vocabulary} tokens only (ids below that); resize its embedding, or use its own tokenizer"
+        )
 
 
 def _check_lengths(options: DataOptions) -> None:
@@ -81,46 +165,88 @@ def _check_lengths(options: DataOptions) -> None:
         )
 
 
-def _check_tokenizer(tokenizer: Any, chat: bool) -> None:
+def _check_tokenizer(tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no EOS token, so answers could not end; set `eos_token` in tokenizer_config.json"
         )
-    if chat and not tokenizer.chat_template:
+    if not tokenizer.is_fast:
         raise InputError(
-            "the rows are chat messages (or data.as_chat is on), but the tokenizer has no chat template; use the "
-            "tokenizer of an instruction-tuned model, add chat_template.jinja to the model's folder, or give plain text"
+            f"{type(tokenizer).__name__} is a slow tokenizer, which does not tell where its tokens lie in a text; "
+            "expected a fast one (a folder with tokenizer.json)"
         )
 
 
-def _example(record: Record, tokenizer: Any, options: DataOptions) -> Example:
+def _example(
+    record: Record, tokenizer: Any, template: ChatTemplate | None, eos_ids: frozenset[int], options: DataOptions
+) -> Example:
     if isinstance(record.prompt, str):
-        prompt = _without_eos(tokenizer(record.prompt, verbose=False).input_ids, tokenizer)
-        texts = record.responses
+        prompt, answers = _split_text(record, tokenizer)
     else:
-        prompt_text = _render(tokenizer, record.prompt, add_generation_prompt=True)
-        prompt = _encode(tokenizer, prompt_text)
-        texts = [_chat_answer(tokenizer, prompt_text, record.prompt + answer) for answer in record.responses]
+        prompt, answers = _split_chat(record, tokenizer, template, eos_ids)
     if not prompt:
         if tokenizer.bos_token_id is None:
             raise DroppedRow("empty prompt")
         prompt = [tokenizer.bos_token_id]
     kept = _last(prompt, options.max_prompt_length, tokenizer.bos_token_id)
-    responses = tuple(_response(text, tokenizer, options.max_length - len(kept)) for text in texts)
+    room = options.max_length - len(kept)
+    responses = tuple(_response(ids, tokenizer.eos_token_id, eos_ids, room) for ids in answers)
     if len(responses) > 1 and np.array_equal(responses[0].ids, responses[1].ids):
         raise DroppedRow("the tokens of the two answers are equal within max_length")
     return Example(np.asarray(kept, np.int32), len(kept) < len(prompt), responses, record.row)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+def _encode(tokenizer: Any, text: str, *, specials: bool = False) -> tuple[list[int], list[int]]:
+    """Token ids of a text, and where each ends in it, in characters."""
+    found = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True, verbose=False)
+    return found.input_ids, [end for _, end in found.offset_mapping]
 
 
-def _without_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    end = len(ids)
-    while end and ids[end - 1] == tokenizer.eos_token_id:
-        end -= 1
-    return ids[:end]
+def _split_text(record: Record, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    specials = not (tokenizer.bos_token and record.prompt.startswith(tokenizer.bos_token))
+    ids, _ = _encode(tokenizer, record.prompt, specials=specials)
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    answers = []
+    for text in record.responses:
+        found = _behind(ids, record.prompt, text, tokenizer, specials=specials)
+        if found is None:
+            found = _behind(_encode(tokenizer, "\n")[0], "\n", text, tokenizer)
+        answers.append(_encode(tokenizer, text)[0] if found is None else found)
+    return ids, answers
+
+
+def _behind(ids: list[int], before: str, text: str, tokenizer: Any, *, specials: bool = False) -> list[int] | None:
+    """Token ids of a text behind another one; None where this does not keep the ids that it has alone."""
+    whole, ends = _encode(tokenizer, before + text, specials=specials)
+    kept = whole[: len(ids)] == ids and max(ends[: len(ids)], default=0) <= len(before)
+    return whole[len(ids) :] if kept else None
+
+
+def _split_chat(
+    record: Record, tokenizer: Any, template: ChatTemplate, eos_ids: frozenset[int]
+) -> tuple[list[int], list[list[int]]]:
+    prompt = template(record.prompt, answer_next=True)
+    if not record.responses:
+        return _encode(tokenizer, prompt)[0], []
+    dialogues, boundaries = [], []
+    for answer in record.responses:
+        text = template(record.prompt + answer)
+        if not text.startswith(prompt):
+            raise DroppedRow("the chat template does not extend its prompt when an answer follows")
+        ids, ends = _encode(tokenizer, text)
+        boundaries.append(len(list(takewhile(lambda end: end <= len(prompt), ends))))
+        dialogues.append(ids[: _end_of_turn(ids, ends, text, eos_ids)])
+    shared = min(boundaries)
+    while any(ids[:shared] != dialogues[0][:shared] for ids in dialogues):
+        shared -= 1
+    return dialogues[0][:shared], [ids[shared:] for ids in dialogues]
+
+
+def _end_of_turn(ids: list[int], ends: list[int], text: str, eos_ids: frozenset[int]) -> int:
+    """How many tokens there are without the white space that a template writes behind the end of a turn."""
+    last = max((index for index, token in enumerate(ids) if token in eos_ids), default=None)
+    return len(ids) if last is None or text[ends[last] :].strip() else last + 1
 
 
 def _last(prompt: list[int], length: int, bos: int | None) -> list[int]:
@@ -131,27 +257,12 @@ def _last(prompt: list[int], length: int, bos: int | None) -> list[int]:
     return head + prompt[len(prompt) - (length - len(head)) :]
 
 
-def _response(text: str, tokenizer: Any, room: int) -> Response:
-    ids = _without_eos(_encode(tokenizer, text), tokenizer)
-    if tokenizer.eos_token_id in ids:  # what follows would be learnt as if an episode went on behind its end
+def _response(ids: list[int], eos: int, eos_ids: frozenset[int], room: int) -> Response:
+    length = len(ids)
+    while length and ids[length - 1] in eos_ids:
+        length -= 1
+    if not eos_ids.isdisjoint(ids[:length]):  # what follows would be learnt as if an episode went on behind its end
         raise DroppedRow("EOS token inside an answer")
-    truncated = len(ids) >= room
-    return Response(np.asarray(ids[:room] if truncated else [*ids, tokenizer.eos_token_id], np.int32), truncated)
-
-
-def _chat_answer(tokenizer: Any, prompt_text: str, messages: Messages) -> str:
-    """What the chat template adds to the prompt for an answer, up to the end of the turn."""
-    whole = _render(tokenizer, messages, add_generation_prompt=False)
-    if not whole.startswith(prompt_text):
-        raise DroppedRow("the chat template does not extend its prompt when an answer follows")
-    answer, eos, rest = whole[len(prompt_text) :].rpartition(tokenizer.eos_token)
-    return answer if eos and not rest.strip() else answer + eos + rest
-
-
-def _render(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except jinja2.TemplateError as error:
-        raise DroppedRow(f"the chat template refuses the messages ({error})") from error
+    end = ids[length : length + 1] or [eos]
+    truncated = length >= room
+    return Response(np.asarray(ids[:room] if truncated else ids[:length] + end, np.int32), truncated)

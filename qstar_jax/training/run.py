@@ -20,6 +20,7 @@ from qstar_jax.config import DpoConfig, SftConfig
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.loading import load_examples
 from qstar_jax.data.preview import preview
+from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.scoring import response_logprobs
@@ -89,6 +90,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
     with jax.set_mesh(mesh), CheckpointStore(out, config.train.keep_checkpoints) as store:
         start = find_start(config, store, mesh)
         feeder, eval_feeder = _feeders(config, start, mesh, console)
+        config = _with_date(config, feeder, eval_feeder)
         steps = config.train.steps or -(-len(feeder.dataset.examples) // feeder.batch_size)
         if start.step >= steps:
             console.print(f"{out} is complete: {start.step} of {steps} steps are done", markup=False, highlight=False)
@@ -138,18 +140,25 @@ def _loss_fn(config: SftConfig | DpoConfig, model: CausalLM) -> LossFn:
 
 
 def _feeders(config: SftConfig | DpoConfig, start: Start, mesh: Mesh, console: Console) -> tuple[Feeder, Feeder | None]:
-    data, options = config.data, config.train
+    data, options = replace(config.data, date=start.date), config.train
     kind = "preferences" if isinstance(config, DpoConfig) else "completions"
-    train = load_examples(data.train, data.train_split, kind, start.tokenizer, data, data.max_train_rows)
+    model = {"vocabulary": start.model.config.vocab_size, "eos_ids": eos_token_ids(start)}
+    train = load_examples(data.train, data.train_split, kind, start.tokenizer, data, data.max_train_rows, **model)
     console.print(train.summary, markup=False, highlight=False, soft_wrap=True)
     console.print(preview(train.examples[0], start.tokenizer))
     feeder = Feeder(train, options.batch_size, mesh, data, "train.batch_size", accumulate=options.accumulate)
     if data.eval is None:
         return feeder, None
-    held_out = load_examples(data.eval, data.eval_split, kind, start.tokenizer, data, data.max_eval_rows)
+    held_out = load_examples(data.eval, data.eval_split, kind, start.tokenizer, data, data.max_eval_rows, **model)
     console.print(held_out.summary, markup=False, highlight=False, soft_wrap=True)
     eval_batch_size = options.eval_batch_size or options.batch_size
     return feeder, Feeder(held_out, eval_batch_size, mesh, data, "train.eval_batch_size")
+
+
+def _with_date(config: SftConfig | DpoConfig, *feeders: Feeder | None) -> SftConfig | DpoConfig:
+    """The configuration with the day that chat templates took for today, with which the run goes on tomorrow."""
+    dates = [feeder.dataset.date for feeder in feeders if feeder and feeder.dataset.date]
+    return replace(config, data=replace(config.data, date=dates[0] if dates else None))
 
 
 def _with_cached_reference(config: DpoConfig, start: Start, feeder: Feeder | None, console: Console) -> Feeder | None:

@@ -1,6 +1,6 @@
 """From a configuration to a state on the mesh: a fresh one from a model, or the one that a checkpoint holds."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,13 @@ from qstar_jax.checkpoints import (
     read_checkpoint_params,
 )
 from qstar_jax.config import DpoConfig, LoraOptions, SftConfig
+from qstar_jax.data.chat_templates import adopt_template, find_template
 from qstar_jax.errors import InputError
 from qstar_jax.loading import load_model, param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.lora import split_adapter
-from qstar_jax.settings import first_difference
+from qstar_jax.settings import first_difference, keep_date
 from qstar_jax.sharding import tree_shardings
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.reference import holds_reference, moves_reference, needs_reference, reference_identity
@@ -64,6 +65,7 @@ class Start:
         params: Parameters of a fresh run, without an adapter; None where `step` is read from a checkpoint.
         reference: Who the frozen reference is; None if the loss has none.
         generation: Dictionary of the model's generation_config.json (see `loading.LoadedModel`).
+        date: Day that chat templates take for today, where it is settled already (see `DataOptions.date`).
     """
 
     model: CausalLM
@@ -72,6 +74,7 @@ class Start:
     params: Params | None = None
     reference: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    date: str | None = None
 
 
 def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh) -> Start:
@@ -85,16 +88,21 @@ def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh
         loaded = load_model(config.model, config.compute, mesh, config.mesh)
         identity = reference_identity(loaded.model, loaded.params) if needs_reference(config) else None
         model = _with_adapter(loaded.model, config.lora)
-        return Start(model, loaded.tokenizer, params=loaded.params, reference=identity, generation=loaded.generation)
+        tokenizer = adopt_template(loaded.tokenizer, config.data.chat_template)
+        kept = {"generation": loaded.generation, "date": config.data.date}
+        return Start(model, tokenizer, params=loaded.params, reference=identity, **kept)
     if not config.resume:
         raise InputError(
             f"{config.out} already holds a run with a checkpoint at step {step}; "
             "add --resume to go on with it, or choose another --out"
         )
     description = store.describe(step)
+    config = replace(config, data=keep_date(config.data, description.options))
     _check_same_options(description.options, asdict(config), Path(config.out))
     model, tokenizer = description.build_model(config.compute), description.build_tokenizer()
-    return Start(model, tokenizer, step, reference=description.reference, generation=description.generation)
+    _check_same_template(tokenizer, config)
+    kept = {"generation": description.generation, "date": config.data.date}
+    return Start(model, tokenizer, step, reference=description.reference, **kept)
 
 
 def _with_adapter(model: CausalLM, options: LoraOptions) -> CausalLM:
@@ -119,6 +127,15 @@ def _check_same_options(stored: dict, given: dict, out: Path):
         raise InputError(
             f"--resume: {name} was {before!r} in {out} and is {now!r} now; "
             "a run goes on with the options it began with (or begins anew in another --out)"
+        )
+
+
+def _check_same_template(tokenizer: "PreTrainedTokenizerBase", config: SftConfig | DpoConfig):
+    choice = config.data.chat_template
+    if choice is not None and find_template(tokenizer, choice) != find_template(tokenizer, None):
+        raise InputError(
+            f"--resume: data.chat_template {choice} holds another template than the run in {config.out} began with; "
+            "put that one back, or begin a new run in another --out"
         )
 
 
