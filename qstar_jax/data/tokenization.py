@@ -14,7 +14,7 @@ the first token of a chat's end that ends answers for the model (`<|im_end|>`, s
 Where a template ends turns by something else, that is kept, and EOS follows.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import takewhile
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from numpy.typing import ArrayLike
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.chat_templates import ChatTemplate, check_without_chats
@@ -134,7 +135,7 @@ def settle_date(options: DataOptions, records: list[Record], tokenizer: Any) -> 
     return replace(options, date=date.today().isoformat())
 
 
-def check_known(ids: Sequence[int], vocabulary: int, tokenizer: Any, where: str, model: str = "the model") -> None:
+def check_known(ids: ArrayLike, vocabulary: int, tokenizer: Any, where: str, model: str = "the model") -> None:
     """Refuses token ids for which a model has no embedding.
 
     Args:

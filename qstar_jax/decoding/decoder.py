@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
 from qstar_jax.config import DecodeOptions
+from qstar_jax.data.tokenization import check_known
 from qstar_jax.decoding.beam import beam_search
 from qstar_jax.decoding.best_of_n import Rejection, best_of_n
 from qstar_jax.decoding.chunks import chunk_beam_search
@@ -23,7 +24,6 @@ from qstar_jax.decoding.options import MethodOptions, draws
 from qstar_jax.decoding.policies import Policy
 from qstar_jax.decoding.sampling import sample
 from qstar_jax.decoding.stop_strings import StopStrings
-from qstar_jax.errors import InputError
 
 WIDTH = 64  # prompts are padded to multiples of so many tokens
 
@@ -138,11 +138,7 @@ class Decoder:
         padded = np.zeros((len(prompts), -(-int(lengths.max()) // WIDTH) * WIDTH), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
-        if padded.max() >= self.vocabulary:
-            raise InputError(
-                f"a prompt has the token {self.tokenizer.convert_ids_to_tokens(int(padded.max()))!r} "
-                f"({padded.max()}), and one of the models knows {self.vocabulary} tokens only"
-            )
+        check_known(padded, self.vocabulary, self.tokenizer, "a prompt", "one of the models")
         return padded, lengths
 
     def _search(self, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], keys: Key[Array, " B"]) -> Hypotheses:

@@ -165,3 +165,29 @@ def test_order_rows_and_counts(plain_tokenizer):
     examples, dropped = tokenize(records, plain_tokenizer, DataOptions())
     assert [example.row for example in examples] == [2, 5]
     assert dropped == [Dropped(3, "empty prompt"), Dropped(6, "empty prompt")]
+
+
+def test_tokens_beyond_the_embedding(plain_tokenizer, character_tokenizer):
+    size = len(plain_tokenizer)
+    added = character_tokenizer(pad="[E]")
+    added.add_tokens(["Zebra"])
+    added.add_special_tokens({"pad_token": "[PAD]"})  # what pads is in no row, so it does not matter
+    records = [Record("a", ("b", "c"), 0), Record("a", ("b Zebra", "c"), 4)]
+    assert len(tokenize(records[:1], added, DataOptions(), vocabulary=size)[0]) == 1
+    message = rf"pairs.jsonl row 5: the token 'Zebra' has id {size}, and the model knows {size} tokens only .*; resize"
+    with pytest.raises(InputError, match=message):
+        tokenize(records, added, DataOptions(), vocabulary=size, source="pairs.jsonl")
+    with pytest.raises(InputError, match="row 5: the token 'Zebra'"):
+        tokenize([Record("Zebra", (), 4)], added, DataOptions(), vocabulary=size)
+    assert len(tokenize(records, added, DataOptions(), vocabulary=size + 1)[0]) == 2
+    added.add_special_tokens({"eos_token": "[END]", "bos_token": "[BEGIN]"})
+    with pytest.raises(InputError, match=r"row 1: the token '\[END\]' has id"):  # what ends an answer
+        tokenize(records[:1], added, DataOptions(), vocabulary=size)
+    with pytest.raises(InputError, match=r"row 1: the token '\[BEGIN\]' has id"):  # what stands for an empty prompt
+        tokenize([Record("", (), 0)], added, DataOptions(), vocabulary=size)
+
+
+def test_slow_tokenizers_are_refused(plain_tokenizer, monkeypatch):
+    monkeypatch.setattr(type(plain_tokenizer), "is_fast", False)
+    with pytest.raises(InputError, match=r"is a slow tokenizer.*expected a fast one"):
+        tokenize([Record("a", ("b",), 0)], plain_tokenizer, DataOptions())

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qstar_jax import hub
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
+from qstar_jax.data.chat_templates import ChatTemplate
 from qstar_jax.data.dialogues import Messages
+from qstar_jax.data.dropped import DroppedRow
 from qstar_jax.data.preferences import Record
-from qstar_jax.data.tokenization import tokenize
+from qstar_jax.data.tokenization import check_known, tokenize
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
 from qstar_jax.hub.reader import TensorFiles
@@ -124,7 +125,10 @@ class ClassifierReward:
             ids, cut, dropped = self._encode_chats(pairs)
         else:
             records = [Record(prompt, (answer,), row) for row, (prompt, answer) in enumerate(pairs)]
-            examples, unused = tokenize(records, self.tokenizer, self.data)
+            size = self.model.config.vocab_size
+            examples, unused = tokenize(
+                records, self.tokenizer, self.data, vocabulary=size, source="judge.model, text of"
+            )
             ids = {e.row: np.concatenate([e.prompt, e.responses[0].ids]) for e in examples}
             cut, dropped = sum(e.responses[0].truncated for e in examples), [one.reason for one in unused]
         if dropped:
@@ -137,15 +141,17 @@ class ClassifierReward:
     def _encode_chats(self, pairs: Sequence[tuple[str, str]]) -> tuple[dict[int, np.ndarray], int, list[str]]:
         if not self.tokenizer.chat_template:
             raise InputError("judge.as_chat: the reward model's tokenizer has no chat template; leave it off")
+        template = ChatTemplate.find(self.tokenizer, self.data)
         ids, cut, dropped, longest = {}, 0, [], self.data.max_length
         for row, (prompt, answer) in enumerate(pairs):
             messages = [message for turn in as_messages(prompt, answer) for message in turn]
             try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-            except jinja2.TemplateError as error:
-                dropped.append(f"the chat template refuses it ({error})")
+                text = template(messages)
+            except DroppedRow as reason:
+                dropped.append(str(reason))
                 continue
             found = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            check_known(found, self.model.config.vocab_size, self.tokenizer, f"judge.model, text of row {row + 1}")
             cut += len(found) > longest
             ids[row] = np.asarray(found[-longest:], np.int32)
         return ids, cut, dropped

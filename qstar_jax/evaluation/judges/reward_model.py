@@ -15,6 +15,7 @@ from qstar_jax.data.dropped import counted_reasons
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.preferences import Record
 from qstar_jax.data.tokenization import tokenize
+from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
 from qstar_jax.evaluation.judges.classifier import ClassifierReward, as_messages, is_classifier
@@ -54,7 +55,8 @@ class SummedReward:
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Scores (prompt, answer) pairs; NaN where one cannot be tokenised (it has an EOS token inside, say)."""
         records = [_record(pair, row, self.data.as_chat) for row, pair in enumerate(pairs)]
-        examples, dropped = tokenize(records, self.policy.tokenizer, self.data)
+        model = {"vocabulary": self.policy.model.config.vocab_size, "eos_ids": eos_token_ids(self.policy)}
+        examples, dropped = tokenize(records, self.policy.tokenizer, self.data, **model, source="judge.model, text of")
         rewards = [math.nan] * len(pairs)
         if dropped:
             self.say(f"no reward: {counted_reasons(dropped)}")

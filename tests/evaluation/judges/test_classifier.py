@@ -1,5 +1,6 @@
 """Parity with torch transformers (the oracle), and what must hold without any oracle."""
 
+import copy
 import json
 import math
 import shutil
@@ -153,3 +154,21 @@ def test_options_that_a_classifier_does_not_read(make, one_device):
         load_reward(str(make()), mesh=one_device, beta=0.1)
     with pytest.raises(InputError, match="no chat template"):
         load_reward(str(make()), mesh=one_device, data=DataOptions(as_chat=True))([("w1", "w2")])
+
+
+def test_a_pad_id_beyond_the_embedding_changes_nothing(make, one_device):
+    found, expected = (load_reward(str(make(pad_token_id=pad)), mesh=one_device)(PAIRS[:2]) for pad in (4000, 0))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("as_chat", [False, True])
+def test_a_word_beyond_the_embedding(as_chat, tmp_path, tiny_config, hf_folder, tiny_tokenizer, one_device):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_tokens(["Zebra"])
+    folder = write_classifier(tmp_path / "model", tiny_config, hf_folder, tokenizer)
+    reward = load_reward(str(folder), mesh=one_device, data=DataOptions(as_chat=as_chat))
+    with pytest.raises(
+        InputError, match=r"judge\.model, text of row 2: the token 'Zebra' has id 60, and the model knows 60"
+    ):
+        reward([("w1", "w2"), ("w1", "w2 Zebra")])
