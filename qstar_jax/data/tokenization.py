@@ -198,9 +198,14 @@ def _example(
 
 
 def _encode(tokenizer: Any, text: str, *, specials: bool = False) -> tuple[list[int], list[int]]:
-    """Token ids of a text, and where each ends in it, in characters."""
+    """Token ids of a text, and where each ends in it, in characters; `specials` puts BOS before it.
+
+    What some tokenizers put behind a text ([SEP], say) is left out: an answer follows there, or its own end.
+    """
     found = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True, verbose=False)
-    return found.input_ids, [end for _, end in found.offset_mapping]
+    ids, ends = found.input_ids, [end for _, end in found.offset_mapping]
+    text_ends = max((place + 1 for place, of in enumerate(found.sequence_ids(0)) if of is not None), default=len(ids))
+    return ids[:text_ends], ends[:text_ends]
 
 
 def _split_text(record: Record, tokenizer: Any) -> tuple[list[int], list[list[int]]]:

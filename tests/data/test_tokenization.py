@@ -1,5 +1,8 @@
+import copy
+
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.dropped import Dropped
@@ -30,6 +33,19 @@ def dropped_reason(tokenizer, prompt, *answers, **lengths):
     [one] = dropped
     assert one.row == 0
     return one.reason
+
+
+def test_nothing_is_put_behind_a_text_but_the_end(tiny_tokenizer):
+    """Some tokenizers end every text by themselves, by EOS or by something else."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS] [UNK]", special_tokens=[("[BOS]", 1), ("[EOS]", 2), ("[UNK]", 3)]
+    )
+    assert tokenizer("w1").input_ids == [1, 5, 2, 3]
+    records = [Record("w1 w2", ("w3", "w4 w5"), 0)]
+    (example,), _ = tokenize(records, tokenizer, DataOptions())
+    assert example.prompt.tolist() == [1, 5, 6]
+    assert [response.ids.tolist() for response in example.responses] == [[7, 2], [8, 9, 2]]
 
 
 def test_plain_text_ends_with_eos_once(plain_tokenizer):
