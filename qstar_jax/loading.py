@@ -1,6 +1,6 @@
 """One way to open a model, wherever it lies: a run's checkpoint, a Hugging Face folder, PEFT's adapter, a hub name."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from qstar_jax import hub
 from qstar_jax.checkpoints import Description, find_checkpoint, read_checkpoint_params, read_description, reference_of
 from qstar_jax.config import ComputeOptions, MeshOptions
+from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.lora import attach_adapter, merge_adapter, split_adapter
@@ -71,18 +72,40 @@ def load_model(source: str | Path, compute: ComputeOptions, mesh: Mesh, mesh_opt
     folder = hub.open_folder(str(source))
     if hub.is_adapter(folder):
         return _load_adapter(folder, compute, mesh, mesh_options)
+    return _load_folder(folder, compute, mesh, mesh_options)
+
+
+def _load_folder(folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_options: MeshOptions) -> LoadedModel:
     model = hub.read_model(folder, compute)
     params = hub.read_params(folder, model, param_shardings(model, mesh, mesh_options))
     generation = hub.read_generation_config(folder)
     return LoadedModel(model, params, hub.read_tokenizer(folder), folder, generation=generation)
 
 
-def _load_adapter(folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_options: MeshOptions) -> LoadedModel:
-    base = load_model(hub.read_base_name(folder), compute, mesh, mesh_options)
-    model = replace(base.model, lora=hub.read_lora(folder, base.model))
-    _, shardings = split_adapter(param_shardings(model, mesh, mesh_options))
-    params = attach_adapter(base.params, hub.read_adapter(folder, model, shardings))
-    return LoadedModel(*_merged(model, params), base.tokenizer, folder, generation=base.generation)
+def _load_adapter(
+    folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_options: MeshOptions, above: tuple[Path, ...] = ()
+) -> LoadedModel:
+    """Opens an adapter; `above` are the adapters of which it is the base."""
+    config = hub.read_adapter_config(folder)
+    try:
+        base_folder = hub.open_folder(config.base, config.revision)
+    except InputError as error:
+        raise InputError(f"{config.path}: base_model_name_or_path: {error}") from error
+    above = (*above, folder.resolve())
+    if base_folder.resolve() == folder.resolve():  # an adapter may be saved into the folder of its base
+        base = _load_folder(folder, compute, mesh, mesh_options)
+    elif base_folder.resolve() in above:
+        raise InputError(f"{config.path}: base_model_name_or_path leads back to {base_folder}, an adapter of this one")
+    elif find_checkpoint(base_folder) is None and hub.is_adapter(base_folder):
+        base = _load_adapter(base_folder, compute, mesh, mesh_options, above)
+    else:
+        base = load_model(base_folder, compute, mesh, mesh_options)
+    model, edits = hub.read_edits(folder, config, base.model)
+    params = hub.apply_edits(model, edits, base.params, param_shardings(model, mesh, mesh_options))
+    tokenizer = hub.read_adapter_tokenizer(folder, base.tokenizer)
+    own = (folder / hub.GENERATION).is_file()
+    generation = hub.read_generation_config(folder) if own else base.generation
+    return LoadedModel(model, params, tokenizer, folder, generation=generation)
 
 
 def _merged(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:

@@ -2,14 +2,16 @@
 
 from qstar_jax.hub.folder import open_folder as open_folder
 from qstar_jax.hub.folder import read_config as read_config
+from qstar_jax.hub.generation import GENERATION as GENERATION
 from qstar_jax.hub.generation import read_generation_config as read_generation_config
 from qstar_jax.hub.generation import with_eos as with_eos
 from qstar_jax.hub.generation import write_generation_config as write_generation_config
 from qstar_jax.hub.peft import is_adapter as is_adapter
-from qstar_jax.hub.peft import read_adapter as read_adapter
-from qstar_jax.hub.peft import read_base_name as read_base_name
-from qstar_jax.hub.peft import read_lora as read_lora
 from qstar_jax.hub.peft import write_adapter as write_adapter
+from qstar_jax.hub.peft_config import read_adapter_config as read_adapter_config
+from qstar_jax.hub.peft_edits import read_edits as read_edits
+from qstar_jax.hub.peft_merge import apply_edits as apply_edits
+from qstar_jax.hub.peft_tokenizer import read_adapter_tokenizer as read_adapter_tokenizer
 from qstar_jax.hub.reader import read_model as read_model
 from qstar_jax.hub.reader import read_params as read_params
 from qstar_jax.hub.tokenizer import build_tokenizer as build_tokenizer

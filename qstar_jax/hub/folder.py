@@ -12,12 +12,13 @@ from qstar_jax.tiny_tldr import BASE, BUILTIN
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
 
-def open_folder(model: str) -> Path:
+def open_folder(model: str, revision: str | None = None) -> Path:
     """Turns a folder or a hub name into a folder on this machine.
 
     Args:
         model: Path of a folder, or a name such as "owner/model", whose files are fetched into the hub's cache; or
             builtin:tiny-tldr, the base model of the package.
+        revision: Version of a model on the hub: a branch, a tag or a commit; None: the newest.
 
     Returns:
         The folder.
@@ -36,7 +37,7 @@ def open_folder(model: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(HUB_PATTERNS)))
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except Exception as error:  # whatever the network, the hub or the name did: the user needs the same sentence
         raise InputError(
             f"model {model!r}: no such folder here, and the hub did not give a model of that name "

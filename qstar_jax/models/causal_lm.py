@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -145,7 +146,7 @@ class CausalLM:
 
     def abstract_params(self) -> Params:
         """Returns the parameters' shapes and types, as `jax.ShapeDtypeStruct`s."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.tree.map(lambda x: x, _abstract_params(self))  # a tree of the caller's own
 
     def _bind(self, params: Params) -> nnx.Module:
         stacked = not is_unstacked(params)
@@ -271,6 +272,11 @@ class DecodeCache:
         """
         is_layer = lambda x: isinstance(x, LayerCache)  # noqa: E731
         return replace(self, layers=jax.tree.map(lambda x: x.reorder(slots), self.layers, is_leaf=is_layer))
+
+
+@cache
+def _abstract_params(model: CausalLM) -> Params:
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def is_unstacked(params: Params) -> bool:
