@@ -1,5 +1,6 @@
 """PEFT's file format, in and out."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from qstar_jax import hub
 from qstar_jax.config import ComputeOptions, MeshOptions
+from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.loading import load_model, param_shardings
 from qstar_jax.models.lora import attach_adapter, merge_adapter
@@ -239,3 +241,28 @@ def test_merging_on_many_devices_in_bfloat16(folder, model, adapter, tiny_params
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params)
     expected = merge_adapter(attach_adapter(base, adapter), model.lora)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(*map(np.float32, (a, b)), rtol=1e-2), loaded.params, expected)
+
+
+def test_what_lies_beside_an_adapter_goes_before_what_its_base_has(folder, hf_folder, tiny_tokenizer, one_device):
+    """Tokenizer, chat template and generation_config.json of the folder; the base's where it has none."""
+
+    def load():
+        return load_model(folder, ComputeOptions(), one_device, MeshOptions())
+
+    before = load()
+    assert before.tokenizer.eos_token == "[EOS]" and before.tokenizer.chat_template is None
+    assert eos_token_ids(before) == (2,)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }} w1")
+    with_template = load().tokenizer
+    assert with_template.apply_chat_template([{"content": "w5"}], tokenize=False) == "w5 w1"
+    assert with_template.eos_token == "[EOS]"
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7], "temperature": 0.5}')
+    assert eos_token_ids(load()) == (2, 5, 7) and load().generation["temperature"] == 0.5
+    own = copy.deepcopy(tiny_tokenizer)
+    own.eos_token = "w9"
+    own.save_pretrained(folder)
+    assert load().tokenizer.eos_token == "w9"
+    assert eos_token_ids(load()) == (5, 7, own.convert_tokens_to_ids("w9"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"holds a part of a tokenizer only \(tokenizer_config\.json\)"):
+        load()
