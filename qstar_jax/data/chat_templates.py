@@ -113,8 +113,8 @@ def find_template(tokenizer: Any, choice: str | None, *, tools: bool = False) ->
             return named[name]
         if named:
             raise InputError(
-                f"the tokenizer has several chat templates and none is the default; choose one by "
-                f"--data.chat_template ({names})"
+                f"the tokenizer has several chat templates and none is the default ({names}); choose one by "
+                "--data.chat_template, or make it chat_template.jinja in the model's folder"
             )
         raise InputError(
             "the rows are chat messages (or data.as_chat is on), but the tokenizer has no chat template; use the "

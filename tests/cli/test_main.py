@@ -51,6 +51,16 @@ def test_overrides_of_the_mesh_may_be_given_as_a_dictionary(seen):
     assert seen[0].mesh.overrides == {"embed": ["fsdp", None]}
 
 
+def test_arguments_of_chat_templates(seen, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {chat_template_kwargs: {enable_thinking: false, day: 2026-03-04}, date: 2026-03-04}\n")
+    main([*BASE, "--data.chat_template_kwargs", '{"enable_thinking": false, "documents": [{"title": "t"}]}'])
+    main([*BASE, "--config", str(file), "--data.chat_template", "rag"])
+    assert seen[0].data.chat_template_kwargs == {"enable_thinking": False, "documents": [{"title": "t"}]}
+    assert seen[1].data.chat_template_kwargs == {"enable_thinking": False, "day": "2026-03-04"}
+    assert (seen[1].data.date, seen[1].data.chat_template) == ("2026-03-04", "rag")
+
+
 def test_a_file_with_options_and_words_that_win_over_it(seen, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: m\nout: o\nloss:\n  beta: 0.3\n  label_smoothing: 0.1\ntrain: {steps: 5}\n")

@@ -74,7 +74,7 @@ def test_a_single_template_is_replaced(chat_tokenizer, tmp_path):
             {"chat_template": "ragg"},
             r"'ragg': neither a template's name nor a file .*: default, rag, tool_use\)",
         ),
-        ({"a": "x", "b": "y"}, {}, r"several chat templates and none is the default.*--data.chat_template .*a, b"),
+        ({"a": "x", "b": "y"}, {}, r"several chat templates and none is the default .*a, b.*--data.chat_template"),
         (None, {}, "no chat template; use the tokenizer of an instruction-tuned model"),
         (None, {"chat_template": "default"}, r"neither .* \(templates of this tokenizer: none\)"),
         ("{% if %}", {}, r"not valid Jinja \(line 1: Expected an expression"),
