@@ -65,6 +65,10 @@ class DataOptions:
         chosen: Column of the preferred answer.
         rejected: Column of the other answer.
         completion: Column of the answer in files for supervised fine-tuning; where it is missing, `chosen` is used.
+        tools: Column of the tools that the chat template shows to the model (a list of JSON schemas, or a JSON string
+            of one), in files that have it; null leaves it out.
+        system: Column of the system message, in files that have it; it goes before the prompt's messages; null leaves
+            it out.
         as_chat: Wrap a plain-text prompt as a user's message and apply the tokenizer's chat template.
         chat_template: Name of one of the tokenizer's chat templates, or a file that holds one (Jinja); not set: the
             tokenizer's default, or `tool_use` for dialogues with tools. A run's tokenizer keeps the choice as its
@@ -72,6 +76,11 @@ class DataOptions:
         chat_template_kwargs: Further variables that the chat template reads, such as {"enable_thinking": false}.
         date: Day (2026-01-31) that chat templates take for today, where they print it; not set: the day on which the
             run or folder was begun, which is kept with it.
+        repeated_prompt: Where answers begin with their prompt in most rows of a file: `remove` takes it off them,
+            `keep` leaves it there, as part of what is learnt and scored.
+        bad_rows: What becomes of rows that cannot be used: a missing column, a null, broken JSON, an empty answer,
+            messages that the chat template refuses, and the like. `drop` leaves them out and says so, but stops if
+            they are more than a tenth of the file; `stop` stops at the first. Equal answers are always left out.
         max_length: Longest prompt and answer together; a longer answer loses its end, and its EOS.
         max_prompt_length: Longest prompt; a longer one loses its beginning.
         layout: How prompts and answers share rows in training: `packed` computes a prompt once for all its answers, and
@@ -90,10 +99,14 @@ class DataOptions:
     chosen: str = "chosen"
     rejected: str = "rejected"
     completion: str = "completion"
+    tools: str | None = "tools"
+    system: str | None = "system"
     as_chat: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     date: str | None = None
+    repeated_prompt: Literal["remove", "keep"] = "remove"
+    bad_rows: Literal["drop", "stop"] = "drop"
     max_length: int = 1024
     max_prompt_length: int = 512
     layout: Literal["packed", "shared", "plain"] = "packed"

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.dialogues import Messages
-from qstar_jax.data.dropped import DroppedRow
+from qstar_jax.data.columns import Messages
+from qstar_jax.data.dropped import BadRow
 from qstar_jax.errors import InputError
+from qstar_jax.report.visible import one_line
 
 _DEFAULT, _TOOLS, _CLOCK = "default", "tool_use", "strftime_now"
 
@@ -76,16 +77,26 @@ class ChatTemplate:
             answer_next: Open the assistant's next turn (`add_generation_prompt`).
 
         Raises:
-            DroppedRow: The template refuses the dialogue.
+            BadRow: The template refuses the dialogue.
         """
-        text = self.texts[tools is not None]
+        return self._render(self.texts[tools is not None], messages, tools, answer_next)
+
+    def shows(self, tools: list[dict], messages: Messages) -> bool:
+        """Whether tools leave a trace in the text of a dialogue that the template can render."""
+        text = self.texts[True]
+        try:
+            return self._render(text, messages, None, False) != self._render(text, messages, tools, False)
+        except BadRow:
+            return True  # some templates for tools cannot do without
+
+    def _render(self, text: str, messages: Messages, tools: list[dict] | None, answer_next: bool) -> str:
         if self.day is not None:
             text = _on(self.day, text)
         given = {"tools": tools, "add_generation_prompt": answer_next, "chat_template": text, "tokenize": False}
         try:
             return self.tokenizer.apply_chat_template(messages, **given, **self.arguments)
         except Exception as error:  # a template is a program: what it cannot do with a dialogue shows in many ways
-            raise DroppedRow(f"the chat template refuses the messages ({error})") from error
+            raise BadRow(f"the chat template refuses the messages ({one_line(str(error))})") from error
 
 
 def named_templates(tokenizer: Any) -> dict[str, str]:

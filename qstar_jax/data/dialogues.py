@@ -1,43 +1,10 @@
-"""Text or chat messages in the columns of a row: what is accepted, how dialogues are split, one form for all."""
+"""Text or chat messages in the columns of a row: how dialogues are split and prompts taken off, one form for all."""
 
-from typing import Any
-
-from qstar_jax.data.dropped import DroppedRow
-from qstar_jax.errors import InputError
-
-Messages = list[dict[str, Any]]
-Turns = str | Messages
+from qstar_jax.data.columns import Turns
+from qstar_jax.data.dropped import BadRow
 
 ASSISTANT_MARKER = "\n\nAssistant:"  # dialogues in text, as Anthropic's HH data ships them
 HUMAN_MARKER = "\n\nHuman:"
-
-
-def checked_turns(value: Any, where: str) -> Turns:
-    """Text as it is, or chat messages without their null entries (columnar files add one for every key of any message).
-
-    Args:
-        value: What the column holds.
-        where: File, row and column, for the error.
-
-    Returns:
-        A string, or a list of dictionaries with at least the strings `role` and `content`.
-
-    Raises:
-        InputError: The value is neither text nor chat messages.
-    """
-    if isinstance(value, str):
-        return value
-    expected = "expected text or a list of chat messages ({'role': text, 'content': text})"
-    if not isinstance(value, list):
-        raise InputError(f"{where} holds {type(value).__name__}; {expected}")
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict):
-            raise InputError(f"{where} holds a list whose item {number} is {type(message).__name__}; {expected}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                found = type(message[key]).__name__ if key in message else "missing"
-                raise InputError(f"{where}: {key!r} of message {number} is {found}; {expected}")
-    return [{key: entry for key, entry in message.items() if entry is not None} for message in value]
 
 
 def is_dialogue(turns: Turns) -> bool:
@@ -55,11 +22,11 @@ def split_dialogues(dialogues: list[Turns]) -> tuple[Turns, list[Turns]]:
         The prompt that all share, and the answers (one message each, for chats).
 
     Raises:
-        DroppedRow: The prompts differ, or a dialogue holds no answer or no prompt.
+        BadRow: The prompts differ, or a dialogue holds no answer or no prompt.
     """
     prompts, answers = zip(*map(_split, dialogues), strict=True)
     if any(prompt != prompts[0] for prompt in prompts):
-        raise DroppedRow("prompts of the two dialogues differ")
+        raise BadRow("prompts of the two dialogues differ")
     return prompts[0], list(answers)
 
 
@@ -67,34 +34,49 @@ def _split(turns: Turns) -> tuple[Turns, Turns]:
     if isinstance(turns, str):
         before, marker, answer = turns.rpartition(ASSISTANT_MARKER)
         if HUMAN_MARKER in answer:
-            raise DroppedRow("dialogue does not end with an assistant turn")
+            raise BadRow("dialogue does not end with an assistant turn")
         return before + marker, answer
     if not turns or turns[-1]["role"] != "assistant":
-        raise DroppedRow("dialogue does not end with an assistant turn")
+        raise BadRow("dialogue does not end with an assistant turn")
     if len(turns) == 1:
-        raise DroppedRow("dialogue has no turn before the answer")
+        raise BadRow("dialogue has no turn before the answer")
     return turns[:-1], turns[-1:]
 
 
 def without_prompt(prompt: Turns, answers: list[Turns]) -> tuple[Turns, list[Turns]]:
-    """Takes the prompt off answers that repeat it as whole chats, as UltraFeedback's rows do.
+    """Takes the prompt off answers that repeat it as whole dialogues, as UltraFeedback's rows do.
 
     Args:
         prompt: What the prompt's column holds.
-        answers: Answers alone (returned as they are) or whole chats.
+        answers: Answers alone (returned as they are) or whole dialogues: chats, or texts that begin with a human's turn
+            where the prompt does not.
 
     Returns:
-        The prompt, that of the chats where there are any, and the answers alone.
+        The prompt, that of the dialogues where there are any, and the answers alone.
 
     Raises:
-        DroppedRow: The chats do not hold the prompt, differ in theirs, or do not end with an answer.
+        BadRow: The dialogues do not hold the prompt, differ in theirs, or do not end with an answer.
     """
-    if not any(isinstance(answer, list) and answer and answer[0]["role"] != "assistant" for answer in answers):
+    if not any(_repeats_as_dialogue(prompt, answer) for answer in answers):
         return prompt, answers
     repeated, answers = split_dialogues(answers)
-    if prompt != repeated and all(message["content"] != prompt for message in repeated):
-        raise DroppedRow("the prompt column and the prompt of the dialogues differ")
+    if isinstance(repeated, str):
+        there = isinstance(prompt, str) and prompt.strip() in repeated
+    else:
+        there = prompt == repeated or any(message["content"] == prompt for message in repeated)
+    if not there:
+        raise BadRow("the prompt column and the prompt of the dialogues differ")
     return repeated, answers
+
+
+def _repeats_as_dialogue(prompt: Turns, answer: Turns) -> bool:
+    if isinstance(answer, list):
+        return bool(answer) and answer[0]["role"] != "assistant"
+    return ASSISTANT_MARKER in answer and _begins_dialogue(answer) and not _begins_dialogue(prompt)
+
+
+def _begins_dialogue(turns: Turns) -> bool:
+    return isinstance(turns, str) and turns.lstrip().startswith(HUMAN_MARKER.strip())
 
 
 def same_form(prompt: Turns, answers: list[Turns], as_chat: bool) -> tuple[Turns, list[Turns]]:
@@ -109,14 +91,14 @@ def same_form(prompt: Turns, answers: list[Turns], as_chat: bool) -> tuple[Turns
         The prompt and the answers, all text or all messages.
 
     Raises:
-        DroppedRow: The prompt is a chat without messages.
+        BadRow: The prompt is a chat without messages.
     """
     if not (as_chat or any(isinstance(turns, list) for turns in (prompt, *answers))):
         return prompt, answers
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not prompt:
-        raise DroppedRow("prompt without messages")
+        raise BadRow("prompt without messages")
     return prompt, [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.dropped import Dropped, counted_reasons
+from qstar_jax.data.dropped import Dropped, check_bad_rows, check_some_left, first_rows, reasons_with_rows
 from qstar_jax.data.preferences import completion_records, preference_records, prompt_records
 from qstar_jax.data.reading import read_rows
+from qstar_jax.data.repeats import repeats_note
 from qstar_jax.data.tokenization import Example, settle_date, tokenize
-from qstar_jax.errors import InputError
 
 _RECORDS = {"preferences": preference_records, "completions": completion_records, "prompts": prompt_records}
 
@@ -23,32 +23,43 @@ class Dataset:
         dropped: Rows of the source that are not among them, in file order.
         source: Path or hub name.
         date: Day that the chat template took for today, where it prints it (see `DataOptions.date`).
+        notes: Sentences on what else was done to its rows.
     """
 
     examples: list[Example]
     dropped: tuple[Dropped, ...]
     source: str
     date: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
-        """One paragraph: rows read, used and dropped (by reason), lengths in tokens, the share that was truncated."""
-        dropped = len(self.dropped)
-        parts = [f"{self.source}: {len(self.examples) + dropped:,} rows read, {len(self.examples):,} used"]
+        """One paragraph: rows read and used, those dropped by reason, lengths in tokens, what was cut.
+
+        Reasons and cuts come with the numbers of their first rows, counted from 1 as in the file (blank lines are no
+        rows).
+        """
+        dropped, used = len(self.dropped), len(self.examples)
+        parts = [f"{self.source}: {used + dropped:,} rows read, {used:,} used"]
         if dropped:
-            parts.append(f"{dropped:,} dropped ({counted_reasons(self.dropped)})")
-        prompts = [(len(e.prompt), e.prompt_truncated) for e in self.examples]
-        answers = [(len(r.ids), r.truncated) for e in self.examples for r in e.responses]
-        parts.append(_lengths("prompts", prompts))
+            parts.append(f"{dropped:,} dropped: {reasons_with_rows(self.dropped)}")
+        prompts = [(e.row, len(e.prompt), e.prompt_truncated) for e in self.examples]
+        answers = [(e.row, len(r.ids), r.truncated) for e in self.examples for r in e.responses]
+        parts.append(_lengths("prompts", prompts, "beginning"))
         if answers:
-            parts.append(_lengths("answers", answers))
-        return "; ".join(parts) + "."
+            parts.append(_lengths("answers", answers, "end"))
+        return " ".join(["; ".join(parts) + ".", *self.notes])
 
 
-def _lengths(name: str, items: list[tuple[int, bool]]) -> str:
-    lengths, truncated = zip(*items, strict=True)
-    mean, share = sum(lengths) / len(items), sum(truncated) / len(items)
-    return f"{name} have {mean:.1f} tokens on average, {max(lengths):,} at most, {share:.1%} truncated"
+def _lengths(name: str, items: list[tuple[int, int, bool]], part: str) -> str:
+    """Of (row, tokens, whether it was cut)."""
+    lengths = [length for _, length, _ in items]
+    cut = [row for row, _, truncated in items if truncated]
+    text = f"{name} have {sum(lengths) / len(lengths):.1f} tokens on average, {max(lengths):,} at most"
+    if not cut:
+        return f"{text}, none was cut"
+    share = f"{len(cut):,} ({len(cut) / len(items):.1%})"
+    return f"{text}, {share} lost their {part} ({first_rows(list(dict.fromkeys(cut)))})"
 
 
 def load_examples(
@@ -78,15 +89,17 @@ def load_examples(
         At least one example, and the rows that were dropped.
 
     Raises:
-        InputError: The source cannot be read, a row has another form or a token that the model does not know, no row
-            can be used, or an option has no effect.
+        InputError: The source cannot be read, too many rows are bad (`options.bad_rows`) or none can be used, a row has
+            a token that the model does not know, or an option has no effect.
     """
     rows = read_rows(source, split, limit)
     records, dropped = _RECORDS[kind](rows, options, source)
+    check_bad_rows(dropped, len(rows), options.bad_rows, source)
     options = settle_date(options, records, tokenizer)
     model = {"vocabulary": vocabulary, "eos_ids": eos_ids}
     examples, dropped_later = tokenize(records, tokenizer, options, **model, source=source)
     dropped = sorted(dropped + dropped_later, key=lambda one: one.row)
-    if not examples:
-        raise InputError(f"{source}: none of its {len(rows)} rows can be used ({counted_reasons(dropped)})")
-    return Dataset(examples, tuple(dropped), source, options.date)
+    check_some_left(dropped, len(rows), source)
+    check_bad_rows(dropped, len(rows), options.bad_rows, source)
+    notes = filter(None, [repeats_note(records)])
+    return Dataset(examples, tuple(dropped), source, options.date, tuple(notes))

@@ -1,24 +1,28 @@
-"""Rows of a JSON-lines file, a Parquet file or a data set on the hub, as dictionaries. Pickles are never loaded."""
+"""Rows of a JSON file, a Parquet file or a data set on the hub, as dictionaries. Pickles are never loaded."""
 
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from qstar_jax.data.dropped import BadRow
+from qstar_jax.data.json_rows import json_rows
 from qstar_jax.errors import InputError
 from qstar_jax.tiny_tldr import BUILTIN, SPLITS, builtin_seed, split_rows
 
 _ACCEPTED = (
-    f".jsonl, .json (one object a line; both also .gz), .parquet, a data-set name on the Hugging Face hub, or {BUILTIN}"
+    ".jsonl, .json (one object a line, or one array of objects; both also .gz), .parquet, a data-set name on the "
+    f"Hugging Face hub, or {BUILTIN}"
 )
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin"}
 
 
-def read_rows(source: str, split: str, limit: int | None = None) -> list[dict]:
+def read_rows(source: str, split: str, limit: int | None = None) -> list[dict | BadRow]:
     """Reads examples as dictionaries, one a row, in file order.
+
+    A row that cannot be read (a broken line, say) is kept in its place, so that the others keep their numbers; whoever
+    uses the rows drops it or raises it. Blank lines are no rows.
 
     Args:
         source: Path of a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file, a data-set name on the hub, or
@@ -30,7 +34,7 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict]:
         At least one row.
 
     Raises:
-        InputError: The source does not exist, is of another kind, holds no rows, or a row of it is no JSON object.
+        InputError: The source does not exist, is of another kind, is broken as a whole, or holds no rows.
     """
     if limit is not None and limit < 1:
         raise InputError(f"{source}: cannot take the first {limit} rows; expected a positive number of rows, or none")
@@ -47,7 +51,7 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict]:
     if not path.exists():
         rows = _hub_rows(source, split, limit) if _is_hub_name(source) else _missing(source)
     elif suffix in (".jsonl", ".json"):
-        rows = list(islice(_json_lines(path, source), limit))
+        rows = list(islice(json_rows(path, source), limit))
     elif path.suffix.lower() == ".parquet":
         rows = list(islice(_parquet_rows(path, source), limit))
     else:
@@ -77,43 +81,45 @@ def _is_hub_name(source: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)) and not re.search(r"\.[a-zA-Z]\w*$", source)
 
 
-def _missing(source: str) -> list[dict]:
+def _missing(source: str) -> list:
     raise InputError(f"{source}: no such file; accepted: {_ACCEPTED}")
 
 
-def _json_lines(path: Path, source: str) -> Iterator[dict]:
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-        lines = enumerate(file, start=1)
-        while True:
-            try:
-                number, line = next(lines)
-            except StopIteration:
-                return
-            except (OSError, EOFError, zlib.error) as error:
-                raise InputError(f"{source}: cannot be read to its end ({error})") from error
-            if line.strip():
-                yield _json_object(line, f"{source} line {number}")
-
-
-def _json_object(line: bytes, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # broken JSON and broken UTF-8 alike
-        raise InputError(f"{where}: not valid JSON ({error}); expected one JSON object a line") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: found a JSON {type(row).__name__}; expected one JSON object a line")
-    return row
-
-
-def _parquet_rows(path: Path, source: str) -> Iterator[dict]:
+def _parquet_rows(path: Path, source: str) -> Iterator[dict | BadRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise InputError(f"{source}: several columns are called {min(twice)!r}; expected one of each name")
+        for batch in file.iter_batches(batch_size=1024):
+            yield from _batch_rows(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{source}: not a readable Parquet file ({error})") from error
+
+
+def _batch_rows(batch: Any) -> Iterator[dict | BadRow]:
+    try:
+        yield from map(_without_nulls, batch.to_pylist())
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            yield BadRow("not valid UTF-8", f" ({error})")
+        else:
+            for row in range(batch.num_rows):
+                yield from _batch_rows(batch.slice(row, 1))
+
+
+def _without_nulls(row: dict) -> dict:
+    """A row whose structs have no null entries: columnar files give each struct the keys of all others, as nulls."""
+    return {column: _without_null_entries(value) for column, value in row.items()}
+
+
+def _without_null_entries(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null_entries(entry) for key, entry in value.items() if entry is not None}
+    return [_without_null_entries(item) for item in value] if isinstance(value, list) else value
 
 
 def _hub_rows(source: str, split: str, limit: int | None) -> list[dict]:
@@ -121,7 +127,8 @@ def _hub_rows(source: str, split: str, limit: int | None) -> list[dict]:
         import datasets
 
         rows = datasets.load_dataset(source, split=split)
-        return rows.select(range(min(limit, len(rows)))).to_list() if limit else rows.to_list()
+        rows = rows.select(range(min(limit, len(rows)))) if limit else rows
+        return list(map(_without_nulls, rows.to_list()))
     except Exception as error:  # the hub client fails in many ways, and each means that there is no data
         reason = f"{type(error).__name__}: {error}"
         raise InputError(

@@ -26,8 +26,8 @@ from numpy.typing import ArrayLike
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.chat_templates import ChatTemplate, check_without_chats
-from qstar_jax.data.dropped import Dropped, DroppedRow
-from qstar_jax.data.preferences import Record
+from qstar_jax.data.dropped import BadRow, Dropped, DroppedRow, sift
+from qstar_jax.data.records import Record
 from qstar_jax.errors import InputError
 
 
@@ -92,18 +92,15 @@ def tokenize(
     _check_tokenizer(tokenizer)
     template = chat_template(records, tokenizer, options)
     eos_ids = frozenset((tokenizer.eos_token_id, *eos_ids))
-    examples, dropped = [], []
-    for record in records:
-        try:
-            example = _example(record, tokenizer, template, eos_ids, options)
-        except DroppedRow as reason:
-            dropped.append(Dropped(record.row, str(reason)))
-            continue
+
+    def example(record: Record) -> Example:
+        found = _example(record, tokenizer, template, eos_ids, options)
         if vocabulary is not None:
-            for ids in (example.prompt, *(response.ids for response in example.responses)):
+            for ids in (found.prompt, *(response.ids for response in found.responses)):
                 check_known(ids, vocabulary, tokenizer, f"{source} row {record.row + 1}")
-        examples.append(example)
-    return examples, dropped
+        return found
+
+    return sift(((record.row, record) for record in records), example)
 
 
 def chat_template(records: list[Record], tokenizer: Any, options: DataOptions) -> ChatTemplate | None:
@@ -120,8 +117,9 @@ def chat_template(records: list[Record], tokenizer: Any, options: DataOptions) -
     Raises:
         InputError: There is no such template, or an option has no effect.
     """
-    if any(isinstance(record.prompt, list) for record in records):
-        return ChatTemplate.find(tokenizer, options)
+    chats = [record for record in records if isinstance(record.prompt, list)]
+    if chats:
+        return ChatTemplate.find(tokenizer, options, {record.tools is not None for record in chats})
     if records:
         check_without_chats(options)
     return None
@@ -187,7 +185,7 @@ def _example(
         prompt, answers = _split_chat(record, tokenizer, template, eos_ids)
     if not prompt:
         if tokenizer.bos_token_id is None:
-            raise DroppedRow("empty prompt")
+            raise BadRow("empty prompt", ", and the tokenizer has no BOS token to stand for it")
         prompt = [tokenizer.bos_token_id]
     kept = _last(prompt, options.max_prompt_length, tokenizer.bos_token_id)
     room = options.max_length - len(kept)
@@ -232,14 +230,19 @@ def _behind(ids: list[int], before: str, text: str, tokenizer: Any, *, specials:
 def _split_chat(
     record: Record, tokenizer: Any, template: ChatTemplate, eos_ids: frozenset[int]
 ) -> tuple[list[int], list[list[int]]]:
-    prompt = template(record.prompt, answer_next=True)
+    prompt = template(record.prompt, record.tools, answer_next=True)
+    if record.tools and not template.shows(record.tools, record.prompt):
+        raise BadRow(
+            "the chat template has no place for tools",
+            "; choose one that shows them by --data.chat_template, or leave the column out with --data.tools null",
+        )
     if not record.responses:
         return _encode(tokenizer, prompt)[0], []
     dialogues, boundaries = [], []
     for answer in record.responses:
-        text = template(record.prompt + answer)
+        text = template(record.prompt + answer, record.tools)
         if not text.startswith(prompt):
-            raise DroppedRow("the chat template does not extend its prompt when an answer follows")
+            raise BadRow("the chat template does not extend its prompt when an answer follows")
         ids, ends = _encode(tokenizer, text)
         boundaries.append(len(list(takewhile(lambda end: end <= len(prompt), ends))))
         dialogues.append(ids[: _end_of_turn(ids, ends, text, eos_ids)])

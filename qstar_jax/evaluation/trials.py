@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qstar_jax.config import DataOptions, GenerateConfig, SweepConfig
-from qstar_jax.data.dialogues import Turns, text_of
+from qstar_jax.data.columns import Turns
+from qstar_jax.data.dialogues import text_of
 from qstar_jax.data.loading import Dataset, load_examples
 from qstar_jax.data.reading import read_rows
 from qstar_jax.data.tokenization import Example, Response

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.preferences import Record
+from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import tokenize
 
 TEXTS = [

@@ -5,8 +5,8 @@ from transformers import AutoTokenizer
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.chat_templates import ChatTemplate, adopt_template, find_template
-from qstar_jax.data.dropped import DroppedRow
-from qstar_jax.data.preferences import Record
+from qstar_jax.data.dropped import BadRow
+from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import settle_date, tokenize
 from qstar_jax.errors import InputError
 
@@ -138,5 +138,5 @@ def test_what_a_template_cannot_render_is_a_reason(character_tokenizer):
         ("{{ raise_exception('no') }}", "no"),
         ("{{ 1 + messages[0].content }}", "unsupported operand"),
     ):
-        with pytest.raises(DroppedRow, match=rf"the chat template refuses the messages \({reason}"):
+        with pytest.raises(BadRow, match=rf"the chat template refuses the messages \({reason}"):
             rendered(character_tokenizer(chat_template=text))

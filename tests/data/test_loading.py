@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -21,23 +22,23 @@ def pair(prompt, chosen, rejected):
 
 
 def test_rows_dropped_at_either_stage_are_counted_together(tmp_path, plain_tokenizer):
-    rows = [pair("a", "b", "b"), pair("", "b", "c"), pair("a", "b", "c"), pair("", "d", "e")]
+    rows = [pair("a", "b", "b"), pair("", "b", "c"), *[pair("a", "b", "c")] * 17, pair("", "d", "e")]
     data = load_examples(write(tmp_path, *rows), "train", "preferences", plain_tokenizer, OPTIONS)
     assert data.dropped == (
         Dropped(0, "chosen equals rejected"),
         Dropped(1, "empty prompt"),
-        Dropped(3, "empty prompt"),
+        Dropped(19, "empty prompt"),
     )
-    assert [example.row for example in data.examples] == [2]
+    assert [example.row for example in data.examples] == list(range(2, 19))
 
 
 def test_summary(tmp_path, plain_tokenizer):
     rows = [pair("abcdef", "b", "cdefghijk"), pair("a", "b", "cde"), pair("a", "b", "b")]
     source = write(tmp_path, *rows)
     assert load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS).summary == (
-        f"{source}: 3 rows read, 2 used; 1 dropped (1 chosen equals rejected); "
-        "prompts have 2.5 tokens on average, 4 at most, 50.0% truncated; "
-        "answers have 3.0 tokens on average, 4 at most, 25.0% truncated."
+        f"{source}: 3 rows read, 2 used; 1 dropped: 1 chosen equals rejected (row 3); "
+        "prompts have 2.5 tokens on average, 4 at most, 1 (50.0%) lost their beginning (row 1); "
+        "answers have 3.0 tokens on average, 4 at most, 1 (25.0%) lost their end (row 1)."
     )
 
 
@@ -46,7 +47,7 @@ def test_prompts_and_limit(tmp_path, plain_tokenizer):
     data = load_examples(source, "train", "prompts", plain_tokenizer, OPTIONS, limit=2)
     assert len(data.examples) == 2 and data.examples[0].responses == ()
     assert (
-        data.summary == f"{source}: 2 rows read, 2 used; prompts have 2.0 tokens on average, 3 at most, 0.0% truncated."
+        data.summary == f"{source}: 2 rows read, 2 used; prompts have 2.0 tokens on average, 3 at most, none was cut."
     )
 
 
@@ -58,6 +59,49 @@ def test_completions(tmp_path, plain_tokenizer):
 def test_nothing_left_after_tokenisation(tmp_path, plain_tokenizer):
     source = write(tmp_path, pair("", "b", "c"), pair("a", "b", "b"))
     with pytest.raises(
-        InputError, match=r"none of its 2 rows can be used \(1 empty prompt, 1 chosen equals rejected\)"
+        InputError,
+        match=r"none of its 2 rows can be used \(1 empty prompt \(row 1\), 1 chosen equals rejected \(row 2\)\)",
     ):
         load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS)
+
+
+HALF = pair("a", "b\ud83d", "c")
+
+
+@pytest.mark.parametrize("bad", [HALF, {"prompt": "a"}, {**HALF, "chosen": None}, 3, pair("", "b", "c")])
+def test_a_bad_row_among_many(tmp_path, plain_tokenizer, bad):
+    source = write(tmp_path, *[pair("a", "b", "c")] * 4, bad, *[pair("a", "b", "c")] * 5)
+    data = load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS)
+    assert [example.row for example in data.examples] == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    [dropped] = data.dropped
+    assert f"10 rows read, 9 used; 1 dropped: 1 {dropped.reason} (row 5); prompts" in data.summary
+    with pytest.raises(InputError) as stopped:
+        load_examples(source, "train", "preferences", plain_tokenizer, replace(OPTIONS, bad_rows="stop"))
+    assert str(stopped.value).startswith(f"{source} row 5: {dropped.fault}; mend the row, or")
+    source = write(tmp_path, *[pair("a", "b", "c")] * 4, bad)
+    with pytest.raises(InputError) as too_many:
+        load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS)
+    said = f"1 of its 5 rows are bad, too many to leave out (at most a tenth): 1 {dropped.reason} (row 5);"
+    assert said in str(too_many.value)
+
+
+def test_the_first_rows_that_were_cut(tmp_path, plain_tokenizer):
+    rows = [pair("a", "b", "c"), *[pair("abcde", "bcdefgh", "cdefghi")] * 4]
+    summary = load_examples(write(tmp_path, *rows), "train", "preferences", plain_tokenizer, OPTIONS).summary
+    assert "4 (80.0%) lost their beginning (row 2, 3, 4, ...)" in summary
+    assert "8 (80.0%) lost their end (row 2, 3, 4, ...)" in summary
+
+
+def test_a_prompt_that_was_taken_off_is_told(tmp_path, plain_tokenizer):
+    data = load_examples(write(tmp_path, pair("a", "a b", "a c")), "train", "preferences", plain_tokenizer, OPTIONS)
+    assert [plain_tokenizer.decode(r.ids) for r in data.examples[0].responses] == [" b[E]", " c[E]"]
+    assert "Answers repeated their prompt, which was taken off them: 1 (row 1);" in data.summary
+
+
+def test_row_numbers_are_those_of_the_file_behind_a_broken_line(tmp_path, plain_tokenizer):
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps(pair("a", "b", "c"))] * 20
+    path.write_text("\n".join([*lines[:2], "{", *lines[3:9], json.dumps(pair("a", "b", "b")), *lines[10:]]))
+    data = load_examples(str(path), "train", "preferences", plain_tokenizer, OPTIONS)
+    assert data.dropped == (Dropped(2, "not valid JSON"), Dropped(9, "chosen equals rejected"))
+    assert [example.row for example in data.examples] == [row for row in range(20) if row not in (2, 9)]

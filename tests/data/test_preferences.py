@@ -1,8 +1,11 @@
+import json
+
 import pytest
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.dropped import Dropped
-from qstar_jax.data.preferences import Record, completion_records, preference_records, prompt_records
+from qstar_jax.data.preferences import completion_records, preference_records, prompt_records
+from qstar_jax.data.records import Record
 from qstar_jax.errors import InputError
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -82,6 +85,11 @@ def test_as_chat_cannot_take_dialogues_in_text():
     assert "dialogues in text" in failure(prompt_records, row, as_chat=True)
 
 
+def faults(records, *rows, **options):
+    """What is wrong with the bad rows among some."""
+    return [one.fault for one in records(list(rows), DataOptions(**options), "data.jsonl")[1]]
+
+
 HH = "\n\nHuman: 1\n\nAssistant:"
 
 
@@ -136,10 +144,30 @@ def test_missing_columns():
         "data.jsonl row 1: no column 'chosen' (found: 'prompt', 'response'); expected prompt, chosen, rejected; "
         "name yours with --data.chosen"
     )
-    message = failure(preference_records, PAIR, {"prompt": "p", "chosen": "c"})
-    assert "data.jsonl row 2: no column 'rejected' (found: 'prompt', 'chosen')" in message
-    assert "--data.rejected" in message
-    assert "row 2: no column 'prompt'" in failure(preference_records, PAIR, {"chosen": "c", "rejected": "r"})
+    every = failure(preference_records, *[{"prompt": "p", "response": "c"}] * 3)
+    assert every == f"{message} (and so it is in all 3 rows)"
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_column_missing_in_one_row_of_many(place):
+    rows = [PAIR, PAIR]
+    rows.insert(place, {"prompt": "p", "chosen": "c"})
+    records, [dropped] = preferences(*rows)
+    assert [record.row for record in records] == [row for row in range(3) if row != place]
+    assert dropped == Dropped(place, "no column 'rejected'")
+    assert "no column 'rejected' (found: 'prompt', 'chosen'); expected" in dropped.fault
+    assert "--data.rejected" in dropped.fault
+    rows[place] = {"chosen": "c", "rejected": "r"}
+    assert preferences(*rows)[1] == [Dropped(place, "no column 'prompt'")]
+    rows[place] = {**PAIR, "prompt": None}
+    assert preferences(*rows)[1] == [Dropped(place, "column 'prompt' is null")]
+
+
+def test_columns_of_nulls_are_none():
+    nulls = {"prompt": None, "completion": None, "tools": None, "system": None}
+    dialogues = {"chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")], **nulls}
+    assert preferences(dialogues) == ([CHAT], [])
+    assert completion_records([dialogues], DataOptions(), "data.jsonl")[0][0].responses == ([assistant("c")],)
 
 
 def test_neither_prompt_nor_dialogues():
@@ -157,22 +185,66 @@ def test_a_column_that_the_user_names_is_never_passed_over():
 @pytest.mark.parametrize(
     ("value", "found"),
     [
-        (None, "holds NoneType"),
-        (3, "holds int"),
-        (["a"], "item 1 is str"),
-        ([{"content": "c"}], "'role' of message 1 is missing"),
-        ([assistant("a"), assistant(None)], "'content' of message 2 is NoneType"),
+        (None, "column 'rejected' is null"),
+        (3, "column 'rejected' holds int"),
+        (float("nan"), "column 'rejected' holds float"),
+        (assistant("a"), "column 'rejected' holds dict"),
+        (["a"], "list of other things than messages (item 1 is str)"),
+        ([[assistant("a")]], "list of other things than messages (item 1 is list)"),
+        ([assistant("a"), None], "list of other things than messages (item 2 is null)"),
+        ([{"content": "c"}], "a message without 'role' (message 1, keys: 'content')"),
+        ([{}], "a message without 'role' (message 1, keys: none)"),
+        ([{"from": "gpt", "value": "c"}], "a message without 'role' (message 1, keys: 'from', 'value')"),
+        ([assistant("a"), assistant(None)], "a message whose 'content' is null (message 2, keys: 'role', 'content')"),
+        ([{**assistant(None), "tool_calls": [{}]}], "a message whose 'content' is null (message 1,"),
+        ([{"role": "assistant", "content": ["a"]}], "a message whose 'content' holds list (message 1,"),
     ],
 )
 def test_wrong_types(value, found):
-    message = failure(preference_records, PAIR, {**PAIR, "rejected": value})
-    assert message.startswith("data.jsonl row 2: column 'rejected'")
-    assert found in message and "expected text or a list of chat messages" in message
+    [fault] = faults(preference_records, PAIR, {**PAIR, "rejected": value})
+    assert fault.startswith("column 'rejected'")
+    assert found in fault and "expected text or a list of chat messages" in fault
+
+
+@pytest.mark.parametrize(("role", "known"), [("human", "user"), ("gpt", "assistant")])
+def test_roles_that_no_chat_template_knows(role, known):
+    [fault] = faults(prompt_records, {"prompt": "p"}, {"prompt": [{"role": role, "content": "p"}]})
+    assert fault == (
+        f"column 'prompt' has a message of the role {role!r} (message 1); expected roles that chat templates know: "
+        f"call it {known!r}"
+    )
+
+
+HALF = "hi \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("prompt", HALF),
+        ("rejected", HALF),
+        ("chosen", [assistant(HALF)]),
+        ("chosen", [{**assistant("c"), "tool_calls": [{"arguments": {"x": HALF}}]}]),
+        ("chosen", [{**assistant("c"), HALF: "x"}]),
+        ("tools", [{"name": HALF}]),
+        ("tools", json.dumps([{"name": HALF}])),
+        ("system", HALF),
+    ],
+)
+def test_lone_surrogates_are_found_wherever_they_are(column, value):
+    chat = {"prompt": [user("p")], "chosen": "c", "rejected": "r"}
+    [fault] = faults(preference_records, chat, {**chat, column: value})
+    assert fault.startswith(f"column {column!r} holds half a character, a lone surrogate (U+D83D at character ")
+
+
+def test_whole_emoji_and_other_columns_are_no_matter():
+    assert not faults(preference_records, {**PAIR, "chosen": "\U0001f600", "id": HALF, "score": None})
 
 
 def test_nothing_left():
     message = failure(preference_records, {**PAIR, "chosen": ""}, {**PAIR, "rejected": "c"}, {**PAIR, "rejected": "c"})
-    assert "none of its 3 rows can be used (2 chosen equals rejected, 1 empty chosen answer)" in message
+    reasons = "2 chosen equals rejected (row 2, 3), 1 empty chosen answer (row 1)"
+    assert message == f"data.jsonl: none of its 3 rows can be used ({reasons}); row 1: empty chosen answer"
 
 
 @pytest.mark.parametrize(
@@ -198,9 +270,13 @@ def test_completions(row):
 def test_completion_failures():
     message = failure(completion_records, {"prompt": "p", "response": "c"})
     assert "no column 'completion'" in message and "or messages" in message and "--data.completion" in message
-    message = failure(completion_records, {"messages": [user("p"), assistant("c")]}, {"prompt": "p"})
-    assert "row 2: no column 'messages'" in message and "--data" not in message
-    assert "1 empty answer" in failure(completion_records, {"prompt": "p", "completion": ""})
+    message = failure(completion_records, {"prompt": "p", "completion": ""})
+    assert message == "data.jsonl row 1: empty answer"
+
+
+def test_a_row_without_messages():
+    [fault] = faults(completion_records, {"messages": [user("p"), assistant("c")]}, {"prompt": "p"})
+    assert fault.startswith("no column 'messages' (found: 'prompt')") and "--data" not in fault
 
 
 @pytest.mark.parametrize(
@@ -221,3 +297,82 @@ def test_prompts(row, prompt):
 def test_prompt_failures():
     assert "no column 'prompt' (found: 'text'); expected prompt;" in failure(prompt_records, {"text": "p"})
     assert "--data.prompt" in failure(prompt_records, {"text": "p"})
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize("value", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]])
+def test_tools(value):
+    [record, bare], _ = preferences({**PAIR, "tools": value}, {**PAIR, "tools": None}, as_chat=True)
+    assert record.tools == [TOOL] and bare.tools is None
+    [record], _ = preferences({**PAIR, "t": value, "tools": 3}, as_chat=True, tools="t")
+    assert record.tools == [TOOL]
+
+
+@pytest.mark.parametrize("value", [None, [], "", " ", "[]", "null"])
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_no_tools(value, as_chat):
+    [record], _ = preferences({**PAIR, "tools": value}, as_chat=as_chat)
+    assert record.tools is None
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (3, "column 'tools' holds int; expected a list of JSON schemas"),
+        (TOOL, "column 'tools' holds dict; expected"),
+        ([3], "column 'tools' holds a list of other things than schemas; expected"),
+        ([[TOOL]], "column 'tools' holds a list of other things than schemas; expected"),
+        ("[{", "column 'tools' holds broken JSON ("),
+        ('"f"', "column 'tools' holds str; expected"),
+    ],
+)
+def test_wrong_tools(value, found):
+    [fault] = faults(prompt_records, {"prompt": [user("p")]}, {"prompt": [user("p")], "tools": value})
+    assert fault.startswith(found)
+
+
+def test_a_system_column_goes_before_the_messages():
+    rows = [{**PAIR, "system": "s"}, {**PAIR, "system": None}, {**PAIR, "system": " "}, PAIR]
+    records, _ = preferences(*rows, as_chat=True)
+    system = {"role": "system", "content": "s"}
+    assert [record.prompt for record in records] == [[system, user("p")], *[[user("p")]] * 3]
+    there = {"prompt": [system, user("p")], "system": "s"}
+    records, dropped = prompt_records([there, {**there, "system": "t"}, {**there, "system": 3}], DataOptions(), "")
+    assert [record.prompt for record in records] == [[system, user("p")]]
+    assert [one.reason for one in dropped] == [
+        "the column 'system' and the system message of the prompt differ",
+        "column 'system' holds int",
+    ]
+
+
+@pytest.mark.parametrize(("column", "value"), [("system", "s"), ("tools", [TOOL])])
+def test_plain_text_has_no_place_for_them(column, value):
+    row = {**PAIR, column: value}
+    message = failure(preference_records, row)
+    assert f"row 1: plain text has no place for the column {column!r}; make chat messages" in message
+    assert f"--data.as_chat, or leave it out with --data.{column} null" in message
+    assert preferences(row, **{column: None})[0] == [Record("p", ("c", "r"), 0)]
+    assert f"no column 'x' (found: 'prompt', 'chosen', 'rejected', {column!r})" in failure(
+        preference_records, row, **{column: "x"}
+    )
+
+
+def test_a_prompt_that_ends_with_the_assistant():
+    chat = [user("p"), assistant("Sure,")]
+    [fault] = faults(prompt_records, {"prompt": "p"}, {"prompt": chat})
+    assert fault.startswith("column 'prompt' ends with the assistant's turn; expected that of a user or a tool")
+    [record], _ = completion_records([{"messages": [*chat, assistant("c")]}], DataOptions(), "data.jsonl")
+    assert record.prompt == chat and record.responses == ([assistant("c")],)
+
+
+def test_other_keys_of_messages_are_kept():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"x": None}], "name": None}
+    [record], _ = prompt_records([{"prompt": [user("p"), call, {"role": "tool", "content": "3"}]}], DataOptions(), "")
+    assert record.prompt[1] == {"role": "assistant", "content": "", "tool_calls": [{"x": None}]}
+
+
+def test_as_chat_cannot_take_a_prompt_column_of_dialogues_in_text():
+    row = {"prompt": HH, "chosen": " c", "rejected": " r"}
+    assert "'prompt' apart, as it holds dialogues in text" in failure(preference_records, row, as_chat=True)

@@ -1,6 +1,6 @@
 from qstar_jax.config import DataOptions
-from qstar_jax.data.preferences import Record
 from qstar_jax.data.preview import preview
+from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import tokenize
 
 

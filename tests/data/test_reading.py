@@ -49,16 +49,102 @@ def test_a_limit_stops_before_a_broken_line(tmp_path):
     assert read_rows(str(tmp_path / "a.jsonl"), "train", limit=1) == [{"a": 1}]
 
 
-@pytest.mark.parametrize("line", [b'{"a": ', b"[", b'{"a": "\xff"}'])
-def test_broken_line_is_named_by_its_number_in_the_file(tmp_path, line):
-    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n\n' + line + b"\n")
-    assert "a.jsonl line 3: not valid JSON (" in failure(tmp_path / "a.jsonl")
+def read_bad(path, place):
+    """The bad row in a place of a file whose other rows can be read."""
+    rows = read_rows(str(path), "train")
+    assert [isinstance(row, dict) for row in rows] == [index != place for index in range(len(rows))]
+    return rows[place]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": ', "not valid JSON"),
+        (b"[", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid UTF-8"),
+        (b'{"a": "\xed\xa0\x80"}', "not valid UTF-8"),
+        (b'{"a": 1, "a": 2}', "not valid JSON"),
+    ],
+)
+def test_broken_line_is_named_by_its_number_in_the_file(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 4}\n')
+    bad = read_bad(tmp_path / "a.jsonl", 1)
+    assert str(bad) == reason and bad.fault.startswith(f"{reason} in line 3 (")
+    assert "expected one JSON object a line" in bad.fault
+    assert ("the key 'a' occurs twice" in bad.fault) == line.endswith(b"2}")
 
 
 @pytest.mark.parametrize(("line", "found"), [("[1]", "list"), ('"a"', "str"), ("3", "int")])
 def test_line_that_is_no_object_is_named(tmp_path, line, found):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n' + line)
-    assert f"a.jsonl line 2: found a JSON {found}; expected one JSON object a line" in failure(tmp_path / "a.jsonl")
+    bad = read_bad(tmp_path / "a.jsonl", 1)
+    assert bad.fault == f"no JSON object in line 2: found a JSON {found}; expected one JSON object a line"
+
+
+def test_line_ends_and_separators(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"a": "x\u2028y\x85"}\r\n\r\n\ufeff{"a": NaN}\r\n'.encode())
+    first, second = read_rows(str(tmp_path / "a.jsonl"), "train")
+    assert first == {"a": "x\u2028y\x85"} and second["a"] != second["a"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_array(tmp_path, name, indent):
+    text = "\ufeff\n" + json.dumps([*ROWS, 3], indent=indent)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    *rows, bad = read_rows(str(tmp_path / name), "train")
+    assert rows == ROWS and bad.fault.startswith("no JSON object: found a JSON int")
+
+
+def test_broken_array(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1)[:-9])
+    assert "a.json begins with '[', but is no JSON array: not valid JSON (" in failure(tmp_path / "a.json")
+
+
+def test_array_among_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text('[1]\n{"a": 1}\n')
+    assert read_bad(tmp_path / "a.jsonl", 0).fault.startswith("no JSON object in line 1: found a JSON list")
+
+
+def test_utf_16(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINES, encoding="utf-16")
+    assert "a.jsonl is UTF-16; expected UTF-8" in failure(tmp_path / "a.jsonl")
+
+
+def write_parquet(path, columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    arrays, names = [array for _, array in columns], [name for name, _ in columns]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, names), path)
+
+
+def test_parquet_row_that_is_no_utf_8(tmp_path):
+    import pyarrow
+
+    buffers = pyarrow.array([b"p", b"\xed\xa0\xbd", b"q"]).buffers()
+    texts = pyarrow.StringArray.from_buffers(3, buffers[1], buffers[2])
+    write_parquet(tmp_path / "a.parquet", [("prompt", texts)])
+    assert read_bad(tmp_path / "a.parquet", 1).fault.startswith("not valid UTF-8 (")
+
+
+def test_parquet_structs_lose_the_keys_of_others_and_columns_keep_their_nulls(tmp_path):
+    import pyarrow
+
+    messages = [[{"role": "user", "content": "p", "name": {"x": 1}}, None], [{"role": "tool", "name": {"y": 2}}]]
+    write_parquet(tmp_path / "a.parquet", [("prompt", pyarrow.array(messages)), ("id", pyarrow.array([None, 3]))])
+    assert read_rows(str(tmp_path / "a.parquet"), "train") == [
+        {"prompt": messages[0], "id": None},
+        {"prompt": messages[1], "id": 3},
+    ]
+
+
+def test_parquet_with_two_columns_of_one_name(tmp_path):
+    import pyarrow
+
+    write_parquet(tmp_path / "a.parquet", [("a", pyarrow.array([1])), ("a", pyarrow.array([2]))])
+    assert "several columns are called 'a'" in failure(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(LINES.encode() * 99)[:-20]])

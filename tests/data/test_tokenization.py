@@ -6,7 +6,7 @@ from tokenizers import processors
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.dropped import Dropped
-from qstar_jax.data.preferences import Record
+from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import tokenize
 from qstar_jax.errors import InputError
 
@@ -207,3 +207,26 @@ def test_slow_tokenizers_are_refused(plain_tokenizer, monkeypatch):
     monkeypatch.setattr(type(plain_tokenizer), "is_fast", False)
     with pytest.raises(InputError, match=r"is a slow tokenizer.*expected a fast one"):
         tokenize([Record("a", ("b",), 0)], plain_tokenizer, DataOptions())
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_tools_are_shown_by_the_template(chat_tokenizer, character_tokenizer):
+    shown = "{% for t in tools or [] %}|{{ t.function.name }}|{% endfor %}"
+    tokenizer = character_tokenizer(chat_template=shown + chat_tokenizer.chat_template)
+    records = [Record(user("a"), (assistant("b"),), 0, TOOLS), Record(user("a"), (assistant("b"),), 1)]
+    examples, dropped = tokenize(records, tokenizer, DataOptions())
+    assert [tokenizer.decode(e.prompt)[:3] for e in examples] == ["|f|", "<us"] and not dropped
+    examples, [dropped] = tokenize(records, chat_tokenizer, DataOptions())
+    assert [example.row for example in examples] == [1]
+    in_need = character_tokenizer(chat_template="{% for t in tools %}|{% endfor %}" + chat_tokenizer.chat_template)
+    assert not tokenize(records[:1], in_need, DataOptions())[1]
+    assert dropped == Dropped(0, "the chat template has no place for tools") and "--data.tools null" in dropped.fault
+
+
+@pytest.mark.parametrize("code", ["m.content + 3", "m.content | abs", "m['content'].x.y", "raise_exception('\x1bno')"])
+def test_a_template_may_fail_in_any_way(character_tokenizer, code):
+    tokenizer = character_tokenizer(chat_template="{% for m in messages %}{{ " + code + " }}{% endfor %}")
+    reason = dropped_reason(tokenizer, user("a"), assistant("b"))
+    assert reason.startswith("the chat template refuses the messages (") and "\x1b" not in reason

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 from qstar_jax import hub
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.data.chat_templates import ChatTemplate
-from qstar_jax.data.dialogues import Messages
+from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import DroppedRow
-from qstar_jax.data.preferences import Record
+from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import check_known, tokenize
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words

@@ -13,7 +13,7 @@ from qstar_jax.checkpoints import find_checkpoint
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.data.dropped import counted_reasons
 from qstar_jax.data.loading import Dataset
-from qstar_jax.data.preferences import Record
+from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import tokenize
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError

@@ -1,0 +1,143 @@
+"""What the columns of a row may hold: text, chat messages, tools. Anything else makes it a bad row."""
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from qstar_jax.data.dropped import BadRow
+
+Messages = list[dict[str, Any]]
+Turns = str | Messages
+
+_EXPECTED = "expected text or a list of chat messages ({'role': text, 'content': text})"
+_EXPECTED_TOOLS = "expected a list of JSON schemas, or a JSON string of one"
+_SHARE_GPT = {"human": "user", "gpt": "assistant"}  # no chat template knows them, but many write any role
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_FIRST_KEY = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+
+
+def checked_turns(value: Any, column: str, encoded: bool = False) -> Turns:
+    """Text as it is, or chat messages without their null entries (columnar files add one for every key of any message).
+
+    Args:
+        value: What the column holds.
+        column: Its name, for the reason.
+        encoded: Text that looks like chat messages in JSON is parsed, see `holds_encoded_messages`.
+
+    Returns:
+        A string, or a list of dictionaries with at least the strings `role` and `content`.
+
+    Raises:
+        BadRow: The value is neither text nor chat messages.
+    """
+    if encoded and isinstance(value, str) and _looks_encoded(value):
+        value = _decoded(value, column, _EXPECTED)
+    _check_surrogates(value, column)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise BadRow(f"column {column!r} {_holds(value)}", f"; {_EXPECTED}")
+    for number, message in enumerate(value, start=1):
+        _check_message(message, number, column)
+    return [{key: entry for key, entry in message.items() if entry is not None} for message in value]
+
+
+def _check_message(message: Any, number: int, column: str):
+    if not isinstance(message, dict):
+        raise BadRow(
+            f"column {column!r} holds a list of other things than messages",
+            f" (item {number} is {'null' if message is None else type(message).__name__}); {_EXPECTED}",
+        )
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            found = f"whose {key!r} {_holds(message[key])}" if key in message else f"without {key!r}"
+            keys = ", ".join(map(repr, message))
+            raise BadRow(
+                f"column {column!r} has a message {found}", f" (message {number}, keys: {keys or 'none'}); {_EXPECTED}"
+            )
+    if known := _SHARE_GPT.get(message["role"]):
+        raise BadRow(
+            f"column {column!r} has a message of the role {message['role']!r}",
+            f" (message {number}); expected roles that chat templates know: call it {known!r}",
+        )
+
+
+def checked_tools(value: Any, column: str) -> list[dict] | None:
+    """The tools of a row as JSON schemas, for the chat template.
+
+    Args:
+        value: What the column holds: a list of schemas, or a JSON string of one (of each, or of all).
+        column: Its name, for the reason.
+
+    Returns:
+        At least one schema, or None where the row has no tools.
+
+    Raises:
+        BadRow: The value is something else.
+    """
+    if isinstance(value, str):
+        value = _decoded(value, column, _EXPECTED_TOOLS) if value.strip() else None
+    if isinstance(value, list):
+        value = [_decoded(tool, column, _EXPECTED_TOOLS) if isinstance(tool, str) else tool for tool in value]
+        _check_surrogates(value, column)
+        if all(isinstance(tool, dict) for tool in value):
+            return value or None
+    if value is not None:
+        found = "holds a list of other things than schemas" if isinstance(value, list) else _holds(value)
+        raise BadRow(f"column {column!r} {found}", f"; {_EXPECTED_TOOLS}")
+    return None
+
+
+def checked_system(value: Any, column: str) -> str | None:
+    """The system message of a row, or None where it has none.
+
+    Raises:
+        BadRow: The value is neither text nor null.
+    """
+    _check_surrogates(value, column)
+    if value is not None and not isinstance(value, str):
+        raise BadRow(f"column {column!r} {_holds(value)}", "; expected the text of a system message")
+    return value if value and value.strip() else None
+
+
+def holds_encoded_messages(values: Iterable[Any]) -> bool:
+    """Whether a column's texts are chat messages written as JSON, as CSV and SQL tools leave them.
+
+    Args:
+        values: What the rows of a file hold in this column.
+
+    Returns:
+        True if most of its texts look so: a single answer that speaks of chat messages is no reason to parse it.
+    """
+    texts = [_looks_encoded(value) for value in values if isinstance(value, str)]
+    return 2 * sum(texts) > len(texts)
+
+
+def _looks_encoded(text: str) -> bool:
+    return text.strip() == "[]" or (bool(_FIRST_KEY.match(text)) and "role" in text and "content" in text)
+
+
+def _decoded(text: str, column: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"column {column!r} holds broken JSON", f" ({error}); {expected}") from error
+
+
+def _check_surrogates(value: Any, column: str):
+    """A lone surrogate is half of a character beyond U+FFFF: JSON can write it, but no tokenizer can read it."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts += [*part.keys(), *part.values()]
+        elif isinstance(part, list):
+            parts += part
+        elif isinstance(part, str) and not part.isascii() and (found := _SURROGATE.search(part)):
+            code = f"U+{ord(found.group()):04X} at character {found.start() + 1}"
+            raise BadRow(f"column {column!r} holds half a character, a lone surrogate", f" ({code}); expected text")
+
+
+def _holds(value: Any) -> str:
+    return "is null" if value is None else f"holds {type(value).__name__}"

@@ -1,0 +1,133 @@
+import json
+
+import pytest
+
+from qstar_jax.config import DataOptions
+from qstar_jax.data.dropped import Dropped
+from qstar_jax.data.preferences import completion_records, preference_records, prompt_records
+from qstar_jax.data.repeats import repeats_note
+
+HH = "\n\nHuman: What is wet?\n\nAssistant:"
+ASK = "What is wet?"
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def preferences(*rows, **options):
+    return preference_records(list(rows), DataOptions(**options), "data.jsonl")
+
+
+def pair(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "kept"),
+    [
+        (HH, HH + " ", " "),
+        (HH, HH.strip() + " ", " "),
+        (HH + " ", HH + " ", ""),
+        (ASK, ASK + "\n", "\n"),
+        (ASK + "\n", ASK + "\n", ""),
+        (ASK + "\n", ASK + " ", " "),
+        ("  " + ASK, ASK + " ", " "),
+        ("Das heißt", "Das heißt ", " "),
+        ("水是什么", "水是什么", ""),
+    ],
+)
+def test_text(prompt, before, kept):
+    rows = [pair(prompt, before + "Water.", before + "Bread.")] * 2
+    records, dropped = preferences(*rows)
+    assert not dropped and [record.row for record in records] == [0, 1]
+    for record in records:
+        assert (record.prompt, record.responses) == (prompt, (kept + "Water.", kept + "Bread."))
+    note = repeats_note(records)
+    assert note.startswith("Answers repeated their prompt, which was taken off them: 2 (row 1, 2);")
+
+
+@pytest.mark.parametrize("as_chat", [False, True])
+def test_chats(as_chat):
+    rows = [
+        pair(user(ASK), assistant(ASK + "\nWater."), assistant(ASK + " Bread.")),
+        pair(user(ASK), ASK + "\nWater.", ASK + " Bread."),
+        *([pair(ASK, ASK + "\nWater.", ASK + " Bread.")] if as_chat else []),
+    ]
+    records, _ = preferences(*rows, as_chat=as_chat)
+    for record in records:
+        assert (record.prompt, record.responses) == (user(ASK), (assistant("Water."), assistant("Bread.")))
+
+
+def test_dialogues_in_text_beside_their_question():
+    records, dropped = preferences(pair(ASK, HH + " Water.", HH + " Bread."))
+    assert (records[0].prompt, records[0].responses) == (HH, (" Water.", " Bread.")) and not dropped
+    _, [dropped] = preferences(pair("Else?", HH + " Water.", HH + " Bread."), pair("p", "c", "r"))
+    assert dropped.reason == "the prompt column and the prompt of the dialogues differ"
+
+
+def test_completions():
+    [record], _ = completion_records([{"prompt": ASK, "completion": ASK + "\nWater."}], DataOptions(), "data.jsonl")
+    assert record.responses == ("\nWater.",)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_few_answers_may_begin_with_their_prompt(rows):
+    rows = [pair("Yes", "Yes, of course", "Yes.")] * rows + [pair("p", "c", "r")] * rows
+    records, dropped = preferences(*rows)
+    assert [record.responses for record in records] == [(row["chosen"], row["rejected"]) for row in rows]
+    assert not dropped and repeats_note(records).startswith(
+        f"Answers that begin with their prompt, and keep it: {len(rows) // 2} (row 1"
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pair("Yes", "Yesterday", "Yes-man"), pair("Yes", "Yes, I do", "No"), pair(" ", " a", " b"), pair("", "a", "b")],
+)
+def test_what_is_no_repetition(row):
+    records, dropped = preferences(row)
+    assert (records[0].prompt, records[0].responses) == (row["prompt"], (row["chosen"], row["rejected"]))
+    assert not dropped and repeats_note(records) == ""
+
+
+def test_other_rows_of_a_file_that_repeats_prompts():
+    repeating = pair(ASK, ASK + " Water.", ASK + " Bread.")
+    rows = [repeating, pair(ASK, "Water.", "Bread."), pair(ASK, ASK + " Water.", "Bread."), repeating, repeating]
+    rows += [pair(ASK, ASK, ASK + " Bread.")]
+    records, dropped = preferences(*rows)
+    assert [record.row for record in records] == [0, 1, 3, 4]
+    assert records[1].responses == ("Water.", "Bread.")
+    uneven = "the prompt is repeated by one of the answers only"
+    assert dropped == [Dropped(2, uneven), Dropped(5, "empty chosen answer")]
+    assert all(one.fault for one in dropped)
+
+
+def test_keep():
+    row = pair(ASK, ASK + " Water.", ASK + " Bread.")
+    records, _ = preferences(row, repeated_prompt="keep")
+    assert records[0].responses == (row["chosen"], row["rejected"])
+    assert repeats_note(records) == "Answers that begin with their prompt, and keep it: 1 (row 1)."
+
+
+def test_chats_as_json():
+    row = pair(ASK, json.dumps(user(ASK) + assistant("Water.")), json.dumps(user(ASK) + assistant("Bread.")))
+    answers = ((assistant("Water."), assistant("Bread.")),)
+    assert [preferences(row)[0][0].responses] == list(answers)
+    broken = {**row, "chosen": row["chosen"][:-2]}
+    python = {**row, "chosen": repr(user(ASK) + assistant("Water."))}
+    records, dropped = preferences(row, broken, python, row)
+    assert [(record.row, record.responses) for record in records] == [(0, *answers), (3, *answers)]
+    assert dropped == [Dropped(1, "column 'chosen' holds broken JSON"), Dropped(2, "column 'chosen' holds broken JSON")]
+    prompts = [{"prompt": json.dumps(user(ASK))}] * 2
+    assert prompt_records(prompts, DataOptions(), "data.jsonl")[0][1].prompt == user(ASK)
+
+
+def test_an_answer_that_speaks_of_messages_stays_text():
+    example = json.dumps(assistant("Hello"))
+    records, dropped = preferences(pair("p", "c", "r"), pair("Show me messages", example, "[]"), pair("p", "c", "r"))
+    assert records[1].responses == (example, "[]") and not dropped
