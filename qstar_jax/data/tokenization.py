@@ -6,8 +6,8 @@ of a pair do not share, belongs to the answers; the prompt ends before it.
 
 Plain text: prompt and answer are joined as they stand, and tokenised at once, but the prompt keeps the ids that it has
 alone, which are those from which an answer will be generated. So no token spans the boundary: where one would, the
-answer's ids are those that it has at the beginning of a line, without the space that some tokenizers put in front of a
-text. A prompt that begins with BOS gets no other one.
+answer's ids are those that it has apart, without the space that some tokenizers put in front of a text. A prompt that
+begins with BOS gets no other one.
 
 An answer ends exactly once, with EOS, which counts in the loss; a truncated answer has none and says so. What follows
 the first token of a chat's end that ends answers for the model (`<|im_end|>`, say, in a list of EOS ids) is left out.
@@ -29,6 +29,8 @@ from qstar_jax.data.chat_templates import ChatTemplate, check_without_chats
 from qstar_jax.data.dropped import BadRow, Dropped, DroppedRow, sift
 from qstar_jax.data.records import Record
 from qstar_jax.errors import InputError
+
+_NEIGHBOURS = ("\n", "a", ".")  # with one of them a text's beginning does not merge
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,8 @@ def _encode(tokenizer: Any, text: str, *, specials: bool = False) -> tuple[list[
     """
     found = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True, verbose=False)
     ids, ends = found.input_ids, [end for _, end in found.offset_mapping]
-    text_ends = max((place + 1 for place, of in enumerate(found.sequence_ids(0)) if of is not None), default=len(ids))
+    begun = int(ids[:1] == [tokenizer.bos_token_id])  # of a text without any token
+    text_ends = max((place + 1 for place, of in enumerate(found.sequence_ids(0)) if of is not None), default=begun)
     return ids[:text_ends], ends[:text_ends]
 
 
@@ -214,10 +217,17 @@ def _split_text(record: Record, tokenizer: Any) -> tuple[list[int], list[list[in
     answers = []
     for text in record.responses:
         found = _behind(ids, record.prompt, text, tokenizer, specials=specials)
-        if found is None:
-            found = _behind(_encode(tokenizer, "\n")[0], "\n", text, tokenizer)
-        answers.append(_encode(tokenizer, text)[0] if found is None else found)
+        answers.append(_apart(text, tokenizer) if found is None else found)
     return ids, answers
+
+
+def _apart(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text that goes on, without the space that some tokenizers put in front of the first one."""
+    for before in _NEIGHBOURS:
+        found = _behind(_encode(tokenizer, before)[0], before, text, tokenizer)
+        if found is not None:
+            return found
+    return _encode(tokenizer, text)[0]
 
 
 def _behind(ids: list[int], before: str, text: str, tokenizer: Any, *, specials: bool = False) -> list[int] | None:

@@ -174,13 +174,17 @@ def test_text_is_tokenised_as_it_is_behind_its_prompt(tokenizer, answer):
         assert len(whole) < len(alone) + len(example.responses[0].ids) - 1  # a token would have spanned the boundary
 
 
-def test_text_whose_token_would_span_the_boundary(tokenizer):
-    example = example_of(tokenizer, "What is wet? ", "Water is wet.")
-    assert example.prompt.tolist() == tokenizer("What is wet? ").input_ids
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("What is wet? ", "Water is wet."), ("What is the na", "me of the town?")]
+)
+def test_text_whose_token_would_span_the_boundary(tokenizer, prompt, answer):
+    example = example_of(tokenizer, prompt, answer)
+    assert example.prompt.tolist() == tokenizer(prompt).input_ids
     pieces = tokenizer.convert_ids_to_tokens(example.responses[0].ids.tolist())
-    assert not pieces[0].startswith("▁")  # the prompt has the space already
+    assert not pieces[0].startswith("▁")  # the prompt has the space already, or there is none
     text = tokenizer.decode([*example.prompt, *example.responses[0].ids], skip_special_tokens=True)
-    assert text.lower() == "what is wet? water is wet."
+    if tokenizer.backend_tokenizer.model.__class__.__name__ != "WordPiece":  # has no tokens for spaces
+        assert text == prompt + answer
 
 
 def test_an_unknown_word_is_not_lost_in_the_one_before(tokenizer):

@@ -46,6 +46,8 @@ def test_nothing_is_put_behind_a_text_but_the_end(tiny_tokenizer):
     (example,), _ = tokenize(records, tokenizer, DataOptions())
     assert example.prompt.tolist() == [1, 5, 6]
     assert [response.ids.tolist() for response in example.responses] == [[7, 2], [8, 9, 2]]
+    (example,), _ = tokenize([Record("", ("w3",), 0)], tokenizer, DataOptions())
+    assert (example.prompt.tolist(), example.responses[0].ids.tolist()) == ([1], [7, 2])
 
 
 def test_plain_text_ends_with_eos_once(plain_tokenizer):
