@@ -212,12 +212,12 @@ def _encode(tokenizer: Any, text: str, *, specials: bool = False) -> tuple[list[
 def _split_text(record: Record, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
     specials = not (tokenizer.bos_token and record.prompt.startswith(tokenizer.bos_token))
     ids, _ = _encode(tokenizer, record.prompt, specials=specials)
-    while ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
     answers = []
     for text in record.responses:
         found = _behind(ids, record.prompt, text, tokenizer, specials=specials)
         answers.append(_apart(text, tokenizer) if found is None else found)
+    while ids and ids[-1] == tokenizer.eos_token_id:  # nothing is said behind an end
+        ids.pop()
     return ids, answers
 
 

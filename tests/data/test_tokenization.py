@@ -66,6 +66,9 @@ def test_several_eos_become_one(plain_tokenizer):
 def test_prompt_keeps_the_tokenizers_bos_and_loses_its_eos(character_tokenizer):
     tokenizer = character_tokenizer(bos="[B]", before="[B]", after="[E]")
     assert one(tokenizer, "ab", "c")[1] == ["[B]ab", "c[E]"]
+    assert one(tokenizer, "ab[E][E]", "c", "d")[1] == ["[B]ab", "c[E]", "d[E]"]
+    tokenizer = character_tokenizer(bos="[E]", before="[E]")  # as GPT-2, whose one special token is both
+    assert one(tokenizer, "", "c")[1] == ["[E]", "c[E]"]
 
 
 def test_no_token_spans_the_boundary(character_tokenizer):
