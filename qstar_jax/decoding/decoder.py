@@ -23,7 +23,7 @@ from qstar_jax.decoding.objectives import Objective
 from qstar_jax.decoding.options import MethodOptions, draws
 from qstar_jax.decoding.policies import Policy
 from qstar_jax.decoding.sampling import sample
-from qstar_jax.decoding.stop_strings import StopStrings
+from qstar_jax.decoding.stop_strings import StopStrings, text_before_stop
 
 WIDTH = 64  # prompts are padded to multiples of so many tokens
 
@@ -76,7 +76,6 @@ class Decoder:
         objective: What is added up.
         beta: Of the rewards that are reported, if there is a reference.
         stop_strings: Strings that end an answer.
-        pieces: Text of each token, where there are stop strings.
         vocabulary: Tokens that all models know.
         mesh: Devices.
     """
@@ -90,7 +89,6 @@ class Decoder:
     objective: Objective
     beta: float | None
     stop_strings: StopStrings | None
-    pieces: list[str] | None
     vocabulary: int
     mesh: Mesh
 
@@ -188,22 +186,9 @@ class Decoder:
         )
 
     def _text(self, tokens: tuple[int, ...], finish: Finish) -> str:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if finish != Finish.STOP:
-            return text
-        return text[: max(len(text) - self._behind_stop(tokens), 0)]
-
-    def _behind_stop(self, tokens: tuple[int, ...]) -> int:
-        """Characters of the text from the first stop string on; it is complete in the last token."""
-        pieces = [self.pieces[token] for token in tokens]
-        said = "".join(pieces)
-        begins = min(at for at in (said.find(string) for string in self.options.stop) if at >= 0)
-        special, end, behind = set(self.tokenizer.all_special_ids), len(said), 0
-        for token, piece in zip(reversed(tokens), reversed(pieces), strict=True):
-            start = end - len(piece)
-            behind += 0 if token in special else max(end - max(start, begins), 0)
-            end = start
-        return behind
+        if finish == Finish.STOP:
+            return text_before_stop(self.options.stop, tokens, self.tokenizer)
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _number(x: np.generic) -> float | None:

@@ -79,7 +79,7 @@ def prepare(
     eos_ids = eos_token_ids(loaded, scored)
     if not eos_ids:
         raise InputError(f"{loaded.source}: none of the first {scored} tokens ends an answer (eos_token_id)")
-    pieces = token_texts(loaded.tokenizer, scored) if options.stop or options.delimiters else None
+    pieces = token_texts(loaded.tokenizer, scored) if options.delimiters else []
     models = [member.model for member in members]
     params = params_for(mesh.devices.flat[0].platform, members, consume=consume)
     return Decoder(
@@ -92,7 +92,6 @@ def prepare(
         objective=make_objective(options, beta, [guide.weight for guide in guides]),
         beta=beta if wanted else None,
         stop_strings=compile_stop_strings(options.stop, loaded.tokenizer, scored),
-        pieces=pieces,
         vocabulary=vocabulary,
         mesh=mesh,
     )
@@ -169,7 +168,7 @@ def _check_same_tokens(loaded: LoadedModel, other: LoadedModel, vocabulary: int 
             )
 
 
-def _delimiter_ids(delimiters: Sequence[str], pieces: list[str] | None, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+def _delimiter_ids(delimiters: Sequence[str], pieces: list[str], eos_ids: tuple[int, ...]) -> tuple[int, ...]:
     found = set()
     for delimiter in delimiters:
         ends = {i for i, piece in enumerate(pieces) if delimiter and piece.endswith(delimiter)} - set(eos_ids)

@@ -1,4 +1,8 @@
-"""Stop strings inside a compiled loop: an automaton a string, fed with tokens."""
+"""Stop strings inside a compiled loop: an automaton a string, fed with the bytes of tokens.
+
+Bytes, because a token may be a part of a character: what is rare in the text that a tokenizer was made from (a Chinese
+full stop, an accented letter, an emoji) is spelled by a token a byte.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from qstar_jax.decoding.token_bytes import SpelledTokens, automaton_of
 from qstar_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,12 +23,12 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StopStrings:
-    """Which tokens complete which string: state s of a string means that its first s characters have just been said.
+    """Which tokens complete which string: state s of a string means that its first s bytes have just been said.
 
     Attributes:
-        table: Next state of each string, state and token; a string's own length, or what lies behind it, once it is
-            complete. Shape [N, states, V].
-        lengths: Characters of each string. Shape [N].
+        table: Next state of each string, state and token; a string's own length from where it is complete on. States
+            above it are those in which a character is under way that is none of the string's. Shape [N, states, V].
+        lengths: Bytes of each string. Shape [N].
     """
 
     table: Int[Array, "N S V"]
@@ -58,27 +63,63 @@ def compile_stop_strings(
         The automata, or None if there are no strings.
 
     Raises:
-        InputError: If a string is empty, or no token of the vocabulary can take part in it.
+        InputError: If a string is empty or no text, or no sequence of tokens spells it.
     """
     if not strings:
         return None
-    pieces = token_texts(tokenizer, vocabulary)
-    tables = [_automaton(string, pieces) for string in strings]
-    for string, table in zip(strings, tables, strict=True):
-        if len(string) not in _reachable(table):
+    encoded = [_encoded(string) for string in strings]
+    names = tokenizer.convert_ids_to_tokens(list(range(min(vocabulary, len(tokenizer)))))
+    tokens = SpelledTokens.of(token_texts(tokenizer, vocabulary), names)
+    tables = [tokens.run(automaton_of(string)) for string in encoded]
+    reached = [_reachable(table) for table in tables]
+    for string, size, states in zip(strings, map(len, encoded), reached, strict=True):
+        if size not in states:
             raise InputError(f"stop string {string!r}: no sequence of the model's tokens spells it")
+    tables = [table[: max(states) + 1] for table, states in zip(tables, reached, strict=True)]
     states = max(len(table) for table in tables)
     padded = [np.pad(table, ((0, states - len(table)), (0, 0)), mode="edge") for table in tables]
-    return StopStrings(jnp.asarray(np.stack(padded)), jnp.array([len(string) for string in strings]))
+    return StopStrings(jnp.asarray(np.stack(padded)), jnp.array([len(string) for string in encoded]))
+
+
+def text_before_stop(strings: Sequence[str], tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Returns the text of an answer up to its stop string.
+
+    Args:
+        strings: The strings; one of them is complete in the last token.
+        tokens: The answer's tokens. What a special token says may be a part of the string, but never of the text.
+        tokenizer: Their tokenizer.
+    """
+    special = set(tokenizer.all_special_ids)
+    edges = [at + part for at, token in enumerate(tokens) if token in special for part in (0, 1)]
+    said, *parts = texts_behind(tokenizer, [tokens, *(tokens[:edge] for edge in edges)])
+    begins = min((at for at in map(said.find, strings) if at >= 0), default=len(said))
+    lengths = [max(len(part), begins) for part in parts]
+    unsaid = sum(lengths[1::2]) - sum(lengths[::2])  # characters of special tokens, from the string on
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text[: max(len(text) - (len(said) - begins - unsaid), 0)]
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> list[str]:
     """The text that each token adds behind another one; a token that is part of a character has the text U+FFFD."""
+    known = min(vocabulary, len(tokenizer))
+    return texts_behind(tokenizer, [[token] for token in range(known)]) + [""] * (vocabulary - known)
+
+
+def texts_behind(tokenizer: "PreTrainedTokenizerBase", several: Sequence[Sequence[int]]) -> list[str]:
+    """What sequences of tokens say behind other text, special tokens included."""
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
     before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
-    known = min(vocabulary, len(tokenizer))
-    texts = tokenizer.batch_decode([[*anchor, token] for token in range(known)], clean_up_tokenization_spaces=False)
-    return [text[len(before) :] for text in texts] + [""] * (vocabulary - known)
+    texts = tokenizer.batch_decode([[*anchor, *tokens] for tokens in several], clean_up_tokenization_spaces=False)
+    return [text[len(before) :] for text in texts]
+
+
+def _encoded(string: str) -> bytes:
+    if not string:
+        raise InputError("a stop string is not empty")
+    try:
+        return string.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"stop string {string!r}: no text, as it has half of a surrogate pair") from None
 
 
 def _reachable(table: np.ndarray) -> set[int]:
@@ -88,34 +129,3 @@ def _reachable(table: np.ndarray) -> set[int]:
         reached |= new
         new = set(np.unique(table[sorted(new)]).tolist()) - reached
     return reached
-
-
-def _automaton(string: str, pieces: list[str]) -> np.ndarray:
-    """Knuth, Morris and Pratt's automaton, run over whole tokens. Shape [characters + 1, V]."""
-    if not string:
-        raise InputError("a stop string is not empty")
-    size = len(string)
-    borders = [0] * (size + 1)  # longest proper border of each prefix
-
-    def follow(state: int, character: str) -> int:
-        while state and (state == size or string[state] != character):
-            state = borders[state]
-        return state + 1 if string[state] == character else 0
-
-    for end in range(2, size + 1):
-        borders[end] = follow(borders[end - 1], string[end - 1])
-    table = np.zeros((size + 1, len(pieces)), np.int16 if size < 2**15 else np.int32)
-    table[size] = size
-    interesting = set(string)
-    for token, piece in enumerate(pieces):
-        if not piece:
-            table[:size, token] = np.arange(size)  # says nothing
-        elif interesting & set(piece):
-            for start in range(size):
-                state = start
-                for character in piece:
-                    state = follow(state, character)
-                    if state == size:
-                        break
-                table[start, token] = state
-    return table

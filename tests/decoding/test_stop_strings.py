@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from qstar_jax.decoding.stop_strings import compile_stop_strings, token_texts
+from qstar_jax.decoding.stop_strings import compile_stop_strings, text_before_stop, texts_behind, token_texts
 from qstar_jax.errors import InputError
 
 # As a byte-level tokenizer writes them: a blank is Ġ, a line break Ċ, and é is Ã© (two bytes, here also apart).
@@ -137,3 +137,88 @@ def test_strings_that_cannot_be_said(bytes_tokenizer):
         compile_stop_strings(["xab"], bytes_tokenizer, len(TOKENS))
     with pytest.raises(InputError, match="not empty"):
         compile_stop_strings([""], bytes_tokenizer, len(TOKENS))
+
+
+def byte_fallback_tokenizer():
+    """Like Llama 2's: ▁ stands for a blank, and there is a token for some of the bytes; `<s>` is special."""
+    tokens = ["<unk>", "<s>", "▁", "a", "b", "▁a", "▁b", "ab", "。", "é", "a。"]
+    tokens += [f"<0x{byte:02X}>" for byte in b"a\n\xe3\x80\x82\xc3\xa9\xff\xed\xa0"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(list(steps))
+    return tokenizer, {"unk_token": "<unk>", "eos_token": "<s>"}
+
+
+def byte_level_tokenizer():
+    """A token for some of the bytes, and tokens that begin or end within a character."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    spelled = ["a", "b", "\n", " a", "é", "。", "a。"]
+    spelled = [text.encode() for text in spelled] + [bytes([byte]) for byte in b"\xe3\x80\x82\xc3\xa9\xf0\x9f\x98\xff"]
+    spelled += [b"\xe3\x80", b"\x82a", b"\x82\xe3", b"\x82\n\xe3\x80", b"a\xf0\x9f", b"\x98\x82"]
+    written = bytes_to_unicode()
+    tokens = ["".join(written[byte] for byte in text) for text in spelled] + ["<s>"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, {"eos_token": "<s>"}
+
+
+def word_piece_tokenizer():
+    """Like BERT's: a piece inside a word begins with ##, and words are joined by blanks."""
+    tokens = ["[UNK]", "[EOS]", "a", "b", "##a", "##b", "。", "##。", "é", "##é", "ab"]
+    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    return tokenizer, {"unk_token": "[UNK]", "eos_token": "[EOS]"}
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, byte_fallback_tokenizer, word_piece_tokenizer])
+def test_characters_of_several_tokens(make):
+    """Where each list of strings ends an answer, and what is left of its text, by search in what is decoded."""
+    from transformers import PreTrainedTokenizerFast
+
+    inner, names = make()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **names)
+    rng = np.random.default_rng(0)
+    several = rng.integers(0, len(tokenizer), (300, 8)).tolist()
+    begun = texts_behind(tokenizer, [tokens[:count] for tokens in several for count in range(1, 9)])
+    stopped = 0
+    for strings in (["。"], ["a。"], ["é", "b。"], ["。a"], ["a\n", "\né"], ["aa", "éa"], ["。。"]):
+        if make is word_piece_tokenizer and "\n" in strings[0]:
+            continue
+        compiled = compile_stop_strings(strings, tokenizer, len(tokenizer) + 2)
+        table, complete = np.asarray(compiled.table), np.asarray(compiled.lengths)
+        for row, tokens in enumerate(several):
+            said = begun[8 * row : 8 * row + 8]
+            expected = next((n for n, text in enumerate(said) if any(string in text for string in strings)), None)
+            states, found = np.zeros(len(strings), int), None
+            for count, token in enumerate(tokens):
+                states = table[np.arange(len(strings)), states, token]
+                if found is None and (states == complete).any():
+                    found = count
+            assert found == expected, (strings, tokenizer.convert_ids_to_tokens(tokens))
+            if found is not None and not set(tokens[: found + 1]) & set(tokenizer.all_special_ids):
+                stopped += 1
+                left = said[found][: min(at for at in map(said[found].find, strings) if at >= 0)]
+                text = text_before_stop(strings, tokens[: found + 1], tokenizer)
+                if not tokenizer.decode(tokens[:1]).startswith("##"):  # a first piece that continues nothing
+                    assert text == left or " " + text == left  # decoders drop the blank before the first word
+    assert stopped > 200
+
+
+def test_a_text_ends_before_a_stop_string_with_special_tokens_in_it(bytes_tokenizer):
+    def text(strings, *tokens):
+        return text_before_stop(strings, [TOKENS.index(token) for token in tokens], bytes_tokenizer)
+
+    assert text(["<s>"], "a", "b", "<s>") == "ab"
+    assert text(["b<s>a"], "a", "<s>", "ab", "<s>", "ab") == "aa"
+    assert text(["é"], "<s>", "aÃ", "©") == "a"
+    assert text(["é", "bé"], "ab", "Ã", "©") == "a"
+
+
+def test_strings_that_are_no_text(bytes_tokenizer):
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        compile_stop_strings(["a\ud800"], bytes_tokenizer, len(TOKENS))
