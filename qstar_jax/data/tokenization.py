@@ -16,7 +16,7 @@ Where a template ends turns by something else, that is kept, and EOS follows.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import datetime
 from itertools import takewhile
 from typing import Any
 
@@ -132,7 +132,7 @@ def settle_date(options: DataOptions, records: list[Record], tokenizer: Any) -> 
     template = chat_template(records, tokenizer, options)
     if template is None or options.date is not None or not template.prints_date:
         return options
-    return replace(options, date=date.today().isoformat())
+    return replace(options, date=datetime.now().date().isoformat())
 
 
 def check_known(ids: ArrayLike, vocabulary: int, tokenizer: Any, where: str, model: str = "the model") -> None:

@@ -16,14 +16,14 @@ LOOP = "{% for m in messages %}{{ m.content }} [EOS]{% endfor %}"
 DATED = "w{{ strftime_now('%d') | int }} " + LOOP
 
 
-class Clock(datetime.date):
+class Clock(datetime.datetime):
     """A clock that is set by hand."""
 
-    now = datetime.date(2026, 3, 4)
+    day = 4
 
     @classmethod
-    def today(cls):
-        return cls.now
+    def now(cls, tz=None):
+        return cls(2026, 3, cls.day, 23, 59)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def chat_folder(tmp_path_factory, hf_folder):
 @pytest.fixture
 def run(chat_folder, make_config, tiny_train, metric_lines, tmp_path, monkeypatch):
     """Trains into a folder of that name; returns its metrics."""
-    monkeypatch.setattr("qstar_jax.data.tokenization.date", Clock)
-    monkeypatch.setattr(Clock, "now", datetime.date(2026, 3, 4))
+    monkeypatch.setattr("qstar_jax.data.tokenization.datetime", Clock)
+    monkeypatch.setattr(Clock, "day", 4)
 
     def run(name, choice, resume=False, **data):
         data = {"as_chat": True, "chat_template": choice, **data}
@@ -69,7 +69,7 @@ def kept_date(out):
 def test_a_run_goes_on_after_midnight(run, tmp_path):
     lines = run("dated", "dated")
     assert kept_date(tmp_path / "dated") == "2026-03-04"
-    Clock.now = datetime.date(2026, 3, 5)
+    Clock.day = 5
     shutil.rmtree(tmp_path / "dated" / "checkpoints" / "4")
     assert run("dated", "dated", resume=True) == lines
     assert kept_date(tmp_path / "dated") == "2026-03-04"
