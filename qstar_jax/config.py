@@ -57,7 +57,7 @@ class DataOptions:
     """Where examples come from and how they become tokens.
 
     Args:
-        train: JSONL (.jsonl, .json, also .gz), Parquet, or a data-set name on the hub.
+        train: JSONL or a JSON array (.jsonl, .json, also .gz), Parquet, or a data-set name on the hub.
         eval: Held-out examples, in any of the same forms; none: no evaluation.
         train_split: Split to take when `train` is a hub name.
         eval_split: Split to take when `eval` is a hub name.

@@ -79,17 +79,23 @@ class ChatTemplate:
         Raises:
             BadRow: The template refuses the dialogue.
         """
-        return self._render(self.texts[tools is not None], messages, tools, answer_next)
+        return self._render(self.texts[tools is not None], messages, tools, answer_next=answer_next)
 
-    def shows(self, tools: list[dict], messages: Messages) -> bool:
-        """Whether tools leave a trace in the text of a dialogue that the template can render."""
-        text = self.texts[True]
+    def lost(self, messages: Messages, tools: list[dict] | None) -> str | None:
+        """Names what leaves no trace in the text of a dialogue that the template renders: `tools` or `tool_calls`."""
+        silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        if tools is not None and self._same(tools, (messages, tools), (messages, None)):
+            return "tools"
+        return "tool_calls" if silent != messages and self._same(tools, (messages, tools), (silent, tools)) else None
+
+    def _same(self, tools: list[dict] | None, *dialogues: tuple[Messages, list[dict] | None]) -> bool:
+        text = self.texts[tools is not None]
         try:
-            return self._render(text, messages, None, False) != self._render(text, messages, tools, False)
+            return len({self._render(text, *dialogue, answer_next=False) for dialogue in dialogues}) == 1
         except BadRow:
-            return True  # some templates for tools cannot do without
+            return False  # some templates cannot do without
 
-    def _render(self, text: str, messages: Messages, tools: list[dict] | None, answer_next: bool) -> str:
+    def _render(self, text: str, messages: Messages, tools: list[dict] | None, *, answer_next: bool) -> str:
         if self.day is not None:
             text = _on(self.day, text)
         given = {"tools": tools, "add_generation_prompt": answer_next, "chat_template": text, "tokenize": False}

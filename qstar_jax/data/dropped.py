@@ -106,7 +106,7 @@ def check_some_left(dropped: Sequence[Dropped], total: int, source: str):
     if len(dropped) < total:
         return
     if total and len({one.reason for one in dropped}) == 1 and dropped[0].fault:
-        more = f" (and so it is in all {total:,} rows)" if total > 1 else ""
+        more = f"; so it is in all {total:,} rows" if total > 1 else ""
         raise InputError(f"{source} row {dropped[0].row + 1}: {dropped[0].fault}{more}")
     reasons = reasons_with_rows(dropped) or "there are none"
     first = next((f"; row {one.row + 1}: {one.fault}" for one in dropped if one.fault), "")

@@ -76,7 +76,7 @@ def load_examples(
     """Reads and tokenises a file or a data set of the hub.
 
     Args:
-        source: Path of a JSON-lines or Parquet file, or a hub name.
+        source: Path of a JSON or Parquet file, or a hub name.
         split: Split to take when `source` is a hub name.
         kind: What each row becomes: a prompt with two answers, with one, or with none.
         tokenizer: A Hugging Face tokenizer.

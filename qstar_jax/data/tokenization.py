@@ -241,11 +241,7 @@ def _split_chat(
     record: Record, tokenizer: Any, template: ChatTemplate, eos_ids: frozenset[int]
 ) -> tuple[list[int], list[list[int]]]:
     prompt = template(record.prompt, record.tools, answer_next=True)
-    if record.tools and not template.shows(record.tools, record.prompt):
-        raise BadRow(
-            "the chat template has no place for tools",
-            "; choose one that shows them by --data.chat_template, or leave the column out with --data.tools null",
-        )
+    _check_place(record, template)
     if not record.responses:
         return _encode(tokenizer, prompt)[0], []
     dialogues, boundaries = [], []
@@ -260,6 +256,14 @@ def _split_chat(
     while any(ids[:shared] != dialogues[0][:shared] for ids in dialogues):
         shared -= 1
     return dialogues[0][:shared], [ids[shared:] for ids in dialogues]
+
+
+def _check_place(record: Record, template: ChatTemplate):
+    for messages in [record.prompt + answer for answer in record.responses] or [record.prompt]:
+        if lost := template.lost(messages, record.tools):
+            fix = "; choose one that shows them by --data.chat_template"
+            fix += ", or leave the column out with --data.tools null" if lost == "tools" else ""
+            raise BadRow(f"the chat template has no place for {lost}", fix)
 
 
 def _end_of_turn(ids: list[int], ends: list[int], text: str, eos_ids: frozenset[int]) -> int:

@@ -145,7 +145,7 @@ def test_missing_columns():
         "name yours with --data.chosen"
     )
     every = failure(preference_records, *[{"prompt": "p", "response": "c"}] * 3)
-    assert every == f"{message} (and so it is in all 3 rows)"
+    assert every == f"{message}; so it is in all 3 rows"
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

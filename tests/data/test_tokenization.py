@@ -225,9 +225,20 @@ def test_tools_are_shown_by_the_template(chat_tokenizer, character_tokenizer):
     assert [tokenizer.decode(e.prompt)[:3] for e in examples] == ["|f|", "<us"] and not dropped
     examples, [dropped] = tokenize(records, chat_tokenizer, DataOptions())
     assert [example.row for example in examples] == [1]
+    assert not tokenize(records[1:], chat_tokenizer, DataOptions())[1]
     in_need = character_tokenizer(chat_template="{% for t in tools %}|{% endfor %}" + chat_tokenizer.chat_template)
     assert not tokenize(records[:1], in_need, DataOptions())[1]
     assert dropped == Dropped(0, "the chat template has no place for tools") and "--data.tools null" in dropped.fault
+
+
+def test_calls_of_tools_are_shown_by_the_template(chat_tokenizer, character_tokenizer):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    prompt = [*user("a"), call, {"role": "tool", "content": "3"}]
+    records = [Record(prompt, (), 0), Record(user("a"), ([{**call, "content": "b"}],), 1), Record(user("a"), (), 2)]
+    _, dropped = tokenize(records, chat_tokenizer, DataOptions())
+    assert dropped == [Dropped(row, "the chat template has no place for tool_calls") for row in (0, 1)]
+    shown = chat_tokenizer.chat_template.replace("{{ m.content }}", "{{ m.tool_calls }}{{ m.content }}")
+    assert not tokenize(records, character_tokenizer(chat_template=shown), DataOptions())[1]
 
 
 @pytest.mark.parametrize("code", ["m.content + 3", "m.content | abs", "m['content'].x.y", "raise_exception('\x1bno')"])
