@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from qstar_jax.config import ScoreConfig
-from qstar_jax.data.loading import load_examples
-from qstar_jax.data.reading import read_rows
+from qstar_jax.data.loading import load_examples, read_records
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.credit import MarkedAnswer, credit_report, mark_answers
 from qstar_jax.evaluation.references import find_beta, find_reference
@@ -86,10 +85,8 @@ def credit(config: ScoreConfig, scored: list[ScoredResponse], policy: LoadedMode
         InputError: If the marks do not fit the answers.
     """
     data = config.data
-    rows = read_rows(data.eval, data.eval_split, data.max_eval_rows)
-    column = {"pairs": data.rejected, "single": data.completion}[config.answers]
-    columns = {"answer": column, "wrong": config.wrong, "kind": config.kind}
-    marked = mark_answers(scored, rows, source=data.eval, **columns)
+    rows, records, _ = read_records(data.eval, data.eval_split, KINDS[config.answers], data, data.max_eval_rows)
+    marked = mark_answers(scored, rows, records, wrong=config.wrong, kind=config.kind, source=data.eval)
     if data.eval.startswith(BUILTIN):
         marked = _with_true_advantages(marked, rows, policy)
     return credit_report(marked, model=config.model, reference=reference)

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.dropped import Dropped, check_bad_rows, check_some_left, first_rows, reasons_with_rows
+from qstar_jax.data.dropped import BadRow, Dropped, check_bad_rows, check_some_left, first_rows, reasons_with_rows
 from qstar_jax.data.preferences import completion_records, preference_records, prompt_records
 from qstar_jax.data.reading import read_rows
+from qstar_jax.data.records import Record
 from qstar_jax.data.repeats import repeats_note
 from qstar_jax.data.tokenization import Example, settle_date, tokenize
 
+Kind = Literal["preferences", "completions", "prompts"]
 _RECORDS = {"preferences": preference_records, "completions": completion_records, "prompts": prompt_records}
 
 
@@ -62,10 +64,24 @@ def _lengths(name: str, items: list[tuple[int, int, bool]], part: str) -> str:
     return f"{text}, {share} lost their {part} ({first_rows(list(dict.fromkeys(cut)))})"
 
 
+def read_records(
+    source: str, split: str, kind: Kind, options: DataOptions, limit: int | None = None
+) -> tuple[list[dict | BadRow], list[Record], list[Dropped]]:
+    """Reads a file or a data set of the hub as text or chat messages; arguments and errors are as in `load_examples`.
+
+    Returns:
+        All rows as they stand there, the records that were made of them, and the rows that were dropped.
+    """
+    rows = read_rows(source, split, limit)
+    records, dropped = _RECORDS[kind](rows, options, source)
+    check_bad_rows(dropped, len(rows), options.bad_rows, source)
+    return rows, records, dropped
+
+
 def load_examples(
     source: str,
     split: str,
-    kind: Literal["preferences", "completions", "prompts"],
+    kind: Kind,
     tokenizer: Any,
     options: DataOptions,
     limit: int | None = None,
@@ -92,9 +108,7 @@ def load_examples(
         InputError: The source cannot be read, too many rows are bad (`options.bad_rows`) or none can be used, a row has
             a token that the model does not know, or an option has no effect.
     """
-    rows = read_rows(source, split, limit)
-    records, dropped = _RECORDS[kind](rows, options, source)
-    check_bad_rows(dropped, len(rows), options.bad_rows, source)
+    rows, records, dropped = read_records(source, split, kind, options, limit)
     options = settle_date(options, records, tokenizer)
     model = {"vocabulary": vocabulary, "eos_ids": eos_ids}
     examples, dropped_later = tokenize(records, tokenizer, options, **model, source=source)

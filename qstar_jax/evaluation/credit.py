@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from qstar_jax.data.dialogues import text_of
+from qstar_jax.data.records import Record
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.intervals import auc, bootstrap
 from qstar_jax.evaluation.marks import marked_tokens, read_marks
@@ -47,14 +49,20 @@ class MarkedAnswer:
 
 
 def mark_answers(
-    scored: Sequence[ScoredResponse], rows: Sequence[dict], *, answer: str, wrong: str, kind: str, source: str
+    scored: Sequence[ScoredResponse],
+    rows: Sequence[dict],
+    records: Sequence[Record],
+    *,
+    wrong: str,
+    kind: str,
+    source: str,
 ) -> list[MarkedAnswer]:
     """Brings scored answers and the marks of their rows together.
 
     Args:
         scored: Answers; those of the role "chosen" are left aside.
         rows: All rows of the file.
-        answer: Column of the answers that are marked.
+        records: What was made of them; the last answer of each is marked.
         wrong: Column of the marks, see `marks.read_marks`.
         kind: Column that names the kind of mistake; rows without it are of the kind "all".
         source: The file, for errors.
@@ -65,20 +73,26 @@ def mark_answers(
     Raises:
         InputError: If a row has no such column, or marks that do not fit its answer.
     """
+    read = {record.row: record for record in records}
     found = []
-    for record in scored:
-        if record.role == "chosen":
+    for answer in scored:
+        if answer.role == "chosen":
             continue
-        row, where = rows[record.row], f"{source} row {record.row + 1}"
+        row, record, where = rows[answer.row], read[answer.row], f"{source} row {answer.row + 1}"
         if wrong not in row:
             raise InputError(
                 f"{where}: no column {wrong!r} (found: {', '.join(map(repr, row))}); name the one that marks what is "
                 "wrong with --wrong"
             )
-        text = row[answer] if isinstance(row[answer], str) else row[answer][-1]["content"]
+        text = text_of(record.responses[-1])
         ranges = read_marks(row[wrong], text, where)
-        spans = tuple(marked_tokens(record.pieces, text, ranges, where))
-        found.append(MarkedAnswer(record, spans, str(row.get(kind, UNMARKED))))
+        if record.repeats == "removed" and not all(isinstance(mark, str) for mark in row[wrong]):
+            raise InputError(
+                f"{where}: marks are ranges of characters, but the prompt was taken off the answer; mark texts, or set "
+                "--data.repeated_prompt keep"
+            )
+        spans = tuple(marked_tokens(answer.pieces, text, ranges, where))
+        found.append(MarkedAnswer(answer, spans, str(row.get(kind, UNMARKED))))
     return found
 
 

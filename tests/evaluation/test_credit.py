@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from qstar_jax.data.records import Record
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.credit import CEILING, REFERENCE, REWARD, UNIFORM, MarkedAnswer, credit_report, mark_answers
 from qstar_jax.evaluation.findings import findings
@@ -101,18 +104,30 @@ def test_the_verdict_follows_the_numbers(options, reproduced):
 
 
 ROWS = [{"rejected": "abc", "wrong": ["b"], "kind": "k"}, {"rejected": "abc", "wrong": [[2, 3]]}]
+RECORDS = [Record("p", ("c", "abc"), row) for row in range(2)]
+MARKS = {"wrong": "wrong", "kind": "kind", "source": "f"}
 
 
 def test_marks_of_the_file_become_tokens():
     scored = [answer([1, 2, 3], row=r, role=role, pieces="abc") for r in (0, 1) for role in ("chosen", "rejected")]
-    found = mark_answers(scored, ROWS, answer="rejected", wrong="wrong", kind="kind", source="f")
+    found = mark_answers(scored, ROWS, RECORDS, **MARKS)
     assert [(m.wrong.tolist(), m.kind) for m in found] == [([0, 1, 0], "k"), ([0, 0, 1], "all")]
     rows = [{"rejected": "abc", "wrong": ["a", "bc"]}]
-    (found,) = mark_answers(scored[:2], rows, answer="rejected", wrong="wrong", kind="kind", source="f")
+    (found,) = mark_answers(scored[:2], rows, RECORDS, **MARKS)
     assert [span.tolist() for span in found.spans] == [[1, 0, 0], [0, 1, 1]]
 
 
 def test_a_row_without_marks_is_an_error_that_names_the_option():
     scored = [answer([1, 2, 3], pieces="abc")]
     with pytest.raises(InputError, match=r"f row 1: no column 'spans' .*'rejected', 'wrong', 'kind'.*--wrong"):
-        mark_answers(scored, ROWS, answer="rejected", wrong="spans", kind="kind", source="f")
+        mark_answers(scored, ROWS, RECORDS, **MARKS | {"wrong": "spans"})
+
+
+def test_marks_of_an_answer_whose_prompt_was_taken_off():
+    scored = [answer([1, 2, 3], row=row, pieces="abc") for row in (0, 1)]
+    rows = [row | {"rejected": "p: abc"} for row in ROWS]
+    records = [replace(record, repeats="removed") for record in RECORDS]
+    (found,) = mark_answers(scored[:1], rows, records, **MARKS)
+    assert found.wrong.tolist() == [0, 1, 0]
+    with pytest.raises(InputError, match=r"f row 2: marks are ranges.*mark texts, or set --data.repeated_prompt keep"):
+        mark_answers(scored, rows, records, **MARKS)
