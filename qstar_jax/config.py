@@ -389,7 +389,8 @@ class DecodeOptions:
         stochastic: beam: draws answers without replacement from the policy instead of searching the best.
         chunk_length: chunk: most tokens of a chunk (16).
         samples: chunk: continuations drawn of each beam (4).
-        delimiters: chunk: strings that end a chunk early, such as a line break.
+        delimiters: chunk: strings that end a chunk early, such as a line break; it ends behind a token whose text ends
+            with one of them, so one that is spelled by several tokens is not found.
         num_simulations: mcts: nodes that a tree grows to (64).
         num_actions: mcts: likeliest tokens that a node considers (8).
         selection: mcts: puct or gumbel (puct).
