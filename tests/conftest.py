@@ -10,7 +10,9 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Compiling dominates the time of tests; what LLVM would still gain is nothing for arrays of this size.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+)
 if version("jax").startswith("0.10."):  # its former code generator takes half as long; jax 0.12 has it no more
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # see `kept_programs`
@@ -59,6 +61,14 @@ def pytest_cmdline_main(config):
         option.numprocesses = cores if cores > 1 else None
     if option.numprocesses and option.dist == "no":
         option.dist = "worksteal"
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items):
+    """Makes all cases of a grid slow but those whose ids its mark `thin` names."""
+    for item in items:
+        if (mark := item.get_closest_marker("thin")) and item.callspec.id not in mark.args:
+            item.add_marker(pytest.mark.slow)
 
 
 WORDS = [f"w{i}" for i in range(56)]
@@ -220,8 +230,9 @@ def one_device_only(monkeypatch, kept_programs):
 
     for module in ("training.run", "cli.score", "cli.generate"):
         monkeypatch.setattr(f"qstar_jax.{module}.make_mesh", make)
-    # Measuring the processor takes longer than a tiny run.
+    # Measuring the processor and estimating memory take longer than a tiny run.
     monkeypatch.setattr("qstar_jax.training.run.peak_flops", lambda devices: 1e12)
+    monkeypatch.setattr("qstar_jax.training.run.estimate", lambda *args, **options: "")
     with kept_programs():
         yield
 

@@ -28,6 +28,7 @@ def dpo_run(tmp_path_factory, hf_folder, train_file, kept_programs):
     with kept_programs(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "make_mesh", lambda options: sharding.make_mesh(options, jax.devices()[:1]))
         patch.setattr(run_module, "peak_flops", lambda devices: 1e12)
+        patch.setattr(run_module, "estimate", lambda *args, **options: "")
         assert main(words) == 0
     shutil.rmtree(model)
     return out

@@ -129,16 +129,7 @@ def test_several_runs_are_named_apart(dpo_run, eval_file, tmp_path):
 
     runs = [shutil.copytree(dpo_run, tmp_path / place / "run") for place in ("a", "b")]
     words = ["--model", yaml.safe_dump([str(run) for run in runs], default_flow_style=True).strip()]
-    words += [
-        "--data.eval",
-        eval_file,
-        "--data.max_eval_rows",
-        2,
-        "--judge.kind",
-        "reward_model",
-        "--judge.model",
-        runs[0],
-    ]
+    words += ["--data.eval", eval_file, "--judge.kind", "reward_model", "--judge.model", runs[0]]
     assert sweep(tmp_path / "out", "--seeds", "[0]", *words) == 0
     found = record(tmp_path / "out")["runs"]
     assert [run["name"] for run in found] == ["a-run", "b-run"] and found[0]["points"] == found[1]["points"]

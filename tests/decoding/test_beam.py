@@ -55,6 +55,7 @@ WIDE = {3: 85, 4: 341, 5: 364}
 SPACES = [(3, "compete"), (4, "compete"), (5, "compete"), (4, "drop")]
 
 
+@pytest.mark.thin("4-compete", "4-drop")
 @pytest.mark.parametrize(("room", "truncated"), SPACES)
 def test_a_beam_wider_than_the_tree_finds_every_answer_in_order(
     room, truncated, search, history_lm, history_next, every_answer
@@ -96,6 +97,7 @@ def test_narrow_beams_miss_what_wide_ones_find(search, history_lm, history_next,
 LENGTH_RULES = [("hf", -1.0), ("hf", 0.6), ("hf", 1.0), ("hf", 2.0), ("gnmt", 0.6), ("gnmt", 2.0)]
 
 
+@pytest.mark.thin("hf--1.0", "hf-0.6", "gnmt-2.0")
 @pytest.mark.parametrize(("rule", "penalty"), LENGTH_RULES)
 def test_length_rules_order_all_answers(rule, penalty, search, history_lm, history_next, every_answer):
     options = BeamOptions(85, 3, (0,), length_rule=rule, length_penalty=penalty)
@@ -122,6 +124,7 @@ CROWDED = [[0.01, 0.495, 0.495], [0.32, 0.34, 0.34], [1 / 3, 1 / 3, 1 / 3]]
 LAST = 0.495 * 0.34 / 3
 
 
+@pytest.mark.thin("all-1-1", "hf-5-4", "hf-5-5", "t5x-3-2", "t5x-3-3")  # on both sides of what is enough
 @pytest.mark.parametrize("beams", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize(("rule", "enough"), [("all", 1), ("hf", 5), ("t5x", 3)])
 def test_rules_for_ends_that_are_crowded_out(rule, enough, beams, search, table_lm):

@@ -49,6 +49,7 @@ def counted(logp):
     return compute, calls
 
 
+@pytest.mark.thin("-1.0", "0.6")
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.6, 1.0, 2.0])
 def test_stopping_never_too_early_is_running_to_the_limit(
     penalty, search, history_lm, history_next, plain_beam_search, read_answers
@@ -144,6 +145,7 @@ def t5x_restated(logp, beams, prompt_length, room, eos, alpha):
     return [item for item in finished if item[1] > void / 2], [item for item in live if item[1] > void / 2]
 
 
+@pytest.mark.thin("2-0.6")
 @pytest.mark.parametrize(("beams", "alpha"), [(2, 0.6), (4, 2.0), (1, 0.0)])
 def test_t5x_options_do_what_t5x_does(beams, alpha, search, history_lm, history_next, read_answers):
     # Same answers and scores where a row has finished ones. Where it has none, T5X returns sums that are not divided;
@@ -289,6 +291,7 @@ def ends_by_spelling(text):
     return text[-1] == 0 or "ab" in said or "bb" in said
 
 
+@pytest.mark.thin("hf")
 @pytest.mark.parametrize("rule", ["all", "hf"])
 def test_stop_strings_end_answers(rule, search, history_lm, history_next, plain_beam_search, read_answers):
     options, reasons = BeamOptions(3, 4, (0,), eos_rule=rule), []

@@ -77,6 +77,7 @@ def test_implicit_rewards_of_whole_answers_are_the_scores(pair):
     np.testing.assert_allclose(found.rewards(BETA), found.score, atol=1e-5)
 
 
+@pytest.mark.thin("rejection0")
 @pytest.mark.parametrize("rejection", [Rejection(2, 0.5), Rejection(1, 0.7), Rejection(4, 0.1)])
 def test_rejection_keeps_what_a_restatement_keeps(pair, drawn, token_logps, rejection):
     found = choose(pair, rejection=rejection)
@@ -169,6 +170,7 @@ def test_the_value_of_where_an_answer_has_led_counts(pair, token_logps):
     assert any(a[-1] == 4 for row in range(2) for a in answers(found, row))
 
 
+@pytest.mark.slow
 def test_a_transformer_with_rejection(micro, log_pi):
     model, params = micro
     reference = jax.tree.map(lambda x: 0.7 * x, params)

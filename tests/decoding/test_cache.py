@@ -94,6 +94,7 @@ class Immovable:
         return logits, Unmoved(memory)
 
 
+@pytest.mark.thin("ancestry")
 @pytest.mark.parametrize("reorder", ["ancestry", "gather"])
 def test_a_search_with_a_cache_is_a_search_by_full_passes(reorder, search, unstacked, full_passes, read_answers):
     options = replace(OPTIONS, reorder=reorder)
@@ -147,6 +148,7 @@ def test_scores_and_rewards_are_those_of_full_passes(search, micro, unstacked, l
             assert abs(own - ref) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_search_needs_little_memory_beside_its_cache(tiny_config):
     # Compiled only, in a shape in which the cache is nearly all there is: long answers, wide heads, and so many layers
     # that the part of one layer's pool which attention reads, of which there is a copy, is little.

@@ -51,6 +51,7 @@ def test_problems_are_solved(problems):
     assert sizes.min() < 0.4 and sizes.max() > 2  # mild and strong preferences
 
 
+@pytest.mark.thin("4-0.75")
 @pytest.mark.parametrize(("beams", "at_most"), [(1, 0.9), (2, 0.75), (4, 0.75), (8, 0.85)])
 def test_beams(problems, beams, at_most):
     with jax.enable_x64(True):
@@ -62,6 +63,7 @@ def test_beams(problems, beams, at_most):
     assert found["r, V*"] < 0.1 * COUNT or beams < 4
 
 
+@pytest.mark.thin("gumbel")
 @pytest.mark.parametrize("policy", ["puct", "gumbel"])
 def test_trees(problems, policy):
     with jax.enable_x64(True):
@@ -152,6 +154,7 @@ def trained():
     return model, params, reference
 
 
+@pytest.mark.thin("8")
 @pytest.mark.parametrize("beams", [2, 8])
 def test_beams_of_a_trained_transformer(trained, beams):
     """r and V are whatever DPO has made them; beta log(pi / pi_ref) + beta log pi_ref is in their class, with V = 0."""

@@ -55,7 +55,9 @@ def tiny_train(kept_programs):
         with keep(), pytest.MonkeyPatch.context() as patch:
             make = lambda options: sharding.make_mesh(options, jax.devices()[:count])  # noqa: E731
             patch.setattr(run_module, "make_mesh", make)
-            patch.setattr(run_module, "peak_flops", lambda devices: 1e12)  # measuring takes longer than the run
+            # Measuring the processor and estimating memory take longer than the run.
+            patch.setattr(run_module, "peak_flops", lambda devices: 1e12)
+            patch.setattr(run_module, "estimate", lambda *args, **options: "")
             return run_module.train(config, Console(quiet=True))
 
     return train

@@ -261,6 +261,7 @@ def test_a_run_that_begins_anew_draws_anew(whole, tmp_path, make_config, tiny_tr
     assert (tmp_path / "other" / FILE).read_bytes() != (out / FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_cached_reference_gives_the_same_rewards(whole, tmp_path, make_config, tiny_train, eval_file):
     reference = ReferenceOptions(mode="cached", cache=str(tmp_path / "cache"))
     summary = tiny_train(make_config(tmp_path / "run", **sampled(eval_file), reference=reference))

@@ -167,6 +167,7 @@ def one_step(loss_fn, examples, params, ref_params, mesh, accumulate, layout="pa
     return {"change": jax.tree.map(jnp.subtract, state.params, params)}, means
 
 
+@pytest.mark.thin("dpo")
 @pytest.mark.parametrize("objective", ["dpo", "sft"])
 def test_accumulation_is_exact(objective, tiny_model, tiny_params, ref_params, examples, one_device, same):
     """1 x 8 = 2 x 4 = 8 x 1, although answers, and so the denominators of micro-batches, differ in length."""

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
-from qstar_jax.config import ComputeOptions, LossOptions, MeshOptions, OptimizerOptions
+from qstar_jax.config import ComputeOptions, LoraOptions, LossOptions, MeshOptions, OptimizerOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
 from qstar_jax.loading import param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh, tree_shardings
+from qstar_jax.training import run as run_module
 from qstar_jax.training.estimate import Estimate, device_memory, estimate
 from qstar_jax.training.objectives import dpo_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
@@ -49,6 +51,7 @@ def stage(tiny_config, random_examples):
     return make
 
 
+@pytest.mark.thin("none-0")
 @pytest.mark.parametrize(("remat", "rank"), [("none", 0), ("dots", 0), ("none", 4)])
 def test_memory_is_near_that_of_the_compiled_step(remat, rank, stage):
     loss_fn, optimizer, state, batch, mesh = stage(remat, rank)
@@ -112,12 +115,14 @@ def test_the_machine_has_memory():
     assert 2**28 < device_memory(jax.devices()[0]) * jax.local_device_count() < 2**46
 
 
-def test_a_run_says_it_before_it_compiles(make_config, tmp_path, capsys, one_device_only):
-    from rich.console import Console
-
-    from qstar_jax.training.run import train
-
-    train(make_config(tmp_path / "run", train={"steps": 1, "reference_samples": 0}), Console(width=400))
+@pytest.mark.thin("whole")
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora": LoraOptions(rank=4), "train": {"accumulate": 4}}], ids=["whole", "adapter, micro-batches"]
+)
+def test_a_run_says_it_before_it_compiles(changes, make_config, tmp_path, capsys, one_device_only, monkeypatch):
+    monkeypatch.setattr(run_module, "estimate", estimate)  # which tests leave out elsewhere
+    train = {"steps": 1, "reference_samples": 0} | changes.get("train", {})
+    run_module.train(make_config(tmp_path / "run", **changes | {"train": train}), Console(width=400))
     printed = capsys.readouterr().out
     assert printed.index("estimate: at least") < printed.index("step 0/1")
     assert np.isfinite(float(printed.split("FLOPs a step")[0].split()[-1]))

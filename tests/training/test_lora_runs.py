@@ -85,6 +85,7 @@ def test_a_base_that_was_exchanged_is_noticed(run, evaluated, lora_config, tiny_
         tiny_train(replace(lora_config(out, **evaluated), resume=True))
 
 
+@pytest.mark.thin("cached")
 @pytest.mark.parametrize("mode", ["live", "cached"])
 def test_every_kind_of_reference_gives_the_same_run(mode, run, lora_config, tiny_train, tmp_path, metric_lines):
     reference = ReferenceOptions(mode=mode, cache=str(tmp_path / "cache") if mode == "cached" else None)
@@ -101,6 +102,7 @@ def test_each_option_reaches_the_model(tiny_model):
     assert (other.rank, other.alpha, other.targets) == (2, 1.0, ("q_proj", "v_proj"))
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one(run, lora_config, tiny_train, tmp_path, metric_lines):
     mesh = MeshOptions(data=2, fsdp=2, tensor=2, min_shard_size=64)
     tiny_train(lora_config(tmp_path / "run", mesh=mesh, train={"save_every": 0}))
@@ -115,6 +117,7 @@ def test_sft_trains_an_adapter_too(lora_config, evaluated, tiny_train, tmp_path,
     assert loaded.reference is None and (out / BASE).is_dir()
 
 
+@pytest.mark.slow
 def test_micro_batches(run, lora_config, tiny_train, tmp_path, metric_lines):
     tiny_train(lora_config(tmp_path / "run", train={"accumulate": 4, "save_every": 0}))
     np.testing.assert_allclose(losses_of(metric_lines, tmp_path / "run"), losses_of(metric_lines, run[0]), rtol=1e-4)
@@ -199,20 +202,24 @@ def test_auto_says_what_it_took(make_config, tmp_path, monkeypatch):
         assert run_module.resolve_reference(make_config(tmp_path, **changes)).mode == mode
 
 
-def test_a_moving_reference(make_config, tiny_train, tmp_path, metric_lines, evaluated):
+def test_a_reference_that_moves_with_each_step(make_config, tiny_train, tmp_path, metric_lines, evaluated):
     """With a whole step of the reference after each one of the policy, every loss is that of equal models."""
     always = ReferenceOptions(sync_every=1)
     tiny_train(make_config(tmp_path / "always", reference=always, **evaluated))
     assert np.allclose(losses_of(metric_lines, tmp_path / "always"), math.log(2), atol=1e-6)
     found = [line["eval_loss"] for line in metric_lines(tmp_path / "always") if "eval_loss" in line]
     assert np.allclose(found, math.log(2), atol=1e-6)  # evaluation is beside the reference as it is now
+
+
+@pytest.mark.slow
+def test_a_moving_reference_is_resumed_where_it_was(make_config, tiny_train, tmp_path, metric_lines):
     half = ReferenceOptions(sync_every=2, sync_mix=0.5)
     config = make_config(tmp_path / "half", reference=half, train={"keep_checkpoints": 9})
     tiny_train(config)
     halfway = losses_of(metric_lines, tmp_path / "half")
     for step in ("4", "6"):
         shutil.rmtree(tmp_path / "half" / "checkpoints" / step)
-    tiny_train(replace(config, resume=True))  # the reference is where it was
+    tiny_train(replace(config, resume=True))
     assert losses_of(metric_lines, tmp_path / "half") == halfway
 
 

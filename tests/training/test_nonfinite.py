@@ -28,6 +28,7 @@ def dpo_run(tmp_path_factory, make_config, tiny_train):
     return out
 
 
+@pytest.mark.thin("1")
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_poisoned_row_is_named_and_the_state_before_it_kept(
     accumulate, dpo_run, make_config, tiny_train, tmp_path, monkeypatch, arrays_of

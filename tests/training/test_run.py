@@ -41,7 +41,7 @@ DPO_METRICS = {
 }
 
 
-@pytest.fixture(scope="module", params=["dpo", "sft"])
+@pytest.fixture(scope="module", params=["dpo", pytest.param("sft", marks=pytest.mark.slow)])
 def whole(request, tmp_path_factory, make_config, tiny_train, eval_file):
     """(verb, run folder, summary) of an uninterrupted run that evaluates with each checkpoint."""
     out = tmp_path_factory.mktemp("runs") / request.param
@@ -348,6 +348,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_training(cached_run, tiny_t
     assert find_checkpoint(tmp_path / "run") is None
 
 
+@pytest.mark.slow
 def test_a_run_with_a_cached_reference_goes_on_without_its_parameters(cached_run, tiny_train, tmp_path, metric_lines):
     config, whole, _ = cached_run
     out = tmp_path / "run"
@@ -401,6 +402,8 @@ def test_a_loss_that_cannot_be_made_is_refused_before_anything_is_read(make_conf
         tiny_train(replace(make_config(tmp_path / "run", loss=LossOptions(name="hinge", gamma=1.0)), model="nowhere"))
 
 
+# Runs of a rate of 0 and of another loss stand elsewhere here.
+@pytest.mark.thin("train-{'seed': 1}")
 @pytest.mark.parametrize(
     ("section", "change"),
     [
