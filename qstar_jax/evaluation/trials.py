@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from qstar_jax.config import DataOptions, GenerateConfig, SweepConfig
+from qstar_jax.config import GenerateConfig, SweepConfig
 from qstar_jax.data.columns import Turns
 from qstar_jax.data.dialogues import text_of
-from qstar_jax.data.loading import Dataset, load_examples
-from qstar_jax.data.reading import read_rows
+from qstar_jax.data.loading import Dataset, load_examples, read_records
+from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.decoding.answers_file import AnswersFile, answer_prompts, read_answers
 from qstar_jax.decoding.generate import prepare
@@ -58,23 +58,18 @@ def read_trials(config: SweepConfig, tokenizer: Any) -> list[Trial]:
         InputError: If the file cannot be used.
     """
     data = config.data
-    rows = read_rows(data.eval, data.eval_split, data.max_eval_rows)
+    _, records, _ = read_records(data.eval, data.eval_split, "completions", data, data.max_eval_rows)
+    read = {record.row: record for record in records}
     examples = load_examples(data.eval, data.eval_split, "completions", tokenizer, data, data.max_eval_rows).examples
     trials: dict[bytes, Trial] = {}
     for example in examples:
-        trials.setdefault(
-            example.prompt.tobytes(), Trial(example, *_texts(rows[example.row], example, data, tokenizer))
-        )
+        trials.setdefault(example.prompt.tobytes(), Trial(example, *_texts(read[example.row])))
     return list(trials.values())
 
 
-def _texts(row: dict, example: Example, data: DataOptions, tokenizer: Any) -> tuple[str, str]:
-    """Prompt and answer as plain text: as they stand in the file, or in one of whole dialogues as they were cut."""
-    if data.prompt in row:
-        return _plain(row[data.prompt]), _plain(row[data.completion if data.completion in row else data.chosen])
-    ids = (example.prompt, example.responses[0].ids)
-    prompt, answer = (tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in ids)
-    return prompt, answer
+def _texts(record: Record) -> tuple[str, str]:
+    """Prompt and answer as plain text, whole, as they were read."""
+    return _plain(record.prompt), _plain(record.responses[0])
 
 
 def _plain(turns: Turns) -> str:
