@@ -35,9 +35,11 @@ class Description:
         model: Dictionary of the model's config.json.
         options: The run's resolved configuration.
         tokenizer: Path -> text of the tokenizer's files.
-        reference: Who the frozen reference is (see `training.reference`); None where there is none.
+        reference: Who the frozen reference is (`identity.weights_identity`); None where there is none.
         lora: Fields of the adapter's `Lora`, where the parameters are those of an adapter alone.
         generation: Dictionary of generation_config.json, whose `eos_token_id` are all tokens that end an answer.
+        base: Who the frozen base of an adapter is, in the same words as `reference`.
+        data: Which examples the run is trained on and evaluated on (see `training.continuation`).
     """
 
     verb: str
@@ -47,11 +49,18 @@ class Description:
     reference: str | None = None
     lora: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
+    data: dict[str, Any] | None = None
 
     def build_model(self, compute: ComputeOptions) -> CausalLM:
         """Builds the model, with the shape of its adapter where it has one."""
         lora = self.lora and Lora(**{**self.lora, "targets": tuple(self.lora["targets"])})
         return replace(CausalLM.from_hf(self.model, compute), lora=lora)
+
+    def as_stored(self, compute: ComputeOptions, identity: str | None) -> str | None:
+        """An identity of this run, where parameters are read in the type that it was taken of; else None."""
+        stored = self.options.get("compute", {}).get("param_dtype")
+        return identity if stored == compute.param_dtype else None
 
     def build_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Builds the tokenizer from its files' texts."""

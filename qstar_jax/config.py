@@ -270,7 +270,8 @@ class SftConfig:
         model: Hugging Face folder, hub name, or an earlier run's folder.
         out: Folder of the run: config.yaml, metrics.jsonl, curves.png, checkpoints/, summary.json; with an adapter
             also base/.
-        resume: Go on from the newest checkpoint in `out`.
+        resume: Go on from the newest checkpoint in `out`, with the options and data that the run began with; without
+            one, begin at step 0.
     """
 
     model: str
@@ -293,7 +294,8 @@ class DpoConfig:
             one.
         out: Folder of the run: config.yaml, metrics.jsonl, curves.png, checkpoints/, summary.json; reference/, or with
             an adapter base/.
-        resume: Go on from the newest checkpoint in `out`.
+        resume: Go on from the newest checkpoint in `out`, with the options and data that the run began with; without
+            one, begin at step 0.
     """
 
     model: str
@@ -315,7 +317,7 @@ class ScoreConfig:
 
     Args:
         model: Folder of a DPO run (or of one of its checkpoints), a Hugging Face folder, or a hub name.
-        out: Folder for scores.jsonl and heatmap.html.
+        out: Folder for scores.jsonl, scores.identity.json and heatmap.html; those of an earlier run there are replaced.
         reference: Folder or hub name of the reference; a DPO run carries its own.
         beta: Temperature of the rewards; a DPO run carries its own.
         answers: `pairs` scores chosen and rejected, `single` the one answer of each row (column `completion`).
@@ -467,7 +469,8 @@ class GenerateConfig:
 
     Args:
         model: Folder of a run (or of one of its checkpoints), a Hugging Face folder, or a hub name.
-        out: Folder for generations.jsonl and config.yaml.
+        out: Folder for generations.jsonl, generations.identity.json and config.yaml. Answers that are there were made
+            with the same settings, prompts and models, or are refused.
         prompt: One prompt, given here; otherwise `data.eval` is a file with a prompt column.
         reference: Folder or hub name of the reference, for objectives of reward and `decode.report_reference`; a DPO
             run carries its own.
@@ -599,7 +602,8 @@ class SweepConfig:
         export: Also write the answers and verdicts in alpaca_eval's format, one folder a setting under
             `out`/alpaca_eval.
         judge: Who decides which of two answers is better.
-        data: `data.eval` is the file of prompts; where several rows have one prompt, the first of them counts.
+        data: `data.eval` is the file of prompts; where several rows have one prompt, the first of them counts. Rows
+            that are not tried stand in sweep.json (`unused_rows`), by reason, counted from 0.
     """
 
     model: list[str] | str

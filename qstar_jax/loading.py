@@ -8,9 +8,17 @@ import jax
 from jax.sharding import Mesh
 
 from qstar_jax import hub
-from qstar_jax.checkpoints import Description, find_checkpoint, read_checkpoint_params, read_description, reference_of
+from qstar_jax.checkpoints import (
+    BASE,
+    Description,
+    find_checkpoint,
+    read_checkpoint_params,
+    read_description,
+    reference_of,
+)
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.errors import InputError
+from qstar_jax.identity import check_weights
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.lora import attach_adapter, merge_adapter, split_adapter
@@ -67,6 +75,10 @@ def load_model(source: str | Path, compute: ComputeOptions, mesh: Mesh, mesh_opt
         description = read_description(checkpoint)
         model = description.build_model(compute)
         params = read_checkpoint_params(checkpoint, model, param_shardings(model, mesh, mesh_options))
+        if model.lora is not None:
+            recorded = description.as_stored(compute, description.base)
+            base, base_params = checkpoint.parent.parent / BASE, split_adapter(params)[0]
+            check_weights(model.base, base_params, recorded, base, "open another run")
         loaded = _merged(model, params)
         return LoadedModel(*loaded, description.build_tokenizer(), checkpoint, description, description.generation)
     folder = hub.open_folder(str(source))

@@ -44,13 +44,18 @@ def fingerprint(dataset_examples: Sequence[Example], ref_identity: str, dtype: s
         SHA-256 in hexadecimal digits.
     """
     digest = hashlib.sha256(json.dumps([_FORMAT, ref_identity, dtype, len(dataset_examples)]).encode())
-    for example in dataset_examples:
+    digest_examples(digest, dataset_examples)
+    return digest.hexdigest()
+
+
+def digest_examples(digest: "hashlib._Hash", examples: Sequence[Example]):
+    """Adds the tokens of examples to a digest: prompts and answers, in order."""
+    for example in examples:
         sequences = [example.prompt, *(response.ids for response in example.responses)]
         # Lengths go first, or tokens could move from a prompt to its answer unnoticed.
         digest.update(np.array([len(sequences), *map(len, sequences)], "<i8"))
         for ids in sequences:
             digest.update(np.ascontiguousarray(ids, "<i4"))
-    return digest.hexdigest()
 
 
 def params_identity(params) -> str:

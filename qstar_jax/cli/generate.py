@@ -1,6 +1,9 @@
 """`qstar generate`."""
 
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -10,16 +13,14 @@ from rich.text import Text
 
 from qstar_jax.caches import keep_programs
 from qstar_jax.config import GenerateConfig
-from qstar_jax.data.dropped import counted_reasons
-from qstar_jax.data.loading import load_examples
+from qstar_jax.data.loading import Dataset, load_examples, make_dataset
 from qstar_jax.data.preferences import prompt_records
-from qstar_jax.data.tokenization import Example, tokenize
-from qstar_jax.decoding.answers_file import FIX, AnswersFile, answer_prompts
-from qstar_jax.decoding.decoder import Answer, Decoder
+from qstar_jax.decoding.answers_file import AnswersFile, answer_prompts, answers_identity, prompt_texts
+from qstar_jax.decoding.decoder import Answer
 from qstar_jax.decoding.generate import Guide, prepare
 from qstar_jax.decoding.options import check_options, needs_reference
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.references import find_beta, find_reference
+from qstar_jax.evaluation.references import find_beta, open_reference
 from qstar_jax.loading import LoadedModel, load_model
 from qstar_jax.sharding import make_mesh
 
@@ -32,19 +33,21 @@ def run(config: GenerateConfig):
     mesh = make_mesh(config.mesh)
     keep_programs()
     with jax.set_mesh(mesh):
-        loaded = load_model(config.model, config.compute, mesh, config.mesh)
-        examples = _prompts(config, loaded.tokenizer)
-        texts = {e.row: loaded.tokenizer.decode(e.prompt, skip_special_tokens=False) for e in examples}
-        _check_prompts(file, texts)
-        done = len(texts.keys() & file.prompts.keys())
-        if done == len(examples):
+        policy = load_model(config.model, config.compute, mesh, config.mesh)
+        dataset = _prompts(replace(config, data=file.data), policy, console)
+        texts = prompt_texts(dataset, policy.tokenizer)
+        others = _others(config, policy, mesh)
+        file.check(answers_identity(policy, **others), texts, dataset.date)
+        rows = [example.row for example in dataset.examples]
+        done = sum(row in file.prompts for row in rows)
+        if texts.keys() <= file.prompts.keys():
             _say(console, f"nothing to do: all {done} prompts are answered in {file.path}")
             return
         if done:
-            _say(console, f"{done} of {len(examples)} prompts are answered in {file.path}; going on")
-        decoder = _decoder(config, loaded, mesh)
-        with file, _Bar(console, len(examples), done) as bar:
-            for found in answer_prompts(decoder, examples, texts, file, config.batch_size):
+            _say(console, f"{done} of {len(rows)} prompts are answered in {file.path}; going on")
+        decoder = prepare(policy, config.decode, mesh, consume=True, **others)
+        with file, _Bar(console, len(rows), done) as bar:
+            for found in answer_prompts(decoder, dataset, texts, file, config.batch_size):
                 for row, answers in found:
                     _show(texts[row], answers, console)
                 bar.advance(len(found), sum(answer.length for _, answers in found for answer in answers))
@@ -65,41 +68,37 @@ def _check(config: GenerateConfig):
         raise InputError("give either --prompt TEXT or --data.eval FILE (a file with a prompt column)")
 
 
-def _prompts(config: GenerateConfig, tokenizer) -> list[Example]:
+def _prompts(config: GenerateConfig, policy: LoadedModel, console: Console) -> Dataset:
+    """The prompts, and a line that says what was dropped and cut."""
+    data, known = config.data, {"vocabulary": policy.model.config.vocab_size}
     if config.prompt is None:
-        data = config.data
-        return load_examples(data.eval, data.eval_split, "prompts", tokenizer, data, data.max_eval_rows).examples
-    records, _ = prompt_records([{config.data.prompt: config.prompt}], config.data, "--prompt")
-    examples, dropped = tokenize(records, tokenizer, config.data)
-    if not examples:
-        raise InputError(f"--prompt {config.prompt!r} cannot be used ({counted_reasons(dropped)})")
-    return examples
+        source = (data.eval, data.eval_split, "prompts")
+        dataset = load_examples(*source, policy.tokenizer, data, data.max_eval_rows, **known)
+        _say(console, dataset.summary)
+        return dataset
+    found = prompt_records([{data.prompt: config.prompt}], data, "--prompt")
+    dataset = make_dataset(*found, "--prompt", policy.tokenizer, data, **known)
+    if dataset.examples[0].prompt_truncated:
+        kept = f"{data.max_prompt_length} tokens (data.max_prompt_length)"
+        _say(console, f"--prompt is longer than {kept}, and lost its beginning")
+    return dataset
 
 
-def _check_prompts(file: AnswersFile, texts: dict[int, str]):
-    for row, prompt in file.prompts.items():
-        if texts.get(row, prompt) != prompt:  # a smaller --data.max_eval_rows leaves rows out
-            raise InputError(
-                f"{file.path} answers another prompt in row {row}: {prompt!r} there, {texts[row]!r} now; {FIX}"
-            )
-
-
-def _decoder(config: GenerateConfig, policy: LoadedModel, mesh: Mesh) -> Decoder:
-    """Loads what is needed beside the policy; a model that is named twice is loaded once."""
+def _others(config: GenerateConfig, policy: LoadedModel, mesh: Mesh) -> dict[str, Any]:
+    """Loads what is needed beside the policy, as `prepare` takes it; a model that is named twice is loaded once."""
     models = {config.model: policy}
 
-    def load(source: str) -> LoadedModel:
+    def load(source: str | Path) -> LoadedModel:
         if source not in models:
             models[source] = load_model(source, config.compute, mesh, config.mesh)
         return models[source]
 
     reference = beta = None
     if needs_reference(config.decode, len(config.pairs)):
-        source = find_reference(policy, config.reference, config.model)
+        reference = open_reference(policy, config.reference, config.model, load)
         beta = find_beta(policy, config.decode.beta, config.model, "--decode.beta")
-        reference = load(str(source))
     guides = [Guide(load(pair.tuned), load(pair.untuned), pair.weight) for pair in config.pairs]
-    return prepare(policy, config.decode, mesh, reference=reference, beta=beta, guides=guides, consume=True)
+    return {"reference": reference, "beta": beta, "guides": guides}
 
 
 class _Bar:

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from qstar_jax import __version__, config
 from qstar_jax.errors import InputError
+from qstar_jax.places import check_places
 
 # verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called
 VERBS: dict[str, tuple[type, str]] = {
@@ -97,8 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that torch is missing is as it should be
     try:
-        verb = importlib.import_module(f"qstar_jax.cli.{parsed.verb}")
-        verb.run(_options(parser, parsed))
+        options = _options(parser, parsed)
+        check_places(options)
+        importlib.import_module(f"qstar_jax.cli.{parsed.verb}").run(options)
     except InputError as error:
         print(f"qstar {parsed.verb}: {error}", file=sys.stderr)
         return 2

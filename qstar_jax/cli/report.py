@@ -8,7 +8,8 @@ from rich.console import Console
 from qstar_jax.config import ReportConfig
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.findings import findings
-from qstar_jax.evaluation.scored import ScoredResponse, by_row
+from qstar_jax.evaluation.scored import ScoredResponse, by_row, read_scores
+from qstar_jax.identity import file_digest
 from qstar_jax.report.figures import write_figures
 from qstar_jax.report.insights_page import insights_page
 from qstar_jax.report.insights_terminal import print_findings
@@ -41,7 +42,7 @@ def report(config: ReportConfig, console: Console, **more) -> dict:
     }
     if not records:
         raise InputError("name what shall be shown with --credit, --sweep or --decline, or several of them")
-    shown = _heatmaps(Path(config.credit), config.show) if config.credit else []
+    shown = _heatmaps(Path(config.credit), records["credit"], config.show) if config.credit else []
     said, out = findings(**records), Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     page = insights_page(said, **records, heatmaps=shown, title=config.title)
@@ -64,8 +65,13 @@ def _read(path: Path, name: str) -> dict:
         raise InputError(f"{path}: not JSON ({error}); run `qstar {verb}` again") from error
 
 
-def _heatmaps(folder: Path, rows: int) -> list[ScoredResponse]:
-    """The first rows that were scored with alternatives, or the first ones."""
-    lines = (folder / "scores.jsonl").read_text(encoding="utf-8").splitlines()
-    scored = [ScoredResponse.from_json(json.loads(line)) for line in lines]
-    return [record for row in by_row(scored)[:rows] for record in row]
+def _heatmaps(folder: Path, credit: dict, rows: int) -> list[ScoredResponse]:
+    """The first rows that were scored: those whose credit was measured, and no others."""
+    path = folder / "scores.jsonl"
+    if not path.is_file() or credit.get("scores") != file_digest(path):
+        found = "other scores" if path.is_file() else "nothing there"
+        raise InputError(
+            f"{folder / 'credit.json'} was not measured on {path} beside it (found: {found}); run "
+            "`qstar score --wrong COLUMN` into that folder again"
+        )
+    return [record for row in by_row(read_scores(path))[:rows] for record in row]

@@ -1,7 +1,8 @@
 """`qstar score`."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,12 +10,14 @@ from rich.console import Console
 from rich.progress import track
 
 from qstar_jax.config import ScoreConfig
-from qstar_jax.data.loading import load_examples, read_records
+from qstar_jax.data.loading import Dataset, load_examples, read_records
+from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.credit import MarkedAnswer, credit_report, mark_answers
-from qstar_jax.evaluation.references import find_beta, find_reference
-from qstar_jax.evaluation.scored import ScoredResponse
+from qstar_jax.evaluation.references import find_beta, open_reference
+from qstar_jax.evaluation.scored import ScoredResponse, unscored_line
 from qstar_jax.evaluation.token_rewards import score_dataset
+from qstar_jax.identity import examples_identity, file_digest, model_identity, write_identity
 from qstar_jax.loading import LoadedModel, load_model
 from qstar_jax.report.figures import write_figures
 from qstar_jax.report.insights_terminal import print_credit
@@ -24,6 +27,7 @@ from qstar_jax.sharding import make_mesh
 from qstar_jax.tiny_tldr import BUILTIN, read_post
 from qstar_jax.tiny_tldr.oracle import Oracle
 
+SCORES = "scores.jsonl"
 KINDS = {"pairs": "preferences", "single": "completions"}
 
 
@@ -34,15 +38,18 @@ def run(config: ScoreConfig):
         raise InputError("--data.eval is missing: name the file whose answers shall be scored")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        policy = load_model(config.model, config.compute, mesh, config.mesh)
-        source = find_reference(policy, config.reference, config.model)
+        load = partial(load_model, compute=config.compute, mesh=mesh, mesh_options=config.mesh)
+        policy = load(config.model)
+        reference = open_reference(policy, config.reference, config.model, load)
         beta = find_beta(policy, config.beta, config.model, "--beta")
-        reference = load_model(source, config.compute, mesh, config.mesh)
         if reference.model != policy.model:
-            raise InputError(f"reference {source} and model {config.model} have different shapes (config.json)")
+            raise InputError(
+                f"reference {reference.source} and model {config.model} have different shapes (config.json)"
+            )
         data = config.data
         kind = KINDS[config.answers]
-        dataset = load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows)
+        known = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
+        dataset = load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows, **known)
         console.print(dataset.summary, markup=False, highlight=False, soft_wrap=True)
         scored = score_dataset(
             policy,
@@ -61,11 +68,18 @@ def run(config: ScoreConfig):
                 disable=not console.is_terminal,
             ),
         )
-    _write(config, scored, console)
+        identity = {"model": model_identity(policy), "reference": model_identity(reference), "beta": beta}
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(out)
+    settled = replace(config, data=replace(data, date=dataset.date))
+    identity |= {"data": examples_identity(dataset.examples), "options": asdict(settled)}
+    write_identity(out / SCORES, identity)
+    _write(config, scored, dataset, console)
     if config.wrong:
-        record = credit(config, scored, policy, str(source))
+        record = credit(config, scored, policy, str(config.reference or reference.source))
         print_credit(record, console)
-        files = _write_credit(Path(config.out), record)
+        files = _write_credit(out, record)
         console.print(f"credit: {files}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -102,17 +116,26 @@ def _with_true_advantages(marked: list[MarkedAnswer], rows: list[dict], policy: 
     ]
 
 
+def _remove_earlier(out: Path):
+    """Removes what an earlier run has left here, so that nothing of it stands beside what comes."""
+    for name in (SCORES, "scores.identity.json", "heatmap.html", "credit.json", "credit.png"):
+        (out / name).unlink(missing_ok=True)
+
+
 def _write_credit(out: Path, record: dict) -> str:
+    record = record | {"scores": file_digest(out / SCORES)}
     (out / "credit.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return ", ".join(map(str, [out / "credit.json", *write_figures(out, credit=record)]))
 
 
-def _write(config: ScoreConfig, scored: list[ScoredResponse], console: Console):
+def _write(config: ScoreConfig, scored: list[ScoredResponse], dataset: Dataset, console: Console):
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "scores.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record.to_json(), ensure_ascii=False) + "\n" for record in scored)
-    written = [out / "scores.jsonl"]
+    lines = [record.to_json() for record in scored]
+    lines += [unscored_line(dropped.row, dropped.fault or dropped.reason) for dropped in dataset.dropped]
+    with (out / SCORES).open("w", encoding="utf-8") as file:
+        for line in sorted(lines, key=lambda line: line["row"]):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    written = [out / SCORES]
     shown_rows = list(dict.fromkeys(record.row for record in scored))[: config.show]
     shown = [record for record in scored if record.row in shown_rows]
     if shown:

@@ -1,11 +1,13 @@
 """`qstar sweep`."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 from jax.sharding import Mesh
@@ -14,14 +16,17 @@ from rich.progress import track
 
 from qstar_jax.caches import keep_programs
 from qstar_jax.config import SweepConfig
+from qstar_jax.data.dropped import rows_by_reason
+from qstar_jax.decoding.answers_file import AnswersFile, answers_identity, prompt_texts
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation import trials
 from qstar_jax.evaluation.judges import Comparison, Judge, Verdict, make_judge
 from qstar_jax.evaluation.judges.alpaca_eval import export
 from qstar_jax.evaluation.judges.base import Track
-from qstar_jax.evaluation.references import find_beta, find_reference
+from qstar_jax.evaluation.references import find_beta, open_reference
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.evaluation.sweep import Setting, settings, sweep_run
+from qstar_jax.identity import examples_identity, model_identity, write_identity
 from qstar_jax.loading import LoadedModel, load_model
 from qstar_jax.report.figures import write_figures
 from qstar_jax.report.insights_terminal import print_sweep
@@ -54,14 +59,19 @@ def sweep(config: SweepConfig, console: Console) -> dict:
         raise InputError("--data.eval is missing: name a file with prompts and the answers to compare with")
     out, mesh = Path(config.out), make_mesh(config.mesh)
     show = _tracker(console)
+    files = {
+        name: {setting: trials.open_answers(config, model, setting, out / name / setting.folder) for setting in tried}
+        for name, model in models.items()
+    }
     keep_programs()
     with jax.set_mesh(mesh):
         judge = _judge(config, mesh, console, show)
-        entries = [_try_model(config, name, model, tried, mesh, show) for name, model in models.items()]
+        entries = [_try_model(config, name, model, files[name], mesh, console) for name, model in models.items()]
         # All at once: what a judge will cost is known before its first call.
         comparisons = [comparison for entry in entries for own in entry.comparisons.values() for comparison in own]
         verdicts = iter(judge(comparisons))
     out.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(out, models)
     with (out / "comparisons.jsonl").open("w", encoding="utf-8") as file:
         runs = [_sum_up(config, entry, verdicts, judge.name, file) for entry in entries]
     betas = [run["beta"] for run in runs]
@@ -69,37 +79,60 @@ def sweep(config: SweepConfig, console: Console) -> dict:
         runs = [run | {"name": f"beta {run['beta']:g}"} for run in runs]
     prompts = len(entries[0].comparisons[tried[0]])
     record = {"judge": judge.name, "prompts": prompts, "seeds": config.seeds, "runs": runs}
+    identities = {entry.name: entry.identity for entry in entries}
+    write_identity(out / "sweep.json", {"options": asdict(config), "models": identities})
     (out / "sweep.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     write_figures(out, sweep=record)
     return record
 
 
+def _remove_earlier(out: Path, models: Iterable[str]):
+    """Removes what an earlier sweep has measured here, so that nothing of it stands beside what comes."""
+    for name in ("sweep.json", "sweep.png", "sweep.identity.json"):
+        (out / name).unlink(missing_ok=True)
+    for name in models:
+        shutil.rmtree(out / "alpaca_eval" / name, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class _Entry:
-    """A model's answers before they are judged."""
+    """A model's answers before they are judged, who made them, and the rows that were not tried by reason."""
 
     name: str
     model: str
     beta: float
     scored: dict[Setting, list[ScoredResponse]]
     comparisons: dict[Setting, list[Comparison]]
+    identity: dict[str, Any]
+    unused: dict[str, list[int]]
 
 
-def _try_model(config: SweepConfig, name: str, model: str, tried: list[Setting], mesh: Mesh, show: Track) -> _Entry:
+def _try_model(
+    config: SweepConfig, name: str, model: str, files: dict[Setting, AnswersFile], mesh: Mesh, console: Console
+) -> _Entry:
     """Answers in every way, and scores the answers."""
     policy = load_model(model, config.compute, mesh, config.mesh)
     reference, beta = _reference(config, policy, model, mesh)
-    own = trials.read_trials(config, policy.tokenizer)
-    folders = {setting: Path(config.out) / name / setting.folder for setting in tried}
+    dates = [file.data.date for file in files.values() if file.data.date]  # what was begun before is gone on with
+    data = replace(config.data, date=dates[0]) if dates else config.data
+    own, dataset = trials.read_trials(data, policy)
+    console.print(dataset.summary, markup=False, highlight=False, soft_wrap=True)
+    identity, texts = answers_identity(policy), prompt_texts(dataset, policy.tokenizer)
+    for file in files.values():  # all of them before the first answer
+        file.check(identity, texts, dataset.date)
+    size, show = config.batch_size, _tracker(console)
     answers = {
-        s: trials.answer_trials(config, model, policy, s, own, folder, mesh, show) for s, folder in folders.items()
+        setting: trials.answer_trials(file, policy, setting.options(config), dataset, size, mesh, show)
+        for setting, file in files.items()
     }
     return _Entry(
         name,
         model,
         beta,
-        trials.score_trials(answers, own, policy, reference, beta=beta, batch_size=config.batch_size, mesh=mesh),
+        trials.score_trials(answers, own, policy, reference, beta=beta, batch_size=size, mesh=mesh),
         {setting: trials.compare(found, own) for setting, found in answers.items()},
+        identity | {"reference": model_identity(reference), "beta": beta, "data": examples_identity(dataset.examples)},
+        rows_by_reason(dataset.dropped),
     )
 
 
@@ -116,13 +149,13 @@ def _sum_up(config: SweepConfig, entry: _Entry, verdicts: Iterator[Verdict], jud
             folder = Path(config.out) / "alpaca_eval" / entry.name / setting.folder
             names = {"generator": f"{entry.name} {setting.folder}", "baseline": "preferred", "annotator": judge}
             export(folder, comparisons, own, **names)
-    return sweep_run(found, name=entry.name, model=entry.model, beta=entry.beta)
+    return sweep_run(found, name=entry.name, model=entry.model, beta=entry.beta) | {"unused_rows": entry.unused}
 
 
 def _reference(config: SweepConfig, policy: LoadedModel, model: str, mesh: Mesh) -> tuple[LoadedModel, float]:
-    source = find_reference(policy, config.reference, model)
-    beta = find_beta(policy, config.beta, model, "--beta")
-    return load_model(source, config.compute, mesh, config.mesh), beta
+    load = partial(load_model, compute=config.compute, mesh=mesh, mesh_options=config.mesh)
+    reference = open_reference(policy, config.reference, model, load)
+    return reference, find_beta(policy, config.beta, model, "--beta")
 
 
 def _judge(config: SweepConfig, mesh: Mesh, console: Console, show: Track) -> Judge:

@@ -108,12 +108,31 @@ def load_examples(
         InputError: The source cannot be read, too many rows are bad (`options.bad_rows`) or none can be used, a row has
             a token that the model does not know, or an option has no effect.
     """
-    rows, records, dropped = read_records(source, split, kind, options, limit)
+    _, records, dropped = read_records(source, split, kind, options, limit)
+    known = {"vocabulary": vocabulary, "eos_ids": eos_ids}
+    return make_dataset(records, dropped, source, tokenizer, options, **known)
+
+
+def make_dataset(
+    records: list[Record],
+    dropped: list[Dropped],
+    source: str,
+    tokenizer: Any,
+    options: DataOptions,
+    *,
+    vocabulary: int | None = None,
+    eos_ids: Collection[int] = (),
+) -> Dataset:
+    """Tokenises records beside which other rows were dropped already.
+
+    Args, result and errors are those of `load_examples`.
+    """
+    total = len(records) + len(dropped)
     options = settle_date(options, records, tokenizer)
     model = {"vocabulary": vocabulary, "eos_ids": eos_ids}
     examples, dropped_later = tokenize(records, tokenizer, options, **model, source=source)
     dropped = sorted(dropped + dropped_later, key=lambda one: one.row)
-    check_some_left(dropped, len(rows), source)
-    check_bad_rows(dropped, len(rows), options.bad_rows, source)
+    check_some_left(dropped, total, source)
+    check_bad_rows(dropped, total, options.bad_rows, source)
     notes = filter(None, [repeats_note(records)])
     return Dataset(examples, tuple(dropped), source, options.date, tuple(notes))

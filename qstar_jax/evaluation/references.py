@@ -1,25 +1,30 @@
 """Who a model's reference is, and at which temperature its rewards are measured: named, or recorded by its run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from qstar_jax import losses
 from qstar_jax.errors import InputError
+from qstar_jax.identity import check_weights
 from qstar_jax.loading import LoadedModel
 
 
-def find_reference(policy: LoadedModel, named: str | None, model: str) -> str | Path:
-    """Finds the reference of a policy.
+def open_reference(
+    policy: LoadedModel, named: str | None, model: str, load: Callable[[str | Path], LoadedModel]
+) -> LoadedModel:
+    """Opens the reference of a policy.
 
     Args:
         policy: The policy.
         named: Folder or hub name that the user gave, if any.
         model: What the user called the policy.
+        load: Opens a model.
 
     Returns:
-        Something that `load_model` opens.
+        The reference.
 
     Raises:
-        InputError: If none is named, and none lies beside the policy.
+        InputError: If none is named, and none lies beside the policy, or not the one with which its run began.
     """
     source = named or policy.reference
     if source is None:
@@ -27,7 +32,11 @@ def find_reference(policy: LoadedModel, named: str | None, model: str) -> str | 
             f"{model} carries no reference (only a run whose loss has one does); name one with --reference: "
             "the model from which its training began"
         )
-    return source
+    found = load(source)
+    if named is None:
+        recorded = policy.description.as_stored(found.model.compute, policy.description.reference)
+        check_weights(found.model, found.params, recorded, found.source, "name the reference with --reference")
+    return found
 
 
 def find_beta(policy: LoadedModel, given: float | None, model: str, option: str) -> float:

@@ -1,9 +1,11 @@
 """One answer with what the model thinks of each of its tokens: the record that every view reads."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 _PER_TOKEN = ("logp", "ref_logp", "reward", "q", "v")
@@ -45,6 +47,7 @@ class ScoredResponse:
         beta: Temperature of the rewards.
         alternatives: The policy's likeliest tokens at the place of each token, likeliest first; empty where nobody
             asked for them.
+        prompt_truncated: The prompt lost its beginning.
     """
 
     row: int
@@ -60,6 +63,7 @@ class ScoredResponse:
     truncated: bool
     beta: float
     alternatives: tuple[tuple[Alternative, ...], ...] = ()
+    prompt_truncated: bool = False
 
     def __post_init__(self) -> None:
         """Checks that every token has every number."""
@@ -82,13 +86,13 @@ class ScoredResponse:
         """Turns the record into what `json.dumps` takes: one line of scores.jsonl.
 
         Returns:
-            The fields by name, tuples as lists of plain numbers, and `total_reward`.
+            The fields by name, tuples as lists of plain numbers, `total_reward`, and `reason`, which is None here.
         """
         record = asdict(self)
         record |= {"alternatives": [list(place) for place in record["alternatives"]]}
         record |= {"pieces": list(self.pieces), "token_ids": [int(token) for token in self.token_ids]}
         record |= {name: [float(value) for value in getattr(self, name)] for name in _PER_TOKEN}
-        return record | {"total_reward": self.total_reward}
+        return record | {"total_reward": self.total_reward, "reason": None}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
@@ -106,6 +110,26 @@ class ScoredResponse:
             tuple(Alternative(**alternative) for alternative in place) for place in record.get("alternatives", ())
         ]
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def unscored_line(row: int, reason: str) -> dict[str, Any]:
+    """The one line of scores.jsonl for a row that could not be scored: it has all keys, and says why."""
+    nothing = dict.fromkeys(field.name for field in fields(ScoredResponse))
+    return nothing | {"row": row, "total_reward": None, "reason": reason}
+
+
+def read_scores(path: Path) -> list[ScoredResponse]:
+    """Reads the answers of scores.jsonl, rows without a score left aside.
+
+    Args:
+        path: The file.
+
+    Returns:
+        One record an answer, in file order.
+    """
+    with path.open(encoding="utf-8") as file:  # texts may hold what `splitlines` splits at
+        records = [json.loads(line) for line in file]
+    return [ScoredResponse.from_json(record) for record in records if record.get("reason") is None]
 
 
 def by_row(responses: Iterable[ScoredResponse]) -> list[list[ScoredResponse]]:

@@ -88,6 +88,7 @@ def _record(policy: LoadedModel, example: Example, r: int, beta: float, **found:
         pieces=token_pieces(response.ids, policy.tokenizer),
         token_ids=tuple(response.ids.tolist()),
         truncated=response.truncated,
+        prompt_truncated=example.prompt_truncated,
         beta=beta,
         **found,
     )

@@ -3,18 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from qstar_jax.config import GenerateConfig, SweepConfig
+from qstar_jax.config import DataOptions, DecodeOptions, GenerateConfig, SweepConfig
 from qstar_jax.data.columns import Turns
 from qstar_jax.data.dialogues import text_of
-from qstar_jax.data.loading import Dataset, load_examples, read_records
+from qstar_jax.data.dropped import Dropped
+from qstar_jax.data.loading import Dataset, make_dataset, read_records
 from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import Example, Response
-from qstar_jax.decoding.answers_file import AnswersFile, answer_prompts, read_answers
+from qstar_jax.decoding.answers_file import AnswersFile, answer_prompts, prompt_texts, read_answers
+from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import prepare
 from qstar_jax.evaluation.judges import Comparison
 from qstar_jax.evaluation.judges.base import Track, Verdict, no_track
@@ -44,27 +45,34 @@ class Trial:
         return self.example.row
 
 
-def read_trials(config: SweepConfig, tokenizer: Any) -> list[Trial]:
+REPEATED = "prompt of an earlier row"
+
+
+def read_trials(data: DataOptions, policy: LoadedModel) -> tuple[list[Trial], Dataset]:
     """Reads prompts and the answers to beat; of rows with one prompt the first counts.
 
     Args:
-        config: The sweep.
-        tokenizer: Of the policy.
+        data: `eval` is the file.
+        policy: The policy.
 
     Returns:
-        At least one trial.
+        At least one trial, and the data set of their examples, which names the rows that are not tried.
 
     Raises:
         InputError: If the file cannot be used.
     """
-    data = config.data
-    _, records, _ = read_records(data.eval, data.eval_split, "completions", data, data.max_eval_rows)
+    _, records, bad = read_records(data.eval, data.eval_split, "completions", data, data.max_eval_rows)
+    known = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
+    found = make_dataset(records, bad, data.eval, policy.tokenizer, data, **known)
     read = {record.row: record for record in records}
-    examples = load_examples(data.eval, data.eval_split, "completions", tokenizer, data, data.max_eval_rows).examples
-    trials: dict[bytes, Trial] = {}
-    for example in examples:
-        trials.setdefault(example.prompt.tobytes(), Trial(example, *_texts(read[example.row])))
-    return list(trials.values())
+    distinct: dict[bytes, Example] = {}
+    for example in found.examples:
+        distinct.setdefault(example.prompt.tobytes(), example)
+    tried = list(distinct.values())
+    repeated = {example.row for example in found.examples} - {example.row for example in tried}
+    dropped = sorted([*found.dropped, *(Dropped(row, REPEATED) for row in repeated)], key=lambda one: one.row)
+    trials = [Trial(e, *_texts(read[e.row])) for e in tried]
+    return trials, replace(found, examples=tried, dropped=tuple(dropped))
 
 
 def _texts(record: Record) -> tuple[str, str]:
@@ -81,35 +89,22 @@ def _plain(turns: Turns) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def answer_trials(
-    config: SweepConfig,
-    model: str,
-    policy: LoadedModel,
-    setting: Setting,
-    trials: Sequence[Trial],
-    folder: Path,
-    mesh: Mesh,
-    track: Track = no_track,
-) -> list[dict]:
-    """Answers all prompts in one way, or reads what a broken run has answered.
+def open_answers(config: SweepConfig, model: str, setting: Setting, folder: Path) -> AnswersFile:
+    """Finds what was answered in one way; nothing is loaded or written.
 
     Args:
         config: The sweep.
         model: What the user called the policy.
-        policy: The policy.
         setting: How to decode.
-        trials: The prompts.
-        folder: Gets generations.jsonl, as `qstar generate` writes it.
-        mesh: Devices of the policy.
-        track: Wraps the batches, for a progress bar.
+        folder: Holds, or gets, generations.jsonl as `qstar generate` writes it.
 
     Returns:
-        One record of generations.jsonl a trial.
+        The file.
 
     Raises:
-        InputError: If the folder holds answers that were made with other settings.
+        InputError: If it holds answers that were made with other settings.
     """
-    file = AnswersFile(
+    return AnswersFile(
         GenerateConfig(
             model=model,
             out=str(folder),
@@ -120,17 +115,41 @@ def answer_trials(
             mesh=config.mesh,
         )
     )
-    examples = [trial.example for trial in trials]
-    if not all(trial.row in file.prompts for trial in trials):
-        texts = {example.row: policy.tokenizer.decode(example.prompt) for example in examples}
-        decoder = prepare(policy, setting.options(config), mesh)
+
+
+def answer_trials(
+    file: AnswersFile,
+    policy: LoadedModel,
+    options: DecodeOptions,
+    dataset: Dataset,
+    batch_size: int,
+    mesh: Mesh,
+    track: Track = no_track,
+) -> list[dict]:
+    """Answers all prompts in one way, or reads what a broken run has answered.
+
+    Args:
+        file: Gets the answers; it was checked.
+        policy: The policy.
+        options: How to decode.
+        dataset: The prompts.
+        batch_size: Prompts decoded at once.
+        mesh: Devices of the policy.
+        track: Wraps the batches, for a progress bar.
+
+    Returns:
+        One record of generations.jsonl a prompt.
+    """
+    examples, texts = dataset.examples, prompt_texts(dataset, policy.tokenizer)
+    if not texts.keys() <= file.prompts.keys():
+        decoder = prepare(policy, options, mesh)
         with file:
-            batches = answer_prompts(decoder, examples, texts, file, config.batch_size)
-            total = -(-len(examples) // config.batch_size)
-            for _ in track(batches, f"{folder.parent.name}, {folder.name}", total):
+            batches = answer_prompts(decoder, dataset, texts, file, batch_size)
+            total = -(-len(examples) // batch_size)
+            for _ in track(batches, f"{file.folder.parent.name}, {file.folder.name}", total):
                 pass
-    found = {record["row"]: record for record in read_answers(folder)}
-    return [found[trial.row] for trial in trials]
+    found = {record["row"]: record for record in read_answers(file.folder)}
+    return [found[example.row] for example in examples]
 
 
 def score_trials(

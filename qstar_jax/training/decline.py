@@ -20,6 +20,7 @@ from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
+from qstar_jax.identity import check_identity, write_identity
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.training.feeding import Feeder
@@ -116,18 +117,20 @@ def make_probe(
         samples.
 
     Raises:
-        InputError: If the option has no meaning, or the samples are damaged.
+        InputError: If the option has no meaning, or the samples are damaged or those of another reference.
     """
     count, path = config.train.reference_samples, Path(config.out) / FILE
     if count < 0 or count == 1:
         raise InputError(f"train.reference_samples is {count}; expected 0, or at least 2 for a standard error")
     if count == 0 or not needs_reference(config) or moves_reference(config):
         return None  # rewards that are measured from a moving point have no expectation
+    who = {"reference": start.reference.partition(" ")[0]}  # the digest of its parameters
     if start.step:
         if not path.exists():
             message = f"{path} is missing, so this run goes on without rewards of the reference's samples"
             console.print(message, markup=False, highlight=False, soft_wrap=True)
             return None
+        check_identity(path, who, holds="samples", fix="put that file back, or delete it to go on without")
         samples = read_samples(path)
         logps = _scorer(samples.examples, config, start.model, feeder, mesh)
     else:
@@ -138,6 +141,7 @@ def make_probe(
         )  # by the program that scores: its first reward is 0, without rounding
         if jax.process_index() == 0:
             write_samples(path, samples, start.tokenizer)
+            write_identity(path, who)
         prompts = f"{feeder.dataset.source}{'' if config.data.eval else ' (training rows, as data.eval is not set)'}"
         message = f"reference: {count} samples of {samples.mean_length:.1f} tokens on average to prompts of {prompts}"
         console.print(message, markup=False, highlight=False, soft_wrap=True)

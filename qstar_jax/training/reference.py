@@ -14,7 +14,7 @@ from qstar_jax.data.batches import Batch
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.reference_cache import ReferenceCache, fingerprint, params_identity
+from qstar_jax.reference_cache import ReferenceCache, fingerprint
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.training.feeding import Feeder, Track
 from qstar_jax.training.objectives import preference_loss
@@ -78,19 +78,6 @@ def runs_reference(config: SftConfig | DpoConfig) -> bool:
 def moves_reference(config: SftConfig | DpoConfig) -> bool:
     """Whether the reference's parameters change during the run."""
     return isinstance(config, DpoConfig) and config.reference.sync_every > 0
-
-
-def reference_identity(model: CausalLM, params: Params) -> str:
-    """Says who a reference is: its parameters, bit by bit, and the shape of its model.
-
-    Args:
-        model: The model.
-        params: Its parameters; in a job of several processes all must call this together.
-
-    Returns:
-        A line of text.
-    """
-    return f"{params_identity(params)} {model.model_type} {model.config}"
 
 
 def cached_logprobs(

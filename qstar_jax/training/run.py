@@ -22,10 +22,13 @@ from qstar_jax.data.loading import load_examples
 from qstar_jax.data.preview import preview
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
+from qstar_jax.identity import identity_file
 from qstar_jax.models import CausalLM
+from qstar_jax.places import check_places
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
-from qstar_jax.training.decline import make_probe
+from qstar_jax.training.continuation import check_folder, check_same_data, data_identity
+from qstar_jax.training.decline import FILE, make_probe
 from qstar_jax.training.estimate import Estimate, device_memory, estimate
 from qstar_jax.training.feeding import Evaluator, Feeder, join_evaluators, mean_metrics
 from qstar_jax.training.loop import Loop
@@ -70,6 +73,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
     began = time.perf_counter()
     is_main = jax.process_index() == 0
     console = (console or Console()) if is_main else Console(quiet=True)
+    check_places(config)
     out = Path(config.out)
     if not config.data.train:
         raise InputError("--data.train is missing: name a JSONL or Parquet file, or a data set of the hub")
@@ -85,12 +89,16 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
                 "micro-batches; set it to 1, or loss.normalize answer_tokens where that is the reason"
             )
         console.print(f"loss: {loss}", markup=False, highlight=False, soft_wrap=True)
+    _say(console, check_folder(config))
     mesh = make_mesh(config.mesh)
     keep_programs()
     with jax.set_mesh(mesh), CheckpointStore(out, config.train.keep_checkpoints) as store:
         start = find_start(config, store, mesh)
         feeder, eval_feeder = _feeders(config, start, mesh, console)
         config = _with_date(config, feeder, eval_feeder)
+        data = data_identity(feeder.dataset.examples, eval_feeder and eval_feeder.dataset.examples)
+        if start.began:
+            _say(console, check_same_data(config, start.began, data))
         steps = config.train.steps or -(-len(feeder.dataset.examples) // feeder.batch_size)
         if start.step >= steps:
             console.print(f"{out} is complete: {start.step} of {steps} steps are done", markup=False, highlight=False)
@@ -98,9 +106,11 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
             return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
         if needs_reference(config) and not runs_reference(config):
             feeder, eval_feeder = (_with_cached_reference(config, start, f, console) for f in (feeder, eval_feeder))
-        description = describe(config, start)
+        description = describe(config, start, data)
         state = build_state(config, start, store, mesh, steps, description)
         if is_main:
+            if start.step == 0:
+                _remove_earlier(out)
             (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         log = RunLog(out, steps=steps, start=start.step, console=console) if is_main else None
         loss_fn = _loss_fn(config, start.model)
@@ -133,6 +143,17 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         console.print(f"done: {steps} steps; run folder {out}", markup=False, highlight=False, soft_wrap=True)
     return summary
+
+
+def _say(console: Console, text: str | None):
+    if text:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _remove_earlier(out: Path):
+    """Removes what a run that ended before its first checkpoint has left, so that nothing of it is taken for ours."""
+    for name in ("metrics.jsonl", FILE, identity_file(Path(FILE)).name, "summary.json", "curves.png"):
+        (out / name).unlink(missing_ok=True)
 
 
 def _loss_fn(config: SftConfig | DpoConfig, model: CausalLM) -> LossFn:

@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qstar_jax.reference_cache import write_whole
+
 SHOWN = (
     "loss",
     "rewards/chosen",
@@ -32,10 +34,13 @@ class RunLog:
 
         self.console = console
         path = folder / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _is_before(line, start)] if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = _lines_before(path, start) if path.exists() else []
+        write_whole(path, "".join(f"{json.dumps(metrics)}\n" for metrics in kept).encode())
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start, flush_secs=10)
+        for metrics in kept:
+            if metrics["step"] == start:  # TensorBoard drops all of that step
+                self._to_board(start, metrics)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
         self._steps = steps
@@ -73,21 +78,35 @@ class RunLog:
         """
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        self._to_board(step, metrics)
         prefix = "eval_" if any(name.startswith("eval_") for name in metrics) else ""
         shown = [(name, metrics[prefix + name]) for name in SHOWN if prefix + name in metrics]
         text = "  ".join(f"{prefix}{name} {value:.4g}" for name, value in shown)
         self.console.print(f"step {step}/{self._steps}  {text}", markup=False, highlight=False)
 
+    def _to_board(self, step: int, metrics: dict[str, float]):
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
 
-def _is_before(line: str, start: int) -> bool:
-    try:
-        metrics = json.loads(line)
-    except json.JSONDecodeError:
-        return False  # half a line, from a process that was killed while it wrote
-    # A checkpoint at step s is written after the evaluation at s and before the training line of s.
-    return metrics["step"] < start or (metrics["step"] == start and "loss" not in metrics)
+
+def _lines_before(path: Path, start: int) -> list[dict[str, float]]:
+    """Metrics that a run which begins, or goes on, at a step will not write again."""
+    # A checkpoint at step s is written after the evaluation at s and before the training line of s. There is none at
+    # step 0, where a run begins anew with its evaluation.
+    return [
+        metrics
+        for metrics in _whole_lines(path)
+        if metrics["step"] < start or (metrics["step"] == start > 0 and "loss" not in metrics)
+    ]
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, float]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue  # half a line, from a process that was killed while it wrote
 
 
 def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -100,8 +119,7 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
         Name of the metric -> (steps, values).
     """
     found: dict[str, tuple[list[int], list[float]]] = {}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        metrics = json.loads(line)
+    for metrics in _whole_lines(run / "metrics.jsonl"):
         for name, value in metrics.items():
             if name != "step":
                 steps, values = found.setdefault(name, ([], []))

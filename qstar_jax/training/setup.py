@@ -1,6 +1,6 @@
 """From a configuration to a state on the mesh: a fresh one from a model, or the one that a checkpoint holds."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,38 +20,20 @@ from qstar_jax.checkpoints import (
 from qstar_jax.config import DpoConfig, LoraOptions, SftConfig
 from qstar_jax.data.chat_templates import adopt_template, find_template
 from qstar_jax.errors import InputError
+from qstar_jax.identity import check_weights, weights_identity
 from qstar_jax.loading import load_model, param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.lora import split_adapter
-from qstar_jax.settings import first_difference, keep_date
+from qstar_jax.settings import keep_date
 from qstar_jax.sharding import tree_shardings
+from qstar_jax.training.continuation import check_same_options
 from qstar_jax.training.optimizers import make_optimizer
-from qstar_jax.training.reference import holds_reference, moves_reference, needs_reference, reference_identity
+from qstar_jax.training.reference import holds_reference, moves_reference, needs_reference
 from qstar_jax.training.step import TrainState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# What may differ between a run and its continuation: the rest decides which numbers come out.
-FREE_OPTIONS = (
-    "model",  # the checkpoint holds it
-    "out",
-    "resume",
-    "mesh",
-    "compute.remat",
-    "compute.attention",
-    "data.eval",
-    "data.eval_split",
-    "data.max_eval_rows",
-    "reference.cache",
-    "train.eval_batch_size",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.reference_samples",  # those of the run's beginning stay, or are no longer looked at
-)
 
 
 @dataclass(frozen=True)
@@ -66,6 +48,8 @@ class Start:
         reference: Who the frozen reference is; None if the loss has none.
         generation: Dictionary of the model's generation_config.json (see `loading.LoadedModel`).
         date: Day that chat templates take for today, where it is settled already (see `DataOptions.date`).
+        base: Who the frozen base of an adapter is; None without one.
+        began: What the checkpoint says of the run; None for a fresh one.
     """
 
     model: CausalLM
@@ -75,34 +59,32 @@ class Start:
     reference: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     date: str | None = None
+    base: str | None = None
+    began: Description | None = None
 
 
 def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh) -> Start:
     """Opens the model, or finds the checkpoint from which the run goes on.
 
     Raises:
-        InputError: If `out` holds checkpoints and the run is not to be resumed, or was made with other options.
+        InputError: If the model cannot be used, or the run in `out` was made with other options.
     """
     step = store.latest_step
     if step is None:
         loaded = load_model(config.model, config.compute, mesh, config.mesh)
-        identity = reference_identity(loaded.model, loaded.params) if needs_reference(config) else None
-        model = _with_adapter(loaded.model, config.lora)
+        model, needed = _with_adapter(loaded.model, config.lora), needs_reference(config)
         tokenizer = adopt_template(loaded.tokenizer, config.data.chat_template)
+        identity = weights_identity(loaded.model, loaded.params) if needed or model.lora else None
+        who = {"reference": identity if needed else None, "base": identity if model.lora else None}
         kept = {"generation": loaded.generation, "date": config.data.date}
-        return Start(model, tokenizer, params=loaded.params, reference=identity, **kept)
-    if not config.resume:
-        raise InputError(
-            f"{config.out} already holds a run with a checkpoint at step {step}; "
-            "add --resume to go on with it, or choose another --out"
-        )
+        return Start(model, tokenizer, params=loaded.params, **kept, **who)
     description = store.describe(step)
-    config = replace(config, data=keep_date(config.data, description.options))
-    _check_same_options(description.options, asdict(config), Path(config.out))
+    check_same_options(config, description.options)
     model, tokenizer = description.build_model(config.compute), description.build_tokenizer()
     _check_same_template(tokenizer, config)
-    kept = {"generation": description.generation, "date": config.data.date}
-    return Start(model, tokenizer, step, reference=description.reference, **kept)
+    kept = {name: getattr(description, name) for name in ("reference", "base", "generation")}
+    date = keep_date(config.data, description.options).date
+    return Start(model, tokenizer, step, date=date, began=description, **kept)
 
 
 def _with_adapter(model: CausalLM, options: LoraOptions) -> CausalLM:
@@ -120,16 +102,6 @@ def _with_adapter(model: CausalLM, options: LoraOptions) -> CausalLM:
         raise InputError(f"lora: {error}") from error
 
 
-def _check_same_options(stored: dict, given: dict, out: Path):
-    different = first_difference(stored, given, FREE_OPTIONS)
-    if different:
-        name, before, now = different
-        raise InputError(
-            f"--resume: {name} was {before!r} in {out} and is {now!r} now; "
-            "a run goes on with the options it began with (or begins anew in another --out)"
-        )
-
-
 def _check_same_template(tokenizer: "PreTrainedTokenizerBase", config: SftConfig | DpoConfig):
     choice = config.data.chat_template
     if choice is not None and find_template(tokenizer, choice) != find_template(tokenizer, None):
@@ -139,13 +111,13 @@ def _check_same_template(tokenizer: "PreTrainedTokenizerBase", config: SftConfig
         )
 
 
-def describe(config: SftConfig | DpoConfig, start: Start) -> Description:
-    """Collects what is stored beside the parameters."""
+def describe(config: SftConfig | DpoConfig, start: Start, data: dict[str, Any]) -> Description:
+    """Collects what is stored beside the parameters; `data` is the identity of the run's examples."""
     verb = "dpo" if isinstance(config, DpoConfig) else "sft"
     files = hub.tokenizer_files(start.tokenizer)
     lora = start.model.lora and asdict(start.model.lora)
     model = start.model.config.to_hf()
-    return Description(verb, model, asdict(config), files, start.reference, lora, start.generation)
+    return Description(verb, model, asdict(config), files, start.reference, lora, start.generation, start.base, data)
 
 
 def build_state(
@@ -188,7 +160,7 @@ def build_state(
         arrays = store.restore(start.step, abstract)
         params, opt_state = arrays["params"], arrays["opt_state"]
         if model.lora is not None:
-            frozen = _read_frozen(store.run / BASE, model.base, base_shardings, start.reference)
+            frozen = _read_frozen(store.run / BASE, model.base, base_shardings, start.base)
         if moves_reference(config):
             ref_params = arrays["ref_params"]
         elif holds_reference(config):
@@ -212,11 +184,7 @@ def build_state(
 
 def _read_frozen(folder: Path, model: CausalLM, shardings: Params, identity: str | None) -> Params:
     params = read_checkpoint_params(folder, model, shardings)
-    if identity is not None and identity != reference_identity(model, params):
-        raise InputError(
-            f"--resume: {folder} is not the one with which the run began (its parameters differ from what the "
-            "checkpoint says of them); put that folder back, or begin a new run"
-        )
+    check_weights(model, params, identity, folder, "begin a new run")
     return params
 
 

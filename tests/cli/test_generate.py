@@ -1,11 +1,13 @@
 import json
 import re
 import shutil
+from datetime import datetime
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions, MeshOptions
@@ -74,7 +76,8 @@ def test_beams_from_a_run_are_sorted_and_scored_by_log_pi(dpo_run, tmp_path, one
         "score",
         "finish",
     ]
-    assert list(found[0]) == [*fields, "certified", "seed"]
+    assert list(found[0]) == [*fields, "certified", "seed", "prompt_truncated", "reason"]
+    assert found[0]["prompt_truncated"] is False and found[0]["reason"] is None
     assert found[0]["certified"] in (True, False) and found[1]["certified"] is None
 
 
@@ -217,6 +220,157 @@ def test_other_settings_do_not_go_on(hf_folder, eval_file, tmp_path, one_device_
     (tmp_path / "changed" / "config.yaml").write_text((tmp_path / "out" / "config.yaml").read_text())
     (tmp_path / "changed" / "generations.jsonl").write_text("nonsense\n")
     assert "a line that is no answer" in refused(out="changed")
+
+
+@pytest.fixture
+def folder(hf_folder, tmp_path):
+    """A model that a test may change."""
+    return shutil.copytree(hf_folder, tmp_path / "model")
+
+
+def train_again(folder):
+    """Other weights in the same place."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(1.001)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+
+
+CHANGES = {
+    "weights": (
+        train_again,
+        r"model\.parameters \w{12}\.\.\., and it is \w{12}\.\.\. now \(other weights under the same",
+    ),
+    "shape": (
+        lambda f: edit_json(f / "config.json", rope_theta=123.0),
+        r"model\.config\.rope_theta 10000.0, and it is 123",
+    ),
+    "tokenizer": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"),
+        r"model\.tokenizer .* chat template",
+    ),
+    "ends": (lambda f: edit_json(f / "generation_config.json", eos_token_id=[2, 9]), r"ends \[2\], and it is \[2, 9\]"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_answers_of_a_model_that_has_changed_are_not_taken_for_its_own(
+    what, folder, eval_file, tmp_path, one_device_only, decoded, capsys
+):
+    out, words = tmp_path / "out", ["--model", folder, "--data.eval", eval_file, "--data.max_eval_rows", "2"]
+    assert generate(out, *words) == 0
+    assert generate(out, *words) == 0 and "nothing to do: all 2 prompts" in capsys.readouterr().out
+    kept = (out / "generations.jsonl").read_bytes()
+    change, named = CHANGES[what]
+    change(folder)
+    decoded.clear()
+    for content in (kept, kept.splitlines(keepends=True)[0]):  # a complete file, and one that was broken off
+        (out / "generations.jsonl").write_bytes(content)
+        assert generate(out, *words) == 2
+        said = capsys.readouterr()
+        assert re.search(named, said.err) and said.err.rstrip().endswith("or remove that folder to begin anew")
+        assert "nothing to do" not in said.out and (out / "generations.jsonl").read_bytes() == content and not decoded
+    # A folder without an answer belongs to nobody yet, and one that does not say whose it is to nobody any more.
+    (out / "generations.jsonl").write_bytes(b"")
+    assert generate(out, *words) == 0 and len(records(out)) == 2
+    (out / "generations.identity.json").unlink()
+    assert generate(out, *words) == 2
+    assert "nothing says which model made the answers" in capsys.readouterr().err
+
+
+def test_other_models_that_take_part_are_known_too(folder, hf_folder, tmp_path, one_device_only, capsys):
+    words = ["--model", hf_folder, "--prompt", "w5 w6"]
+    reference = [*words, "--reference", folder, "--decode.beta", "0.1", "--decode.report_reference", "true"]
+    guided = [*words, "--pairs", json.dumps([{"tuned": str(hf_folder), "untuned": str(folder)}])]
+    for name, own in {"reference": reference, "guided": guided}.items():
+        assert generate(tmp_path / name, *own) == 0
+    train_again(folder)
+    for name, own in {"reference": reference, "guided": guided}.items():
+        assert generate(tmp_path / name, *own) == 2
+    message = capsys.readouterr().err
+    assert "reference.parameters" in message and "pairs.0.untuned.parameters" in message
+
+
+def test_a_beta_that_the_run_records_is_part_of_its_answers(dpo_run, tmp_path, one_device_only, capsys):
+    words = ["--model", dpo_run, "--prompt", "w5 w6", "--decode.report_reference", "true"]
+    assert generate(tmp_path, *words) == 0
+    identity = tmp_path / "generations.identity.json"
+    identity.write_text(identity.read_text().replace('"beta": 0.3', '"beta": 0.5'))
+    assert generate(tmp_path, *words) == 2
+    assert "beta 0.5, and it is 0.3 now" in capsys.readouterr().err
+
+
+def test_every_row_has_its_line_and_says_why_it_has_no_answer(
+    picky_folder, picky_file, tmp_path, one_device_only, decoded, capsys
+):
+    out, words = tmp_path / "out", ["--model", picky_folder, "--data.eval", picky_file, "--data.as_chat"]
+    words += ["--batch_size", "9", "--data.max_prompt_length", "3", "--data.max_length", "20"]
+    assert generate(out, *words) == 0
+    assert "20 rows read, 18 used; 2 dropped" in capsys.readouterr().out
+    found, expected = records(out), (out / "generations.jsonl").read_bytes()
+    assert [r["row"] for r in found] == list(range(20)) and len({tuple(r) for r in found}) == 1  # the same keys
+    assert [r["prompt_truncated"] for r in found] == [True, None, *[False] * 17, None]
+    for r in found:
+        if r["row"] in (1, 19):
+            assert "w0 is no word" in r["reason"] and (r["finish"], r["answers"]) == ("dropped", 0)
+            assert all(r[name] is None for name in ("rank", "prompt", "text", "tokens", "logp", "score", "length"))
+        else:
+            assert r["reason"] is None and r["answers"] == 1 and r["tokens"]
+    # Wherever it breaks, it becomes the same file.
+    lines = expected.splitlines(keepends=True)
+    first, second = [0, *range(2, 10)], [*range(10, 19)]
+    for kept, batches in ((0, [first, second]), (1, [first, second]), (2, [first, second]), (10, [second]), (19, [])):
+        (out / "generations.jsonl").write_bytes(b"".join(lines[:kept]) + lines[kept][:5])
+        decoded.clear()
+        assert generate(out, *words) == 0
+        assert (out / "generations.jsonl").read_bytes() == expected and decoded == batches, kept
+    assert "18 answers: " in capsys.readouterr().out
+    assert generate(out, *words) == 0 and "nothing to do: all 18 prompts" in capsys.readouterr().out
+    # A row that could not be used and can be now is another prompt, and the other way round.
+    for row, text in ((1, "w9"), (2, "w0")):
+        changed = [json.loads(line) for line in picky_file.read_text().splitlines()]
+        changed[row]["prompt"], changed[19]["prompt"] = text, "w9"  # a tenth may be bad, and no more
+        other = tmp_path / f"{row}.jsonl"
+        other.write_text("".join(json.dumps(line) + "\n" for line in changed))
+        copied = shutil.copytree(out, tmp_path / f"out{row}")
+        settings = copied / "config.yaml"
+        settings.write_text(settings.read_text().replace(str(picky_file), str(other)))
+        assert generate(copied, *[other if word == picky_file else word for word in words]) == 2
+    message = capsys.readouterr().err
+    assert "in row 1: none that can be used there, 'w9" in message
+    assert "in row 2: 'w5" in message and "there, none that can be used now" in message
+
+
+def test_answers_go_on_with_the_day_on_which_they_were_begun(folder, picky_file, tmp_path, one_device_only, capsys):
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d') }} {{ messages[0]['content'] }}")
+    out, words = tmp_path / "out", ["--model", folder, "--data.eval", picky_file, "--data.as_chat"]
+    assert generate(out, *words, "--data.max_eval_rows", "2") == 0
+    today = datetime.now().date().isoformat()
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    assert settings["data"]["date"] == today
+    # As if that had been a year ago.
+    (out / "config.yaml").write_text(yaml.safe_dump(settings | {"data": settings["data"] | {"date": "2025-01-31"}}))
+    path = out / "generations.jsonl"
+    path.write_text(path.read_text().replace(today.replace("-", " - "), "2025 - 01 - 31"))
+    before = records(out)
+    assert generate(out, *words) == 0
+    assert records(out)[:2] == before and len(records(out)) == 20
+    assert generate(out, *words, "--data.date", today) == 2
+    assert f"data.date '2025-01-31', and it is '{today}' now" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_cut_says_so(hf_folder, tmp_path, one_device_only, capsys):
+    words = ["--model", hf_folder, "--prompt", "w1 w2 w3 w4 w5", "--data.max_prompt_length"]
+    assert generate(tmp_path / "cut", *words, "4") == 0
+    assert "--prompt is longer than 4 tokens (data.max_prompt_length), and lost its" in capsys.readouterr().out
+    (record,) = records(tmp_path / "cut")
+    assert record["prompt_truncated"] is True and record["prompt"] == "[BOS] w3 w4 w5"
+    assert generate(tmp_path / "whole", *words, "9") == 0
+    assert "lost" not in capsys.readouterr().out and records(tmp_path / "whole")[0]["prompt_truncated"] is False
 
 
 def test_the_folder_of_a_training_run_is_left_alone(dpo_run, tmp_path, one_device_only, capsys):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from qstar_jax.checkpoints import find_checkpoint
 from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.data.loading import load_examples
+from qstar_jax.evaluation.scored import read_scores
 from qstar_jax.loading import load_model
 
 BETA = 0.3
@@ -155,3 +157,61 @@ def test_scores_on_eight_devices_equal_those_on_one(dpo_run, eval_file, scored, 
         for place, expected in zip(record["alternatives"], other["alternatives"], strict=False):
             found, likeliest = ([a["logp"] for a in alternatives] for alternatives in (place, expected))
             np.testing.assert_allclose(found, likeliest, rtol=0, atol=3e-5)
+
+
+def test_every_row_has_its_line_and_says_why_it_has_no_score(
+    picky_folder, picky_file, tmp_path, one_device_only, capsys
+):
+    words = ["--model", picky_folder, "--reference", picky_folder, "--beta", "0.1", "--data.eval", picky_file]
+    assert score(tmp_path, *words, "--data.as_chat", "--data.max_prompt_length", "3", "--data.max_length", "9") == 0
+    assert "20 rows read, 18 used; 2 dropped" in capsys.readouterr().out
+    found = records(tmp_path)
+    roles = {row: [None] if row in (1, 19) else ["chosen", "rejected"] for row in range(20)}
+    assert [(r["row"], r["role"]) for r in found] == [(row, role) for row in roles for role in roles[row]]
+    assert len({tuple(r) for r in found}) == 1  # the same keys
+    for r in found:
+        if r["role"] is None:
+            assert "w0 is no word" in r["reason"] and r["total_reward"] is r["logp"] is r["token_ids"] is None
+        else:
+            assert r["reason"] is None and r["total_reward"] == 0 and r["prompt_truncated"] == (r["row"] == 0)
+    assert [(s.row, s.role) for s in read_scores(tmp_path / "scores.jsonl")] == [
+        (r["row"], r["role"]) for r in found if r["role"]
+    ]
+
+
+def test_a_reference_that_was_exchanged_is_refused(dpo_run, eval_file, tmp_path, one_device_only, capsys):
+    run = shutil.copytree(dpo_run, tmp_path / "run")
+    shutil.rmtree(run / "reference" / "params")
+    shutil.copytree(run / "checkpoints" / "4" / "params", run / "reference" / "params")
+    words = ["--model", run, "--data.eval", eval_file]
+    assert score(tmp_path / "out", *words) == 2
+    message = capsys.readouterr().err
+    assert "reference is not the one with which the run began" in message and "name the reference" in message
+    assert not (tmp_path / "out").exists()
+    words += ["--reference", run / "reference"]  # who names it knows what it is
+    assert score(tmp_path / "out", *words, "--data.max_eval_rows", "2", "--alternatives", "0") == 0
+    assert all(reward == 0 for record in records(tmp_path / "out") for reward in record["reward"])
+
+
+def test_nothing_of_an_earlier_run_stays_beside_new_scores(dpo_run, eval_file, tmp_path, one_device_only, capsys):
+    marked, out, page = tmp_path / "marked.jsonl", tmp_path / "out", tmp_path / "page"
+    rows = [json.loads(line) for line in eval_file.read_text().splitlines()]
+    marked.write_text("".join(json.dumps(r | {"oops": [[0, len(r["rejected"].split()[0])]]}) + "\n" for r in rows))
+    words = ["--model", dpo_run, "--data.eval", marked, "--alternatives", "0"]
+    assert score(out, *words, "--wrong", "oops") == 0
+    measured = {name: (out / name).read_bytes() for name in ("credit.json", "scores.jsonl")}
+    assert json.loads(measured["credit.json"])["scores"] == hashlib.sha256(measured["scores.jsonl"]).hexdigest()
+    identity = json.loads((out / "scores.identity.json").read_text())
+    assert identity["beta"] == BETA and identity["data"]["rows"] == 11 and identity["options"]["wrong"] == "oops"
+    assert identity["model"]["parameters"] != identity["reference"]["parameters"]
+    assert main(["report", "--credit", str(out), "--out", str(page)]) == 0
+    assert score(out, *words, "--show", "0", "--data.max_eval_rows", "2") == 0
+    assert {path.name for path in out.iterdir()} == {"scores.jsonl", "scores.identity.json"}
+    # Brought together by hand, they are told apart.
+    capsys.readouterr()
+    (out / "credit.json").write_bytes(measured["credit.json"])
+    assert main(["report", "--credit", str(out), "--out", str(page)]) == 2
+    assert "was not measured on" in (message := capsys.readouterr().err) and "score --wrong COLUMN" in message
+    (out / "scores.jsonl").unlink()
+    assert main(["report", "--credit", str(out), "--out", str(page)]) == 2
+    assert "found: nothing there" in capsys.readouterr().err

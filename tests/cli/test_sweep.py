@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import yaml
@@ -108,6 +109,30 @@ def test_other_settings_are_refused_in_the_same_folder(swept, capsys):
     assert "holds answers with decode.max_new_tokens 6, and it is 7 now" in capsys.readouterr().err
 
 
+def test_answers_of_another_model_or_to_other_prompts_are_refused_before_any_is_made(
+    swept, dpo_run, eval_file, tmp_path, monkeypatch, capsys
+):
+    out, words = swept
+    monkeypatch.setattr("qstar_jax.evaluation.trials.prepare", None)  # a call would raise
+    copied = shutil.copytree(out, tmp_path / "model")
+    (copied / dpo_run.name / "sampled-0" / "generations.jsonl").unlink()  # would be answered first
+    identity = copied / dpo_run.name / "beams-3" / "generations.identity.json"
+    stored = json.loads(identity.read_text())
+    stored["model"]["parameters"] = "0" * 64
+    identity.write_text(json.dumps(stored))
+    assert sweep(copied, *words) == 2
+    assert "beams-3 holds answers made with model.parameters 000000000000..., and" in capsys.readouterr().err
+    # The file of prompts was changed in place: as if the answers had been made with it.
+    lines = eval_file.read_text().splitlines(keepends=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(lines[::-1]))
+    copied = shutil.copytree(out, tmp_path / "prompts")
+    for settings in copied.glob("*/*/config.yaml"):
+        settings.write_text(settings.read_text().replace(str(eval_file), str(other)))
+    assert sweep(copied, *[other if word == eval_file else word for word in words]) == 2
+    assert "answers another prompt in row 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -124,15 +149,25 @@ def test_bad_input_is_told_before_anything_is_decoded(words, message, dpo_run, e
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_several_runs_are_named_apart(dpo_run, eval_file, tmp_path):
-    import shutil
-
+def test_several_runs_are_named_apart_and_rows_that_are_not_tried_are_named(dpo_run, eval_file, tmp_path, capsys):
+    first, second = eval_file.read_text().splitlines(keepends=True)[:2]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(first + first + second)
     runs = [shutil.copytree(dpo_run, tmp_path / place / "run") for place in ("a", "b")]
     words = ["--model", yaml.safe_dump([str(run) for run in runs], default_flow_style=True).strip()]
-    words += ["--data.eval", eval_file, "--judge.kind", "reward_model", "--judge.model", runs[0]]
+    words += ["--data.eval", rows, "--judge.kind", "reward_model", "--judge.model", runs[0]]
     assert sweep(tmp_path / "out", "--seeds", "[0]", *words) == 0
     found = record(tmp_path / "out")["runs"]
     assert [run["name"] for run in found] == ["a-run", "b-run"] and found[0]["points"] == found[1]["points"]
+    assert record(tmp_path / "out")["prompts"] == 2
+    assert all(run["unused_rows"] == {"prompt of an earlier row": [1]} for run in found)
+    assert "3 rows read, 2 used; 1 dropped: 1 prompt of an earlier row (row 2)" in capsys.readouterr().out
+    lines = read_answers(tmp_path / "out" / "a-run" / "greedy")
+    assert [(line["row"], line["finish"] == "dropped", line["reason"]) for line in lines] == [
+        (0, False, None), (1, True, "prompt of an earlier row"), (2, False, None)
+    ]  # fmt: skip
+    identity = json.loads((tmp_path / "out" / "sweep.identity.json").read_text())["models"]
+    assert identity["a-run"] == identity["b-run"] and identity["a-run"]["beta"] == 0.3
 
 
 def test_measurements_become_one_page(swept, dpo_run, eval_file, tmp_path, capsys):

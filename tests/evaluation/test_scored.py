@@ -14,8 +14,20 @@ from qstar_jax.evaluation.scored import (
     by_row,
     lone_piece,
     pair_margin,
+    read_scores,
     token_pieces,
+    unscored_line,
 )
+
+
+def test_lines_are_read_back_whatever_their_texts_hold(respond, tmp_path):
+    first = respond(["a\u2028b", "\x85"], [0.1, 0.2])  # ends of lines to `str.splitlines`, and none in JSON
+    lines = [first.to_json(), unscored_line(1, "no\u2029 prompt"), respond(["c"], [0.3], row=2).to_json()]
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    found = read_scores(path)
+    assert found[0] == first and [record.row for record in found] == [0, 2]
+    assert lines[0].keys() == lines[1].keys() and lines[1]["reason"] == "no\u2029 prompt"
 
 
 def test_json_round_trip(respond):

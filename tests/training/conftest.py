@@ -47,9 +47,9 @@ def make_config(hf_folder, train_file):
 
 @pytest.fixture(scope="session")
 def tiny_train(kept_programs):
-    """`tiny_train(config)` trains on as many of the devices as the mesh asks for, and shows nothing."""
+    """`tiny_train(config)` trains on as many of the devices as the mesh asks for, and shows nothing by default."""
 
-    def train(config):
+    def train(config, console=None):
         count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
         keep = kept_programs if count == 1 else nullcontext
         with keep(), pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,7 @@ def tiny_train(kept_programs):
             # Measuring the processor and estimating memory take longer than the run.
             patch.setattr(run_module, "peak_flops", lambda devices: 1e12)
             patch.setattr(run_module, "estimate", lambda *args, **options: "")
-            return run_module.train(config, Console(quiet=True))
+            return run_module.train(config, console or Console(quiet=True))
 
     return train
 

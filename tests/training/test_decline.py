@@ -248,6 +248,15 @@ def test_a_resumed_run_goes_on_without_samples_that_are_gone(half_way, make_conf
     assert "verdict" not in summary and not of_reference(summary) and summary["steps"] == 6
 
 
+def test_samples_of_another_reference_are_refused(half_way, make_config, tiny_train, eval_file):
+    identity = half_way / "reference_samples.identity.json"
+    identity.write_text(json.dumps({"reference": "0" * 64}))
+    with pytest.raises(
+        InputError, match=r"samples made with reference 0{12}\.\.\., and it is \w{12}.*delete it to go on"
+    ):
+        tiny_train(replace(make_config(half_way, **sampled(eval_file)), resume=True))
+
+
 def test_a_run_that_begins_anew_draws_anew(whole, tmp_path, make_config, tiny_train, eval_file, monkeypatch):
     out = tmp_path / "run"
     out.mkdir()

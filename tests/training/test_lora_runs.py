@@ -73,7 +73,7 @@ def test_resuming_changes_no_number(run, evaluated, lora_config, tiny_train, tmp
     jax.tree.map(np.testing.assert_array_equal, arrays_of(tmp_path / "run"), arrays_of(run[0]))
 
 
-def test_a_base_that_was_exchanged_is_noticed(run, evaluated, lora_config, tiny_train, tmp_path):
+def test_a_base_that_was_exchanged_is_noticed(run, evaluated, lora_config, tiny_train, tmp_path, one_device):
     out = tmp_path / "run"
     shutil.copytree(run[0], out)
     shutil.rmtree(out / "checkpoints" / "4")
@@ -83,6 +83,8 @@ def test_a_base_that_was_exchanged_is_noticed(run, evaluated, lora_config, tiny_
     shutil.copytree(tmp_path / "other" / "checkpoints" / "1" / "params", out / BASE / "params")
     with pytest.raises(InputError, match=r"base is not the one with which the run began"):
         tiny_train(replace(lora_config(out, **evaluated), resume=True))
+    with pytest.raises(InputError, match=r"base is not the one .* open another run"):  # by any other verb
+        load_model(out, ComputeOptions(), one_device, MeshOptions())
 
 
 @pytest.mark.thin("cached")

@@ -1,7 +1,10 @@
+import io
 import json
 import math
 import shutil
-from dataclasses import replace
+import struct
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from tensorboardX.proto import event_pb2
 
 from qstar_jax.checkpoints import find_checkpoint, read_description
 from qstar_jax.config import DataOptions, LossOptions, OptimizerOptions, ReferenceOptions
@@ -19,7 +23,8 @@ from qstar_jax.reference_cache import ReferenceCache
 from qstar_jax.training import loop as loop_module
 from qstar_jax.training import reference as reference_module
 from qstar_jax.training import run as run_module
-from qstar_jax.training.run_log import RunLog
+from qstar_jax.training.continuation import check_folder, check_same_options
+from qstar_jax.training.run_log import RunLog, read_metrics
 
 DPO_METRICS = {
     "step",
@@ -144,25 +149,12 @@ def test_only_so_many_checkpoints_are_kept(dpo_run, whole):
 
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    whole, tmp_path, make_config, tiny_train, arrays_of, metric_lines, monkeypatch, eval_file
+    whole, tmp_path, make_config, tiny_train, killed_at, arrays_of, metric_lines, eval_file
 ):
     verb, expected, _ = whole
     out = tmp_path / "run"
 
-    class Interrupted(BaseException):
-        """As a signal would, at step 5: a step after the checkpoint at 4."""
-
-    real = RunLog.advance
-    with monkeypatch.context() as patch:
-
-        def advance(self, done):
-            real(self, done)
-            if done == 5:
-                raise Interrupted
-
-        patch.setattr(RunLog, "advance", advance)
-        with pytest.raises(Interrupted):
-            tiny_train(make_config(out, verb, **evaluated(eval_file)))
+    killed_at(make_config(out, verb, **evaluated(eval_file)), 5)  # a step after the checkpoint at 4
     assert find_checkpoint(out).name == "4"
     # Rhythm and place are free to change.
     tiny_train(_resume(make_config(out, verb, **evaluated(eval_file, keep_checkpoints=5))))
@@ -200,6 +192,142 @@ def test_a_run_does_not_go_on_with_other_data(dpo_run, make_config, tiny_train, 
         tiny_train(_resume(make_config(dpo_run[0], data={"train": str(other)})))
 
 
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory, make_config, tiny_train, train_file, eval_file):
+    """(config, run folder): a run of two steps whose files a test may change, if it puts them back."""
+    place = tmp_path_factory.mktemp("own")
+    files = {name: str(shutil.copy(file, place)) for name, file in (("train", train_file), ("eval", eval_file))}
+    train = {"steps": 2, "save_every": 1, "eval_batch_size": 4}
+    config = make_config(place / "run", data=files, train=train)
+    tiny_train(config)
+    shutil.rmtree(place / "run" / "checkpoints" / "2")
+    return replace(config, resume=True)
+
+
+def reordered(lines):
+    return lines[::-1]
+
+
+def one_more(lines):
+    return [*lines, '{"prompt": "w1", "chosen": "w2", "rejected": "w3"}']
+
+
+def one_word(lines):
+    return [lines[0].replace('"chosen": "', '"chosen": "w7 '), *lines[1:]]
+
+
+@pytest.mark.parametrize("change", [reordered, one_more, one_word])
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_run_does_not_go_on_with_data_that_were_changed_in_place(name, change, own_data, tiny_train, tmp_path):
+    path = Path(getattr(own_data.data, name))
+    before, metrics = path.read_text(), (Path(own_data.out) / "metrics.jsonl").read_bytes()
+    path.write_text("\n".join(change(before.splitlines())) + "\n")
+    try:
+        with pytest.raises(
+            InputError, match=rf"data\.{name}\) gives other examples .*SHA-256 \w{{12}}\.\.\. then.*put that"
+        ):
+            tiny_train(own_data)
+    finally:
+        path.write_text(before)
+    assert (Path(own_data.out) / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_run_goes_on_with_the_same_examples_however_their_file_is_written(own_data, tiny_train, tmp_path):
+    out = shutil.copytree(own_data.out, tmp_path / "run")
+    path = Path(own_data.data.train)
+    before = path.read_text()
+    path.write_text("".join(json.dumps(json.loads(line) | {"note": 1}) + "\n\n" for line in before.splitlines()))
+    try:
+        tiny_train(replace(own_data, out=str(out)))
+    finally:
+        path.write_text(before)
+    assert find_checkpoint(out).name == "2"
+
+
+def test_other_held_out_data_are_named_and_said(own_data, train_file, tmp_path, tiny_train, monkeypatch):
+    out, console = (
+        shutil.copytree(own_data.out, tmp_path / "run"),
+        Console(record=True, quiet=False, file=io.StringIO()),
+    )
+    monkeypatch.setattr("qstar_jax.training.run.Console", lambda **_: console)
+    config = replace(own_data, out=str(out), data=replace(own_data.data, eval=str(train_file)))
+    monkeypatch.setattr(run_module.Loop, "run", lambda *_: {})
+    tiny_train(config, console)
+    said = console.export_text().replace("\n", " ")
+    assert "held-out examples are others from here on (11 examples" in said and "before, 40 examples" in said
+
+
+def test_a_run_does_not_go_on_from_another_model(dpo_run, make_config, tiny_train):
+    """It would not be read, and checkpoints would name a model from which they did not begin."""
+    with pytest.raises(InputError, match=r"model was .* and is 'another' now"):
+        tiny_train(_resume(replace(make_config(dpo_run[0]), model="another")))
+
+
+def test_the_batch_of_an_evaluation_is_part_of_a_loss_that_looks_at_it(make_config, tmp_path):
+    stored = make_config(tmp_path, train={"eval_batch_size": 4})
+    check_same_options(make_config(tmp_path), asdict(stored))
+    aot = LossOptions(name="aot")
+    with pytest.raises(InputError, match=r"train\.eval_batch_size was 4"):
+        check_same_options(make_config(tmp_path, loss=aot), asdict(replace(stored, loss=aot)))
+
+
+class Killed(BaseException):
+    """As a signal would."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch, tiny_train):
+    """`killed_at(config, done)`: runs until so many steps are done."""
+
+    def run(config, step):
+        real = RunLog.advance
+        with monkeypatch.context() as patch:
+
+            def advance(self, done):
+                real(self, done)
+                if done == step:
+                    raise Killed
+
+            patch.setattr(RunLog, "advance", advance)
+            with pytest.raises(Killed):
+                tiny_train(config)
+
+    return run
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    dpo_run, tmp_path, make_config, tiny_train, killed_at, metric_lines, eval_file, capsys
+):
+    out, train = tmp_path / "run", {"eval_every": 3, "eval_batch_size": 4, "keep_checkpoints": 1}
+    config = make_config(out, data={"eval": str(eval_file)}, train=train)
+    killed_at(config, 1)
+    assert [line["step"] for line in metric_lines(out)] == [0, 0] and find_checkpoint(out) is None
+    (out / "reference_samples.jsonl").write_text("of the run that was killed")
+    with pytest.raises(InputError, match=r"train\.seed was 0 .* and is 1 now"):  # going on would be another run
+        tiny_train(_resume(replace(config, train=replace(config.train, seed=1))))
+    tiny_train(_resume(config))
+    assert metric_lines(out) == metric_lines(dpo_run[0]) and not (out / "reference_samples.jsonl").exists()
+
+
+def test_what_a_folder_without_checkpoint_holds_is_said(make_config, tiny_train, tmp_path):
+    config = make_config(tmp_path / "run")
+    assert check_folder(config) is None
+    assert "holds no run yet, so it begins at step 0" in check_folder(_resume(config))
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(yaml.safe_dump(asdict(config)))
+    other = replace(config, train=replace(config.train, seed=1))
+    for again in (config, other, _resume(config)):
+        assert "ended before its first checkpoint; it begins anew" in check_folder(again)
+    with pytest.raises(InputError, match=r"train\.seed was 0"):
+        check_folder(_resume(other))
+    for text, message in (("decode: {}", "belongs to another verb"), ("a: [", "not readable")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            tiny_train(config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
 def test_another_verb_does_not_go_on(whole, make_config, tiny_train, tmp_path):
     verb, out, _ = whole
     out = shutil.copytree(out, tmp_path / "run")
@@ -221,12 +349,49 @@ def test_an_existing_run_is_not_touched_without_resume(dpo_run, make_config, tin
     assert (dpo_run[0] / "metrics.jsonl").read_bytes() == before
 
 
+def board_events(folder):
+    """(tag, step) of all scalars that TensorBoard shows: a session's start drops what is not before its step."""
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
+        content = path.read_bytes()
+        while content:  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
+            (size,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                found = [(tag, step) for tag, step in found if step < event.step]
+            found += [(value.tag, event.step) for value in event.summary.value]
+    return found
+
+
+def test_what_a_run_that_goes_on_keeps_of_its_metrics(tmp_path):
+    def log(start):
+        return RunLog(tmp_path, steps=4, start=start, console=Console(quiet=True))
+
+    with log(0) as first:
+        for step in (0, 1, 2):
+            if step != 1:
+                first.write(step, {"eval_loss": 0.5})
+            first.write(step, {"loss": 0.6})
+    time.sleep(1.1)  # files of TensorBoard are named by the second
+    with log(2):  # the checkpoint at 2 was written between its two lines
+        pass
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected = [("eval_loss", 0), ("loss", 0), ("loss", 1), ("eval_loss", 2)]
+    assert [(name, line["step"]) for line in lines for name in line if name != "step"] == expected
+    assert board_events(tmp_path / "tensorboard") == expected
+    with log(0):  # there is no checkpoint at 0: all comes again
+        pass
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
 def test_a_torn_last_line_of_metrics_does_not_stop_a_resumed_run(tmp_path):
     # A process that is killed can leave half a line.
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         '{"step": 0, "loss": 0.7}\n{"step": 1, "loss": 0.6}\n{"step": 2, "eval_loss": 0.5}\n{"step": 3, "lo'
     )
+    assert read_metrics(tmp_path) == {"loss": ([0, 1], [0.7, 0.6]), "eval_loss": ([2], [0.5])}
     with RunLog(tmp_path, steps=4, start=2, console=Console(quiet=True)):
         pass
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
 from qstar_jax.evaluation.judges.classifier import ClassifierReward, as_messages, is_classifier
 from qstar_jax.evaluation.judges.rewards import Reward
-from qstar_jax.evaluation.references import find_beta, find_reference
+from qstar_jax.evaluation.references import find_beta, open_reference
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.loading import LoadedModel, load_model
 from qstar_jax.models.causal_lm import Params
@@ -133,15 +134,17 @@ def load_reward(
             if given:
                 raise InputError(f"judge.{given[0]} has no effect on a classifier, which {model} is; leave it out")
             return ClassifierReward.load(folder, compute, mesh_options, **common)
-        policy = load_model(model, compute, mesh, mesh_options)
+        load = partial(load_model, compute=compute, mesh=mesh, mesh_options=mesh_options)
+        policy = load(model)
         if reference is None and policy.reference is None:
             raise InputError(
                 f"judge.model {model} is no reward model: neither a classifier (its config.json names no "
                 "...ForSequenceClassification) nor a run with a reference; name the reference by judge.reference"
             )
         beta = find_beta(policy, beta, model, "--judge.beta")
-        source = find_reference(policy, reference, model)
-        found = load_model(source, compute, mesh, mesh_options)
+        found = open_reference(policy, reference, model, load)
         if found.model != policy.model:
-            raise InputError(f"judge.reference {source} and judge.model {model} have different shapes (config.json)")
+            raise InputError(
+                f"judge.reference {found.source} and judge.model {model} have different shapes (config.json)"
+            )
     return SummedReward(policy, found.params, beta, **common)
