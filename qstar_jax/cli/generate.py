@@ -74,13 +74,16 @@ def _prompts(config: GenerateConfig, policy: LoadedModel, console: Console) -> D
     if config.prompt is None:
         source = (data.eval, data.eval_split, "prompts")
         dataset = load_examples(*source, policy.tokenizer, data, data.max_eval_rows, **known)
-        _say(console, dataset.summary)
+        _say(console, dataset.report(policy.model, config.decode.max_new_tokens))
         return dataset
     found = prompt_records([{data.prompt: config.prompt}], data, "--prompt")
     dataset = make_dataset(*found, "--prompt", policy.tokenizer, data, **known)
     if dataset.examples[0].prompt_truncated:
         kept = f"{data.max_prompt_length} tokens (data.max_prompt_length)"
         _say(console, f"--prompt is longer than {kept}, and lost its beginning")
+    new_tokens = config.decode.max_new_tokens
+    if warning := policy.model.check_length(dataset.longest(new_tokens), f"--prompt and {new_tokens} new tokens"):
+        _say(console, warning)
     return dataset
 
 

@@ -50,7 +50,7 @@ def run(config: ScoreConfig):
         kind = KINDS[config.answers]
         known = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
         dataset = load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows, **known)
-        console.print(dataset.summary, markup=False, highlight=False, soft_wrap=True)
+        console.print(dataset.report(policy.model), markup=False, highlight=False, soft_wrap=True)
         scored = score_dataset(
             policy,
             reference.params,

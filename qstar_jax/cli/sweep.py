@@ -116,7 +116,7 @@ def _try_model(
     dates = [file.data.date for file in files.values() if file.data.date]  # what was begun before is gone on with
     data = replace(config.data, date=dates[0]) if dates else config.data
     own, dataset = trials.read_trials(data, policy)
-    console.print(dataset.summary, markup=False, highlight=False, soft_wrap=True)
+    console.print(dataset.report(policy.model, config.max_new_tokens), markup=False, highlight=False, soft_wrap=True)
     identity, texts = answers_identity(policy), prompt_texts(dataset, policy.tokenizer)
     for file in files.values():  # all of them before the first answer
         file.check(identity, texts, dataset.date)

@@ -11,6 +11,7 @@ from qstar_jax.data.reading import read_rows
 from qstar_jax.data.records import Record
 from qstar_jax.data.repeats import repeats_note
 from qstar_jax.data.tokenization import Example, settle_date, tokenize
+from qstar_jax.models import CausalLM
 
 Kind = Literal["preferences", "completions", "prompts"]
 _RECORDS = {"preferences": preference_records, "completions": completion_records, "prompts": prompt_records}
@@ -51,6 +52,26 @@ class Dataset:
         if answers:
             parts.append(_lengths("answers", answers, "end"))
         return " ".join(["; ".join(parts) + ".", *self.notes])
+
+    def longest(self, new_tokens: int = 0) -> int:
+        """Tokens of the longest prompt together with its longest answer, or with so many new tokens."""
+        return max(len(e.prompt) + max([new_tokens, *(len(r.ids) for r in e.responses)]) for e in self.examples)
+
+    def report(self, model: CausalLM, new_tokens: int = 0) -> str:
+        """What a user must know before a model reads these rows.
+
+        Args:
+            model: The model.
+            new_tokens: How many tokens it may say behind each prompt.
+
+        Returns:
+            `summary`, and a second line where rows are longer than the model was made for.
+
+        Raises:
+            InputError: If they are longer than it can read.
+        """
+        warning = model.check_length(self.longest(new_tokens), f"{self.source}, longest prompt and answer")
+        return "\n".join(filter(None, [self.summary, warning]))
 
 
 def _lengths(name: str, items: list[tuple[int, int, bool]], part: str) -> str:

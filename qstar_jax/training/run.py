@@ -165,13 +165,13 @@ def _feeders(config: SftConfig | DpoConfig, start: Start, mesh: Mesh, console: C
     kind = "preferences" if isinstance(config, DpoConfig) else "completions"
     model = {"vocabulary": start.model.config.vocab_size, "eos_ids": eos_token_ids(start)}
     train = load_examples(data.train, data.train_split, kind, start.tokenizer, data, data.max_train_rows, **model)
-    console.print(train.summary, markup=False, highlight=False, soft_wrap=True)
+    console.print(train.report(start.model), markup=False, highlight=False, soft_wrap=True)
     console.print(preview(train.examples[0], start.tokenizer))
     feeder = Feeder(train, options.batch_size, mesh, data, "train.batch_size", accumulate=options.accumulate)
     if data.eval is None:
         return feeder, None
     held_out = load_examples(data.eval, data.eval_split, kind, start.tokenizer, data, data.max_eval_rows, **model)
-    console.print(held_out.summary, markup=False, highlight=False, soft_wrap=True)
+    console.print(held_out.report(start.model), markup=False, highlight=False, soft_wrap=True)
     eval_batch_size = options.eval_batch_size or options.batch_size
     return feeder, Feeder(held_out, eval_batch_size, mesh, data, "train.eval_batch_size")
 

@@ -7,6 +7,7 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.loading import load_examples
 from qstar_jax.errors import InputError
+from qstar_jax.models import CausalLM
 
 OPTIONS = DataOptions(max_length=8, max_prompt_length=4)
 
@@ -40,6 +41,15 @@ def test_summary(tmp_path, plain_tokenizer):
         "prompts have 2.5 tokens on average, 4 at most, 1 (50.0%) lost their beginning (row 1); "
         "answers have 3.0 tokens on average, 4 at most, 1 (25.0%) lost their end (row 1)."
     )
+
+
+def test_rows_beyond_the_positions_of_a_model_are_reported(tmp_path, plain_tokenizer, tiny_config):
+    data = load_examples(write(tmp_path, pair("abc", "b", "cde")), "train", "preferences", plain_tokenizer, OPTIONS)
+    assert (data.longest(), data.longest(9)) == (3 + 4, 3 + 9)
+    model = CausalLM.from_hf(tiny_config | {"max_position_embeddings": 7})
+    assert data.report(model) == data.summary
+    warning = f"warning: {data.source}, longest prompt and answer: 8 tokens, and the model was made for 7"
+    assert data.report(model, 5).startswith(f"{data.summary}\n{warning}")
 
 
 def test_prompts_and_limit(tmp_path, plain_tokenizer):

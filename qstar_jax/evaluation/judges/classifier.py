@@ -96,6 +96,9 @@ class ClassifierReward:
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Scores (prompt, answer) pairs; NaN where one cannot be tokenised."""
         ids = self._encode(pairs)
+        longest = max(map(len, ids.values()), default=0)
+        if warning := self.model.check_length(longest, "the longest text for judge.model"):
+            self.say(warning)
         found = [math.nan] * len(pairs)
         order = sorted(ids, key=lambda row: len(ids[row]))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]

@@ -66,12 +66,15 @@ class SummedReward:
         cut = sum(example.responses[0].truncated for example in examples)
         if cut:
             self.say(f"{cut} of {len(examples)} answers lost their end, as they exceed judge.max_length")
+        dataset = Dataset(examples, tuple(dropped), "judge")
+        if warning := self.policy.model.check_length(dataset.longest(), "the longest text for judge.model"):
+            self.say(warning)
         batches = -(-len(examples) // self.batch_size)
         with jax.set_mesh(self.mesh):
             scored = score_dataset(
                 self.policy,
                 self.ref_params,
-                Dataset(examples, tuple(dropped), "judge"),
+                dataset,
                 beta=self.beta,
                 batch_size=self.batch_size,
                 mesh=self.mesh,
