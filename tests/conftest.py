@@ -21,7 +21,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import json
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,30 +210,42 @@ def kept_programs(tmp_path_factory):
 
     @contextmanager
     def keep():
+        before = jax.config.jax_compilation_cache_dir
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()  # or JAX goes on with what it found at its first compilation
         try:
             yield
         finally:
-            jax.config.update("jax_compilation_cache_dir", None)
+            jax.config.update("jax_compilation_cache_dir", before)
             compilation_cache.reset_cache()
 
     return keep
 
 
+@pytest.fixture(scope="session")
+def on_devices(kept_programs):
+    """`with on_devices(1):` lets runs and verbs see the first device only, which compiles faster; or any number."""
+
+    @contextmanager
+    def see(count):
+        def make(options=MeshOptions(), devices=None):
+            return make_mesh(options, jax.devices()[:count] if devices is None else devices)
+
+        with kept_programs() if count == 1 else nullcontext(), pytest.MonkeyPatch.context() as patch:
+            for module in ("training.run", "cli.generate", "cli.score", "cli.sweep"):
+                patch.setattr(f"qstar_jax.{module}.make_mesh", make)
+            # Measuring the processor and estimating memory take longer than a tiny run.
+            patch.setattr("qstar_jax.training.run.peak_flops", lambda devices: 1e12)
+            patch.setattr("qstar_jax.training.run.estimate", lambda *args, **options: "")
+            yield
+
+    return see
+
+
 @pytest.fixture
-def one_device_only(monkeypatch, kept_programs):
-    """Lets runs and verbs see the first device only, which compiles faster."""
-
-    def make(options=MeshOptions(), devices=None):
-        return make_mesh(options, jax.devices()[:1] if devices is None else devices)
-
-    for module in ("training.run", "cli.score", "cli.generate"):
-        monkeypatch.setattr(f"qstar_jax.{module}.make_mesh", make)
-    # Measuring the processor and estimating memory take longer than a tiny run.
-    monkeypatch.setattr("qstar_jax.training.run.peak_flops", lambda devices: 1e12)
-    monkeypatch.setattr("qstar_jax.training.run.estimate", lambda *args, **options: "")
-    with kept_programs():
+def one_device_only(on_devices):
+    """See `on_devices`."""
+    with on_devices(1):
         yield
 
 

@@ -8,29 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 import qstar_jax
-from qstar_jax import hub, sharding
+from qstar_jax import hub
 from qstar_jax.cli.main import main
-from qstar_jax.training import run as run_module
 
 ROOT = Path(qstar_jax.__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
-def dpo_run(tmp_path_factory, hf_folder, train_file, kept_programs):
+def dpo_run(tmp_path_factory, hf_folder, train_file, on_devices):
     """Folder of a run of `qstar dpo`; nothing but that folder is left of it."""
     place = tmp_path_factory.mktemp("cli")
     model = shutil.copytree(hf_folder, place / "model")
     out = place / "run"
     words = ["dpo", "--model", str(model), "--out", str(out), "--data.train", str(train_file), "--loss.beta", "0.3"]
     words += ["--train.steps", "4", "--train.batch_size=8", "--optimizer.learning_rate=3e-3", "--train.log_every", "1"]
-    with kept_programs(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "make_mesh", lambda options: sharding.make_mesh(options, jax.devices()[:1]))
-        patch.setattr(run_module, "peak_flops", lambda devices: 1e12)
-        patch.setattr(run_module, "estimate", lambda *args, **options: "")
+    with on_devices(1):
         assert main(words) == 0
     shutil.rmtree(model)
     return out

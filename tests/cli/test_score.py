@@ -26,14 +26,11 @@ def records(out):
 
 
 @pytest.fixture(scope="module")
-def scored(dpo_run, eval_file, tmp_path_factory):
+def scored(dpo_run, eval_file, tmp_path_factory, on_devices):
     """Scores from the run's folder alone: the model from which it began is gone, and the folder has moved."""
     place = tmp_path_factory.mktemp("score")
     run = shutil.copytree(dpo_run, place / "moved")
-    with pytest.MonkeyPatch.context() as patch:
-        from qstar_jax import sharding
-
-        patch.setattr("qstar_jax.cli.score.make_mesh", lambda options: sharding.make_mesh(options, jax.devices()[:1]))
+    with on_devices(1):
         assert score(place / "out", "--model", run, "--data.eval", eval_file, "--show", 2) == 0
     return place / "out"
 

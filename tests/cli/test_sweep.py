@@ -4,23 +4,11 @@ import shutil
 import pytest
 import yaml
 
-from qstar_jax import sharding
 from qstar_jax.cli.main import main
 from qstar_jax.decoding.answers_file import read_answers
 from qstar_jax.evaluation.judges.alpaca_eval import read_annotations
 
-
-@pytest.fixture(autouse=True)
-def on_one_device(monkeypatch, kept_programs):
-    import jax
-
-    def make_mesh(options):
-        return sharding.make_mesh(options, jax.devices()[:1])
-
-    for module in ("sweep", "score"):
-        monkeypatch.setattr(f"qstar_jax.cli.{module}.make_mesh", make_mesh)
-    with kept_programs():
-        yield
+pytestmark = pytest.mark.usefixtures("one_device_only")
 
 
 def sweep(out, *words):
@@ -32,15 +20,12 @@ def record(out):
 
 
 @pytest.fixture(scope="module")
-def swept(dpo_run, eval_file, tmp_path_factory, kept_programs):
+def swept(dpo_run, eval_file, tmp_path_factory, on_devices):
     """A sweep of the run, judged by its own implicit reward, with the words that made it."""
-    import jax
-
     out = tmp_path_factory.mktemp("sweep") / "out"
     words = ["--model", dpo_run, "--data.eval", eval_file, "--judge.kind", "reward_model", "--judge.model", dpo_run]
     words += ["--seeds", "[0,1]", "--export"]
-    with kept_programs(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qstar_jax.cli.sweep.make_mesh", lambda o: sharding.make_mesh(o, jax.devices()[:1]))
+    with on_devices(1):
         assert sweep(out, *words) == 0
     return out, words
 

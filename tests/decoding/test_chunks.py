@@ -106,6 +106,7 @@ def reward(sums):
     return lambda row, answer: BETA * float(np.subtract(*sums(row, answer)).sum())
 
 
+@pytest.mark.thin("reward")
 @pytest.mark.parametrize("name", ["reward", "likelihood"])
 def test_equals_a_restatement_with_its_scores(pair, next_logps, sums, reward, name):
     likely = name == "likelihood"
@@ -231,6 +232,7 @@ def test_a_transformer(micro, log_pi):
             np.testing.assert_allclose(found.score[row, n], BETA * (logp - ref_logp), atol=1e-4)
 
 
+@pytest.mark.thin("change1", "change3")
 @pytest.mark.parametrize("change", [{"beams": 1}, {"samples": 4}, {"chunk_length": 3}, {"delimiter_ids": ()}])
 def test_every_option_changes_the_result(pair, next_logps, reward, change):
     options = replace(OPTIONS, **change)

@@ -134,6 +134,7 @@ def test_greedy_takes_the_likeliest_token(loaded, one_device, next_logp):
         assert list(answer.tokens) == next_logp(loaded, prompt, answer.tokens).argmax(-1)[: answer.length].tolist()
 
 
+@pytest.mark.thin("sample", "beam")
 @pytest.mark.parametrize("method", READERS["seed"])
 def test_answers_depend_on_seed_and_row_and_not_on_the_batch(method, loaded, one_device):
     needed = {"beam": {"stochastic": True}, "mcts": {"selection": "gumbel"}}.get(method, {})

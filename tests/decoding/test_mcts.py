@@ -155,11 +155,13 @@ def test_trees_with_rewards_and_values_are_those_of_mctx(options, tables):
         assert_same_trees(tree, mctx_trees(tables, options, 0 * values, rewards=rewards))
 
 
+@pytest.mark.slow
 def test_other_numbers_are_those_of_mctx(tables):
     _, tree = run(tables, other := replace(PUCT, pb_c_init=2.0, pb_c_base=5.0))
     assert_same_trees(tree, mctx_trees(tables, other))
 
 
+@pytest.mark.slow
 def test_noise_and_other_numbers_are_those_of_mctx(tables):
     """The draws of noise are not mctx's, so they are read off the tree and put in their place there."""
     options = replace(GUMBEL, gumbel_scale=2.0, considered=2, value_scale=0.5, visit_init=3.0)
@@ -246,6 +248,7 @@ def exhaustive(table):
     return tuple(paths.tokens[best][paths.mask[best]].tolist()), sums[best]
 
 
+@pytest.mark.slow
 def test_enough_simulations_find_the_best_answer(tables):
     """With all of the tree's edges visited it must; the search of a row is over then, though others go on."""
     tables = np.where(np.arange(ROWS)[:, None, None] % 2, 0.1, 1.0) * tables  # every second row is nearly flat

@@ -150,6 +150,7 @@ def test_reports_of_a_search_with_a_reference(search, pair, history_next, read_a
     assert np.abs(found.logp - found.ref_logp).min() > 1e-3
 
 
+@pytest.mark.thin("ancestry")
 @pytest.mark.parametrize("reorder", ["ancestry", "gather"])
 def test_policies_that_are_combined_are_searched_like_one(
     reorder, search, pair, history_next, plain_beam_search, read_answers

@@ -65,6 +65,7 @@ def outputs_and_gradients(attend, q, k, v, mask):
     return dict(zip(("out", "dq", "dk", "dv"), (out, *pull_back(slope)), strict=True))
 
 
+@pytest.mark.thin("150-4-2-8", "37-4-1-8")
 @pytest.mark.parametrize(
     ("length", "heads", "groups", "width"),
     [

@@ -32,6 +32,12 @@ VARIANTS = {
     "wide heads": {"head_dim": 12},
 }
 
+# Compiled once a model and shape, whichever tests they serve.
+logits_of = jax.jit(CausalLM.logits, static_argnums=0)
+hidden_states_of = jax.jit(CausalLM.hidden_states, static_argnums=0)
+prefill = jax.jit(CausalLM.prefill, static_argnums=(0, 4))
+extend = jax.jit(CausalLM.extend, static_argnums=0)
+
 
 def torch_model(torch, tiny_config, **changes):
     """A small random torch Llama whose every part bears on the logits."""
@@ -67,7 +73,7 @@ def test_logits_equal_those_of_torch(changes, tiny_config, tokens, tmp_path, one
     with torch.no_grad():
         expected = oracle(torch.tensor(tokens)).logits.numpy()
     assert expected.std() > 0.1  # flat logits would agree with anything
-    found = jax.jit(model.logits)(params, jnp.asarray(tokens))
+    found = logits_of(model, params, jnp.asarray(tokens))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
@@ -82,7 +88,7 @@ def test_files_in_shards_and_in_bfloat16(tiny_config, tokens, tmp_path, one_devi
     again = type(oracle).from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         expected = again(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(jax.jit(model.logits)(params, jnp.asarray(tokens)), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits_of(model, params, jnp.asarray(tokens)), expected, rtol=0, atol=1e-4)
     # Stored in bfloat16, the values must be exactly those of the file.
     _, params = read(tmp_path, one_device, ComputeOptions(param_dtype="bfloat16"))
     table = params["embed"]["embedding"]
@@ -104,12 +110,12 @@ def test_written_folders_are_read_by_torch(name, tiny_config, tiny_tokenizer, to
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         expected = oracle(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(jax.jit(model.logits)(params, jnp.asarray(tokens)), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits_of(model, params, jnp.asarray(tokens)), expected, rtol=0, atol=1e-4)
 
 
 def full(model, params, tokens):
     layout = right_padded(jnp.full(len(tokens), tokens.shape[1]), tokens.shape[1])
-    return jax.jit(model.hidden_states)(params, tokens, *layout)
+    return hidden_states_of(model, params, tokens, *layout)
 
 
 # Three branches behind each prompt, as (slot, its past's slots): 0-1-4, 0-2-5 and 0-3, put in by three calls.
@@ -120,14 +126,14 @@ def decode(model, params, prompts, lengths, pool, *, width=8, reorder=None, mask
     """Logits of what follows the prompts [B, V] and each of the pool's tokens [B, M, V], by prefill and extend."""
     rows, slots = pool.shape
     prompts = jnp.pad(prompts, ((0, 0), (0, width - prompts.shape[1])), constant_values=3)
-    first, cache = jax.jit(model.prefill, static_argnums=3)(params, prompts, lengths, slots)
-    step, found = jax.jit(model.extend), []
+    first, cache = prefill(model, params, prompts, lengths, slots)
+    found = []
     for slot, pasts in CALLS:
         path = np.zeros((rows, len(pasts), slots), bool)
         for k, past in enumerate(pasts):
             path[:, k, [*past, slot + k]] = True
         tokens = pool[:, slot : slot + len(pasts)]
-        logits, cache = step(params, cache, tokens, jnp.asarray(mask(path)), jnp.int32(slot))
+        logits, cache = extend(model, params, cache, tokens, jnp.asarray(mask(path)), jnp.int32(slot))
         found.append(logits)
         if reorder is not None:
             cache = cache.reorder(jnp.broadcast_to(jnp.asarray(reorder), (rows, slots)))
@@ -153,7 +159,7 @@ def branches(tiny_model, tiny_params, tokens):
     for line, (_, _, text) in zip(rows, texts, strict=True):
         line[: len(text)] = text
     ends = np.array([len(text) for _, _, text in texts])
-    logits = np.asarray(jax.jit(tiny_model.logits)(tiny_params, jnp.asarray(rows), jnp.asarray(ends)))
+    logits = np.asarray(logits_of(tiny_model, tiny_params, jnp.asarray(rows), jnp.asarray(ends)))
     expected = logits[np.arange(len(texts)), ends - 1].reshape(3, 6, -1)
     return jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(pool), expected
 
@@ -164,7 +170,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(stacked, tiny_model, tiny_pa
     params = tiny_params if stacked else tiny_model.unstack(tiny_params)
     first, found = decode(tiny_model, params, prompts, lengths, pool)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    full_pass = jax.jit(tiny_model.logits)(tiny_params, prompts, lengths)
+    full_pass = logits_of(tiny_model, tiny_params, prompts, lengths)
     last = np.asarray(full_pass)[np.arange(3), np.asarray(lengths) - 1]
     np.testing.assert_allclose(first, last, rtol=0, atol=1e-5)
     # Without the masks, every branch sees the others too: the comparison above would notice.
@@ -197,12 +203,13 @@ def test_unstacking_keeps_every_weight(tiny_model, tiny_params):
 def test_padding_on_either_side_changes_no_valid_position(tiny_model, tiny_params, tokens, rubbish):
     lengths, width = np.array([7, 1, 10]), 10
     rows = [jnp.asarray(tokens[i : i + 1, :n]) for i, n in enumerate(lengths)]
-    step = jax.jit(tiny_model.hidden_states)
     right, left = np.full((3, width), rubbish), np.full((3, width), rubbish)
     for i, n in enumerate(lengths):
         right[i, :n], left[i, width - n :] = rows[i][0], rows[i][0]
-    from_right = step(tiny_params, jnp.asarray(right), *right_padded(jnp.asarray(lengths), width))
-    from_left = step(tiny_params, jnp.asarray(left), *left_padded(jnp.asarray(lengths), width))
+    from_right = hidden_states_of(
+        tiny_model, tiny_params, jnp.asarray(right), *right_padded(jnp.asarray(lengths), width)
+    )
+    from_left = hidden_states_of(tiny_model, tiny_params, jnp.asarray(left), *left_padded(jnp.asarray(lengths), width))
     assert np.isfinite(from_right).all() and np.isfinite(from_left).all()
     for i, n in enumerate(lengths):
         alone = full(tiny_model, tiny_params, rows[i])[0]
@@ -212,9 +219,9 @@ def test_padding_on_either_side_changes_no_valid_position(tiny_model, tiny_param
 
 def test_logits_of_right_padded_rows_ignore_what_follows(tiny_model, tiny_params, tokens):
     rows = jnp.asarray(tokens[:2, :6])
-    expected = jax.jit(tiny_model.logits)(tiny_params, rows)
+    expected = logits_of(tiny_model, tiny_params, rows)
     assert expected.shape == (2, 6, 60) and expected.dtype == jnp.float32
-    found = jax.jit(tiny_model.logits)(tiny_params, rows.at[0, 4:].set(9), jnp.array([4, 6]))
+    found = logits_of(tiny_model, tiny_params, rows.at[0, 4:].set(9), jnp.array([4, 6]))
     np.testing.assert_allclose(found[0, :4], expected[0, :4], rtol=0, atol=1e-5)
     np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=1e-5)
 
@@ -250,10 +257,10 @@ def test_types_are_those_that_are_asked_for(tiny_config, param_dtype, dtype):
     assert jax.eval_shape(model.hidden_states, *arguments).dtype == jnp.dtype(dtype)
     assert jax.eval_shape(model.unembedding, params).dtype == jnp.dtype(dtype)
     assert jax.eval_shape(model.logits, params, tokens).dtype == jnp.float32
-    prefill = jax.eval_shape(lambda *x: model.prefill(*x, slots=3), params, tokens, jnp.array([4]))
+    start = jax.eval_shape(lambda *x: model.prefill(*x, slots=3), params, tokens, jnp.array([4]))
     path = jnp.ones((1, 1, 3), bool)
-    extend = jax.eval_shape(model.extend, params, prefill[1], tokens[:, :1], path, jnp.int32(0))
-    for logits, cache in (prefill, extend):
+    next_one = jax.eval_shape(model.extend, params, start[1], tokens[:, :1], path, jnp.int32(0))
+    for logits, cache in (start, next_one):
         assert logits.dtype == jnp.float32
         assert {x.dtype for x in jax.tree.leaves(cache.layers)} == {jnp.dtype(dtype)}
 

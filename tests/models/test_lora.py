@@ -1,6 +1,7 @@
 """Adapters: what they compute, what is trained, and what their backward pass leaves out."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+logits_of = jax.jit(CausalLM.logits, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +44,8 @@ def tokens():
 
 
 def test_a_fresh_adapter_changes_nothing(model, tiny_model, tiny_params, tokens):
-    fresh = attach_adapter(tiny_params, model.init_adapter(jax.random.key(0)))
-    np.testing.assert_array_equal(model.logits(fresh, tokens), tiny_model.logits(tiny_params, tokens))
+    fresh = attach_adapter(tiny_params, jax.jit(model.init_adapter)(jax.random.key(0)))
+    np.testing.assert_array_equal(logits_of(model, fresh, tokens), logits_of(tiny_model, tiny_params, tokens))
 
 
 def test_matrices_begin_as_those_of_peft(tiny_model):
@@ -61,9 +64,9 @@ def test_the_adapter_is_alpha_over_rank_times_a_b(model, tiny_model, params, tok
             kernel, lora = (params["layers"][group][part][name] for name in ("kernel", "lora"))
             product = np.einsum("lir,lro->lio", *(np.float64(lora[name]) for name in ("lora_a", "lora_b")))
             merged["layers"][group][part] = {"kernel": jnp.float32(np.float64(kernel) + 12.0 / 3 * product)}
-    expected = tiny_model.logits(merged, tokens)
-    assert np.abs(expected - tiny_model.logits(split_adapter(params)[0], tokens)).max() > 0.1
-    assert_norm_close(model.logits(params, tokens), expected, 1e-5)
+    expected = logits_of(tiny_model, merged, tokens)
+    assert np.abs(expected - logits_of(tiny_model, split_adapter(params)[0], tokens)).max() > 0.1
+    assert_norm_close(logits_of(model, params, tokens), expected, 1e-5)
     assert_norm_close(merge_adapter(params, model.lora), merged, 1e-6)
 
 
@@ -121,13 +124,12 @@ def test_base_in_bfloat16_and_adapter_in_float32(tiny_model):
 LOSS = LossOptions(beta=0.5)
 
 
+@partial(jax.jit, static_argnums=0)
 def loss_and_gradient(model, params, frozen, ref_params, batch):
-    loss_fn = dpo_loss_fn(model, LOSS)
-
     def loss(trained):
-        return loss_fn(attach_adapter(frozen, trained), ref_params, batch)[0]
+        return dpo_loss_fn(model, LOSS)(attach_adapter(frozen, trained), ref_params, batch)[0]
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.value_and_grad(loss)(params)
 
 
 def test_adapter_off_is_a_live_copy_of_the_base(model, tiny_params, adapter, pair_batch, assert_norm_close):
@@ -135,7 +137,7 @@ def test_adapter_off_is_a_live_copy_of_the_base(model, tiny_params, adapter, pai
     off = loss_and_gradient(model, adapter, tiny_params, None, batch)
     live = loss_and_gradient(model, adapter, tiny_params, tiny_params, batch)
     assert_norm_close(off, live, 1e-5)
-    fresh = model.init_adapter(jax.random.key(0))
+    fresh = jax.jit(model.init_adapter)(jax.random.key(0))
     np.testing.assert_allclose(loss_and_gradient(model, fresh, tiny_params, None, batch)[0], np.log(2), rtol=1e-6)
 
 
@@ -146,7 +148,7 @@ def test_the_gradient_is_that_of_the_merged_kernels(
     batch = pair_batch(4)
     _, found = loss_and_gradient(model, adapter, tiny_params, None, batch)
     merged = merge_adapter(attach_adapter(tiny_params, adapter), model.lora)
-    kernels = jax.grad(lambda p: dpo_loss_fn(tiny_model, LOSS)(p, tiny_params, batch)[0])(merged)
+    _, kernels = loss_and_gradient(tiny_model, merged, {}, tiny_params, batch)
     for group, part in (("attention", "q"), ("attention", "o"), ("mlp", "down")):
         lora, grad = adapter["layers"][group][part]["lora"], kernels["layers"][group][part]["kernel"]
         expected = {
@@ -181,6 +183,7 @@ def test_only_the_adapter_is_trained_and_no_gradient_of_the_base_is_computed(tin
     assert flops[0] < 0.9 * flops[1]
 
 
+@pytest.mark.slow
 def test_memory_of_a_whole_step_does_not_grow_with_the_vocabulary(tiny_config, pair_batch):
     """With the embedding frozen nothing but chunks of logits grows; whole logits of long answers would be far more."""
     batch = pair_batch(4, length=2048, response_length=1024, row_length=4096)

@@ -38,21 +38,22 @@ def ids(tokenizer, text):
     return [*tokenizer(text).input_ids, tokenizer.eos_token_id]
 
 
-def test_advantages_telescope_to_the_true_reward(tokenizer, oracle):
+@pytest.mark.thin("0")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_advantages_telescope_to_the_true_reward(seed, tokenizer, oracle):
     """r(y) - sum of advantages is V*(s_0), the same for all summaries of a post; and beta log E_mu exp(r / beta)."""
-    for seed in range(3):
-        rng = Random(seed)
-        post = make_post(rng)
-        drawn = [draw_summary(post, rng) for _ in range(4000)]
-        rewards = np.array([true_reward(post, text) for text in drawn])
-        values = [
-            reward - oracle.advantages(post, ids(tokenizer, text)).sum()
-            for text, reward in zip(drawn[:25], rewards[:25], strict=True)
-        ]
-        np.testing.assert_allclose(values, values[0], atol=1e-9)
-        weights = np.exp(rewards / BETA)
-        error = BETA * weights.std() / weights.mean() / len(weights) ** 0.5
-        assert values[0] == pytest.approx(BETA * np.log(weights.mean()), abs=4 * error)
+    rng = Random(seed)
+    post = make_post(rng)
+    drawn = [draw_summary(post, rng) for _ in range(4000)]
+    rewards = np.array([true_reward(post, text) for text in drawn])
+    values = [
+        reward - oracle.advantages(post, ids(tokenizer, text)).sum()
+        for text, reward in zip(drawn[:25], rewards[:25], strict=True)
+    ]
+    np.testing.assert_allclose(values, values[0], atol=1e-9)
+    weights = np.exp(rewards / BETA)
+    error = BETA * weights.std() / weights.mean() / len(weights) ** 0.5
+    assert values[0] == pytest.approx(BETA * np.log(weights.mean()), abs=4 * error)
 
 
 def test_advantages_telescope_with_words_that_change_nothing_and_run_ons(tokenizer, oracle):

@@ -1,7 +1,6 @@
 """Tiny runs from file to checkpoint."""
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from qstar_jax.config import (
     TrainOptions,
 )
 from qstar_jax.models.lora import split_adapter
-from qstar_jax.training import run as run_module
 from qstar_jax.training.optimizers import make_optimizer
+from qstar_jax.training.run import train
 
 
 @pytest.fixture(scope="session")
@@ -46,21 +45,14 @@ def make_config(hf_folder, train_file):
 
 
 @pytest.fixture(scope="session")
-def tiny_train(kept_programs):
+def tiny_train(on_devices):
     """`tiny_train(config)` trains on as many of the devices as the mesh asks for, and shows nothing by default."""
 
-    def train(config, console=None):
-        count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
-        keep = kept_programs if count == 1 else nullcontext
-        with keep(), pytest.MonkeyPatch.context() as patch:
-            make = lambda options: sharding.make_mesh(options, jax.devices()[:count])  # noqa: E731
-            patch.setattr(run_module, "make_mesh", make)
-            # Measuring the processor and estimating memory take longer than the run.
-            patch.setattr(run_module, "peak_flops", lambda devices: 1e12)
-            patch.setattr(run_module, "estimate", lambda *args, **options: "")
-            return run_module.train(config, console or Console(quiet=True))
+    def run(config, console=None):
+        with on_devices(config.mesh.data * config.mesh.fsdp * config.mesh.tensor):
+            return train(config, console or Console(quiet=True))
 
-    return train
+    return run
 
 
 @pytest.fixture(scope="session")

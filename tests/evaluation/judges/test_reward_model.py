@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qstar_jax import sharding
 from qstar_jax.config import (
     ComputeOptions,
     DataOptions,
@@ -21,14 +20,14 @@ from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges import Comparison, RewardJudge
 from qstar_jax.evaluation.judges.reward_model import load_reward
 from qstar_jax.loading import load_model
-from qstar_jax.training import run as run_module
+from qstar_jax.training.run import train
 
 BETA = 0.3
 PAIRS = [("w1 w2", "w3 w4 w5"), ("w1 w2", "w6"), ("w7", "w8 w9"), ("w1 w2", ""), ("w7", "w8 w9 w10 w11 w12")]
 
 
 @pytest.fixture(scope="module")
-def dpo_run(tmp_path_factory, hf_folder, train_file, kept_programs):
+def dpo_run(tmp_path_factory, hf_folder, train_file, on_devices):
     """Folder of a DPO run of a few steps; nothing but that folder is left of it."""
     place = tmp_path_factory.mktemp("judge")
     model = shutil.copytree(hf_folder, place / "model")
@@ -40,10 +39,8 @@ def dpo_run(tmp_path_factory, hf_folder, train_file, kept_programs):
         optimizer=OptimizerOptions(learning_rate=3e-3),
         train=TrainOptions(steps=4, batch_size=8, reference_samples=0),
     )
-    with kept_programs(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "make_mesh", lambda options: sharding.make_mesh(options, jax.devices()[:1]))
-        patch.setattr(run_module, "peak_flops", lambda devices: 1e12)
-        run_module.train(config, Console(quiet=True))
+    with on_devices(1):
+        train(config, Console(quiet=True))
     shutil.rmtree(model)
     return place / "run"
 
