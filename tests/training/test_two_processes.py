@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import qstar_jax
 from qstar_jax.checkpoints import find_checkpoint
@@ -24,6 +25,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(
     tmp_path,
     hf_folder,
