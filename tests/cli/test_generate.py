@@ -257,29 +257,31 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
 def test_answers_of_a_model_that_has_changed_are_not_taken_for_its_own(
-    what, folder, eval_file, tmp_path, one_device_only, decoded, capsys
+    folder, hf_folder, eval_file, tmp_path, one_device_only, decoded, capsys
 ):
     out, words = tmp_path / "out", ["--model", folder, "--data.eval", eval_file, "--data.max_eval_rows", "2"]
     assert generate(out, *words) == 0
     assert generate(out, *words) == 0 and "nothing to do: all 2 prompts" in capsys.readouterr().out
     kept = (out / "generations.jsonl").read_bytes()
-    change, named = CHANGES[what]
-    change(folder)
     decoded.clear()
-    for content in (kept, kept.splitlines(keepends=True)[0]):  # a complete file, and one that was broken off
-        (out / "generations.jsonl").write_bytes(content)
-        assert generate(out, *words) == 2
-        said = capsys.readouterr()
-        assert re.search(named, said.err) and said.err.rstrip().endswith("or remove that folder to begin anew")
-        assert "nothing to do" not in said.out and (out / "generations.jsonl").read_bytes() == content and not decoded
-    # A folder without an answer belongs to nobody yet, and one that does not say whose it is to nobody any more.
-    (out / "generations.jsonl").write_bytes(b"")
-    assert generate(out, *words) == 0 and len(records(out)) == 2
+    for change, named in CHANGES.values():
+        shutil.rmtree(folder)
+        shutil.copytree(hf_folder, folder)
+        change(folder)
+        for content in (kept, kept.splitlines(keepends=True)[0]):  # a complete file, and one that was broken off
+            (out / "generations.jsonl").write_bytes(content)
+            assert generate(out, *words) == 2
+            said = capsys.readouterr()
+            assert re.search(named, said.err) and said.err.rstrip().endswith("or remove that folder to begin anew")
+            assert "nothing to do" not in said.out and not decoded
+            assert (out / "generations.jsonl").read_bytes() == content
+    # Answers that do not say whose they are, are nobody's; a folder without an answer belongs to whom comes next.
     (out / "generations.identity.json").unlink()
     assert generate(out, *words) == 2
     assert "nothing says which model made the answers" in capsys.readouterr().err
+    (out / "generations.jsonl").write_bytes(b"")
+    assert generate(out, *words) == 0 and len(records(out)) == 2
 
 
 def test_other_models_that_take_part_are_known_too(folder, hf_folder, tmp_path, one_device_only, capsys):

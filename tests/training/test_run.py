@@ -232,6 +232,7 @@ def test_a_run_does_not_go_on_with_data_that_were_changed_in_place(name, change,
     assert (Path(own_data.out) / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_examples_however_their_file_is_written(own_data, tiny_train, tmp_path):
     out = shutil.copytree(own_data.out, tmp_path / "run")
     path = Path(own_data.data.train)
