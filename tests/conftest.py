@@ -19,6 +19,7 @@ os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # see `kept_programs`
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import gc
 import json
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -31,6 +32,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+# Compilers make many objects that stay; Python need not look through them for garbage after every 700 new ones.
+gc.set_threshold(100_000)
 
 # The shapes and types that signatures of pure functions promise are checked at every call of the tests. Where an array
 # lies is not: copies on the host of what these functions return hold numpy arrays.
