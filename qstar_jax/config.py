@@ -74,13 +74,14 @@ class DataOptions:
             tokenizer's default, or `tool_use` for dialogues with tools. A run's tokenizer keeps the choice as its
             default.
         chat_template_kwargs: Further variables that the chat template reads, such as {"enable_thinking": false}.
-        date: Day (2026-01-31) that chat templates take for today, where they print it; not set: the day on which the
-            run or folder was begun, which is kept with it.
-        repeated_prompt: Where answers begin with their prompt in most rows of a file: `remove` takes it off them,
-            `keep` leaves it there, as part of what is learnt and scored.
+        date: Day (such as 2026-01-31) that chat templates print as today's; not set: the day on which the run or
+            folder was begun, which is kept with it.
+        repeated_prompt: What to do where most answers of a file begin with their prompt: `remove` takes it off them,
+            `keep` leaves it there, to be learnt and scored with the rest.
         bad_rows: What becomes of rows that cannot be used: a missing column, a null, broken JSON, an empty answer,
             messages that the chat template refuses, and the like. `drop` leaves them out and says so, but stops if
-            they are more than a tenth of the file; `stop` stops at the first. Equal answers are always left out.
+            they are more than a tenth of the file; `stop` stops at the first. Pairs of equal answers are always
+            left out.
         max_length: Longest prompt and answer together; a longer answer loses its end, and its EOS.
         max_prompt_length: Longest prompt; a longer one loses its beginning.
         layout: How prompts and answers share rows in training: `packed` computes a prompt once for all its answers, and
@@ -317,7 +318,7 @@ class ScoreConfig:
 
     Args:
         model: Folder of a DPO run (or of one of its checkpoints), a Hugging Face folder, or a hub name.
-        out: Folder for scores.jsonl, scores.identity.json and heatmap.html; those of an earlier run there are replaced.
+        out: Folder for scores.jsonl, scores.identity.json and heatmap.html; they replace those of an earlier run there.
         reference: Folder or hub name of the reference; a DPO run carries its own.
         beta: Temperature of the rewards; a DPO run carries its own.
         answers: `pairs` scores chosen and rejected, `single` the one answer of each row (column `completion`).
@@ -391,8 +392,8 @@ class DecodeOptions:
         stochastic: beam: draws answers without replacement from the policy instead of searching the best.
         chunk_length: chunk: most tokens of a chunk (16).
         samples: chunk: continuations drawn of each beam (4).
-        delimiters: chunk: strings that end a chunk early, such as a line break; it ends behind a token whose text ends
-            with one of them, so one that is spelled by several tokens is not found.
+        delimiters: chunk: strings that end a chunk early, such as a line break. A chunk ends after a token whose text
+            ends with one of them; a delimiter that takes several tokens is not found.
         num_simulations: mcts: nodes that a tree grows to (64).
         num_actions: mcts: likeliest tokens that a node considers (8).
         selection: mcts: puct or gumbel (puct).
@@ -469,8 +470,8 @@ class GenerateConfig:
 
     Args:
         model: Folder of a run (or of one of its checkpoints), a Hugging Face folder, or a hub name.
-        out: Folder for generations.jsonl, generations.identity.json and config.yaml. Answers that are there were made
-            with the same settings, prompts and models, or are refused.
+        out: Folder for generations.jsonl, generations.identity.json and config.yaml. Answers already there are kept if
+            the same settings, prompts and models made them; otherwise the verb refuses to mix them.
         prompt: One prompt, given here; otherwise `data.eval` is a file with a prompt column.
         reference: Folder or hub name of the reference, for objectives of reward and `decode.report_reference`; a DPO
             run carries its own.

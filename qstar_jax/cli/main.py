@@ -2,12 +2,14 @@
 
 import difflib
 import importlib
+import json
 import os
 import re
 import sys
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from qstar_jax import __version__, config
 from qstar_jax.errors import InputError
@@ -26,6 +28,8 @@ VERBS: dict[str, tuple[type, str]] = {
     "export": (config.ExportConfig, "write a run's model, or its adapter, as a Hugging Face folder"),
     "env": (config.EnvConfig, "print versions and devices, for a bug report"),
 }
+
+_load_yaml = get_loader("yaml")
 
 
 class Parser(ArgumentParser):
@@ -64,6 +68,7 @@ def _verb_parser(verb: str) -> Parser:
 def build_parser() -> Parser:
     """Builds the parser of all verbs."""
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    set_loader("yaml", _load_value, (yaml.YAMLError,))
     parser = Parser(
         allow_abbrev=False, prog="qstar", description="Train, read and search a language model as a Q-function."
     )
@@ -72,6 +77,14 @@ def build_parser() -> Parser:
     for verb, (_, summary) in VERBS.items():
         verbs.add_subcommand(verb, _verb_parser(verb), help=summary)
     return parser
+
+
+def _load_value(text: str) -> Any:
+    """Reads a value as JSON if it is that, else as YAML, to which the two escapes of an emoji in JSON mean nothing."""
+    try:
+        return json.loads(text) if text.lstrip().startswith(("[", "{", '"')) else _load_yaml(text)
+    except json.JSONDecodeError:
+        return _load_yaml(text)
 
 
 def _is_flag(options: type, name: str) -> bool:

@@ -49,9 +49,15 @@ class ChatTemplate:
             tools: Whether dialogues have tools, for each kind of dialogue that there is.
 
         Raises:
-            InputError: There is no such template, it is no Jinja, or an option has no effect on it.
+            InputError: There is no such template, it is no template of chats, or an option has no effect on it.
         """
         used = {has: find_template(tokenizer, options.chat_template, tools=has) for has in tools}
+        if not all("messages" in _names(text) for text in used.values()):
+            which = "" if options.chat_template is None else f" {options.chat_template!r}"
+            raise InputError(
+                f"the chat template{which} never reads `messages`, so all prompts would be one text; expected a Jinja "
+                "template such as those in chat_template.jinja of chat models"
+            )
         texts = (used.get(False, ""), used.get(True, ""))
         found = cls(tokenizer, texts, options.chat_template_kwargs, options.date)
         _check_arguments(options.chat_template_kwargs, frozenset().union(*map(_variables, used.values())), tokenizer)

@@ -133,6 +133,6 @@ def check_bad_rows(dropped: Sequence[Dropped], total: int, bad_rows: Literal["dr
         raise InputError(f"{source} {first}; mend the row, or leave bad rows out with --data.bad_rows drop")
     if len(bad) > MOST_BAD * total:
         raise InputError(
-            f"{source}: {len(bad):,} of its {total:,} rows are bad, too many to leave out (at most a tenth): "
+            f"{source}: too many bad rows to leave out ({len(bad):,} of {total:,}; at most a tenth may be bad): "
             f"{reasons_with_rows(bad)}; {first}; mend these rows or take them out of the file"
         )

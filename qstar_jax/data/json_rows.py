@@ -85,7 +85,7 @@ def _is_json(line: bytes) -> bool:
 
 def _checked_object(row: Any, where: str) -> dict:
     if not isinstance(row, dict):
-        raise BadRow("no JSON object", f"{where}: found a JSON {type(row).__name__}; {_EXPECTED}")
+        raise BadRow("no JSON object", f"{where}: found {json.dumps(row)[:40]}; {_EXPECTED}")
     return row
 
 

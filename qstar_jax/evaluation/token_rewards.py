@@ -52,7 +52,8 @@ def score_dataset(
         One record an answer, in file order.
 
     Raises:
-        InputError: If the batch cannot be cut evenly over the mesh, or there are not so many tokens.
+        InputError: If the batch cannot be cut evenly over the mesh, there are not so many tokens, or a number is not
+            finite.
     """
     if not 0 <= alternatives <= policy.model.config.vocab_size:
         raise InputError(
@@ -75,6 +76,7 @@ def score_dataset(
                 at = (b, r, slice(len(response.ids)))
                 places = _alternatives([x[at] for x in others], piece, beta) if index < asked else ()
                 own = {name: tuple(values[at].tolist()) for name, values in scores.items()}
+                _check_finite(example, own)
                 records.append(_record(policy, example, r, beta, alternatives=places, **own))
     return records
 
@@ -92,6 +94,16 @@ def _record(policy: LoadedModel, example: Example, r: int, beta: float, **found:
         beta=beta,
         **found,
     )
+
+
+def _check_finite(example: Example, scores: dict[str, tuple[float, ...]]):
+    for name, values in scores.items():
+        if not np.isfinite(values).all():
+            token = int(np.argmin(np.isfinite(values)))
+            raise InputError(
+                f"row {example.row + 1}: {name} of token {token + 1} is {values[token]}; expected finite numbers: "
+                "check the model's weights, or compute in float32"
+            )
 
 
 def _numbers(scores: mdp.TokenScores, beta: float) -> dict[str, np.ndarray]:

@@ -44,8 +44,9 @@ class TensorFiles:
                 kind = self._slices[name].get_dtype()
                 if kind not in NUMBER_TYPES:
                     raise InputError(
-                        f"{path}: tensor {name!r} has numbers of type {kind}; expected {', '.join(NUMBER_TYPES)}: "
-                        "quantised weights must be dequantised first (transformers: model.dequantize())"
+                        f"{path}: tensor {name!r} has numbers of type {kind}; expected {', '.join(NUMBER_TYPES)}; "
+                        "convert the weights, or dequantise them if they are quantised (transformers: "
+                        "model.dequantize())"
                     )
         self.folder = folder
 
@@ -145,7 +146,8 @@ def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Colle
         The parameters.
 
     Raises:
-        InputError: If a tensor is missing, misshapen or not one of the model's, or the weights are a pickle.
+        InputError: If a tensor is missing, misshapen, not finite or not one of the model's, or the weights are a
+            pickle.
     """
     files = TensorFiles(folder)
     sources = model.family.hf_tensors(model.config)
@@ -165,6 +167,11 @@ def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Colle
             out = np.empty((len(chosen), *(piece.stop - piece.start for piece in inner)), abstract.dtype)
             for i, part in enumerate(chosen):
                 out[i] = part[tuple(reversed(inner))].T if transposed else part[inner]
+            if not np.isfinite(out).all():
+                raise InputError(
+                    f"{folder}: tensor {name.format(layer='*')!r} holds numbers that are not finite in {out.dtype}, so "
+                    "every answer would be nonsense; take an earlier checkpoint of this model"
+                )
             return out[0] if layers is None else out
 
         return jax.make_array_from_callback(abstract.shape, sharding, part_of_device)

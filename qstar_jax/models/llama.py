@@ -130,20 +130,30 @@ def _check_sizes(sizes: dict[str, Any], head_dim: Any):
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     # transformers 5 writes `rope_parameters` (theta inside), earlier versions `rope_scaling` (theta beside it).
-    found = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
-    rope = {key: value for key, value in (found or [{}])[0].items() if value is not None}
-    if len(found) == 2 and any(rope.get(key, value) != value for key, value in found[1].items()):
+    new, old = (_rope_dictionary(config, key) for key in ("rope_parameters", "rope_scaling"))
+    if any(new.get(name, value) != value for name, value in old.items()):
         raise InputError(
-            f"config.json: rope_parameters {found[0]} and rope_scaling {found[1]} differ; keep one of them"
+            f"config.json: rope_parameters {config['rope_parameters']} and rope_scaling {config['rope_scaling']} "
+            "differ; keep one of them"
         )
+    rope = old | new
     theta, other = config.get("rope_theta"), rope.get("rope_theta")
     if theta and other and theta != other:
         raise InputError(f"config.json: rope_theta is {theta}, and {other} inside rope_parameters; keep one of them")
     return rope
 
 
+def _rope_dictionary(config: dict[str, Any], key: str) -> dict[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"config.json: {key} is {found!r}; expected an object such as {{'rope_type': 'default'}}")
+    rope = {name: value for name, value in found.items() if value is not None}
+    kind = rope.pop("type", None)  # the name that `rope_type` had before transformers 4.45
+    return rope if kind is None else {"rope_type": kind} | rope
+
+
 def _rope_scaling(parameters: dict[str, Any]) -> RopeScaling | None:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind = parameters.get("rope_type") or "default"
     if kind not in _ROPE_KEYS:
         raise InputError(f"config.json: rotary scaling of type {kind!r}; expected default, linear or llama3")
     needed = _ROPE_KEYS[kind]
@@ -151,7 +161,7 @@ def _rope_scaling(parameters: dict[str, Any]) -> RopeScaling | None:
     if missing:
         raise InputError(f"config.json: rotary scaling of type {kind!r} has no {missing[0]} (found: {parameters})")
     # What a linear scaling was stretched from is written down, and used by nobody.
-    unknown = parameters.keys() - {*needed, "rope_type", "type", "rope_theta", "original_max_position_embeddings"}
+    unknown = parameters.keys() - {*needed, "rope_type", "rope_theta", "original_max_position_embeddings"}
     if unknown:
         name = min(unknown)
         raise InputError(

@@ -51,6 +51,12 @@ def test_overrides_of_the_mesh_may_be_given_as_a_dictionary(seen):
     assert seen[0].mesh.overrides == {"embed": ["fsdp", None]}
 
 
+@pytest.mark.parametrize("words", ['["\\ud83d\\ude42", "\\u3002"]', '["\U0001f642", "\u3002"]', "[\U0001f642, \u3002]"])
+def test_an_emoji_may_be_written_as_json_writes_it(words, seen):
+    assert main(["generate", "--model", "m", "--out", "o", "--decode.stop", words]) == 0
+    assert seen[0].decode.stop == ["\U0001f642", "\u3002"]
+
+
 def test_arguments_of_chat_templates(seen, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("data: {chat_template_kwargs: {enable_thinking: false, day: 2026-03-04}, date: 2026-03-04}\n")

@@ -77,6 +77,7 @@ def test_a_single_template_is_replaced(chat_tokenizer, tmp_path):
         ({"a": "x", "b": "y"}, {}, r"several chat templates and none is the default .*a, b.*--data.chat_template"),
         (None, {}, "no chat template; use the tokenizer of an instruction-tuned model"),
         (None, {"chat_template": "default"}, r"neither .* \(templates of this tokenizer: none\)"),
+        ("Say something.", {}, "the chat template never reads `messages`"),
         ("{% if %}", {}, r"not valid Jinja \(line 1: Expected an expression"),
         (LOOP, {"chat_template_kwargs": {"thinking": True}}, "does not read 'thinking'; it reads nothing"),
         (LOOP + "{{ a }}{{ bos_token }}", {"chat_template_kwargs": {"b": 1}}, "read 'b'; it reads a, bos_token"),
@@ -84,7 +85,7 @@ def test_a_single_template_is_replaced(chat_tokenizer, tmp_path):
         (LOOP, {"chat_template_kwargs": {"add_generation_prompt": True}}, "'add_generation_prompt' is not for you"),
         (LOOP + "{{ a }}", {"chat_template_kwargs": {"a": {"b": [print]}}}, "'a' is dict; expected text, numbers"),
         (LOOP, {"date": "2026-01-31"}, "data.date 2026-01-31 has no effect: the chat template prints no date"),
-        (TODAY, {"date": "31.1.2026"}, "data.date '31.1.2026': expected a date such as 2026-01-31"),
+        (TODAY + LOOP, {"date": "31.1.2026"}, "data.date '31.1.2026': expected a date such as 2026-01-31"),
     ],
 )
 def test_what_is_refused(character_tokenizer, templates, options, message):
@@ -108,7 +109,8 @@ def test_arguments_reach_the_template(character_tokenizer):
     expected = tokenizer.apply_chat_template(DIALOGUE, tokenize=False, **given)
     assert rendered(tokenizer, chat_template_kwargs=given) == expected
     assert expected.startswith("no ") and not rendered(tokenizer).startswith("no ")
-    assert rendered(character_tokenizer(chat_template="{% generation %}x{% endgeneration %}")) == "x"
+    marked, bare = "{% generation %}" + LOOP + "{% endgeneration %}", LOOP
+    assert rendered(character_tokenizer(chat_template=marked)) == rendered(character_tokenizer(chat_template=bare))
 
 
 def test_the_day_is_the_one_that_is_named(character_tokenizer):
@@ -135,7 +137,7 @@ def test_a_date_is_settled_where_it_is_printed_only(character_tokenizer):
 
 def test_what_a_template_cannot_render_is_a_reason(character_tokenizer):
     for text, reason in (
-        ("{{ raise_exception('no') }}", "no"),
+        ("{{ raise_exception('no') }}" + LOOP, "no"),
         ("{{ 1 + messages[0].content }}", "unsupported operand"),
     ):
         with pytest.raises(BadRow, match=rf"the chat template refuses the messages \({reason}"):

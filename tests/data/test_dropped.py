@@ -41,7 +41,7 @@ def test_too_many_bad_rows():
     with pytest.raises(InputError) as caught:
         check_bad_rows(dropped, 19, "drop", "data.jsonl")
     assert str(caught.value) == (
-        "data.jsonl: 2 of its 19 rows are bad, too many to leave out (at most a tenth): 1 b (row 8), 1 c (row 10); "
+        "data.jsonl: too many bad rows to leave out (2 of 19; at most a tenth may be bad): 1 b (row 8), 1 c (row 10); "
         "row 8: b: x; mend these rows or take them out of the file"
     )
 

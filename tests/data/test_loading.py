@@ -91,7 +91,7 @@ def test_a_bad_row_among_many(tmp_path, plain_tokenizer, bad):
     source = write(tmp_path, *[pair("a", "b", "c")] * 4, bad)
     with pytest.raises(InputError) as too_many:
         load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS)
-    said = f"1 of its 5 rows are bad, too many to leave out (at most a tenth): 1 {dropped.reason} (row 5);"
+    said = f"too many bad rows to leave out (1 of 5; at most a tenth may be bad): 1 {dropped.reason} (row 5);"
     assert said in str(too_many.value)
 
 

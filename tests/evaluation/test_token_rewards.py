@@ -8,6 +8,7 @@ import pytest
 from qstar_jax.config import DataOptions
 from qstar_jax.data.loading import load_examples
 from qstar_jax.errors import InputError
+from qstar_jax.evaluation import token_rewards
 from qstar_jax.evaluation.scored import lone_piece
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.loading import LoadedModel
@@ -98,6 +99,19 @@ def test_nobody_asked(scoring):
     assert all(record.alternatives == () for record in none)
     assert [bool(record.alternatives) for record in some] == [True] * 6 + [False] * 4
     assert [record.logp for record in none] == [record.logp for record in some]
+
+
+def test_numbers_that_are_not_finite_are_refused(scoring, tiny_params, monkeypatch):
+    found = token_rewards._numbers
+
+    def broken(scores, beta):
+        arrays = {name: np.array(values) for name, values in found(scores, beta).items()}
+        arrays["logp"][1, 0, 1] = np.nan
+        return arrays
+
+    monkeypatch.setattr(token_rewards, "_numbers", broken)
+    with pytest.raises(InputError, match=r"row 2: logp of token 2 is nan; expected finite numbers"):
+        scoring[1]()
 
 
 def test_more_than_the_vocabulary_is_refused(scoring):

@@ -52,6 +52,13 @@ def test_misshapen_tensor(folder, one_device):
         read(folder, one_device)
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(number, folder, one_device):
+    change_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 5), number))
+    with pytest.raises(InputError, match=r"'model\.layers\.\*\.mlp\.up_proj\.weight' holds .* not finite in float32"):
+        read(folder, one_device)
+
+
 @pytest.mark.parametrize(
     "name",
     ["model.layers.1.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight", "score.weight", "model.norm.bias"],
@@ -73,7 +80,7 @@ def test_computed_tensors_of_old_files_change_nothing(name, folder, one_device, 
 def test_other_types_of_numbers_are_refused(kind, folder, one_device):
     name = "model.layers.1.mlp.up_proj.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].astype(kind)}))
-    with pytest.raises(InputError, match=rf"'{name}' has numbers of type .*expected F32, F16, BF16.*dequantised"):
+    with pytest.raises(InputError, match=rf"'{name}' has numbers of type .*expected F32, F16, BF16.*dequantise "):
         read(folder, one_device)
 
 
