@@ -200,9 +200,7 @@ def _check_arguments(arguments: dict[str, Any], read: Collection[str], tokenizer
     reserved = {"messages", _CLOCK, *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents"}
     for name, value in arguments.items():
         if name in reserved:
-            raise InputError(
-                f"data.chat_template_kwargs: {name!r} is not for you to set, as the program sets it itself"
-            )
+            raise InputError(f"data.chat_template_kwargs: {name!r} is set by the program itself; leave it out")
         if name not in read:
             known = ", ".join(sorted(set(read) - reserved)) or "nothing"
             raise InputError(f"data.chat_template_kwargs: the chat template does not read {name!r}; it reads {known}")

@@ -115,7 +115,7 @@ def texts_behind(tokenizer: "PreTrainedTokenizerBase", several: Sequence[Sequenc
 
 def _encoded(string: str) -> bytes:
     if not string:
-        raise InputError("a stop string is not empty")
+        raise InputError("stop string '': expected at least one character")
     try:
         return string.encode("utf-8")
     except UnicodeEncodeError:

@@ -85,13 +85,18 @@ class LlamaConfig:
         sizes["max_position_embeddings"] = config.get("max_position_embeddings", cls.max_position_embeddings)
         _check_sizes(sizes, config.get("head_dim"))
         rope = _rope_parameters(config)
+        numbers = {
+            "rms_norm_eps": config.get("rms_norm_eps", cls.rms_norm_eps),
+            "rope_theta": rope.get("rope_theta") or config.get("rope_theta") or cls.rope_theta,
+        }
+        tied = config.get("tie_word_embeddings") or False
+        _check_values(numbers, tied)
         return cls(
             **sizes,
+            **numbers,
             head_dim=config.get("head_dim") or sizes["hidden_size"] // heads,
-            rms_norm_eps=config.get("rms_norm_eps", cls.rms_norm_eps),
-            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or cls.rope_theta,
             rope_scaling=_rope_scaling(rope),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", cls.tie_word_embeddings)),
+            tie_word_embeddings=tied,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -128,6 +133,14 @@ def _check_sizes(sizes: dict[str, Any], head_dim: Any):
         raise InputError(f"config.json: {heads} num_attention_heads do not divide hidden_size {width}; give head_dim")
 
 
+def _check_values(numbers: dict[str, Any], tied: Any):
+    for name, number in numbers.items():
+        if type(number) not in (int, float) or not number > 0:
+            raise InputError(f"config.json: {name} is {number!r}; expected a number above 0")
+    if type(tied) is not bool:
+        raise InputError(f"config.json: tie_word_embeddings is {tied!r}; expected true or false")
+
+
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     # transformers 5 writes `rope_parameters` (theta inside), earlier versions `rope_scaling` (theta beside it).
     new, old = (_rope_dictionary(config, key) for key in ("rope_parameters", "rope_scaling"))
@@ -139,7 +152,9 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     rope = old | new
     theta, other = config.get("rope_theta"), rope.get("rope_theta")
     if theta and other and theta != other:
-        raise InputError(f"config.json: rope_theta is {theta}, and {other} inside rope_parameters; keep one of them")
+        raise InputError(
+            f"config.json: rope_theta is {theta!r}, and {other!r} inside rope_parameters; keep one of them"
+        )
     return rope
 
 

@@ -135,7 +135,7 @@ def test_strings_that_cannot_be_said(bytes_tokenizer):
         compile_stop_strings(["ab", "xyz"], bytes_tokenizer, len(TOKENS))
     with pytest.raises(InputError, match="stop string 'xab': no sequence"):  # its end can be said, its beginning not
         compile_stop_strings(["xab"], bytes_tokenizer, len(TOKENS))
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="at least one character"):
         compile_stop_strings([""], bytes_tokenizer, len(TOKENS))
 
 
