@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from qstar_jax import hub
 from qstar_jax.caches import keep_programs
 from qstar_jax.config import GenerateConfig
 from qstar_jax.data.loading import Dataset, load_examples, make_dataset
@@ -34,6 +35,9 @@ def run(config: GenerateConfig):
     keep_programs()
     with jax.set_mesh(mesh):
         policy = load_model(config.model, config.compute, mesh, config.mesh)
+        if settings := hub.other_settings(policy.generation):
+            said = ", ".join(f"{name} {value!r}" for name, value in settings.items())
+            _say(console, f"{config.model}: its generation_config.json asks for {said}; only --decode options are read")
         dataset = _prompts(replace(config, data=file.data), policy, console)
         texts = prompt_texts(dataset, policy.tokenizer)
         others = _others(config, policy, mesh)

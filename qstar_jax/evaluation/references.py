@@ -27,6 +27,11 @@ def open_reference(
         InputError: If none is named, and none lies beside the policy, or not the one with which its run began.
     """
     source = named or policy.reference
+    if source is None and policy.description is not None and policy.description.reference is not None:
+        raise InputError(
+            f"{model} began with a reference whose folder is no longer beside its checkpoints; put it back, or name "
+            "the reference with --reference"
+        )
     if source is None:
         raise InputError(
             f"{model} carries no reference (only a run whose loss has one does); name one with --reference: "

@@ -3,6 +3,7 @@
 from qstar_jax.hub.folder import open_folder as open_folder
 from qstar_jax.hub.folder import read_config as read_config
 from qstar_jax.hub.generation import GENERATION as GENERATION
+from qstar_jax.hub.generation import other_settings as other_settings
 from qstar_jax.hub.generation import read_generation_config as read_generation_config
 from qstar_jax.hub.generation import with_eos as with_eos
 from qstar_jax.hub.generation import write_generation_config as write_generation_config

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATION = "generation_config.json"
+# Of its keys, those that change nothing in how answers are searched for, or are read (`eos_token_id`).
+_NOTED = "eos_token_id bos_token_id pad_token_id transformers_version use_cache cache_implementation"
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -43,6 +45,12 @@ def with_eos(generation: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -
     """
     ids = {*_eos_ids(generation, Path(GENERATION)), tokenizer.eos_token_id} - {None}
     return generation | {"eos_token_id": sorted(ids)}
+
+
+def other_settings(generation: dict[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json asks of decoding beside the ends of answers: none of it is read here."""
+    noted = _NOTED.split()
+    return {key: value for key, value in generation.items() if key not in noted and key[0] != "_" and value is not None}
 
 
 def write_generation_config(folder: Path, generation: dict[str, Any]):

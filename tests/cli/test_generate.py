@@ -306,6 +306,14 @@ def test_a_beta_that_the_run_records_is_part_of_its_answers(dpo_run, tmp_path, o
     assert "beta 0.5, and it is 0.3 now" in capsys.readouterr().err
 
 
+def test_settings_that_a_model_asks_for_in_vain_are_told(hf_folder, tmp_path, one_device_only, capsys):
+    folder = shutil.copytree(hf_folder, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2, "top_k": 3}')
+    assert generate(tmp_path / "out", "--model", folder, "--prompt", "\ud83d") == 2  # before anything is compiled
+    said = capsys.readouterr()
+    assert "asks for top_k 3; only --decode options are read" in said.out and "surrogate" in said.err
+
+
 def test_every_row_has_its_line_and_says_why_it_has_no_answer(
     picky_folder, picky_file, tmp_path, one_device_only, decoded, capsys
 ):

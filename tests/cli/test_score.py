@@ -112,6 +112,13 @@ def test_a_folder_model_with_a_given_reference(hf_folder, dpo_run, eval_file, tm
     assert all(reward == 0 for record in records(tmp_path) for reward in record["reward"])
 
 
+def test_a_reference_that_is_gone_is_missed(dpo_run, eval_file, tmp_path, one_device_only, capsys):
+    run = shutil.copytree(dpo_run, tmp_path / "run")
+    shutil.rmtree(run / "reference")
+    assert score(tmp_path / "out", "--model", run, "--data.eval", eval_file) == 2
+    assert "began with a reference whose folder is no longer beside its checkpoints" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

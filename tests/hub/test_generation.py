@@ -39,6 +39,11 @@ def test_an_adapter_takes_its_own_ends_along(hf_folder, train_file, tmp_path, on
     assert json.loads((export / "generation_config.json").read_text()) == {"eos_token_id": [2, 9], "top_k": 3}
 
 
+def test_settings_that_are_not_read_are_told():
+    generation = {"_from_model_config": True, "eos_token_id": [2], "top_p": None, "do_sample": True, "top_k": 20}
+    assert hub.other_settings(generation) == {"do_sample": True, "top_k": 20}
+
+
 @pytest.mark.parametrize("ids", ["2", [2, "5"], 1.5, True, {"a": 1}])
 def test_ids_that_are_none_are_refused(ids, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
