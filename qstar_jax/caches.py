@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+WORTH_KEEPING = 0.1  # seconds of compilation; JAX itself keeps what took a second, as few programs of small models do
+
 
 def user_cache(name: str) -> Path:
     """Folder of one kind of cache, under $XDG_CACHE_HOME or ~/.cache.
@@ -29,3 +31,5 @@ def keep_programs():
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         return
     jax.config.update("jax_compilation_cache_dir", str(user_cache("programs")))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)

@@ -12,6 +12,7 @@ from typing import Literal
 from qstar_jax.data.tokenization import Example
 
 Layout = Literal["packed", "shared", "plain"]
+FEW = 96  # scored tokens of a row that are not worth a program of their own
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Shapes:
         batch_size: int,
         row_length: int = 0,
         parts: int = 1,
-        multiple: int = 32,
+        multiple: int = 8,
     ) -> "Shapes":
         """Finds shapes into which every example fits.
 
@@ -129,8 +130,8 @@ class Shapes:
         length = up(max(longest, row_length if layout == "packed" else 0), multiple)
         response_length = up(max(len(r.ids) for e in examples for r in e.responses), multiple)
         # A quarter of the batch, and of the row: at most sixteen programs, of which most data sets meet two or three.
-        # Of short rows more than a quarter: there another program costs more time than the empty slots.
+        # Of short rows `FEW`: there another program costs more time than the empty slots.
         rows = up(up(batch_size, 4) // 4 if layout == "packed" else 1, parts)
         most = length if layout == "packed" else max(block.scored for block in blocks)
-        scored = min(max(up(length, 4) // 4, 3 * multiple), most)
+        scored = min(max(up(length, 4) // 4, FEW), most)
         return cls(layout, length, response_length, rows, up(scored, multiple))

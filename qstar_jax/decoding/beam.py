@@ -19,7 +19,7 @@ from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.policies import Memory, Policy
 from qstar_jax.decoding.stop_strings import StopStrings
 
-BLOCK = 8  # most steps between two looks at whether every row is done
+BLOCK = 4  # most steps between two looks at whether every row is done
 
 
 @jax.tree_util.register_dataclass
@@ -106,11 +106,12 @@ def beam_search(
     )
 
     def advance(state: _Search, t: Array) -> tuple[_Search, None]:
-        """Runs the live beams' last tokens, t - 1 of them being before these, and chooses the next ones."""
+        """Chooses the live beams' next tokens, t of them being before these, and runs them."""
+        state = choose(state, t)
         path = (state.ancestry[..., None] == jnp.arange(beams)).reshape(rows, beams, -1)
-        tokens = jax.lax.dynamic_index_in_dim(state.live.tokens, t - 1, axis=2, keepdims=False)
-        logits, memory = model.extend(params, state.memory, tokens, path, (t - 1) * beams)
-        return choose(replace(state, step=objective(logits), memory=memory), t), None
+        tokens = jax.lax.dynamic_index_in_dim(state.live.tokens, t, axis=2, keepdims=False)
+        logits, memory = model.extend(params, state.memory, tokens, path, t * beams)
+        return replace(state, step=objective(logits), memory=memory), None
 
     def advance_block(carry):
         state, t = carry
@@ -118,12 +119,11 @@ def beam_search(
         return state, t + block
 
     # No branches inside: XLA copies what passes through them, and keys and values are most of the memory. So blocks
-    # must come out even, and what follows the end of the last row is harmless.
-    block = max(size for size in range(1, BLOCK + 1) if (room - 1) % size == 0)
+    # must come out even, and what follows the end of the last row is harmless. That the last tokens are run for nothing
+    # costs less than a first choice outside of the loop, which would be compiled once more.
+    block = max(size for size in range(1, BLOCK + 1) if room % size == 0)
     state, _ = jax.lax.while_loop(
-        lambda carry: (carry[1] < room) & ~carry[0].closed.all(),
-        advance_block,
-        (choose(state, jnp.int32(0)), jnp.int32(1)),
+        lambda carry: (carry[1] < room) & ~carry[0].closed.all(), advance_block, (state, jnp.int32(0))
     )
     return _result(state, prompt_lengths, options, objective, has_reference=step.ref_logp is not None)
 

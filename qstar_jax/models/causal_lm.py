@@ -149,9 +149,7 @@ class CausalLM:
         return jax.tree.map(lambda x: x, _abstract_params(self))  # a tree of the caller's own
 
     def _bind(self, params: Params) -> nnx.Module:
-        stacked = not is_unstacked(params)
-        graphdef, _ = nnx.split(nnx.eval_shape(lambda: self._network(nnx.Rngs(0), stacked)), nnx.Param)
-        return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
+        return nnx.merge(_graph(self, not is_unstacked(params)), nnx.State(jax.tree.map(nnx.Param, params)))
 
     def hidden_states(
         self,
@@ -277,6 +275,12 @@ class DecodeCache:
 @cache
 def _abstract_params(model: CausalLM) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0))
+
+
+@cache
+def _graph(model: CausalLM, stacked: bool) -> nnx.GraphDef:
+    """What a network is beside its parameters; every pass asks for it, and to build it takes long in Python."""
+    return nnx.split(nnx.eval_shape(lambda: model._network(nnx.Rngs(0), stacked)), nnx.Param)[0]
 
 
 def is_unstacked(params: Params) -> bool:

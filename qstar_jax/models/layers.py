@@ -21,8 +21,9 @@ ATTENDED = "attended"
 # A score that no softmax sees; finite, as gradients of infinities are NaN.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-# Parts of a pool that attention can leave out while they are empty; each is a program more to compile.
-POOL_PARTS = 4
+# Parts of a pool that attention can leave out while they are empty; each is a program more to compile, so a pool is cut
+# only where a part has this many slots.
+POOL_PARTS, PART = 4, 128
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +100,8 @@ class LayerCache:
         attention, arXiv 2403.08845).
         """
         slots = self.pool_keys.shape[2]
-        sizes = sorted({math.ceil(slots * part / POOL_PARTS) for part in range(1, POOL_PARTS + 1)})
+        parts = min(max(slots // PART, 1), POOL_PARTS)
+        sizes = [math.ceil(slots * part / parts) for part in range(1, parts + 1)]
 
         def attend_to(size: int, q, prompt_mask, path_mask, cache: "LayerCache"):
             used = replace(cache, pool_keys=cache.pool_keys[:, :, :size], pool_values=cache.pool_values[:, :, :size])

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 
 import numpy as np
@@ -43,7 +43,7 @@ class _Slot:
     other: Weights
     empty: Weights
 
-    @property
+    @cached_property
     def total(self) -> Weights:
         """Weights of all that can be said, or not, in this place."""
         return self.begun(()) + self.empty
@@ -94,6 +94,10 @@ class Oracle:
             for fact, values in self._values.items()
         }
         self._extras = {place: self._extra(place) for place in EXTRAS}
+        self._starts = [
+            _Thread(parts, (), np.array([weight, weight * self._tilt(reward)]))
+            for parts, weight, reward in self._plans()
+        ]
 
     def advantages(self, post: Post, ids: Sequence[int]) -> np.ndarray:
         """Gives every token of a summary beta log(pi* / mu).
@@ -106,11 +110,7 @@ class Oracle:
             Reward of each token. Shape [T]. NaN from the first token on that no writer would have written.
         """
         slots = self._extras | {fact: self._slot(post, fact) for fact in FACTS}
-        threads = [
-            _Thread(parts, (), np.array([weight, weight * self._tilt(reward)]))
-            for parts, weight, reward in self._plans()
-        ]
-        before = self._total(threads, slots)
+        threads, before = self._starts, self._total(self._starts, slots)
         found = np.full(len(ids), np.nan)
         for t, token in enumerate(ids):
             threads = [after for thread in threads for after in _step(thread, int(token), slots)]
@@ -163,7 +163,6 @@ class Oracle:
 
     @staticmethod
     def _total(threads: list[_Thread], slots: dict[str, _Slot]) -> Weights:
-        whole = {place: slot.total for place, slot in slots.items()}
         total = np.zeros(2)
         for thread in threads:
             facts = [part for part in thread.parts if isinstance(part, str)]
@@ -173,7 +172,7 @@ class Oracle:
                 ended = slot.whole(thread.value)  # these go on as threads of their own
                 weights = weights * (slot.begun(thread.value) - (0.0 if ended is None else ended))
             for fact in facts:
-                weights = weights * whole[fact]
+                weights = weights * slots[fact].total
             total += weights
         return total
 

@@ -109,9 +109,13 @@ class Feeder:
 
     def in_order(self, start: int = 0) -> Iterator[Batch]:
         """All examples from `start` on, once, in file order; examples that fill up the last batch have weight 0."""
+        shape = (0, 0)
         for indices in eval_batches(len(self.dataset.examples) - start, self.batch_size):
-            indices = indices + start
-            yield self._place(self._make(indices, self.batch_size), self._sharding)
+            # The last batch may be short: it is filled up to the rows of the one before, whose program serves it too.
+            at_least = shape if len(indices) < self.batch_size else (0, 0)
+            batch = self._make(indices + start, self.batch_size, at_least)
+            shape = batch.slots.shape
+            yield self._place(batch, self._sharding)
 
 
 class Evaluator:

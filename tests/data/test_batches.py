@@ -144,7 +144,7 @@ def test_shapes_come_in_few_sizes():
         for _ in range(400)
     ]
     shapes = Shapes.of(examples, batch_size=16, parts=2)
-    assert shapes.length % 32 == 0 and shapes.rows == 4
+    assert shapes.length % 8 == 0 and shapes.rows == 4
     found = {
         make_batch([examples[i] for i in rng.choice(400, 16, replace=False)], shapes).slots.shape for _ in range(60)
     }
@@ -183,7 +183,7 @@ def test_short_rows_come_in_one_width_that_holds_no_more_than_they_need():
     examples = [example(range(60), range(9, 29 + 3 * i), range(9, 39)) for i in range(12)]  # 50 to 83 tokens
     shapes = Shapes.of(examples, "shared", batch_size=4)
     widths = {make_batch(examples[i : i + 4], shapes).slots.shape[1] for i in (0, 4, 8)}
-    assert shapes.scored == 96 and widths == {96}
+    assert shapes.scored == 88 and widths == {88}  # the longest has 56 + 30
 
 
 def test_long_rows_come_in_quarters():

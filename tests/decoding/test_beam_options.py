@@ -92,7 +92,7 @@ def test_a_batch_that_is_done_takes_no_further_block_of_steps(search, table_lm):
     for table, blocks in ((ending, 1), ([[0.0, 0.5, 0.5]], 2)):
         model, params = table_lm(table)
         policy = Counting(model)
-        search((policy, params), BeamOptions(2, 2 * BLOCK + 1, (0,)), [[1]])
+        search((policy, params), BeamOptions(2, 2 * BLOCK, (0,)), [[1]])
         jax.effects_barrier()
         assert len(policy.steps) == blocks * BLOCK
 

@@ -457,8 +457,8 @@ def test_options_of_data_and_order_change_the_batches(prepared):
     laid_out = {
         layout: prepared(data={"layout": layout}).feeder.at_step(0, 0).tokens.shape[0] for layout in ("shared", "plain")
     }
-    assert len(plain.tokens) < laid_out["shared"] == 8 and laid_out["plain"] == 16
-    assert prepared(data={"row_length": 160}).feeder.at_step(0, 0).tokens.shape[1] == 160
+    packed = prepared(data={"row_length": 160}).feeder.at_step(0, 0).tokens
+    assert packed.shape[1] == 160 and len(packed) < laid_out["shared"] == 8 and laid_out["plain"] == 16
 
 
 def test_zero_steps_mean_once_through_the_rows(prepared):

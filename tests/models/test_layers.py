@@ -1,0 +1,34 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qstar_jax.models import layers
+from qstar_jax.models.layers import LayerCache
+
+ROWS, TOKENS, HEADS, GROUPS, PROMPT, POOL, WIDTH = 2, 3, 4, 2, 5, 10, 8
+
+
+@pytest.mark.parametrize(("part", "parts"), [(2, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("used", [3, 5, 6, 10])
+def test_decoding_attends_to_prompt_and_own_path_and_reads_no_part_of_the_pool_that_is_empty(
+    monkeypatch, part, parts, used
+):
+    monkeypatch.setattr(layers, "PART", part)
+    rng = np.random.default_rng(used)
+    q = rng.normal(size=(ROWS, TOKENS, HEADS, WIDTH)).astype(np.float32)
+    keys, values = rng.normal(size=(2, ROWS, GROUPS, PROMPT + POOL, WIDTH)).astype(np.float32)
+    size = next(s for s in -(-POOL * np.arange(1, parts + 1) // parts) if s >= used)
+    values[:, :, PROMPT + size :] = np.nan  # a mask would let them through
+    prompt_mask = np.arange(PROMPT) < np.array([[5], [3]])
+    path = (rng.random((ROWS, TOKENS, POOL)) < 0.5) & (np.arange(POOL) < used)
+    cut = (keys[:, :, :PROMPT], values[:, :, :PROMPT], keys[:, :, PROMPT:], values[:, :, PROMPT:])
+    found = LayerCache(*map(jnp.asarray, cut)).attend(
+        jnp.asarray(q), jnp.asarray(prompt_mask), jnp.asarray(path), jnp.int32(used)
+    )
+    for b, k, h in np.ndindex(ROWS, TOKENS, HEADS):
+        seen = np.concatenate([prompt_mask[b], path[b, k]])
+        group = h // (HEADS // GROUPS)
+        scores = keys[b, group, seen] @ q[b, k, h] / np.sqrt(WIDTH)
+        weights = np.exp(scores - scores.max())
+        expected = weights @ values[b, group, seen] / weights.sum()
+        np.testing.assert_allclose(found[b, k, h], expected, rtol=1e-5, atol=1e-5)
