@@ -195,11 +195,12 @@ def eval_file(tmp_path_factory):
 def room_for_programs():
     """Frees compiled programs before the process has as many memory maps as Linux allows, 65,530 by default.
 
-    Each program takes some; where one more is refused, the compiler ends in a segmentation fault.
+    Each program takes some; where one more is refused, the compiler ends in a segmentation fault. With 20,000 maps a
+    process has three to four gigabytes, and there is one for each core.
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
 
 
