@@ -504,6 +504,10 @@ class ExportConfig:
             PEFT's format.
         base: What the adapter's file names as its base; by default the folder or hub name that the run began from.
         dtype: Type of the stored tensors of a model; an adapter is float32.
+        max_shard_size: Largest size of a file of weights, such as 5GB or 500MB (a KB is 1,000 bytes). A larger model is
+            cut into several files with an index; a tensor that is larger has a file of its own. The default is that of
+            huggingface_hub, not the 50GB of transformers 5: export holds one such file in memory beside the model, and
+            a broken download loses no more than that.
         mesh: Devices that hold the model meanwhile.
     """
 
@@ -512,6 +516,7 @@ class ExportConfig:
     part: Literal["model", "adapter"] = "model"
     base: str | None = None
     dtype: Dtype = "float32"
+    max_shard_size: str = "5GB"
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
 

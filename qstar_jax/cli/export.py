@@ -12,27 +12,42 @@ from qstar_jax.config import ComputeOptions, ExportConfig
 from qstar_jax.errors import InputError
 from qstar_jax.loading import load_model, param_shardings
 from qstar_jax.models.lora import split_adapter
-from qstar_jax.sharding import make_mesh
+from qstar_jax.sharding import join_processes, make_mesh
 
 
 def run(config: ExportConfig):
     """Writes a model or an adapter to a Hugging Face folder."""
     out = Path(config.out)
-    if (out / "config.json").exists() or hub.is_adapter(out):
-        raise InputError(f"{out} already holds a model; choose another --out")
-    if config.part == "model" and config.base is not None:
-        raise InputError("--base is written into an adapter's file; give --part adapter with it, or leave it out")
+    _check(config, out)  # before the first process can write anything
+    join_processes(config.mesh)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         (_export_model if config.part == "model" else _export_adapter)(config, out, mesh)
-    Console().print(f"written: {out}", markup=False, highlight=False, soft_wrap=True)
+    if jax.process_index() == 0:
+        Console().print(f"written: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check(config: ExportConfig, out: Path):
+    """Refuses what cannot be written, before anything is read."""
+    if (out / "config.json").exists() or hub.is_adapter(out):
+        raise InputError(f"{out} already holds a model; choose another --out")
+    if left := sorted(path.name for path in out.glob("*.safetensors*")):
+        raise InputError(
+            f"{out} holds {left[0]} and no config.json, as an export that was interrupted leaves it; remove the "
+            "folder, or choose another --out"
+        )
+    if config.part == "model" and config.base is not None:
+        raise InputError("--base is written into an adapter's file; give --part adapter with it, or leave it out")
+    for option in ("dtype", "max_shard_size"):
+        if config.part == "adapter" and getattr(config, option) != getattr(ExportConfig, option):
+            raise InputError(f"an adapter is one file of float32 numbers; leave --{option} out, or give --part model")
+    hub.shard_bytes(config.max_shard_size)
 
 
 def _export_model(config: ExportConfig, out: Path, mesh: jax.sharding.Mesh):
     loaded = load_model(config.model, ComputeOptions(), mesh, config.mesh)
-    params = multihost_utils.process_allgather(loaded.params, tiled=True)
-    if jax.process_index() == 0:
-        hub.write_folder(out, loaded.model, params, loaded.tokenizer, config.dtype, loaded.generation)
+    generation, size = loaded.generation, config.max_shard_size
+    hub.write_folder(out, loaded.model, loaded.params, loaded.tokenizer, config.dtype, generation, size)
 
 
 def _export_adapter(config: ExportConfig, out: Path, mesh: jax.sharding.Mesh):
@@ -52,7 +67,8 @@ def _export_adapter(config: ExportConfig, out: Path, mesh: jax.sharding.Mesh):
     params = read_checkpoint_params(checkpoint, model, param_shardings(model, mesh, config.mesh))
     _, adapter = split_adapter(multihost_utils.process_allgather(params, tiled=True))
     if jax.process_index() == 0:
-        hub.write_adapter(out, model, adapter, base)
+        out.mkdir(parents=True, exist_ok=True)
         tokenizer = description.build_tokenizer()
         hub.write_tokenizer(out, tokenizer)
         hub.write_generation_config(out, hub.with_eos(description.generation, tokenizer))
+        hub.write_adapter(out, model, adapter, base)  # last: a folder with its configuration is an adapter's

@@ -15,6 +15,7 @@ from qstar_jax.hub.peft_merge import apply_edits as apply_edits
 from qstar_jax.hub.peft_tokenizer import read_adapter_tokenizer as read_adapter_tokenizer
 from qstar_jax.hub.reader import read_model as read_model
 from qstar_jax.hub.reader import read_params as read_params
+from qstar_jax.hub.shards import shard_bytes as shard_bytes
 from qstar_jax.hub.tokenizer import build_tokenizer as build_tokenizer
 from qstar_jax.hub.tokenizer import read_tokenizer as read_tokenizer
 from qstar_jax.hub.tokenizer import tokenizer_files as tokenizer_files

@@ -1,13 +1,18 @@
 """Parameters out to a Hugging Face folder, which transformers reads back."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+from qstar_jax.config import ExportConfig
 from qstar_jax.hub.generation import one_or_several, with_eos, write_generation_config
+from qstar_jax.hub.shards import StoredTensor, shard_bytes, write_shards
 from qstar_jax.hub.tokenizer import write_tokenizer
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
@@ -23,35 +28,63 @@ def write_folder(
     tokenizer: "PreTrainedTokenizerBase",
     dtype: str,
     generation: dict[str, Any] | None = None,
+    max_shard_size: str = ExportConfig.max_shard_size,
 ):
-    """Writes config.json, generation_config.json, model.safetensors and the tokenizer's files.
+    """Writes weights, generation_config.json, the tokenizer's files and, when all of them are there, config.json.
+
+    A folder in which it was interrupted has no config.json, so nobody takes it for a model.
 
     Args:
-        folder: Made where it is missing.
+        folder: Made where it is missing; without weights of another model.
         model: The model.
-        params: Its parameters, all on this host.
+        params: Its parameters; where they are spread over processes, all of these call this, and the first writes.
         tokenizer: Its tokenizer.
         dtype: Type of the stored tensors, "float32" or "bfloat16".
         generation: The dictionary of generation_config.json, whose `eos_token_id` config.json takes as well; by default
             the tokenizer's EOS alone.
-    """
-    from safetensors.numpy import save_file
+        max_shard_size: Largest size of a file of weights, such as "5GB" (see `shards.write_shards`).
 
+    Raises:
+        InputError: If the size is not spelled so.
+    """
+    max_bytes = shard_bytes(max_shard_size)
     folder.mkdir(parents=True, exist_ok=True)
-    sources = model.family.hf_tensors(model.config)
-    tensors: dict[str, np.ndarray] = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
-        name, transposed = sources[jax.tree_util.keystr(path, simple=True, separator="/")]
-        layers = value if "{layer}" in name else value[None]
-        for i, part in enumerate(layers):
-            tensors[name.format(layer=i)] = np.ascontiguousarray(part.T if transposed else part).astype(dtype)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_shards(folder, _stored(model, params), dtype, max_bytes)
+    if jax.process_index() != 0:
+        return
     generation = with_eos({} if generation is None else generation, tokenizer)
     ids = {name: _known(getattr(tokenizer, name), model) for name in ("bos_token_id", "pad_token_id")}
-    config = model.config.to_hf() | ids | one_or_several(generation["eos_token_id"]) | {"dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_generation_config(folder, ids | generation)
     write_tokenizer(folder, tokenizer)
+    config = model.config.to_hf() | ids | one_or_several(generation["eos_token_id"]) | {"dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored(model: CausalLM, params: Params) -> Iterator[StoredTensor]:
+    """Yields the tensors outside of blocks, then those of layer after layer: a file holds whole layers where it can."""
+    sources = model.family.hf_tensors(model.config)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for layer in (None, *range(model.config.num_hidden_layers)):
+        for keys, value in leaves:
+            name, transposed = sources[jax.tree_util.keystr(keys, simple=True, separator="/")]
+            if ("{layer}" in name) != (layer is not None):
+                continue
+            shape = value.shape if layer is None else value.shape[1:]
+            make = partial(_make, value, layer, transposed)
+            yield StoredTensor(name.format(layer=layer), tuple(reversed(shape)) if transposed else shape, make)
+
+
+def _make(value: jax.Array, layer: int | None, transposed: bool) -> np.ndarray:
+    part = _on_host(value if layer is None else _layer_of(value, layer))
+    return part.T if transposed else part
+
+
+_layer_of = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False))  # one program for all layers
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """Copies an array here, together with the other processes where parts of it lie with them."""
+    return np.asarray(array) if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
 
 
 def _known(token: int | None, model: CausalLM) -> int | None:

@@ -12,6 +12,7 @@ import pytest
 
 import qstar_jax
 from qstar_jax.checkpoints import find_checkpoint
+from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.loading import load_model
 from qstar_jax.training.decline import FILE
@@ -23,6 +24,35 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def by_two_processes(verb: str, options: dict) -> list[str]:
+    """Runs a verb, and returns what each process says."""
+    words = [f"--{name}={value}" for name, value in options.items()]
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(qstar_jax.__file__).parent.parent),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "qstar_jax.cli.main", verb, *words],
+            env=environment | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:  # one that waits for a partner that has failed
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return outputs
 
 
 @pytest.mark.slow
@@ -53,31 +83,7 @@ def test_two_processes_train_as_one_does(
         "mesh.min_shard_size": 64,
         "mesh.multi_process": "true",
     }
-    words = [f"--{name}={value}" for name, value in options.items()]
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(qstar_jax.__file__).parent.parent),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-        "JAX_NUM_PROCESSES": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "qstar_jax.cli.main", "dpo", *words],
-            env=environment | {"JAX_PROCESS_ID": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:  # one that waits for a partner that has failed
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-
+    outputs = by_two_processes("dpo", options)
     found, plain = metric_lines(out), metric_lines(expected)
     assert [line["step"] for line in found] == [line["step"] for line in plain]
     for line, other in zip(found, plain, strict=True):
@@ -97,3 +103,11 @@ def test_two_processes_train_as_one_does(
     loaded = load_model(out, ComputeOptions(), one_device, MeshOptions())
     # AdamW divides rounding by rounding where a gradient is almost 0, so this is wider than the losses need.
     assert_norm_close(loaded.params, arrays_of(expected)[0], 1e-3)
+
+    # Together they export what one process exports.
+    size = {"model": out, "max_shard_size": "20KB"}
+    mesh = {name: value for name, value in options.items() if name.startswith("mesh.")}
+    by_two_processes("export", {**size, **mesh, "out": tmp_path / "by_two"})
+    assert main(["export", *(f"--{name}={value}" for name, value in size.items()), f"--out={tmp_path / 'by_one'}"]) == 0
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("by_one", "by_two")]
+    assert len(files[0]) > 8 and files[0] == files[1]
