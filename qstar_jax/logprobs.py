@@ -4,12 +4,14 @@ Losses, scoring, evaluation and references all pass through `token_logprobs`. Lo
 forward pass and again in the backward pass; what is kept between the two is one log-normaliser a token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from qstar_jax.head import Head
 
 
 @jax.tree_util.register_dataclass
@@ -30,11 +32,9 @@ class TokenStatistics:
 
 def token_logprobs(
     hidden: Float[Array, "B T D"],
-    unembedding: Float[Array, "V D"],
+    head: Head,
     targets: Int[Array, "B T"],
     *,
-    bias: Float[Array, " V"] | None = None,
-    softcap: float | None = None,
     chunk_size: int = 128,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target and the log-normaliser of its position.
@@ -45,25 +45,21 @@ def token_logprobs(
 
     Args:
         hidden: Last hidden states; position t predicts `targets[:, t]`. Shape [B, T, D].
-        unembedding: Rows are the output vectors of the vocabulary. Shape [V, D].
+        head: Makes logits z of them; V tokens.
         targets: Token ids. Shape [B, T].
-        bias: Added to the logits. Shape [V].
-        softcap: Logits z become softcap * tanh(z / softcap).
         chunk_size: Positions of a row whose logits exist at one time.
 
     Returns:
         (logp, logz), both float32 in nats, shape [B, T]: log softmax(z)[target], and logsumexp(z).
     """
-    if bias is None:
-        bias = jnp.zeros(unembedding.shape[0], jnp.float32)
-    return _token_logprobs(softcap, chunk_size, hidden, unembedding, bias, targets)
+    return _token_logprobs(chunk_size, hidden, head, targets)
 
 
 def top_logprobs(
     hidden: Float[Array, "B T D"],
-    unembedding: Float[Array, "V D"],
+    head: Head,
     ref_hidden: Float[Array, "B T E"],
-    ref_unembedding: Float[Array, "V E"],
+    ref_head: Head,
     count: int,
     *,
     chunk_size: int = 128,
@@ -72,9 +68,9 @@ def top_logprobs(
 
     Args:
         hidden: Last hidden states of the policy. Shape [B, T, D].
-        unembedding: Its output vectors. Shape [V, D].
+        head: The policy's head; V tokens.
         ref_hidden: Last hidden states of the reference. Shape [B, T, E].
-        ref_unembedding: Its output vectors. Shape [V, E].
+        ref_head: The reference's head, of the same V tokens.
         count: Tokens a position, K; at most V.
         chunk_size: Positions of a row whose logits exist at one time.
 
@@ -84,8 +80,8 @@ def top_logprobs(
 
     def one_chunk(chunk):
         hidden, ref_hidden = chunk
-        logp, ids = jax.lax.top_k(jax.nn.log_softmax(_logits(None, hidden, unembedding, 0.0)), count)
-        ref_logp = jax.nn.log_softmax(_logits(None, ref_hidden, ref_unembedding, 0.0))
+        logp, ids = jax.lax.top_k(jax.nn.log_softmax(head.logits(hidden)), count)
+        ref_logp = jax.nn.log_softmax(ref_head.logits(ref_hidden))
         return ids, logp, jnp.take_along_axis(ref_logp, ids, axis=-1)
 
     batch, length, _ = hidden.shape
@@ -93,32 +89,21 @@ def top_logprobs(
     return tuple(_join(x, batch, length) for x in found)
 
 
-def token_statistics(
-    hidden: Float[Array, "B T D"],
-    unembedding: Float[Array, "V D"],
-    *,
-    bias: Float[Array, " V"] | None = None,
-    softcap: float | None = None,
-    chunk_size: int = 128,
-) -> TokenStatistics:
+def token_statistics(hidden: Float[Array, "B T D"], head: Head, *, chunk_size: int = 128) -> TokenStatistics:
     """Entropy, mean logit and collision probability of each position, with the memory of `token_logprobs`.
 
     Args:
         hidden: Last hidden states. Shape [B, T, D].
-        unembedding: Rows are the output vectors of the vocabulary. Shape [V, D].
-        bias: Added to the logits. Shape [V].
-        softcap: Logits z become softcap * tanh(z / softcap).
+        head: Makes logits of them.
         chunk_size: Positions of a row whose logits exist at one time.
 
     Returns:
         Float32 statistics. Shape [B, T] each.
     """
-    hidden, unembedding = jax.lax.stop_gradient((hidden, unembedding))
-    if bias is None:
-        bias = jnp.zeros(unembedding.shape[0], jnp.float32)
+    hidden, head = jax.lax.stop_gradient((hidden, head))
 
     def one_chunk(hidden):
-        logits = _logits(softcap, hidden, unembedding, jax.lax.stop_gradient(bias))
+        logits = head.logits(hidden)
         logz = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         logp = logits - logz
         entropy = -jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0.0).sum(-1)
@@ -135,7 +120,7 @@ def _cut(x: Array, chunk_size: int) -> Array:
     chunk_size = min(chunk_size, length)
     chunks = -(-length // chunk_size)
     x = jnp.pad(x, ((0, 0), (0, chunks * chunk_size - length)) + ((0, 0),) * (x.ndim - 2))
-    # One row a token: a product of matrices, where XLA would transpose three dimensions on a CPU.
+    # One row a token, as `Head.logits` wants them.
     x = x.reshape(batch, chunks, chunk_size, *x.shape[2:]).swapaxes(0, 1)
     return x.reshape(chunks, batch * chunk_size, *x.shape[3:])
 
@@ -146,57 +131,53 @@ def _join(x: Array, batch: int, length: int) -> Array:
     return x.reshape(chunks, batch, -1, *x.shape[2:]).swapaxes(0, 1).reshape(batch, -1, *x.shape[2:])[:, :length]
 
 
-def _logits(softcap: float | None, hidden: Array, unembedding: Array, bias: Array | float) -> Array:
-    logits = jnp.einsum("nd,vd->nv", hidden, unembedding, preferred_element_type=jnp.float32) + bias
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
 def _is_target(targets: Array, vocabulary: int) -> Array:
     # A comparison, not a gather: it stays local to each device where the vocabulary is cut.
     return targets[:, None] == jnp.arange(vocabulary)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _token_logprobs(softcap, chunk_size, hidden, unembedding, bias, targets):
-    return _forward(softcap, chunk_size, hidden, unembedding, bias, targets)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logprobs(chunk_size, hidden, head, targets):
+    return _forward(chunk_size, hidden, head, targets)[0]
 
 
-def _forward(softcap, chunk_size, hidden, unembedding, bias, targets):
+def _forward(chunk_size, hidden, head, targets):
     def one_chunk(chunk):
         hidden, targets = chunk
-        logits = _logits(softcap, hidden, unembedding, bias)
+        logits = head.logits(hidden)
         logz = jax.nn.logsumexp(logits, axis=-1)
         target = jnp.where(_is_target(targets, logits.shape[-1]), logits, 0.0).sum(-1)
         return target - logz, logz
 
     found = jax.lax.map(one_chunk, (_cut(hidden, chunk_size), _cut(targets, chunk_size)))
     logp, logz = (_join(x, *targets.shape) for x in found)
-    return (logp, logz), (hidden, unembedding, bias, targets, logz)
+    return (logp, logz), (hidden, head, targets, logz)
 
 
-def _backward(softcap, chunk_size, residuals, cotangents):
-    hidden, unembedding, bias, targets, logz = residuals
+def _backward(chunk_size, residuals, cotangents):
+    hidden, head, targets, logz = residuals
 
     def one_chunk(sums, chunk):
-        unembedding_sum, bias_sum = sums
         hidden, targets, logz, logp_bar, logz_bar = chunk
-        logits = _logits(softcap, hidden, unembedding, bias)
+        logits = head.logits(hidden)
         softmax = jnp.exp(logits - logz[:, None])
         # d logp / d z = onehot - softmax, and d logz / d z = softmax.
         one_hot = _is_target(targets, logits.shape[-1])
         logits_bar = jnp.where(one_hot, logp_bar[:, None], 0.0) + (logz_bar - logp_bar)[:, None] * softmax
-        if softcap is not None:
-            logits_bar *= 1.0 - (logits / softcap) ** 2
-        narrow = logits_bar.astype(hidden.dtype)
-        hidden_bar = jnp.einsum("nv,vd->nd", narrow, unembedding, preferred_element_type=jnp.float32)
-        unembedding_sum += jnp.einsum("nv,nd->vd", narrow, hidden, preferred_element_type=jnp.float32)
-        return (unembedding_sum, bias_sum + logits_bar.sum(0)), hidden_bar.astype(hidden.dtype)
+        if head.softcap is not None:
+            logits_bar *= 1.0 - (logits / head.softcap) ** 2
+        product_bar = (head.scale * logits_bar).astype(hidden.dtype)
+        hidden_bar = jnp.einsum("nv,vd->nd", product_bar, head.table, preferred_element_type=jnp.float32)
+        table_bar = jnp.einsum("nv,nd->vd", product_bar, hidden, preferred_element_type=jnp.float32)
+        bias_bar = None if head.bias is None else logits_bar.sum(0)
+        sums = jax.tree.map(jnp.add, sums, replace(head, table=table_bar, bias=bias_bar))
+        return sums, hidden_bar.astype(hidden.dtype)
 
-    sums = jnp.zeros(unembedding.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
     chunks = tuple(_cut(x, chunk_size) for x in (hidden, targets, logz, *cotangents))
-    (unembedding_sum, bias_sum), hidden_bar = jax.lax.scan(one_chunk, sums, chunks)
-    hidden_bar = _join(hidden_bar, *targets.shape)
-    return hidden_bar, unembedding_sum.astype(unembedding.dtype), bias_sum.astype(bias.dtype), None
+    sums, hidden_bar = jax.lax.scan(one_chunk, sums, chunks)
+    head_bar = jax.tree.map(lambda x, of: x.astype(of.dtype), sums, head)
+    return _join(hidden_bar, *targets.shape), head_bar, None
 
 
 _token_logprobs.defvjp(_forward, _backward)

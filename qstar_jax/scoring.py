@@ -26,7 +26,7 @@ def response_logprobs(
     Returns:
         (logp, logz), float32 in nats, shape [B, R, T]; 0 after the end of an answer.
     """
-    scores = token_logprobs(_scored_states(model, params, batch), model.unembedding(params), batch.targets)
+    scores = token_logprobs(_scored_states(model, params, batch), model.head(params), batch.targets)
     # From where they were computed to whose they are; floats only, so that this is cheap across devices too.
     return tuple(jnp.where(batch.response_mask, x.reshape(-1)[batch.index], 0.0) for x in scores)
 
@@ -49,7 +49,7 @@ def response_alternatives(
     """
     base = split_adapter(params)[0] if ref_params is None else ref_params
     hidden, ref_hidden = _scored_states(model, params, batch), _scored_states(model.base, base, batch)
-    found = top_logprobs(hidden, model.unembedding(params), ref_hidden, model.base.unembedding(base), count)
+    found = top_logprobs(hidden, model.head(params), ref_hidden, model.base.head(base), count)
     return tuple(x.reshape(-1, count)[batch.index] for x in found)
 
 

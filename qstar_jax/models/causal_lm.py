@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
+from qstar_jax.head import Head
 from qstar_jax.models import llama
 from qstar_jax.models.layers import LayerCache, RowMask
 from qstar_jax.models.lora import Lora, Params, split_adapter
@@ -178,10 +179,9 @@ class CausalLM:
         slot = jnp.arange(prompts.shape[1])
         positions = jnp.broadcast_to(slot, prompts.shape)
         mask = RowMask(jnp.where(slot < prompt_lengths[:, None], 0, -1), jnp.zeros_like(prompts))
-        network = self._bind(params)
-        hidden, layers = network.prefill(prompts, positions, mask, slots)
-        last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)
-        return _logits(network, last)[:, 0], DecodeCache(layers, prompt_lengths)
+        hidden, layers = self._bind(params).prefill(prompts, positions, mask, slots)
+        last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self.head(params).logits(last), DecodeCache(layers, prompt_lengths)
 
     def extend(
         self,
@@ -207,9 +207,8 @@ class CausalLM:
         width = jax.tree.leaves(cache.layers)[0].shape[-2]  # of the prompts' keys
         prompt_mask = jnp.arange(width) < cache.prompt_lengths[:, None]
         positions = cache.prompt_lengths[:, None] + path.sum(-1) - 1
-        network = self._bind(params)
-        hidden, layers = network.extend(tokens, positions, prompt_mask, path, cache.layers, slot)
-        return _logits(network, hidden), replace(cache, layers=layers)
+        hidden, layers = self._bind(params).extend(tokens, positions, prompt_mask, path, cache.layers, slot)
+        return self.head(params).logits(hidden), replace(cache, layers=layers)
 
     def unstack(self, params: Params) -> Params:
         """Takes the layers out of their stack, as decoding wants them: it then reads each weight where it lies.
@@ -226,9 +225,9 @@ class CausalLM:
         count = jax.tree.leaves(layers)[0].shape[0]
         return params | {"layers": {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}}
 
-    def unembedding(self, params: Params) -> Float[Array, "V D"]:
-        """Output vectors of the vocabulary, shape [V, D]: logits are `hidden @ unembedding.T`, in float32."""
-        return self._bind(params).unembedding()
+    def head(self, params: Params) -> Head:
+        """What makes logits of last hidden states, wherever there are any: in training, scoring and decoding."""
+        return self._bind(params).head()
 
     def logits(
         self, params: Params, tokens: Int[Array, "B S"], lengths: Int[Array, " B"] | None = None
@@ -245,8 +244,7 @@ class CausalLM:
         """
         rows, length = tokens.shape
         lengths = jnp.full(rows, length) if lengths is None else lengths
-        hidden = self.hidden_states(params, tokens, *right_padded(lengths, length))
-        return jnp.einsum("bsd,vd->bsv", hidden, self.unembedding(params), preferred_element_type=jnp.float32)
+        return self.head(params).logits(self.hidden_states(params, tokens, *right_padded(lengths, length)))
 
 
 @jax.tree_util.register_dataclass
@@ -286,12 +284,6 @@ def _graph(model: CausalLM, stacked: bool) -> nnx.GraphDef:
 def is_unstacked(params: Params) -> bool:
     """Whether the parameters have one dictionary a layer (see `CausalLM.unstack`)."""
     return 0 in params["layers"]
-
-
-def _logits(network: nnx.Module, hidden: Float[Array, "B K D"]) -> Float[Array, "B K V"]:
-    table = network.unembedding()
-    flat = jnp.einsum("nd,vd->nv", hidden.reshape(-1, hidden.shape[-1]), table, preferred_element_type=jnp.float32)
-    return flat.reshape(*hidden.shape[:2], -1)
 
 
 def right_padded(lengths: Int[Array, " B"], length: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S S"]]:

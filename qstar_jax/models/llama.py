@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
+from qstar_jax.head import Head
 from qstar_jax.models.config_keys import check_keys
 from qstar_jax.models.layers import (
     ATTENDED,
@@ -235,10 +236,10 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             self.unembed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **types)
 
-    def unembedding(self) -> Float[Array, "V D"]:
-        """Returns the output vectors of the vocabulary, in the type of the activations."""
+    def head(self) -> Head:
+        """Returns what makes logits of hidden states, in the type of the activations."""
         table = self.embed if self.config.tie_word_embeddings else self.unembed
-        return table.embedding[...].astype(self.compute.dtype)
+        return Head(table.embedding[...].astype(self.compute.dtype))
 
     def __call__(
         self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], mask: Bool[Array, "B S S"] | RowMask

@@ -11,6 +11,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.evaluation import token_rewards
 from qstar_jax.evaluation.scored import lone_piece
 from qstar_jax.evaluation.token_rewards import score_dataset
+from qstar_jax.head import Head
 from qstar_jax.loading import LoadedModel
 from qstar_jax.logprobs import top_logprobs
 from qstar_jax.scoring import response_alternatives
@@ -59,11 +60,12 @@ def test_alternatives_are_the_top_of_the_softmax_in_every_layout(
 
 def test_chunks_change_nothing():
     keys = jax.random.split(jax.random.key(0), 4)
-    arrays = [
+    hidden, table, ref_hidden, ref_table = (
         jax.random.normal(key, shape)
         for key, shape in zip(keys, [(2, 11, 8), (30, 8), (2, 11, 4), (30, 4)], strict=True)
-    ]
-    for one, other in zip(top_logprobs(*arrays, 3), top_logprobs(*arrays, 3, chunk_size=4), strict=True):
+    )
+    models = (hidden, Head(table), ref_hidden, Head(ref_table))
+    for one, other in zip(top_logprobs(*models, 3), top_logprobs(*models, 3, chunk_size=4), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
 

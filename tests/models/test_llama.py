@@ -255,7 +255,7 @@ def test_types_are_those_that_are_asked_for(tiny_config, param_dtype, dtype):
     tokens = jnp.zeros((1, 4), jnp.int32)
     arguments = (params, tokens, *right_padded(jnp.array([4]), 4))
     assert jax.eval_shape(model.hidden_states, *arguments).dtype == jnp.dtype(dtype)
-    assert jax.eval_shape(model.unembedding, params).dtype == jnp.dtype(dtype)
+    assert jax.eval_shape(model.head, params).table.dtype == jnp.dtype(dtype)
     assert jax.eval_shape(model.logits, params, tokens).dtype == jnp.float32
     start = jax.eval_shape(lambda *x: model.prefill(*x, slots=3), params, tokens, jnp.array([4]))
     path = jnp.ones((1, 1, 3), bool)
