@@ -21,6 +21,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.identity import check_weights
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.decoder import SHARDING_OVERRIDES
 from qstar_jax.models.lora import attach_adapter, merge_adapter, split_adapter
 from qstar_jax.sharding import tree_shardings
 
@@ -129,4 +130,4 @@ def _merged(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
 
 def param_shardings(model: CausalLM, mesh: Mesh, options: MeshOptions):
     """Returns the shardings of a model's parameters: the general rule, the family's overrides, the user's overrides."""
-    return tree_shardings(model.abstract_params(), mesh, options, model.family.SHARDING_OVERRIDES)
+    return tree_shardings(model.abstract_params(), mesh, options, SHARDING_OVERRIDES)

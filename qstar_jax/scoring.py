@@ -9,8 +9,8 @@ from qstar_jax.logprobs import token_logprobs, top_logprobs
 from qstar_jax.mdp import TokenScores
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.models.layers import RowMask
 from qstar_jax.models.lora import split_adapter
+from qstar_jax.models.masks import RowMask
 
 
 def response_logprobs(

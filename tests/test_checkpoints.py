@@ -22,6 +22,7 @@ from qstar_jax.checkpoints import (
 from qstar_jax.config import ComputeOptions, DpoConfig, MeshOptions, OptimizerOptions
 from qstar_jax.errors import InputError
 from qstar_jax.loading import load_model, param_shardings
+from qstar_jax.models.decoder import SHARDING_OVERRIDES
 from qstar_jax.sharding import make_mesh, tree_shardings
 from qstar_jax.training.optimizers import make_optimizer
 
@@ -36,14 +37,14 @@ def mesh_of(options):
 def shardings_of(model, optimizer, options):
     mesh = mesh_of(options)
     opt_state = jax.eval_shape(optimizer.init, model.abstract_params())
-    overrides = model.family.SHARDING_OVERRIDES
+    overrides = SHARDING_OVERRIDES
     return param_shardings(model, mesh, options), tree_shardings(opt_state, mesh, options, overrides)
 
 
 @pytest.fixture(scope="module")
 def description(tiny_model, tiny_tokenizer):
     options = asdict(DpoConfig(model="some/model", out="runs/a"))
-    return Description("dpo", tiny_model.config.to_hf(), options, hub.tokenizer_files(tiny_tokenizer))
+    return Description("dpo", tiny_model.to_hf(), options, hub.tokenizer_files(tiny_tokenizer))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from rich.console import Console
@@ -19,7 +19,6 @@ from qstar_jax.hub import write_folder
 from qstar_jax.loading import load_model
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.models.llama import LlamaConfig
 from qstar_jax.sharding import make_mesh
 from qstar_jax.tiny_tldr.rows import documents, split_rows
 from qstar_jax.tiny_tldr.tokenizer import train_tokenizer
@@ -35,19 +34,20 @@ OPTIMIZER = OptimizerOptions(
 )
 
 
-def base_config(vocab_size: int) -> LlamaConfig:
-    """Returns the shape of the base model: about 0.4 million parameters."""
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
+def base_config(vocab_size: int) -> dict[str, Any]:
+    """Returns the config.json of the base model: about 0.4 million parameters."""
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
 
 
 def initial_params(model: CausalLM, seed: int) -> Params:
@@ -76,7 +76,7 @@ def pretrain(out: Path, *, seed: int = SEED, steps: int = STEPS, console: Consol
     out.mkdir(parents=True, exist_ok=True)
     rows = documents(BATCH_SIZE * steps, seed)
     tokenizer = train_tokenizer(_texts(rows, seed))
-    model = CausalLM("llama", base_config(len(tokenizer)))
+    model = CausalLM.from_hf(base_config(len(tokenizer)))
     write_folder(out / "random", model, initial_params(model, seed), tokenizer, "float32")
     with (out / "documents.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

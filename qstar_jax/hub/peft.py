@@ -58,7 +58,7 @@ def write_adapter(folder: Path, model: CausalLM, adapter: Params, base: str):
 def _names(model: CausalLM, keys: tuple, layers: int) -> Iterator[str]:
     """PEFT's names of the tensors that are stacked in one array here."""
     *module, _, matrix = jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
-    name, _ = model.family.hf_tensors(model.config)["/".join(module) + "/kernel"]
+    name = model.tensors["/".join(module) + "/kernel"].name
     kind = {"lora_a": "lora_A", "lora_b": "lora_B"}[matrix]
     for layer in range(layers):
         yield f"{PREFIX}{name.format(layer=layer).removesuffix('.weight')}.{kind}.weight"

@@ -79,11 +79,11 @@ def places_of(model: CausalLM) -> dict[str, Place]:
     leaves = jax.tree_util.tree_leaves_with_path(untied.abstract_params())
     shapes = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf.shape for keys, leaf in leaves}
     places = {}
-    for path, (name, transposed) in model.family.hf_tensors(untied.config).items():
-        layers, shape = (range(shapes[path][0]), shapes[path][1:]) if "{layer}" in name else ((None,), shapes[path])
+    for path, tensor in untied.tensors.items():
+        layers, shape = (range(shapes[path][0]), shapes[path][1:]) if tensor.in_layers else ((None,), shapes[path])
         for layer in layers:
-            module = name.format(layer=layer).removesuffix(".weight")
-            places[module] = Place(path, layer, tuple(reversed(shape)) if transposed else shape)
+            module = tensor.name.format(layer=layer).removesuffix(".weight")
+            places[module] = Place(path, layer, tensor.stored_shape(shape))
     return places
 
 

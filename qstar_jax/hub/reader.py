@@ -1,7 +1,7 @@
 """Weights from safetensors straight onto their shardings: each device's part is read, and nothing else is held."""
 
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +53,22 @@ class TensorFiles:
     def names(self) -> Iterator[str]:
         """Yields the names of all tensors."""
         return iter(self._slices)
+
+    def renamed(self, rename: Callable[[str], str | None]) -> "TensorFiles":
+        """The same tensors under other names, without those that have none.
+
+        Raises:
+            InputError: If two have one name then.
+        """
+        other = copy(self)
+        other._slices, before = {}, {}
+        for name, found in self._slices.items():
+            new = rename(name)
+            if new in before:
+                raise InputError(f"{self.folder}: tensors {before[new]!r} and {name!r} are one parameter; remove one")
+            if new is not None:
+                other._slices[new], before[new] = found, name
+        return other
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same numbers; False where one is not there."""
@@ -127,10 +143,19 @@ def read_model(folder: Path, compute: ComputeOptions = ComputeOptions()) -> Caus
     model = CausalLM.from_hf(read_config(folder), compute)
     if not model.config.tie_word_embeddings:
         return model
-    files, tables = TensorFiles(folder), _tables(model)
+    files, tables = model_files(folder, model), _tables(model)
     if not set(tables) <= set(files.names()) or files.equal(*tables):
         return model
     return replace(model, config=replace(model.config, tie_word_embeddings=False))
+
+
+def model_files(folder: Path, model: CausalLM) -> TensorFiles:
+    """The tensors of a folder by the names that the model's family has for them.
+
+    Raises:
+        InputError: If a file cannot be read, or is a pickle.
+    """
+    return TensorFiles(folder).renamed(model.family.canonical)
 
 
 def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Collection[str] = ()) -> Params:
@@ -149,30 +174,26 @@ def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Colle
         InputError: If a tensor is missing, misshapen, not finite or not one of the model's, or the weights are a
             pickle.
     """
-    files = TensorFiles(folder)
-    sources = model.family.hf_tensors(model.config)
+    files, tensors = model_files(folder, model), model.tensors
     _check_left(files, set(files.names()) - _tensor_names(model) - set(besides), model)
 
     def read(path, abstract, sharding):
-        name, transposed = sources[jax.tree_util.keystr(path, simple=True, separator="/")]
-        layers = abstract.shape[0] if "{layer}" in name else None
-        shape = abstract.shape if layers is None else abstract.shape[1:]
-        stored = tuple(reversed(shape)) if transposed else shape
-        parts = [files.get(name.format(layer=i), stored) for i in range(layers or 1)]
+        tensor = tensors[jax.tree_util.keystr(path, simple=True, separator="/")]
+        layers, shape = (abstract.shape[0], abstract.shape[1:]) if tensor.in_layers else (1, abstract.shape)
+        stored = [files.get(tensor.name.format(layer=i), tensor.stored_shape(shape)) for i in range(layers)]
 
         def part_of_device(index: tuple[slice, ...]) -> np.ndarray:
-            chosen = parts if layers is None else parts[index[0]]
-            inner = index if layers is None else index[1:]
-            inner = tuple(slice(*piece.indices(size)) for piece, size in zip(inner, shape, strict=True))
+            index = tuple(slice(*piece.indices(size)) for piece, size in zip(index, abstract.shape, strict=True))
+            chosen, inner = (stored[index[0]], index[1:]) if tensor.in_layers else (stored, index)
             out = np.empty((len(chosen), *(piece.stop - piece.start for piece in inner)), abstract.dtype)
-            for i, part in enumerate(chosen):
-                out[i] = part[tuple(reversed(inner))].T if transposed else part[inner]
+            for i, one in enumerate(chosen):
+                out[i] = tensor.read(one, inner)
             if not np.isfinite(out).all():
                 raise InputError(
-                    f"{folder}: tensor {name.format(layer='*')!r} holds numbers that are not finite in {out.dtype}, so "
-                    "every answer would be nonsense; take an earlier checkpoint of this model"
+                    f"{folder}: tensor {tensor.name.format(layer='*')!r} holds numbers that are not finite in "
+                    f"{out.dtype}, so every answer would be nonsense; take an earlier checkpoint of this model"
                 )
-            return out[0] if layers is None else out
+            return out if tensor.in_layers else out[0]
 
         return jax.make_array_from_callback(abstract.shape, sharding, part_of_device)
 
@@ -181,13 +202,12 @@ def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Colle
 
 def _tensor_names(model: CausalLM) -> set[str]:
     """Names of all tensors that the model reads; one without layers stands for itself."""
-    names = [name for name, _ in model.family.hf_tensors(model.config).values()]
-    return {name.format(layer=i) for name in names for i in range(model.config.num_hidden_layers)}
+    layers = range(model.config.num_hidden_layers)
+    return {tensor.name.format(layer=i) for tensor in model.tensors.values() for i in layers}
 
 
 def _check_left(files: TensorFiles, left: set[str], model: CausalLM):
     """Refuses tensors that the model has no place for: without them its numbers would be wrong."""
-    left = {name for name in left if not re.search(model.family.HARMLESS_TENSORS, name)}
     embedding, head = _tables(model)
     if head in left and files.equal(embedding, head):  # a tied unembedding, written a second time
         left.remove(head)
@@ -202,5 +222,5 @@ def _check_left(files: TensorFiles, left: set[str], model: CausalLM):
 
 def _tables(model: CausalLM) -> tuple[str, str]:
     """Names of the embedding's tensor and of the unembedding's, whether the model has one of its own or not."""
-    tensors = model.family.hf_tensors(replace(model.config, tie_word_embeddings=False))
-    return tensors["embed/embedding"][0], tensors["unembed/embedding"][0]
+    tensors = replace(model, config=replace(model.config, tie_word_embeddings=False)).tensors
+    return tensors["embed/embedding"].name, tensors["unembed/embedding"].name

@@ -1,6 +1,7 @@
 """Parameters out to a Hugging Face folder, which transformers reads back."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from qstar_jax.hub.shards import StoredTensor, shard_bytes, write_shards
 from qstar_jax.hub.tokenizer import write_tokenizer
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.tensors import Tensor, join
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,27 +58,28 @@ def write_folder(
     ids = {name: _known(getattr(tokenizer, name), model) for name in ("bos_token_id", "pad_token_id")}
     write_generation_config(folder, ids | generation)
     write_tokenizer(folder, tokenizer)
-    config = model.config.to_hf() | ids | one_or_several(generation["eos_token_id"]) | {"dtype": dtype}
+    types = dict.fromkeys(("dtype", "torch_dtype"), dtype)  # as transformers 5 calls it, and as 4 does
+    config = model.to_hf() | ids | one_or_several(generation["eos_token_id"]) | types
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _stored(model: CausalLM, params: Params) -> Iterator[StoredTensor]:
     """Yields the tensors outside of blocks, then those of layer after layer: a file holds whole layers where it can."""
-    sources = model.family.hf_tensors(model.config)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    parts = defaultdict(list)  # name of a tensor -> the parameters that lie in it, each with its place
+    for keys, value in jax.tree_util.tree_leaves_with_path(params):
+        tensor = model.tensors[jax.tree_util.keystr(keys, simple=True, separator="/")]
+        parts[tensor.name].append((tensor, value))
     for layer in (None, *range(model.config.num_hidden_layers)):
-        for keys, value in leaves:
-            name, transposed = sources[jax.tree_util.keystr(keys, simple=True, separator="/")]
-            if ("{layer}" in name) != (layer is not None):
-                continue
-            shape = value.shape if layer is None else value.shape[1:]
-            make = partial(_make, value, layer, transposed)
-            yield StoredTensor(name.format(layer=layer), tuple(reversed(shape)) if transposed else shape, make)
+        for name, own in parts.items():
+            tensor, value = own[0]
+            if tensor.in_layers == (layer is not None):
+                shape = tensor.stored_shape(value.shape[tensor.in_layers :])
+                yield StoredTensor(name.format(layer=layer), shape, partial(_make, own, layer))
 
 
-def _make(value: jax.Array, layer: int | None, transposed: bool) -> np.ndarray:
-    part = _on_host(value if layer is None else _layer_of(value, layer))
-    return part.T if transposed else part
+def _make(parts: list[tuple[Tensor, jax.Array]], layer: int | None) -> np.ndarray:
+    of_layer = [(tensor, value if layer is None else _layer_of(value, layer)) for tensor, value in parts]
+    return join([(tensor, _on_host(value)) for tensor, value in of_layer])
 
 
 _layer_of = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False))  # one program for all layers

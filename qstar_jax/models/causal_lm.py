@@ -1,9 +1,8 @@
 """A model as the rest of the library sees it: functions of a parameter dictionary, whatever the family."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -14,12 +13,16 @@ from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.head import Head
-from qstar_jax.models import llama
-from qstar_jax.models.layers import LayerCache, RowMask
+from qstar_jax.models.cache import LayerCache
+from qstar_jax.models.config_keys import Keys
+from qstar_jax.models.decoder import Decoder
+from qstar_jax.models.decoder_config import DecoderConfig
+from qstar_jax.models.families import FAMILIES
+from qstar_jax.models.family import Family
 from qstar_jax.models.lora import Lora, Params, split_adapter
-
-# model_type of config.json -> (module of the family, its configuration, its network)
-FAMILIES: dict[str, tuple[ModuleType, type, type]] = {"llama": (llama, llama.LlamaConfig, llama.Llama)}
+from qstar_jax.models.masks import RowMask, right_padded
+from qstar_jax.models.rope_keys import check_widths
+from qstar_jax.models.tensors import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class CausalLM:
         config: Shape of the model.
         compute: Types and rematerialisation.
         lora: Shape of the adapter that its parameters have beside their base; None: no adapter.
+        other_keys: Keys of its config.json that change nothing here, and are written again.
     """
 
     model_type: str
-    config: Any
+    config: DecoderConfig
     compute: ComputeOptions = ComputeOptions()
     lora: Lora | None = None
+    other_keys: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], compute: ComputeOptions = ComputeOptions()) -> "CausalLM":
@@ -49,18 +54,30 @@ class CausalLM:
         Raises:
             InputError: If the architecture is not known, or has a part that is not built.
         """
-        model_type = config.get("model_type")
-        if model_type not in FAMILIES:
-            raise InputError(
-                f"config.json: unknown architecture, model_type {model_type!r} "
-                f"(architectures: {config.get('architectures')}); known: {', '.join(sorted(FAMILIES))}"
-            )
-        return cls(model_type, FAMILIES[model_type][1].from_hf(config), compute)
+        config = _unwrapped(config)
+        family = FAMILIES.get(config.get("model_type"))
+        if family is None:
+            _refuse_architecture(config)
+        keys = Keys(config)
+        shape = family.read(keys)
+        for rope in filter(None, shape.ropes):
+            check_widths(rope, shape.head_dim)
+        return cls(family.model_type, shape, compute, other_keys=keys.others())
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the dictionary of a config.json that `from_hf` and transformers read."""
+        known = {"architectures": [self.family.architecture], "model_type": self.model_type}
+        return self.other_keys | known | self.family.write(self.config)
 
     @property
-    def family(self) -> ModuleType:
-        """The module of the family: names of tensors, sharding overrides, FLOPs."""
-        return FAMILIES[self.model_type][0]
+    def family(self) -> Family:
+        """How Hugging Face stores such models."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Path of each parameter of the base -> where it lies in a Hugging Face file."""
+        return self.family.tensors(self.config)
 
     @property
     def base(self) -> "CausalLM":
@@ -84,16 +101,19 @@ class CausalLM:
         if length <= made_for:
             return None
         said = f"{what}: {length:,} tokens, and the model was made for {made_for:,} (max_position_embeddings)"
-        if self.family.POSITIONS == "learned":
+        if self.config.learned_positions:
             raise InputError(f"{said}; it has no positions beyond them: shorten the rows or the answers")
         return f"warning: {said}; what it says beyond them may be nonsense"
 
+    def for_length(self, length: int) -> "CausalLM":
+        """The model for texts of at most so many tokens: longrope (Phi 3) has other frequencies for long ones."""
+        return replace(self, config=self.config.for_length(length))
+
     @property
     def linear_layers(self) -> dict[str, str]:
-        """Hugging Face's name of each linear layer of a block (`q_proj`, ...) -> path of its parameters here."""
-        tensors = self.family.hf_tensors(self.config)
-        kernels = {path: name for path, (name, _) in tensors.items() if path.endswith("/kernel")}
-        return {name.split(".")[-2]: path.removesuffix("/kernel") for path, name in kernels.items()}
+        """Name of each linear layer of a block (`q_proj`, ...), as adapters call it -> path of its parameters here."""
+        kernels = [path.removesuffix("/kernel") for path in self.tensors if path.endswith("/kernel")]
+        return {f"{path.split('/')[-1]}_proj": path for path in kernels}
 
     def with_lora(
         self, rank: int, alpha: float, targets: Sequence[str] | None = None, rank_stabilised: bool = False
@@ -121,7 +141,7 @@ class CausalLM:
         return replace(self, lora=Lora(rank, float(alpha), order, rank_stabilised))
 
     def _network(self, rngs: nnx.Rngs, stacked: bool = True) -> nnx.Module:
-        return FAMILIES[self.model_type][2](self.config, self.compute, self.lora, stacked, rngs=rngs)
+        return Decoder(self.config, self.compute, self.lora, stacked, rngs=rngs)
 
     def init(self, key: jax.Array) -> Params:
         """Draws random parameters.
@@ -159,7 +179,7 @@ class CausalLM:
         positions: Int[Array, "B S"],
         mask: Bool[Array, "B S S"] | RowMask,
     ) -> Float[Array, "B S D"]:
-        """Last hidden states [B, S, D]; arguments as those of `llama.Llama`."""
+        """Last hidden states [B, S, D]; arguments as those of `decoder.Decoder`."""
         return self._bind(params)(tokens, positions, mask)
 
     def prefill(
@@ -181,7 +201,8 @@ class CausalLM:
         mask = RowMask(jnp.where(slot < prompt_lengths[:, None], 0, -1), jnp.zeros_like(prompts))
         hidden, layers = self._bind(params).prefill(prompts, positions, mask, slots)
         last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.head(params).logits(last), DecodeCache(layers, prompt_lengths)
+        pool_positions = jnp.zeros((len(prompts), slots), jnp.int32)
+        return self.head(params).logits(last), DecodeCache(layers, prompt_lengths, pool_positions)
 
     def extend(
         self,
@@ -207,8 +228,10 @@ class CausalLM:
         width = jax.tree.leaves(cache.layers)[0].shape[-2]  # of the prompts' keys
         prompt_mask = jnp.arange(width) < cache.prompt_lengths[:, None]
         positions = cache.prompt_lengths[:, None] + path.sum(-1) - 1
-        hidden, layers = self._bind(params).extend(tokens, positions, prompt_mask, path, cache.layers, slot)
-        return self.head(params).logits(hidden), replace(cache, layers=layers)
+        pool_positions = jax.lax.dynamic_update_slice(cache.pool_positions, positions, (0, slot))
+        network = self._bind(params)
+        hidden, layers = network.extend(tokens, positions, prompt_mask, path, pool_positions, cache.layers, slot)
+        return self.head(params).logits(hidden), replace(cache, layers=layers, pool_positions=pool_positions)
 
     def unstack(self, params: Params) -> Params:
         """Takes the layers out of their stack, as decoding wants them: it then reads each weight where it lies.
@@ -250,15 +273,17 @@ class CausalLM:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeCache:
-    """What decoding remembers of B prompts and of M tokens after each (see `layers.LayerCache`).
+    """What decoding remembers of B prompts and of M tokens after each (see `cache.LayerCache`).
 
     Attributes:
         layers: Keys and values of each layer; one stack of them where the parameters are stacked.
         prompt_lengths: Tokens of each prompt. Shape [B].
+        pool_positions: Positions of the pool's tokens in their texts, from which windows count. Shape [B, M].
     """
 
     layers: LayerCache | tuple[LayerCache, ...]
     prompt_lengths: Int[Array, " B"]
+    pool_positions: Int[Array, "B M"]
 
     def reorder(self, slots: Int[Array, "B N"]) -> "DecodeCache":
         """Moves the pool's tokens.
@@ -267,7 +292,8 @@ class DecodeCache:
             slots: Where each slot's new content lies now. Shape [B, N]; N is the size of the new pool.
         """
         is_layer = lambda x: isinstance(x, LayerCache)  # noqa: E731
-        return replace(self, layers=jax.tree.map(lambda x: x.reorder(slots), self.layers, is_leaf=is_layer))
+        layers = jax.tree.map(lambda x: x.reorder(slots), self.layers, is_leaf=is_layer)
+        return replace(self, layers=layers, pool_positions=jnp.take_along_axis(self.pool_positions, slots, axis=1))
 
 
 @cache
@@ -286,34 +312,18 @@ def is_unstacked(params: Params) -> bool:
     return 0 in params["layers"]
 
 
-def right_padded(lengths: Int[Array, " B"], length: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S S"]]:
-    """Positions and causal mask of rows that begin at slot 0 and are padded at their end.
-
-    Args:
-        lengths: Tokens of each row. Shape [B].
-        length: Slots of a row, S.
-
-    Returns:
-        (positions, mask): shapes [B, S] and [B, S, S]. Padding sees what it likes and is seen by nothing before it.
-    """
-    slots = jnp.arange(length)
-    positions = jnp.broadcast_to(slots, (lengths.shape[0], length))
-    causal = slots[None, :] <= slots[:, None]
-    return positions, causal[None] & (slots[None, None, :] < lengths[:, None, None])
+def _unwrapped(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a decoder that a multimodal model has within it; any other as it is."""
+    for family in FAMILIES.values():
+        if unwrap := family.unwrap.get(config.get("model_type")):
+            return unwrap(config)
+    return config
 
 
-def left_padded(lengths: Int[Array, " B"], length: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S S"]]:
-    """Positions and causal mask of rows that end at the last slot and are padded at their beginning.
-
-    Args:
-        lengths: Tokens of each row. Shape [B].
-        length: Slots of a row, S.
-
-    Returns:
-        (positions, mask): shapes [B, S] and [B, S, S]. Padding sees itself only.
-    """
-    slots = jnp.arange(length)
-    start = length - lengths[:, None]
-    positions = jnp.maximum(slots - start, 0)
-    causal = slots[None, :] <= slots[:, None]
-    return positions, causal[None] & ((slots >= start)[:, None, :] | jnp.eye(length, dtype=bool))
+def _refuse_architecture(config: dict[str, Any]):
+    experts = next((key for key in config if "experts" in key and config[key]), None)
+    why = f": a mixture of experts ({experts} {config[experts]!r}), which is not built here" if experts else ""
+    raise InputError(
+        f"config.json: unknown architecture, model_type {config.get('model_type')!r} "
+        f"(architectures: {config.get('architectures')}){why}; known: {', '.join(sorted(FAMILIES))}"
+    )

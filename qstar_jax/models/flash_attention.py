@@ -6,9 +6,9 @@ Scores exist one tile at a time, in the memory beside the processor. A tile is [
 Letters in shapes: within the kernels S is padded to n tiles of T slots, and of the H heads H / G share one of G groups.
 """
 
-import math
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qstar_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from qstar_jax.models.layers import RowMask
+from qstar_jax.models.masks import RowMask
 
 _LANES = 128  # of a TPU's vectors: no tile is narrower
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, as a difference of infinities is NaN
@@ -32,14 +30,18 @@ def flash_attention(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S G D"],
     v: Float[Array, "B S G D"],
-    mask: "RowMask",
+    mask: RowMask,
     *,
+    positions: Int[Array, "B S"],
+    window: Int[Array, ""] | int | None = None,
+    scale: float,
+    softcap: float | None = None,
     block_size: int = 512,
     interpret: bool | None = None,
 ) -> Float[Array, "B S H D"]:
     """Attention whose scores never leave the processor, forward and backward: memory grows with S, not its square.
 
-    Keys after a tile's queries, and tiles where no block of `mask` has both a key and a query, are not even read. Under
+    Keys after a tile's queries, and tiles where no query has a key in its block and window, are not even read. Under
     a mesh, each device computes its rows of the batch (axes data and fsdp) and its heads (axis tensor).
 
     Args:
@@ -47,6 +49,10 @@ def flash_attention(
         k: Keys, in G groups of heads. Shape [B, S, G, D].
         v: Values. Shape [B, S, G, D].
         mask: Who may see whom.
+        positions: Of the tokens in their texts. Shape [B, S].
+        window: A query at position p sees keys at positions above p - window only; it may be traced.
+        scale: Factor of the scores.
+        softcap: Scores s become softcap * tanh(s / softcap).
         block_size: At most so many keys and queries meet in a tile; a multiple of 128.
         interpret: True runs the kernels as plain JAX, slowly, on any device; False compiles them for a TPU, be there
             one or not. None compiles them too, but first sees whether JAX runs on a TPU.
@@ -64,7 +70,8 @@ def flash_attention(
         )
     if block_size < _LANES or block_size % _LANES:
         raise InputError(f"flash_attention: block_size is {block_size}; expected a multiple of {_LANES}")
-    attend = partial(_attend, _tile_size(q.shape[1], block_size), bool(interpret))
+    form = _Form(_tile_size(q.shape[1], block_size), scale, softcap, bool(interpret))
+    attend, who = partial(_attend, form), _Who(mask, positions, None if window is None else jnp.int32(window))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:  # XLA cannot cut a kernel by itself
         rows, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
@@ -79,17 +86,36 @@ def flash_attention(
                 f"{tensor} devices; set mesh.tensor to a divisor of {k.shape[2]}, or compute.attention to blockwise"
             )
         heads, slots = PartitionSpec(("data", "fsdp"), None, "tensor"), PartitionSpec(("data", "fsdp"))
-        attend = jax.shard_map(attend, in_specs=(heads, heads, heads, slots), out_specs=heads, check_vma=False)
-    return attend(q, k, v, mask)
+        of_who = _Who(slots, slots, None if window is None else PartitionSpec())
+        attend = jax.shard_map(attend, in_specs=(heads, heads, heads, of_who), out_specs=heads, check_vma=False)
+    return attend(q, k, v, who)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(size: int, interpret: bool, q: Array, k: Array, v: Array, mask: "RowMask") -> Array:
-    return _forward(size, interpret, q, k, v, mask)[0]
+@dataclass(frozen=True)
+class _Form:
+    """What is fixed when a kernel is compiled: slots of a tile, scale and cap of scores, whether to interpret it."""
+
+    size: int
+    scale: float
+    softcap: float | None
+    interpret: bool
 
 
-def _forward(size: int, interpret: bool, q: Array, k: Array, v: Array, mask: "RowMask"):
-    length = q.shape[1]
+class _Who(NamedTuple):
+    """What says which keys a query sees."""
+
+    mask: RowMask
+    positions: Int[Array, "B S"]
+    window: Int[Array, ""] | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(form: _Form, q: Array, k: Array, v: Array, who: _Who) -> Array:
+    return _forward(form, q, k, v, who)[0]
+
+
+def _forward(form: _Form, q: Array, k: Array, v: Array, who: _Who):
+    length, size = q.shape[1], form.size
     q, k, v = (_to_tiles(x, size) for x in (q, k, v))
     batch, heads, padded, width = q.shape
     outputs = {
@@ -97,26 +123,27 @@ def _forward(size: int, interpret: bool, q: Array, k: Array, v: Array, mask: "Ro
         "lse": jax.ShapeDtypeStruct((batch, heads, 1, padded), jnp.float32),
     }
     sums = [(width, size), (1, size), (1, size)]
-    out, lse = _run(_forward_kernel, size, interpret, mask, {"q": q, "k": k, "v": v}, outputs, sums)
-    return _from_tiles(out, length), (q, k, v, out, lse, mask)
+    out, lse = _run(_forward_kernel, form, who, {"q": q, "k": k, "v": v}, outputs, sums)
+    return _from_tiles(out, length), (q, k, v, out, lse, who)
 
 
-def _backward(size: int, interpret: bool, residuals: tuple, dout: Array):
-    q, k, v, out, lse, mask = residuals
-    length, sums = dout.shape[1], [(size, q.shape[-1])]
+def _backward(form: _Form, residuals: tuple, dout: Array):
+    q, k, v, out, lse, who = residuals
+    length, size = dout.shape[1], form.size
+    sums = [(size, q.shape[-1])]
     dout = _to_tiles(dout, size)
     # The softmax passes on weights * (dweights - delta), where delta = sum(weights * dweights) over keys = out . dout.
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)[:, :, None]
     inputs = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta}
-    (dq,) = _run(_dq_kernel, size, interpret, mask, inputs, {"q": q}, sums)
-    dk, dv = _run(_dkv_kernel, size, interpret, mask, inputs, {"k": k, "v": v}, sums * 2, by_key=True)
+    (dq,) = _run(_dq_kernel, form, who, inputs, {"q": q}, sums)
+    dk, dv = _run(_dkv_kernel, form, who, inputs, {"k": k, "v": v}, sums * 2, by_key=True)
     return *(_from_tiles(x, length) for x in (dq, dk, dv)), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _run(kernel, size: int, interpret: bool, mask: "RowMask", inputs, outputs, sums, *, by_key=False) -> list[Array]:
+def _run(kernel, form: _Form, who: _Who, inputs, outputs, sums, *, by_key=False) -> list[Array]:
     """Runs a kernel on the tiles of scores.
 
     The grid is (row of the batch, head, tile of queries, step): at a step the queries meet the keys so many tiles
@@ -125,10 +152,10 @@ def _run(kernel, size: int, interpret: bool, mask: "RowMask", inputs, outputs, s
     costs nothing.
 
     Args:
-        kernel: Function of the reach, the ids of queries and of keys, and the three that follow, as references.
-        size: Slots of a tile.
-        interpret: Whether to run it as plain JAX.
-        mask: Who may see whom.
+        kernel: Function of the form, and, as references, of the reach, the window (where there is one), the ids of
+            queries and of keys, and the three that follow.
+        form: What is fixed.
+        who: Which keys a query sees.
         inputs: Name -> array of S slots; the name tells which part of it belongs to a tile.
         outputs: Name -> shape and type.
         sums: Shapes of what is kept, in float32, from one step to the next.
@@ -138,13 +165,16 @@ def _run(kernel, size: int, interpret: bool, mask: "RowMask", inputs, outputs, s
         The outputs.
     """
     (batch, heads, length, width), groups = inputs["q"].shape, inputs["k"].shape[1]
-    share, tiles = heads // groups, length // size
-    ids = jnp.stack([mask.blocks, mask.branches], axis=1)
+    size, share, tiles = form.size, heads // groups, length // form.size
+    ids = jnp.stack([who.mask.blocks, who.mask.branches, who.positions], axis=1)
     ids = jnp.pad(ids, ((0, 0), (0, 0), (0, length - ids.shape[2])), constant_values=-1)
-    reach = _reach(ids[:, 0].reshape(batch, tiles, size))[by_key]
+    blocks, _, positions = (x[:, 0].reshape(batch, tiles, size) for x in jnp.split(ids, 3, axis=1))
+    scalars = [_reach(blocks, positions, who.window)[by_key]]
+    if who.window is not None:
+        scalars.append(who.window.reshape(1))
 
     def at(b, head_or_group, tile, *rest):  # row, head, group, tile of queries, tile of keys
-        *head, step, reach = rest
+        *head, step, reach = rest[: len(rest) - len(scalars) + 1]
         other = jnp.minimum(step, reach[b, tile])
         if by_key:
             return b, head_or_group * share + head[0], head_or_group, tile + other, tile
@@ -158,36 +188,44 @@ def _run(kernel, size: int, interpret: bool, mask: "RowMask", inputs, outputs, s
     of_score = spec((None, None, 1, size), lambda b, h, g, query, key: (b, h, 0, query))
     specs = {"q": of_query, "k": of_key, "v": of_key, "out": of_query, "dout": of_query}
     specs |= {"lse": of_score, "delta": of_score}
-    query_ids = spec((None, 2, size), lambda b, h, g, query, key: (b, 0, query))
-    key_ids = spec((None, size, 2), lambda b, h, g, query, key: (b, key, 0))
+    query_ids = spec((None, 3, size), lambda b, h, g, query, key: (b, 0, query))
+    key_ids = spec((None, size, 3), lambda b, h, g, query, key: (b, key, 0))
     inner = (share, tiles) if by_key else (tiles,)
     return pl.pallas_call(
-        kernel,
+        partial(kernel, form) if who.window is not None else partial(_without_window, kernel, form),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=len(scalars),
             grid=(batch, groups if by_key else heads, tiles, *inner),
             in_specs=[query_ids, key_ids, *(specs[name] for name in inputs)],
             out_specs=[specs[name] for name in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",) * len(inner)),
-        interpret=interpret,
+        interpret=form.interpret,
         name=f"flash{kernel.__name__}",
-    )(reach, ids, ids.swapaxes(1, 2), *inputs.values())
+    )(*scalars, ids, ids.swapaxes(1, 2), *inputs.values())
 
 
-def _reach(blocks: Int[Array, "B n T"]) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
+def _without_window(kernel, form: _Form, reach, *rest):
+    kernel(form, reach, None, *rest)
+
+
+def _reach(
+    blocks: Int[Array, "B n T"], positions: Int[Array, "B n T"], window: Int[Array, ""] | None
+) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
     """How many tiles back a tile's queries may see a key, and how many tiles on a tile's keys may be seen."""
     blocks = jnp.where(blocks < 0, jnp.iinfo(blocks.dtype).max, blocks)  # a row's end, which keeps the ranges short
     low, high = blocks.min(-1), blocks.max(-1)
     meet = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
+    if window is not None:
+        meet &= positions.min(-1)[:, :, None] - positions.max(-1)[:, None, :] < window
     tiles = jnp.arange(blocks.shape[1], dtype=jnp.int32)
     distance = jnp.where(meet, tiles[:, None] - tiles, 0)  # [B, queries, keys]; negative where keys come after queries
     return distance.max(2), distance.max(1)
 
 
-def _forward_kernel(reach, query_ids, key_ids, q, k, v, out, lse, sums, top, total):
+def _forward_kernel(form, reach, window, query_ids, key_ids, q, k, v, out, lse, sums, top, total):
     row, tile, step, steps = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.num_programs(3)
 
     @pl.when(step == 0)
@@ -198,7 +236,7 @@ def _forward_kernel(reach, query_ids, key_ids, q, k, v, out, lse, sums, top, tot
     # The first step holds each query's own key, so that `top` is the score of one that it sees.
     @pl.when(step <= reach[row, tile])
     def _():
-        scores = _scores(q, k, query_ids, key_ids, step)
+        scores, _ = _scores(form, window, q, k, query_ids, key_ids, step)
         higher = jnp.maximum(top[...], scores.max(0, keepdims=True))
         weights, shrink = jnp.exp(scores - higher), jnp.exp(top[...] - higher)
         sums[...] = shrink * sums[...] + _product(v[...], weights.astype(v.dtype), _FIRST)
@@ -211,7 +249,7 @@ def _forward_kernel(reach, query_ids, key_ids, q, k, v, out, lse, sums, top, tot
         lse[...] = top[...] + jnp.log(total[...])
 
 
-def _dq_kernel(reach, query_ids, key_ids, q, k, v, dout, lse, delta, dq, sums):
+def _dq_kernel(form, reach, window, query_ids, key_ids, q, k, v, dout, lse, delta, dq, sums):
     row, tile, step, steps = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.num_programs(3)
 
     @pl.when(step == 0)
@@ -220,7 +258,7 @@ def _dq_kernel(reach, query_ids, key_ids, q, k, v, dout, lse, delta, dq, sums):
 
     @pl.when(step <= reach[row, tile])
     def _():
-        _, dscores = _weights_and_dscores(query_ids, key_ids, q, k, v, dout, lse, delta, step)
+        _, dscores = _weights_and_dscores(form, window, query_ids, key_ids, q, k, v, dout, lse, delta, step)
         sums[...] += _product(dscores.astype(k.dtype), k[...], _FIRST)
 
     @pl.when(step == steps - 1)
@@ -228,7 +266,7 @@ def _dq_kernel(reach, query_ids, key_ids, q, k, v, dout, lse, delta, dq, sums):
         dq[...] = sums[...].astype(dq.dtype)
 
 
-def _dkv_kernel(reach, query_ids, key_ids, q, k, v, dout, lse, delta, dk, dv, k_sums, v_sums):
+def _dkv_kernel(form, reach, window, query_ids, key_ids, q, k, v, dout, lse, delta, dk, dv, k_sums, v_sums):
     row, tile = pl.program_id(0), pl.program_id(2)
     head, heads, step, steps = pl.program_id(3), pl.num_programs(3), pl.program_id(4), pl.num_programs(4)
 
@@ -238,7 +276,8 @@ def _dkv_kernel(reach, query_ids, key_ids, q, k, v, dout, lse, delta, dk, dv, k_
 
     @pl.when(step <= reach[row, tile])
     def _():
-        weights, dscores = _weights_and_dscores(query_ids, key_ids, q, k, v, dout, lse, delta, step)
+        parts = _weights_and_dscores(form, window, query_ids, key_ids, q, k, v, dout, lse, delta, step)
+        weights, dscores = parts
         k_sums[...] += jnp.dot(dscores.astype(q.dtype), q[...], preferred_element_type=jnp.float32)
         v_sums[...] += jnp.dot(weights.astype(dout.dtype), dout[...], preferred_element_type=jnp.float32)
 
@@ -247,20 +286,26 @@ def _dkv_kernel(reach, query_ids, key_ids, q, k, v, dout, lse, delta, dk, dv, k_
         dk[...], dv[...] = k_sums[...].astype(dk.dtype), v_sums[...].astype(dv.dtype)
 
 
-def _scores(q, k, query_ids, key_ids, step) -> Float[Array, "T T"]:
-    """Scores [keys, queries] of a tile whose keys lie `step` tiles before its queries."""
-    scores = _product(k[...], q[...], _LAST) / math.sqrt(q.shape[-1])
+def _scores(form, window, q, k, query_ids, key_ids, step) -> tuple[Float[Array, "T T"], Float[Array, "T T"] | float]:
+    """Scores [keys, queries] of a tile whose keys lie `step` tiles before its queries, and their slope by products."""
+    scores, slope = _product(k[...], q[...], _LAST) * form.scale, form.scale
+    if form.softcap is not None:
+        bounded = jnp.tanh(scores / form.softcap)
+        scores, slope = form.softcap * bounded, form.scale * (1 - bounded**2)
     key, query = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
-    block, branch = key_ids[:, :1], key_ids[:, 1:]
-    own = (branch == 0) | (branch == query_ids[1:])
+    block, branch = key_ids[:, :1], key_ids[:, 1:2]
+    own = (branch == 0) | (branch == query_ids[1:2])
     visible = (key <= query + step * scores.shape[0]) & (block == query_ids[:1]) & own
-    return jnp.where(visible, scores, _MASKED)
+    if window is not None:
+        visible &= query_ids[2:] - key_ids[:, 2:] < window[0]
+    return jnp.where(visible, scores, _MASKED), slope
 
 
-def _weights_and_dscores(query_ids, key_ids, q, k, v, dout, lse, delta, step):
-    weights = jnp.exp(_scores(q, k, query_ids, key_ids, step) - lse[...])
+def _weights_and_dscores(form, window, query_ids, key_ids, q, k, v, dout, lse, delta, step):
+    scores, slope = _scores(form, window, q, k, query_ids, key_ids, step)
+    weights = jnp.exp(scores - lse[...])
     dweights = _product(v[...], dout[...], _LAST)
-    return weights, weights * (dweights - delta[...]) / math.sqrt(q.shape[-1])
+    return weights, weights * (dweights - delta[...]) * slope
 
 
 def _product(x: Array, y: Array, summed) -> Array:

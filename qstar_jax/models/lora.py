@@ -66,6 +66,28 @@ class LoraLinear(nnx.LoRALinear):
         return nnx.Linear.__call__(self, x) + self.scale * self.lora(x)
 
 
+@dataclass(frozen=True)
+class Linears:
+    """How a model's linear layers are made: in its types, and with an adapter where one is asked for.
+
+    Attributes:
+        lora: Adapter of the layers that it names; None: plain layers.
+        dtype: Type of the products.
+        param_dtype: Type in which kernels and biases are stored.
+    """
+
+    lora: Lora | None
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    def __call__(self, name: str, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+        """Makes the layer that adapters call `name`."""
+        common = {"use_bias": bias, "dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
+        if self.lora is not None and name in self.lora.targets:
+            return LoraLinear(inputs, outputs, self.lora, **common)
+        return nnx.Linear(inputs, outputs, **common)
+
+
 def split_adapter(params: Params) -> tuple[Params, Params]:
     """Takes parameters apart.
 

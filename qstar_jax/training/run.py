@@ -250,8 +250,7 @@ def _evaluator(
 
 def _step_flops(config: SftConfig | DpoConfig, model: CausalLM, feeder: Feeder, counts: dict[str, float]) -> float:
     """Model FLOPs of a step: forward and backward of the policy, and forward of the reference where it is run."""
-    forward = model.family.forward_flops(
-        model.config,
+    forward = model.config.forward_flops(
         tokens=counts["count/tokens"],
         scored_tokens=counts["count/scored_tokens"],
         context=counts["count/tokens"] / feeder.batch_size / 2,

@@ -24,6 +24,7 @@ from qstar_jax.identity import check_weights, weights_identity
 from qstar_jax.loading import load_model, param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.decoder import SHARDING_OVERRIDES
 from qstar_jax.models.lora import split_adapter
 from qstar_jax.settings import keep_date
 from qstar_jax.sharding import tree_shardings
@@ -116,7 +117,7 @@ def describe(config: SftConfig | DpoConfig, start: Start, data: dict[str, Any]) 
     verb = "dpo" if isinstance(config, DpoConfig) else "sft"
     files = hub.tokenizer_files(start.tokenizer)
     lora = start.model.lora and asdict(start.model.lora)
-    model = start.model.config.to_hf()
+    model = start.model.to_hf()
     return Description(verb, model, asdict(config), files, start.reference, lora, start.generation, start.base, data)
 
 
@@ -151,7 +152,7 @@ def build_state(
     base, adapter = split_adapter(abstract_with_shardings(model.abstract_params(), shardings))
     trained = base if model.lora is None else adapter
     abstract_opt_state = jax.eval_shape(optimizer.init, trained)
-    opt_shardings = tree_shardings(abstract_opt_state, mesh, config.mesh, model.family.SHARDING_OVERRIDES)
+    opt_shardings = tree_shardings(abstract_opt_state, mesh, config.mesh, SHARDING_OVERRIDES)
     frozen = ref_params = None
     if start.params is None:
         abstract = {"params": trained, "opt_state": abstract_with_shardings(abstract_opt_state, opt_shardings)}

@@ -114,7 +114,7 @@ def main(model: str, prompt_tokens: int, new_tokens: int, batch: int, settings: 
         weights = nbytes(params) - (0 if config.tie_word_embeddings else nbytes(params["embed"]))
         bytes_read = weights + prompt_bytes + per_slot * pool / 2  # the pool fills up as the answers grow
         tokens, context = batch * count, prompt_tokens + new_tokens / 2
-        flops = lm.family.forward_flops(config, tokens=tokens, scored_tokens=tokens, context=context)
+        flops = config.forward_flops(tokens=tokens, scored_tokens=tokens, context=context)
         rate = matmul_rate(tokens, config.hidden_size, config.intermediate_size, dtype)
         times = {"bytes": bytes_read / bandwidth, "flops": flops / rate}
         return {

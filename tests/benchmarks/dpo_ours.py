@@ -117,7 +117,7 @@ def main(
             scored = sum(int(b.response_lengths.sum()) for b in chosen)
             config = loaded.model.config
             context = tokens / batch / len(chosen) / 2
-            forward = loaded.model.family.forward_flops(config, tokens=tokens, scored_tokens=scored, context=context)
+            forward = config.forward_flops(tokens=tokens, scored_tokens=scored, context=context)
             flops = forward * (4 if reference == "live" else 3)
             peak = measured_matmul_peak(dtype, 2048)
             share = flops / seconds / peak

@@ -82,9 +82,7 @@ def main(
             state, _ = jax.block_until_ready(step(state, batch))
             seconds.append(time.perf_counter() - start)
     tokens, scored = int((batch.blocks >= 0).sum()), int(batch.response_lengths.sum())
-    forward = loaded.model.family.forward_flops(
-        loaded.model.config, tokens=tokens, scored_tokens=scored, context=length / 2
-    )
+    forward = loaded.model.config.forward_flops(tokens=tokens, scored_tokens=scored, context=length / 2)
     flops = 4 * forward / statistics.median(seconds)  # policy forward and backward, reference forward
     result = {
         "model": Path(model).name,

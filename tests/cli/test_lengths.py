@@ -1,23 +1,23 @@
 """Rows beyond a model's positions, at each verb that reads rows; what is said of them is tested with the data."""
 
-import json
-import shutil
-
+import jax
 import pytest
 
+from qstar_jax import hub
 from qstar_jax.cli.main import main
-from qstar_jax.models import llama
+from qstar_jax.models import CausalLM
 
 REWARD = ["--reference", "MODEL", "--beta", "1"]
 JUDGE = ["--judge.beta", "1", "--judge.batch_size", "8"]
 
 
 @pytest.fixture(scope="module")
-def short(hf_folder, tmp_path_factory):
-    """The tiny model, made for four tokens."""
-    folder = shutil.copytree(hf_folder, tmp_path_factory.mktemp("short") / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4}))
+def short(tiny_tokenizer, tmp_path_factory):
+    """A tiny GPT-2, whose learned positions end after four tokens."""
+    sizes = {"vocab_size": 60, "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 4}
+    model = CausalLM.from_hf({"model_type": "gpt2", **sizes})
+    folder = tmp_path_factory.mktemp("short")
+    hub.write_folder(folder, model, jax.jit(model.init)(jax.random.key(0)), tiny_tokenizer, "float32")
     return folder
 
 
@@ -33,8 +33,7 @@ def short(hf_folder, tmp_path_factory):
     ],
     ids=lambda words: " ".join(words[:2]),
 )
-def test_positions_that_are_learned_end(words, short, eval_file, tmp_path, one_device_only, monkeypatch, capsys):
-    monkeypatch.setattr(llama, "POSITIONS", "learned")
+def test_positions_that_are_learned_end(words, short, eval_file, tmp_path, one_device_only, capsys):
     names = {"FILE": str(eval_file), "MODEL": str(short)}
     words = [names.get(word, word) for word in words]
     assert main([*words, "--model", str(short), "--out", str(tmp_path / "out")]) == 2

@@ -16,12 +16,20 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.errors import InputError
-from qstar_jax.models import layers
+from qstar_jax.models import attention
+from qstar_jax.models.attention import blockwise_attention, dense_attention, masked_attention
 from qstar_jax.models.flash_attention import _reach, flash_attention
-from qstar_jax.models.layers import RowMask, blockwise_attention, masked_attention
+from qstar_jax.models.masks import RowMask
 from qstar_jax.sharding import AXES, make_mesh
 
-interpreted = partial(flash_attention, block_size=128, interpret=True)
+
+def plainly(q, k, v, mask, **options):
+    """Without a window or a cap, with the usual scale."""
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    return flash_attention(q, k, v, mask, **{"positions": positions, "scale": q.shape[-1] ** -0.5} | options)
+
+
+interpreted = partial(plainly, block_size=128, interpret=True)
 SHAPE = (150, 4, 2, 8)  # of most tests, as each shape is compiled anew: two tiles, the second one short
 
 
@@ -105,9 +113,10 @@ def test_tiles_reach_as_far_as_they_must():
         mask = make_mask(8 * size)
         seen = mask.dense().reshape(4, 8, size, 8, size).any((2, 4))
         distance = jnp.where(seen, jnp.arange(8)[:, None] - jnp.arange(8), 0)
-        back, ahead = _reach(mask.blocks.reshape(4, 8, size))
+        back, ahead = _reach(mask.blocks.reshape(4, 8, size), None, None)
         assert (back >= distance.max(2)).all() and (ahead >= distance.max(1)).all()
-    back, ahead = _reach(jnp.repeat(jnp.array([[0, 0, 1, 2, 2, 2, -1, -1]]), size, axis=1).reshape(1, 8, size))
+    blocks = jnp.repeat(jnp.array([[0, 0, 1, 2, 2, 2, -1, -1]]), size, axis=1).reshape(1, 8, size)
+    back, ahead = _reach(blocks, None, None)
     np.testing.assert_array_equal(back, [[0, 1, 0, 0, 1, 2, 0, 1]])
     np.testing.assert_array_equal(ahead, [[1, 0, 0, 2, 1, 0, 1, 0]])
 
@@ -141,7 +150,7 @@ def test_the_kernels_lower_for_tpus(sizes):
     device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
     x, mask = jax.eval_shape(lambda: (arrays(300, 4, 2, 64, dtype=jnp.bfloat16), packed_mask(300)))
-    compiled = partial(flash_attention, interpret=False)
+    compiled = partial(plainly, interpret=False)
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = outputs_and_gradients.trace(compiled, *x, mask).lower(lowering_platforms=("tpu",))
     assert lowered.as_text().count("@tpu_custom_call(") == 3
@@ -157,13 +166,14 @@ def test_the_kernels_compile_for_tpus():
         from jax.sharding import NamedSharding, PartitionSpec as P
         from qstar_jax.config import MeshOptions
         from qstar_jax.models.flash_attention import flash_attention
-        from qstar_jax.models.layers import RowMask
+        from qstar_jax.models.masks import RowMask
         from qstar_jax.sharding import BATCH, make_mesh
 
         devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
         def step(q, k, v, dout, blocks, branches):
-            attend = partial(flash_attention, mask=RowMask(blocks, branches), interpret=False)
+            form = {"positions": blocks, "scale": q.shape[-1] ** -0.5, "interpret": False}
+            attend = partial(flash_attention, mask=RowMask(blocks, branches), **form)
             out, pull_back = jax.vjp(attend, q, k, v)
             return out, pull_back(dout)
 
@@ -197,9 +207,9 @@ def test_the_kernels_compile_for_tpus():
 def test_what_cannot_be_computed_is_said():
     x, mask = arrays(16, 2, 1, 8), packed_mask(16)
     with pytest.raises(InputError, match=r"for TPUs, and JAX runs on cpu here; set compute\.attention to blockwise"):
-        flash_attention(*x, mask)
+        plainly(*x, mask)
     with pytest.raises(InputError, match="block_size is 100"):
-        flash_attention(*x, mask, block_size=100, interpret=True)
+        plainly(*x, mask, block_size=100, interpret=True)
     with (
         jax.set_mesh(make_mesh(MeshOptions(data=4, fsdp=2))),
         pytest.raises(InputError, match=r"4 rows cannot be cut over mesh\.data \* mesh\.fsdp = 8 devices"),
@@ -214,13 +224,14 @@ def test_what_cannot_be_computed_is_said():
 
 def test_each_option_means_one_way(monkeypatch):
     mask = packed_mask(16)
-    ways = {"blockwise": blockwise_attention, "flash": flash_attention, "dense": jax.nn.dot_product_attention}
+    ways = {"blockwise": blockwise_attention, "flash": flash_attention, "dense": dense_attention}
     autos = {"tpu": "flash", "gpu": "blockwise", "cpu": "blockwise"}
     for backend, auto in autos.items():
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         for option in ("auto", *ways):
-            assert masked_attention(mask, option).func is ways[auto if option == "auto" else option]
-            assert masked_attention(mask.dense(), option).func is ways["dense"]  # as with a decoder's cache
+            choose = partial(masked_attention, positions=mask.blocks, option=option, scale=1.0)
+            assert choose(mask).func is ways[auto if option == "auto" else option]
+            assert choose(mask.dense()).func is ways["dense"]
 
 
 def test_a_model_trains_the_same(monkeypatch, tiny_model, tiny_params, assert_norm_close):
@@ -235,5 +246,5 @@ def test_a_model_trains_the_same(monkeypatch, tiny_model, tiny_params, assert_no
 
     with pytest.raises(InputError, match=r"compute\.attention flash"):
         gradient("flash")
-    monkeypatch.setattr(layers, "flash_attention", interpreted)
+    monkeypatch.setattr(attention, "flash_attention", partial(flash_attention, block_size=128, interpret=True))
     assert_norm_close(gradient("flash")["layers"], gradient("dense")["layers"], 1e-5)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,9 @@ from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Response
 from qstar_jax.errors import InputError
-from qstar_jax.models import layers
-from qstar_jax.models.layers import RowMask, _attend_row_by_row, _attend_side_by_side, blockwise_attention
+from qstar_jax.models import attention
+from qstar_jax.models.attention import _attend_row_by_row, _attend_side_by_side, blockwise_attention
+from qstar_jax.models.masks import RowMask
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.feeding import Feeder
@@ -101,7 +101,7 @@ def test_attention_by_blocks_of_long_rows(one_device):
         return jax.nn.dot_product_attention(q, k, v, mask=mask.dense()[:, None])
 
     ways = {
-        way: partial(blockwise, mask=mask, block_size=8)
+        way: lambda q, k, v, blockwise=blockwise: blockwise(q, k, v, mask, blocks, None, 8**-0.5, None, 8)
         for way, blockwise in (("rows", _attend_row_by_row), ("sides", _attend_side_by_side))
     }
     gradient = jax.jit(jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
@@ -114,11 +114,11 @@ def test_attention_by_blocks_of_long_rows(one_device):
 def test_the_faster_way_is_taken_on_one_device_only(one_device, monkeypatch):
     taken = []
     for name in ("_attend_row_by_row", "_attend_side_by_side"):
-        monkeypatch.setattr(layers, name, lambda q, *rest, name=name: taken.append(name) or q)
+        monkeypatch.setattr(attention, name, lambda q, *rest, name=name: taken.append(name) or q)
     x, mask = jnp.zeros((8, 4, 2, 8)), RowMask(*jnp.zeros((2, 8, 4), int))
     for mesh in (one_device, make_mesh(MeshOptions(data=8))):
         with jax.set_mesh(mesh):
-            blockwise_attention(x, x, x, mask)
+            blockwise_attention(x, x, x, mask, positions=mask.blocks, scale=1.0)
     assert taken == ["_attend_row_by_row", "_attend_side_by_side"]
 
 

@@ -14,6 +14,7 @@ from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
 from qstar_jax.errors import InputError
 from qstar_jax.loading import param_shardings
+from qstar_jax.models.decoder import SHARDING_OVERRIDES
 from qstar_jax.scoring import response_logprobs, score_tokens
 from qstar_jax.sharding import BATCH, make_mesh, tree_shardings
 from qstar_jax.training import objectives
@@ -78,7 +79,7 @@ def one_step(model, params, ref_params, batch, mesh, options):
         params, ref_params = (place(jax.tree.map(jnp.copy, tree), shardings) for tree in (params, ref_params))
         batch = jax.device_put(batch, NamedSharding(mesh, BATCH))
         abstract = jax.eval_shape(optimizer.init, model.abstract_params())
-        opt_shardings = tree_shardings(abstract, mesh, options, model.family.SHARDING_OVERRIDES)
+        opt_shardings = tree_shardings(abstract, mesh, options, SHARDING_OVERRIDES)
         opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
         state = TrainState(jnp.int32(0), params, opt_state, ref_params)
         # As in a run: out on the shardings on which the state went in, so that its buffers can be taken again.

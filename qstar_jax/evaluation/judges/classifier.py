@@ -26,7 +26,7 @@ from qstar_jax.hub.reader import TensorFiles
 from qstar_jax.loading import param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.models.layers import RowMask
+from qstar_jax.models.masks import RowMask
 from qstar_jax.sharding import BATCH
 
 if TYPE_CHECKING:

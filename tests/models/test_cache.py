@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.models import layers
-from qstar_jax.models.layers import LayerCache
+from qstar_jax.models import cache
+from qstar_jax.models.cache import LayerCache
 
 ROWS, TOKENS, HEADS, GROUPS, PROMPT, POOL, WIDTH = 2, 3, 4, 2, 5, 10, 8
 
@@ -13,7 +13,7 @@ ROWS, TOKENS, HEADS, GROUPS, PROMPT, POOL, WIDTH = 2, 3, 4, 2, 5, 10, 8
 def test_decoding_attends_to_prompt_and_own_path_and_reads_no_part_of_the_pool_that_is_empty(
     monkeypatch, part, parts, used
 ):
-    monkeypatch.setattr(layers, "PART", part)
+    monkeypatch.setattr(cache, "PART", part)
     rng = np.random.default_rng(used)
     q = rng.normal(size=(ROWS, TOKENS, HEADS, WIDTH)).astype(np.float32)
     keys, values = rng.normal(size=(2, ROWS, GROUPS, PROMPT + POOL, WIDTH)).astype(np.float32)
@@ -23,7 +23,7 @@ def test_decoding_attends_to_prompt_and_own_path_and_reads_no_part_of_the_pool_t
     path = (rng.random((ROWS, TOKENS, POOL)) < 0.5) & (np.arange(POOL) < used)
     cut = (keys[:, :, :PROMPT], values[:, :, :PROMPT], keys[:, :, PROMPT:], values[:, :, PROMPT:])
     found = LayerCache(*map(jnp.asarray, cut)).attend(
-        jnp.asarray(q), jnp.asarray(prompt_mask), jnp.asarray(path), jnp.int32(used)
+        jnp.asarray(q), jnp.asarray(prompt_mask)[:, None], jnp.asarray(path), jnp.int32(used), scale=WIDTH**-0.5
     )
     for b, k, h in np.ndindex(ROWS, TOKENS, HEADS):
         seen = np.concatenate([prompt_mask[b], path[b, k]])

@@ -1,0 +1,78 @@
+"""Gemma 2: norms before and behind each part, a window in every other layer, caps of scores and logits."""
+
+from typing import Any
+
+from qstar_jax.models.config_keys import Keys, activation_name
+from qstar_jax.models.decoder_config import DecoderConfig
+from qstar_jax.models.families.gemma import read_activation, read_common
+from qstar_jax.models.family import (
+    Family,
+    read_layer_types,
+    read_window,
+    standard_tensors,
+    with_windows,
+    write_shape,
+    write_windows,
+)
+from qstar_jax.models.rope_keys import read_rope, write_rope
+from qstar_jax.models.tensors import Tensor
+
+# Gemma calls the norm of what attention gives as Llama calls the norm of what the MLP takes.
+_NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+
+
+def read_cap(keys: Keys, name: str, default: float | None) -> float | None:
+    """Reads a cap: the default where the key is missing, none where it is null."""
+    if default is None or keys.says(name):
+        return None if keys.get(name) is None else keys.number(name)
+    return default
+
+
+def tensors(config: DecoderConfig) -> dict[str, Tensor]:
+    """The tensors of Gemma 2 and 3."""
+    return standard_tensors(config, _NORMS)
+
+
+def _read(keys: Keys) -> DecoderConfig:
+    sliding = read_layer_types(keys, lambda layer: layer % 2 == 0)
+    return DecoderConfig(
+        **read_common(keys, context=8192, kv_heads=4),
+        layers=with_windows(read_rope(keys, theta=10_000.0), sliding, read_window(keys, 4096)),
+        norm_places="sandwich",
+        activation=read_activation(keys, "hidden_activation"),
+        attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
+        score_softcap=read_cap(keys, "attn_logit_softcapping", 50.0),
+        logit_softcap=read_cap(keys, "final_logit_softcapping", 30.0),
+    )
+
+
+def write_common(config: DecoderConfig) -> dict[str, Any]:
+    """The keys that Gemma 2 and 3 share."""
+    return (
+        write_shape(config)
+        | write_windows(config)
+        | {
+            "hidden_activation": activation_name(config.activation),
+            "attention_bias": config.o_bias,
+            "query_pre_attn_scalar": whole(config.scale**-2),
+            "attn_logit_softcapping": config.score_softcap,
+            "final_logit_softcapping": config.logit_softcap,
+        }
+    )
+
+
+def whole(number: float) -> float | int:
+    """A whole number as such: transformers 5 takes no other."""
+    return round(number) if abs(number - round(number)) < 1e-6 else number
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    return write_common(config) | write_rope(config.layers[0].rope)
+
+
+FAMILY = Family("gemma2", "Gemma2ForCausalLM", _read, _write, tensors)

@@ -1,0 +1,92 @@
+"""Gemma 3: local layers with a window and rotary positions of their own; of multimodal folders the text's decoder."""
+
+from typing import Any
+
+from qstar_jax.errors import InputError
+from qstar_jax.models.config_keys import Keys
+from qstar_jax.models.decoder_config import DecoderConfig, LayerKind
+from qstar_jax.models.families.gemma import read_activation, read_common
+from qstar_jax.models.families.gemma2 import read_cap, tensors, write_common
+from qstar_jax.models.family import FULL, SLIDING, Family, read_layer_types, read_window, with_windows
+from qstar_jax.models.rope import Rope
+from qstar_jax.models.rope_keys import make_rope, merged, rope_dictionary, scaling_keys, write_rope
+
+# Multimodal folders leave out of `text_config` whatever is as in transformers' class.
+_SIZES = {"vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8}
+_LAYERS = 26
+
+
+def _ropes(keys: Keys) -> dict[str, Rope]:
+    """Rotary positions by type of layer; the older keys scale those of full layers only."""
+    new = keys.get("rope_parameters") or {}
+    if not isinstance(new, dict) or not set(new) <= {SLIDING, FULL}:
+        raise InputError(f"config.json: rope_parameters is {new!r}; expected an object with {SLIDING} and {FULL}")
+    inner = {kind: rope_dictionary(Keys(new), kind) for kind in (SLIDING, FULL)}
+    inner[FULL] = merged(rope_dictionary(keys, "rope_scaling"), inner[FULL], "rope_scaling", f"rope_parameters.{FULL}")
+    thetas = {SLIDING: ("rope_local_base_freq", 10_000.0), FULL: ("rope_theta", 1_000_000.0)}
+    ropes = {}
+    for kind, (name, default) in thetas.items():
+        theta = keys.number(name, inner[kind].get("rope_theta", default))
+        if inner[kind].get("rope_theta", theta) != theta:
+            raise InputError(f"config.json: {name} is {theta!r}, and rope_parameters say otherwise; keep one of them")
+        ropes[kind] = make_rope(keys, inner[kind], theta=theta)
+    return ropes
+
+
+def _layers(keys: Keys) -> tuple[LayerKind, ...]:
+    pattern = keys.size("sliding_window_pattern", keys.size("_sliding_window_pattern", 6))
+    sliding = read_layer_types(keys, lambda layer: (layer + 1) % pattern != 0, _LAYERS)
+    ropes, window = _ropes(keys), read_window(keys, 4096)
+    kinds = [with_windows(ropes[SLIDING if slides else FULL], [slides], window) for slides in sliding]
+    return tuple(kind for (kind,) in kinds)
+
+
+def _read(keys: Keys) -> DecoderConfig:
+    keys.only("attn_logit_softcapping", None)  # transformers has the key, and never caps the scores
+    return DecoderConfig(
+        **read_common(keys, context=131_072, kv_heads=4, sizes=_SIZES),
+        layers=_layers(keys),
+        norm_places="sandwich",
+        qk_norm="head",
+        activation=read_activation(keys, "hidden_activation"),
+        attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
+        logit_softcap=read_cap(keys, "final_logit_softcapping", None),
+    )
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    ropes = {FULL if kind.window is None else SLIDING: kind.rope for kind in config.layers}
+    new = {kind: write_rope(rope)["rope_parameters"] for kind, rope in ropes.items()}
+    old = {}
+    if FULL in ropes:
+        old = {"rope_theta": ropes[FULL].theta, "rope_scaling": scaling_keys(ropes[FULL].scaling)}
+    if SLIDING in ropes:
+        old["rope_local_base_freq"] = ropes[SLIDING].theta
+    return write_common(config) | old | {"rope_parameters": new}
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The text's part of a multimodal config.json; what the outer one says of it too must be the same."""
+    keys = Keys(config)
+    inner = keys.get("text_config")
+    if not isinstance(inner, dict):
+        raise InputError(f"config.json: text_config is {inner!r}; expected the configuration of the text's decoder")
+    for name in ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"):
+        keys.get(name)
+    tied = keys.flag("tie_word_embeddings", True)
+    if inner.get("tie_word_embeddings", tied) is not tied:
+        raise InputError("config.json: tie_word_embeddings is one thing, and another in text_config; keep one of them")
+    return keys.others() | {"tie_word_embeddings": tied} | inner | {"model_type": "gemma3_text"}
+
+
+FAMILY = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    _read,
+    _write,
+    tensors,
+    unwrap={"gemma3": _text_config},
+    ignored=r"(^|\.)(rotary_emb\.inv_freq|rotary_emb_local\.inv_freq)$|^(model\.)?(vision_tower|multi_modal_projector)\.",
+    # Versions of transformers wrap the decoder as language_model.model.* or as model.language_model.*
+    renamed=(r"^(?:language_model\.(?=(?:model|lm_head)\.)|(model\.)language_model\.)", r"\1"),
+)
