@@ -22,12 +22,16 @@ class ComputeOptions:
         attention: Of training and scoring. `dense` computes the scores of whole rows at once; `blockwise` those of 128
             queries at a time, and again in the backward pass, for long rows; `flash` is a kernel for TPUs whose scores
             never leave the processor; `auto` is flash on a TPU, else blockwise.
+        longrope: Which rotary frequencies a model with longrope (Phi 3) has: those for texts that fit the context
+            before its stretch (`short`), or those for longer ones (`long`), for all texts alike; `auto` is short where
+            no row is longer than that context, and refuses to guess where one is.
     """
 
     param_dtype: Dtype = "float32"
     dtype: Dtype = "float32"
     remat: Literal["none", "dots", "attention", "full"] = "none"
     attention: Literal["auto", "dense", "blockwise", "flash"] = "auto"
+    longrope: Literal["auto", "short", "long"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -95,19 +95,21 @@ class CausalLM:
             A warning with both numbers, or None if all fits.
 
         Raises:
-            InputError: If it does not fit, and positions are learned.
+            InputError: If it does not fit, and positions are learned, or longrope has other frequencies for it.
         """
-        made_for = self.config.max_position_embeddings
+        made_for, context = self.config.max_position_embeddings, self.config.longrope_context
+        choice = self.compute.longrope
+        if context is not None and choice != "long" and length > context:
+            raise InputError(
+                f"{what}: {length:,} tokens; beyond {context:,} this model has other rotary frequencies, for all texts "
+                "alike: set compute.longrope to long, or shorten the rows or the answers"
+            )
         if length <= made_for:
-            return None
+            return None if context or choice == "auto" else f"compute.longrope {choice} has no effect on this model"
         said = f"{what}: {length:,} tokens, and the model was made for {made_for:,} (max_position_embeddings)"
         if self.config.learned_positions:
             raise InputError(f"{said}; it has no positions beyond them: shorten the rows or the answers")
         return f"warning: {said}; what it says beyond them may be nonsense"
-
-    def for_length(self, length: int) -> "CausalLM":
-        """The model for texts of at most so many tokens: longrope (Phi 3) has other frequencies for long ones."""
-        return replace(self, config=self.config.for_length(length))
 
     @property
     def linear_layers(self) -> dict[str, str]:

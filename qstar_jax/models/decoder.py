@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
+from qstar_jax.errors import InputError
 from qstar_jax.head import Head
 from qstar_jax.models.attention import masked_attention
 from qstar_jax.models.cache import LayerCache
@@ -204,10 +205,9 @@ class Decoder(nnx.Module):
             Hidden states after the last norm. Shape [B, S, D].
 
         Raises:
-            InputError: If longrope is not settled (see `DecoderConfig.for_length`) and rows may be long.
+            InputError: If it is not known which frequencies of longrope are meant (see `compute.longrope`).
         """
-        self.config.check_settled(tokens.shape[1])
-        attend, rotations = self._attention(mask, positions), self._rotations(positions)
+        attend, rotations = self._attention(mask, positions), self._rotations(positions, tokens.shape[1])
 
         def run_layer(layer: Block, x: Array, numbers: LayerNumbers) -> Array:
             window, rotation = numbers[0], _chosen(rotations, numbers[1])
@@ -233,10 +233,9 @@ class Decoder(nnx.Module):
             Hidden states after the last norm, shape [B, S, D], and the caches of all layers, stacked like the layers.
 
         Raises:
-            InputError: If longrope is not settled (see `DecoderConfig.for_length`) and texts may be long.
+            InputError: If it is not known which frequencies of longrope are meant (see `compute.longrope`).
         """
-        self.config.check_settled(tokens.shape[1] + slots)
-        attend, rotations = self._attention(mask, positions), self._rotations(positions)
+        attend, rotations = self._attention(mask, positions), self._rotations(positions, tokens.shape[1] + slots)
 
         def run(x: Array, layer_and_numbers: tuple[Block, LayerNumbers]) -> tuple[Array, LayerCache]:
             layer, (window, rope) = layer_and_numbers
@@ -285,7 +284,8 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states after the last norm, shape [B, K, D], and the caches with the new tokens in them.
         """
-        rotations, x = self._rotations(positions), self._embedded(tokens, positions)
+        slots = prompt_mask.shape[1] + path_mask.shape[2]
+        rotations, x = self._rotations(positions, slots), self._embedded(tokens, positions)
         to_prompt = positions[:, :, None] - jnp.arange(prompt_mask.shape[1])
         to_pool = positions[:, :, None] - pool_positions[:, None]
 
@@ -337,9 +337,20 @@ class Decoder(nnx.Module):
         # One row a token: XLA transposes activations of three dimensions before it multiplies them on a CPU.
         return rearrange(x, "b s d -> (b s) d")
 
-    def _rotations(self, positions: Int[Array, "B S"]) -> list[Rotation | None]:
-        """Cosines and sines of each of `config.ropes`; of none where other layers have some, what changes nothing."""
-        made = [rope and rotation(rope, self.config.head_dim, positions) for rope in self.config.ropes]
+    def _rotations(self, positions: Int[Array, "B S"], slots: int) -> list[Rotation | None]:
+        """Cosines and sines of each of `config.ropes`; of none where other layers have some, what changes nothing.
+
+        Args:
+            positions: Of the tokens in their texts. Shape [B, S].
+            slots: Room for a text, in tokens.
+        """
+        long, context = self.compute.longrope == "long", self.config.longrope_context
+        if context is not None and self.compute.longrope == "auto" and slots > context:
+            raise InputError(
+                f"compute.longrope auto: this model has other rotary frequencies for texts of more than {context:,} "
+                f"tokens, and in {slots:,} slots there may be such texts or not; set it to short or long"
+            )
+        made = [rope and rotation(rope, self.config.head_dim, positions, long) for rope in self.config.ropes]
         some = next(filter(None, made), None)
         return [some and no_rotation(some) if found is None else found for found in made]
 

@@ -1,6 +1,6 @@
 """The shape of a decoder-only transformer, in the field's terms; `families` says what it is called in a config.json."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qstar_jax.models.rope import LongRope, Rope
 
@@ -89,30 +89,11 @@ class DecoderConfig:
         """Factor of the attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
-    def check_settled(self, length: int):
-        """Refuses longrope of which it is not known whether texts are long.
-
-        Args:
-            length: The longest that a text may be, in tokens.
-
-        Raises:
-            InputError: If they may be.
-        """
-        for rope in self.ropes:
-            if rope is not None and isinstance(rope.scaling, LongRope):
-                rope.scaling.check_settled(length)
-
-    def for_length(self, length: int) -> "DecoderConfig":
-        """The configuration for texts of at most so many tokens, which chooses between the two lists of longrope."""
-
-        def settled(kind: LayerKind) -> LayerKind:
-            if kind.rope is None or not isinstance(kind.rope.scaling, LongRope):
-                return kind
-            scaling = kind.rope.scaling
-            scaling = replace(scaling, long=length > scaling.original_max_position_embeddings)
-            return replace(kind, rope=replace(kind.rope, scaling=scaling))
-
-        return replace(self, layers=tuple(map(settled, self.layers)))
+    @property
+    def longrope_context(self) -> int | None:
+        """Tokens beyond which longrope has other frequencies; None without longrope."""
+        scalings = [rope.scaling for rope in self.ropes if rope is not None]
+        return next((one.original_max_position_embeddings for one in scalings if isinstance(one, LongRope)), None)
 
     def forward_flops(self, *, tokens: float, scored_tokens: float, context: float) -> float:
         """Model FLOPs of one forward pass: two for each weight that a token meets, and those of attention.

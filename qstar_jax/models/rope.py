@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qstar_jax.errors import InputError
-
 
 class Scaling(Protocol):
     """How rotary frequencies are stretched; the fields are named as in config.json."""
@@ -123,7 +121,6 @@ class LongRope:
         original_max_position_embeddings: Context length before the stretch, in tokens.
         factor: The stretch, from which the attention factor follows.
         attention_factor: What cosines and sines are multiplied by; None: sqrt(1 + ln(factor) / ln(original ...)).
-        long: Which of the two is meant; None: it is not settled yet (see `for_length`).
     """
 
     short_factor: tuple[float, ...]
@@ -131,7 +128,6 @@ class LongRope:
     original_max_position_embeddings: int
     factor: float
     attention_factor: float | None = None
-    long: bool | None = None
 
     @property
     def attention_scale(self) -> float:
@@ -142,22 +138,9 @@ class LongRope:
             return 1.0
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
 
-    def stretch(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
-        """See `Scaling`."""
-        return frequencies / np.array(self.long_factor if self.long else self.short_factor)
-
-    def check_settled(self, slots: int):
-        """Refuses rows of which it is not known whether they are long texts.
-
-        Raises:
-            InputError: If they may be.
-        """
-        if self.long is None and slots > self.original_max_position_embeddings:
-            raise InputError(
-                f"longrope has other frequencies for texts of more than {self.original_max_position_embeddings} "
-                f"tokens, and rows of {slots} slots may hold such texts or not; say which: "
-                "model.for_length(the longest text, in tokens)"
-            )
+    def stretch(self, frequencies: np.ndarray, theta: float, long: bool = False) -> np.ndarray:
+        """See `Scaling`; `long` says of which texts."""
+        return frequencies / np.array(self.long_factor if long else self.short_factor)
 
 
 SCALINGS = {"linear": Linear, "llama3": Llama3, "yarn": Yarn, "longrope": LongRope}
@@ -177,35 +160,39 @@ class Rope:
     fraction: float = 1.0
     scaling: Scaling | None = None
 
-    def frequencies(self, head_dim: int) -> np.ndarray:
+    def frequencies(self, head_dim: int, long: bool = False) -> np.ndarray:
         """Rotary frequencies in radians a token, one for each pair of dimensions.
 
         Args:
             head_dim: Width of a head.
+            long: Whether texts are longer than longrope's original context.
 
         Returns:
             Frequencies, float64. Shape [F], half of the dimensions that are rotated.
         """
         rotated = int(head_dim * self.fraction)
         frequencies = self.theta ** -(np.arange(0, rotated, 2) / rotated)
+        if isinstance(self.scaling, LongRope):
+            return self.scaling.stretch(frequencies, self.theta, long)
         return frequencies if self.scaling is None else self.scaling.stretch(frequencies, self.theta)
 
 
 Rotation = tuple[Float[Array, "B S F"], Float[Array, "B S F"]]  # cosines and sines
 
 
-def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> Rotation:
+def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"], long: bool = False) -> Rotation:
     """Cosines and sines of positions, float32; they carry the scaling's attention factor.
 
     Args:
         rope: Frequencies and stretch.
         head_dim: Width of a head.
         positions: In tokens. Shape [B, S].
+        long: Whether texts are longer than longrope's original context.
 
     Returns:
         (cosines, sines). Shape [B, S, F] each.
     """
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope.frequencies(head_dim), jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope.frequencies(head_dim, long), jnp.float32)
     scale = 1.0 if rope.scaling is None else rope.scaling.attention_scale
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if scale == 1 else (scale * cos, scale * sin)

@@ -87,7 +87,7 @@ def scaling_keys(scaling: Scaling | None) -> dict[str, Any] | None:
         return None
     kind = next(kind for kind, known in SCALINGS.items() if isinstance(scaling, known))
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(scaling).items()}
-    return {"rope_type": kind} | {name: value for name, value in values.items() if value is not None and name != "long"}
+    return {"rope_type": kind} | {name: value for name, value in values.items() if value is not None}
 
 
 def rope_dictionary(keys: Keys, name: str, aliases: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
@@ -148,7 +148,6 @@ def _scaling(parameters: dict[str, Any], keys: Keys, original: int | None) -> Sc
     else:
         _complete(parameters, kind, keys, original)
     wanted = {} if kind == "default" else {field.name: field for field in fields(SCALINGS[kind])}
-    wanted.pop("long", None)
     missing = [name for name, field in wanted.items() if field.default is MISSING and name not in parameters]
     if missing:
         raise InputError(f"config.json: rotary scaling of type {kind!r} has no {missing[0]} (found: {parameters})")
