@@ -1,5 +1,7 @@
 """Weights from safetensors straight onto their shardings: each device's part is read, and nothing else is held."""
 
+import re
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from copy import copy
 from dataclasses import replace
@@ -174,6 +176,7 @@ def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Colle
         InputError: If a tensor is missing, misshapen, not finite or not one of the model's, or the weights are a
             pickle.
     """
+    _tell_outside(folder, model)
     files, tensors = model_files(folder, model), model.tensors
     _check_left(files, set(files.names()) - _tensor_names(model) - set(besides), model)
 
@@ -198,6 +201,16 @@ def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Colle
         return jax.make_array_from_callback(abstract.shape, sharding, part_of_device)
 
     return jax.tree_util.tree_map_with_path(read, model.abstract_params(), shardings)
+
+
+def _tell_outside(folder: Path, model: CausalLM):
+    outside = sorted(name for name in TensorFiles(folder).names() if re.search(model.family.outside, name))
+    if outside:
+        warnings.warn(
+            f"{folder}: {len(outside)} tensors such as {outside[0]!r} are left out: only the text decoder is read, "
+            "trained and exported",
+            stacklevel=3,
+        )
 
 
 def _tensor_names(model: CausalLM) -> set[str]:

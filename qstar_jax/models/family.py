@@ -26,7 +26,8 @@ class Family:
         tensors: Configuration -> path of each parameter here -> where it lies in a file.
         unwrap: Config.json of a model that holds one of the family within it -> that of the inner one; by the
             model_type of the outer one.
-        ignored: Regular expression of names of tensors that are computed from config.json, or no part of the decoder.
+        ignored: Regular expression of names of tensors that are computed from config.json.
+        outside: Regular expression of names of tensors that are no part of the decoder, in the model that holds it.
         renamed: Regular expression of other names that tensors have, and what stands in their place.
     """
 
@@ -37,11 +38,14 @@ class Family:
     tensors: Callable[[DecoderConfig], dict[str, Tensor]]
     unwrap: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     ignored: str = r"(^|\.)rotary_emb\.inv_freq$"
+    outside: str = "^$"
     renamed: tuple[str, str] = ("^$", "")
 
     def canonical(self, name: str) -> str | None:
-        """Returns the name by which `tensors` knows a tensor of a file; None for one that is ignored."""
-        return None if re.search(self.ignored, name) else re.sub(*self.renamed, name)
+        """Returns the name by which `tensors` knows a tensor of a file; None for one that it does not read."""
+        if re.search(self.ignored, name) or re.search(self.outside, name):
+            return None
+        return re.sub(*self.renamed, name)
 
 
 def read_shape(

@@ -86,7 +86,8 @@ FAMILY = Family(
     _write,
     tensors,
     unwrap={"gemma3": _text_config},
-    ignored=r"(^|\.)(rotary_emb\.inv_freq|rotary_emb_local\.inv_freq)$|^(model\.)?(vision_tower|multi_modal_projector)\.",
+    ignored=r"(^|\.)rotary_emb(_local)?\.inv_freq$",
+    outside=r"^(model\.)?(vision_tower|multi_modal_projector)\.",
     # Versions of transformers wrap the decoder as language_model.model.* or as model.language_model.*
     renamed=(r"^(?:language_model\.(?=(?:model|lm_head)\.)|(model\.)language_model\.)", r"\1"),
 )
