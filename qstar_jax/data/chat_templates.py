@@ -21,6 +21,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.report.visible import one_line
 
 _DEFAULT, _TOOLS, _CLOCK = "default", "tool_use", "strftime_now"
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of messages for what is thought before the answer
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,43 @@ class ChatTemplate:
         """
         return self._render(self.texts[tools is not None], messages, tools, answer_next=answer_next)
 
-    def lost(self, messages: Messages, tools: list[dict] | None) -> str | None:
-        """Names what leaves no trace in the text of a dialogue that the template renders: `tools` or `tool_calls`."""
-        silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-        if tools is not None and self._same(tools, (messages, tools), (messages, None)):
-            return "tools"
-        return "tool_calls" if silent != messages and self._same(tools, (messages, tools), (silent, tools)) else None
+    def lost(self, prompt: Messages, answer: Messages, tools: list[dict] | None, text: str) -> str | None:
+        """Names what leaves no trace in the text of a dialogue, where a model would not see it, or not learn it.
 
-    def _same(self, tools: list[dict] | None, *dialogues: tuple[Messages, list[dict] | None]) -> bool:
-        text = self.texts[tools is not None]
-        try:
-            return len({self._render(text, *dialogue, answer_next=False) for dialogue in dialogues}) == 1
-        except BadRow:
-            return False  # some templates cannot do without
+        Thoughts and words of the assistant count in its answer only: many templates leave the thoughts of earlier turns
+        out, as in a conversation.
+
+        Args:
+            prompt: The dialogue up to the answer.
+            answer: The answer's message; nothing where it is to be opened (`answer_next`).
+            tools: As for `__call__`.
+            text: What `__call__` makes of all that.
+
+        Returns:
+            What is lost, in the plural; None if nothing is.
+        """
+        chosen, shown = self.texts[tools is not None], _bare(text)
+
+        def same(messages: Messages, tools: list[dict] | None) -> bool:
+            try:
+                return self._render(chosen, messages, tools, answer_next=not answer) == text
+            except BadRow:
+                return False  # some templates cannot do without
+
+        if tools is not None and same(prompt + answer, None):
+            return "tools"
+        without = {"tool_calls": _without("tool_calls", prompt + answer)}
+        without |= {key: prompt + _without(key, answer) for key in _THOUGHTS}
+        for key, messages in without.items():
+            if messages != prompt + answer and same(messages, tools):
+                return key
+        for place, message in enumerate(prompt):
+            other = [{**message, "content": message["content"] + "."}]
+            if message["role"] == "assistant" or _bare(message["content"]) in shown:
+                continue
+            if same(prompt[:place] + other + prompt[place + 1 :] + answer, tools):
+                return f"messages of the role {message['role']!r}"
+        return None if all(_bare(message["content"]) in shown for message in answer) else "all words of the answer"
 
     def _render(self, text: str, messages: Messages, tools: list[dict] | None, *, answer_next: bool) -> str:
         if self.day is not None:
@@ -109,6 +134,15 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(messages, **given, **self.arguments)
         except Exception as error:  # a template is a program: what it cannot do with a dialogue shows in many ways
             raise BadRow(f"the chat template refuses the messages ({one_line(str(error))})") from error
+
+
+def _without(key: str, messages: Messages) -> Messages:
+    return [{name: value for name, value in message.items() if name != key} for message in messages]
+
+
+def _bare(text: str) -> str:
+    """A text without white space, which is a template's own affair."""
+    return "".join(text.split())
 
 
 def named_templates(tokenizer: Any) -> dict[str, str]:

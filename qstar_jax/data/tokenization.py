@@ -1,14 +1,5 @@
 """Records -> token ids: those of prompt and answer as one text, cut where the prompt ends.
 
-Chats: the whole dialogue is rendered and tokenised at once, so prompt and answer together have the ids that the
-template's own tokenisation gives, whatever the tokenizer. A token that spans the end of the prompt, or that the answers
-of a pair do not share, belongs to the answers; the prompt ends before it.
-
-Plain text: prompt and answer are joined as they stand, and tokenised at once, but the prompt keeps the ids that it has
-alone, which are those from which an answer will be generated. So no token spans the boundary: where one would, the
-answer's ids are those that it has apart, without the space that some tokenizers put in front of a text. A prompt that
-begins with BOS gets no other one.
-
 An answer ends exactly once, with EOS, which counts in the loss; a truncated answer has none and says so. What follows
 the first token of a chat's end that ends answers for the model (`<|im_end|>`, say, in a list of EOS ids) is left out.
 Where a template ends turns by something else, that is kept, and EOS follows.
@@ -17,7 +8,6 @@ Where a template ends turns by something else, that is kept, and EOS follows.
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -28,9 +18,8 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.chat_templates import ChatTemplate, check_without_chats
 from qstar_jax.data.dropped import BadRow, Dropped, DroppedRow, sift
 from qstar_jax.data.records import Record
+from qstar_jax.data.splitting import split_chat, split_text
 from qstar_jax.errors import InputError
-
-_NEIGHBOURS = ("\n", "a", ".")  # with one of them a text's beginning does not merge
 
 
 @dataclass(frozen=True)
@@ -182,9 +171,9 @@ def _example(
     record: Record, tokenizer: Any, template: ChatTemplate | None, eos_ids: frozenset[int], options: DataOptions
 ) -> Example:
     if isinstance(record.prompt, str):
-        prompt, answers = _split_text(record, tokenizer)
+        prompt, answers = split_text(record, tokenizer)
     else:
-        prompt, answers = _split_chat(record, tokenizer, template, eos_ids)
+        prompt, answers = split_chat(record, tokenizer, template, eos_ids)
     if not prompt:
         if tokenizer.bos_token_id is None:
             raise BadRow("empty prompt", ", and the tokenizer has no BOS token to stand for it")
@@ -195,81 +184,6 @@ def _example(
     if len(responses) > 1 and np.array_equal(responses[0].ids, responses[1].ids):
         raise DroppedRow("the tokens of the two answers are equal within max_length")
     return Example(np.asarray(kept, np.int32), len(kept) < len(prompt), responses, record.row)
-
-
-def _encode(tokenizer: Any, text: str, *, specials: bool = False) -> tuple[list[int], list[int]]:
-    """Token ids of a text, and where each ends in it, in characters; `specials` puts BOS before it.
-
-    What some tokenizers put behind a text ([SEP], say) is left out: an answer follows there, or its own end.
-    """
-    found = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True, verbose=False)
-    ids, ends = found.input_ids, [end for _, end in found.offset_mapping]
-    begun = int(ids[:1] == [tokenizer.bos_token_id])  # of a text without any token
-    text_ends = max((place + 1 for place, of in enumerate(found.sequence_ids(0)) if of is not None), default=begun)
-    return ids[:text_ends], ends[:text_ends]
-
-
-def _split_text(record: Record, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    specials = not (tokenizer.bos_token and record.prompt.startswith(tokenizer.bos_token))
-    ids, _ = _encode(tokenizer, record.prompt, specials=specials)
-    answers = []
-    for text in record.responses:
-        found = _behind(ids, record.prompt, text, tokenizer, specials=specials)
-        answers.append(_apart(text, tokenizer) if found is None else found)
-    while ids and ids[-1] == tokenizer.eos_token_id:  # nothing is said behind an end
-        ids.pop()
-    return ids, answers
-
-
-def _apart(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text that goes on, without the space that some tokenizers put in front of the first one."""
-    for before in _NEIGHBOURS:
-        found = _behind(_encode(tokenizer, before)[0], before, text, tokenizer)
-        if found is not None:
-            return found
-    return _encode(tokenizer, text)[0]
-
-
-def _behind(ids: list[int], before: str, text: str, tokenizer: Any, *, specials: bool = False) -> list[int] | None:
-    """Token ids of a text behind another one; None where this does not keep the ids that it has alone."""
-    whole, ends = _encode(tokenizer, before + text, specials=specials)
-    kept = whole[: len(ids)] == ids and max(ends[: len(ids)], default=0) <= len(before)
-    return whole[len(ids) :] if kept else None
-
-
-def _split_chat(
-    record: Record, tokenizer: Any, template: ChatTemplate, eos_ids: frozenset[int]
-) -> tuple[list[int], list[list[int]]]:
-    prompt = template(record.prompt, record.tools, answer_next=True)
-    _check_place(record, template)
-    if not record.responses:
-        return _encode(tokenizer, prompt)[0], []
-    dialogues, boundaries = [], []
-    for answer in record.responses:
-        text = template(record.prompt + answer, record.tools)
-        if not text.startswith(prompt):
-            raise BadRow("the chat template does not extend its prompt when an answer follows")
-        ids, ends = _encode(tokenizer, text)
-        boundaries.append(len(list(takewhile(lambda end: end <= len(prompt), ends))))
-        dialogues.append(ids[: _end_of_turn(ids, ends, text, eos_ids)])
-    shared = min(boundaries)
-    while any(ids[:shared] != dialogues[0][:shared] for ids in dialogues):
-        shared -= 1
-    return dialogues[0][:shared], [ids[shared:] for ids in dialogues]
-
-
-def _check_place(record: Record, template: ChatTemplate):
-    for messages in [record.prompt + answer for answer in record.responses] or [record.prompt]:
-        if lost := template.lost(messages, record.tools):
-            fix = "; choose one that shows them by --data.chat_template"
-            fix += ", or leave the column out with --data.tools null" if lost == "tools" else ""
-            raise BadRow(f"the chat template has no place for {lost}", fix)
-
-
-def _end_of_turn(ids: list[int], ends: list[int], text: str, eos_ids: frozenset[int]) -> int:
-    """How many tokens there are without the white space that a template writes behind the end of a turn."""
-    last = max((index for index, token in enumerate(ids) if token in eos_ids), default=None)
-    return len(ids) if last is None or text[ends[last] :].strip() else last + 1
 
 
 def _last(prompt: list[int], length: int, bos: int | None) -> list[int]:

@@ -199,7 +199,10 @@ def answers_identity(
 
 def prompt_texts(dataset: Dataset, tokenizer: Any) -> dict[int, str | None]:
     """Row -> its prompt as the model reads it, None for a row that was dropped."""
-    texts = {example.row: tokenizer.decode(example.prompt, skip_special_tokens=False) for example in dataset.examples}
+    texts = {
+        example.row: tokenizer.decode(example.prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for example in dataset.examples
+    }
     return texts | {dropped.row: None for dropped in dataset.dropped}
 
 

@@ -86,7 +86,7 @@ def _record(policy: LoadedModel, example: Example, r: int, beta: float, **found:
     return ScoredResponse(
         row=example.row,
         role=ROLES[len(example.responses)][r],
-        prompt=policy.tokenizer.decode(example.prompt, skip_special_tokens=False),
+        prompt=policy.tokenizer.decode(example.prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False),
         pieces=token_pieces(response.ids, policy.tokenizer),
         token_ids=tuple(response.ids.tolist()),
         truncated=response.truncated,

@@ -92,7 +92,9 @@ def write_samples(path: Path, samples: Samples, tokenizer: "PreTrainedTokenizerB
     lines = [
         {
             "row": example.row,
-            "text": tokenizer.decode(example.responses[0].ids.tolist(), skip_special_tokens=True),
+            "text": tokenizer.decode(
+                example.responses[0].ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ),
             "truncated": example.responses[0].truncated,
             "prompt_truncated": example.prompt_truncated,
             "prompt": example.prompt.tolist(),

@@ -90,12 +90,6 @@ def test_chat_whose_template_ends_turns_without_eos_gets_one(character_tokenizer
     assert one(tokenizer, user("ab"), assistant("c"))[1] == ["[B]<user>ab|\n<assistant>", "c|\n[E]"]
 
 
-def test_template_that_does_not_extend_its_prompt(character_tokenizer, chat_tokenizer):
-    template = chat_tokenizer.chat_template.replace("<assistant>", "<assistant><think>")
-    tokenizer = character_tokenizer(bos="[B]", chat_template=template)
-    assert "does not extend its prompt" in dropped_reason(tokenizer, user("ab"), assistant("c"))
-
-
 def test_template_that_refuses_the_messages(chat_tokenizer):
     prompt = [{"role": "banned", "content": "x"}]
     assert dropped_reason(chat_tokenizer, prompt) == "the chat template refuses the messages (no such role)"
@@ -212,33 +206,6 @@ def test_slow_tokenizers_are_refused(plain_tokenizer, monkeypatch):
     monkeypatch.setattr(type(plain_tokenizer), "is_fast", False)
     with pytest.raises(InputError, match=r"is a slow tokenizer.*expected a fast one"):
         tokenize([Record("a", ("b",), 0)], plain_tokenizer, DataOptions())
-
-
-TOOLS = [{"type": "function", "function": {"name": "f"}}]
-
-
-def test_tools_are_shown_by_the_template(chat_tokenizer, character_tokenizer):
-    shown = "{% for t in tools or [] %}|{{ t.function.name }}|{% endfor %}"
-    tokenizer = character_tokenizer(chat_template=shown + chat_tokenizer.chat_template)
-    records = [Record(user("a"), (assistant("b"),), 0, TOOLS), Record(user("a"), (assistant("b"),), 1)]
-    examples, dropped = tokenize(records, tokenizer, DataOptions())
-    assert [tokenizer.decode(e.prompt)[:3] for e in examples] == ["|f|", "<us"] and not dropped
-    examples, [dropped] = tokenize(records, chat_tokenizer, DataOptions())
-    assert [example.row for example in examples] == [1]
-    assert not tokenize(records[1:], chat_tokenizer, DataOptions())[1]
-    in_need = character_tokenizer(chat_template="{% for t in tools %}|{% endfor %}" + chat_tokenizer.chat_template)
-    assert not tokenize(records[:1], in_need, DataOptions())[1]
-    assert dropped == Dropped(0, "the chat template has no place for tools") and "--data.tools null" in dropped.fault
-
-
-def test_calls_of_tools_are_shown_by_the_template(chat_tokenizer, character_tokenizer):
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    prompt = [*user("a"), call, {"role": "tool", "content": "3"}]
-    records = [Record(prompt, (), 0), Record(user("a"), ([{**call, "content": "b"}],), 1), Record(user("a"), (), 2)]
-    _, dropped = tokenize(records, chat_tokenizer, DataOptions())
-    assert dropped == [Dropped(row, "the chat template has no place for tool_calls") for row in (0, 1)]
-    shown = chat_tokenizer.chat_template.replace("{{ m.content }}", "{{ m.tool_calls }}{{ m.content }}")
-    assert not tokenize(records, character_tokenizer(chat_template=shown), DataOptions())[1]
 
 
 @pytest.mark.parametrize("code", ["m.content + 3", "m.content | abs", "m['content'].x.y", "raise_exception('\x1bno')"])

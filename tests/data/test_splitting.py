@@ -1,0 +1,104 @@
+"""What a chat template must show: the prompt as it is alone, and all that is said, called and thought."""
+
+import pytest
+
+from qstar_jax.config import DataOptions
+from qstar_jax.data.dropped import Dropped
+from qstar_jax.data.records import Record
+from qstar_jax.data.tokenization import tokenize
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def fault(tokenizer, prompt, *answers):
+    """What is wrong with the one record, in full; None if nothing is."""
+    examples, dropped = tokenize([Record(prompt, answers, 0)], tokenizer, DataOptions())
+    assert len(examples) + len(dropped) == 1
+    return dropped[0].fault if dropped else None
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text, **more):
+    return [{"role": "assistant", "content": text, **more}]
+
+
+def test_tools_are_shown_by_the_template(chat_tokenizer, character_tokenizer):
+    shown = "{% for t in tools or [] %}|{{ t.function.name }}|{% endfor %}"
+    tokenizer = character_tokenizer(chat_template=shown + chat_tokenizer.chat_template)
+    records = [Record(user("a"), (assistant("b"),), 0, TOOLS), Record(user("a"), (assistant("b"),), 1)]
+    examples, dropped = tokenize(records, tokenizer, DataOptions())
+    assert [tokenizer.decode(e.prompt)[:3] for e in examples] == ["|f|", "<us"] and not dropped
+    examples, [dropped] = tokenize(records, chat_tokenizer, DataOptions())
+    assert [example.row for example in examples] == [1]
+    assert not tokenize(records[1:], chat_tokenizer, DataOptions())[1]
+    in_need = character_tokenizer(chat_template="{% for t in tools %}|{% endfor %}" + chat_tokenizer.chat_template)
+    assert not tokenize(records[:1], in_need, DataOptions())[1]
+    assert dropped == Dropped(0, "the chat template has no place for tools") and "--data.tools null" in dropped.fault
+
+
+def test_calls_of_tools_are_shown_by_the_template(chat_tokenizer, character_tokenizer):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    prompt = [*user("a"), call, {"role": "tool", "content": "3"}]
+    records = [Record(prompt, (), 0), Record(user("a"), ([{**call, "content": "b"}],), 1), Record(user("a"), (), 2)]
+    _, dropped = tokenize(records, chat_tokenizer, DataOptions())
+    assert dropped == [Dropped(row, "the chat template has no place for tool_calls") for row in (0, 1)]
+    shown = chat_tokenizer.chat_template.replace("{{ m.content }}", "{{ m.tool_calls }}{{ m.content }}")
+    assert not tokenize(records, character_tokenizer(chat_template=shown), DataOptions())[1]
+
+
+def test_template_that_does_not_extend_its_prompt(character_tokenizer, chat_tokenizer):
+    opened = "{% if add_generation_prompt %}<assistant>"
+    template = chat_tokenizer.chat_template.replace(opened, opened + "<think></think>")
+    tokenizer = character_tokenizer(bos="[B]", chat_template=template)
+    assert fault(tokenizer, user("ab")) is None
+    said = fault(tokenizer, user("ab"), assistant("cd"))
+    assert said.startswith("the chat template does not extend its prompt when an answer follows (behind '")
+    assert (
+        "<user>ab[E]\\n<assistant>' the prompt alone has '<think></think>', and with the answer there is 'cd[E]" in said
+    )
+    assert "--data.chat_template_kwargs" in said
+    assert fault(tokenizer, user("ab"), assistant("<think></think>cd")) is None
+
+
+def without(template, code):
+    """The template with another text for each message."""
+    assert "{{ m.content }}" in template
+    return template.replace("{{ m.content }}", "{{ " + code + " }}")
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_messages_without_a_place(role, character_tokenizer, chat_tokenizer):
+    template = without(chat_tokenizer.chat_template, f"m.content if m.role != '{role}' else ''")
+    prompt = [{"role": role, "content": "x y"}, *user("ab")]
+    for answers in ((), (assistant("c"),)):
+        said = fault(character_tokenizer(chat_template=template), prompt, *answers)
+        assert said == (
+            f"the chat template has no place for messages of the role '{role}'; choose one that shows them by "
+            "--data.chat_template"
+        )
+        shown = without(
+            chat_tokenizer.chat_template, "m.content if m.role == 'assistant' else (m.content | tojson | upper)"
+        )
+        assert fault(character_tokenizer(chat_template=shown), prompt, *answers) is None  # in whatever spelling
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_of_the_answer_have_a_place(key, character_tokenizer, chat_tokenizer):
+    thinking = assistant("c", **{key: "why"})
+    said = fault(chat_tokenizer, user("ab"), assistant("d"), thinking)
+    assert said.startswith(f"the chat template has no place for {key};")
+    assert fault(chat_tokenizer, [*user("ab"), *thinking, *user("e")], assistant("d")) is None  # not those of before
+    template = without(chat_tokenizer.chat_template, f"(m.{key} or '') + m.content")
+    assert fault(character_tokenizer(chat_template=template), user("ab"), assistant("d"), thinking) is None
+
+
+def test_words_of_an_answer_are_learnt_whole(character_tokenizer, chat_tokenizer):
+    strips = without(chat_tokenizer.chat_template, "m.content.split('</think>')[-1] | trim")
+    tokenizer = character_tokenizer(chat_template=strips)
+    said = fault(tokenizer, user("ab"), assistant("d"), assistant("<think>why</think>c"))
+    assert said.startswith("the chat template has no place for all words of the answer; choose one that shows them by")
+    earlier = [*user("ab"), *assistant("<think>why</think>c"), *user("e")]
+    assert fault(tokenizer, earlier, assistant(" d\n\n e \n")) is None  # white space is the template's own affair
