@@ -28,7 +28,7 @@ HARMLESS = frozenset(
 )
 _NOTHING = (None, False, 0, "", [], {})
 
-# transformers' names of activation functions -> those of `decoder.ACTIVATIONS`
+# transformers' names of activation functions -> those of `block.ACTIVATIONS`
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",

@@ -36,7 +36,7 @@ class DecoderConfig:
         norm_places: Norms stand before attention and MLP ("pre"), behind them ("post"), or both ("sandwich").
         parallel_residual: Attention and MLP both read the layer's input, and their sum is added to it.
         qk_norm: Norm of queries and keys: of each "head", of "all" heads together, or None.
-        activation: Name of the MLP's activation function (see `decoder.ACTIVATIONS`).
+        activation: Name of the MLP's activation function (see `block.ACTIVATIONS`).
         gated_mlp: down(activation(gate(x)) * up(x)) (arXiv 2002.05202) in place of down(activation(up(x))).
         qkv_bias: Whether queries, keys and values have biases.
         o_bias: Whether the output of attention has one.
