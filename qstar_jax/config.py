@@ -197,8 +197,9 @@ class LoraOptions:
     Args:
         rank: Rank of the adapters, which are float32; 0 trains all parameters.
         alpha: The adapter's product is scaled by alpha / rank; not set: 2 * rank.
-        targets: Linear layers that have one, by Hugging Face's names (q_proj, k_proj, v_proj, o_proj, gate_proj,
-            up_proj, down_proj); not set: all.
+        targets: Linear layers that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, in any
+            family (without gate_proj where the MLP has no gate); or as the files of the model call them (c_attn,
+            attn.c_proj, qkv_proj, query_key_value, ...), where a fused layer stands for all its parts. Not set: all.
     """
 
     rank: int = 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from qstar_jax.tiny_tldr import BASE, BUILTIN
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
 
-def open_folder(model: str, revision: str | None = None) -> Path:
+def open_folder(model: str, revision: str | None = None, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
     """Turns a folder or a hub name into a folder on this machine.
 
     Args:
         model: Path of a folder, or a name such as "owner/model", whose files are fetched into the hub's cache; or
             builtin:tiny-tldr, the base model of the package.
         revision: Version of a model on the hub: a branch, a tag or a commit; None: the newest.
+        patterns: Names of the files that are fetched.
 
     Returns:
         The folder.
@@ -37,7 +39,7 @@ def open_folder(model: str, revision: str | None = None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # whatever the network, the hub or the name did: the user needs the same sentence
         raise InputError(
             f"model {model!r}: no such folder here, and the hub did not give a model of that name "
@@ -56,6 +58,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise InputError(f"{folder}: no config.json, so this is not a Hugging Face model folder (found: {found})")
     return read_json_object(path)
+
+
+def read_config_of(model: str) -> dict[str, Any]:
+    """Reads config.json of a folder or of a model on the hub, of which nothing else is fetched.
+
+    Raises:
+        InputError: If there is no such model, or its config.json is missing or not JSON.
+    """
+    return read_config(open_folder(model, patterns=("config.json",)))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _HARMLESS = {
     *("megatron_config", "megatron_core"),  # how linear layers of Megatron were cut; ours are not of Megatron
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of what init_lora_weights names
     "qalora_group_size",  # of use_qalora
-    "fan_in_fan_out",  # PEFT puts it back to false where layers are linear
+    "fan_in_fan_out",  # PEFT sets it to what the layers are
 }
 _EMPTY = (None, False, "", [], {})
 # Beginnings that leave the base as it is, so that the matrices that were saved are all there is.
@@ -53,6 +53,7 @@ class AdapterConfig:
         saved: Ends of names of modules that were trained whole.
         tokens: End of an embedding's name -> tokens whose vectors were trained; "" is the input embedding.
         tied: Whether embedding and unembedding were kept the same, where the base ties them.
+        bias: Which biases were trained: "none", those of "all" modules, or "lora_only", those of adapted ones.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class AdapterConfig:
     saved: tuple[str, ...]
     tokens: dict[str, tuple[int, ...]]
     tied: bool
+    bias: str
 
     def adapts(self, module: str, *, is_layer: bool) -> bool:
         """Whether a module has a pair of matrices.
@@ -165,6 +167,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         saved=_several(keys.names("modules_to_save")),
         tokens=_tokens(keys, config.get("trainable_token_indices")),
         tied=keys.flag("ensure_weight_tying"),
+        bias=config.get("bias", "none"),
     )
     if isinstance(found.targets, str) and (found.layers or found.layers_pattern):
         raise InputError(f"{path}: layers_to_transform goes with a list of target_modules (found: {found.targets!r})")
@@ -179,7 +182,7 @@ def _refuse_what_is_not_built(path: Path, config: dict[str, Any]):
             f"{path}: task_type is {config['task_type']!r}; only adapters of causal language models ('CAUSAL_LM') are "
             "built here"
         )
-    if config.get("bias", "none") not in ("none", "all", "lora_only"):  # a bias in the file is refused by its name
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
         raise InputError(f"{path}: bias is {config['bias']!r}; expected none, all or lora_only")
     beginning = str(config.get("init_lora_weights", True)).lower()
     if beginning.startswith(_BEGINNINGS_IN_THE_BASE):

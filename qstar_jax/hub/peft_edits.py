@@ -1,7 +1,7 @@
 """What an adapter of PEFT does to each weight of its base, read from adapter_model.safetensors.
 
-Weights are spoken of as they lie in a Hugging Face file: [outputs, inputs] for linear layers, [tokens, width] for the
-two tables of the vocabulary. Every tensor of the file is used, or refused by its name.
+Weights are spoken of as those of torch's modules: [outputs, inputs] for linear layers, whatever way round they are
+stored, [tokens, width] for embeddings. Every tensor of the file is used, or refused by its name.
 """
 
 from dataclasses import dataclass, replace
@@ -13,23 +13,24 @@ import numpy as np
 from qstar_jax.errors import InputError
 from qstar_jax.hub.peft_config import CONFIG, AdapterConfig
 from qstar_jax.hub.peft_file import AdapterFile
+from qstar_jax.hub.peft_modules import EMBED, UNEMBED, modules_of, rows_of
 from qstar_jax.models import CausalLM
+from qstar_jax.models.tensors import Part
 
-EMBED, UNEMBED = "embed/embedding", "unembed/embedding"
-# Behind the name of its module: a weight of the base itself, which PEFT writes down where the vocabulary was resized.
-_OF_THE_BASE = ("base_layer.weight", "token_adapter.base_layer.weight", "original_module.weight")
+_DELTA = "token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What becomes of a weight W [O, I]: it is replaced, then W + left right, then its rows or columns are scaled.
+    """What becomes of a module: its weight W [O, I] is replaced, then W + left right, then rows or columns are scaled.
 
     Attributes:
-        value: What stands in its place, [O, I] or [O].
+        value: What stands in the weight's place, [O, I] or [O].
         left: Left factor of what is added, [O, R].
         right: Right factor, with the scale in it, [R, I].
         lengths: Norms that its rows have afterwards, [O, 1], or its columns, [1, I] (DoRA, arXiv 2402.09353).
         rows: Indices of rows that are replaced, and what stands there, [N] and [N, I].
+        bias: What stands in the place of its bias, [O].
     """
 
     value: np.ndarray | None = None
@@ -37,54 +38,22 @@ class Edit:
     right: np.ndarray | None = None
     lengths: np.ndarray | None = None
     rows: tuple[np.ndarray, np.ndarray] | None = None
+    bias: np.ndarray | None = None
 
     def does_the_same(self, other: "Edit") -> bool:
         """Whether another does the same to the same weight."""
         (mine, names), (others, other_names) = (jax.tree.flatten(vars(edit)) for edit in (self, other))
         return names == other_names and all(map(np.array_equal, mine, others))
 
+    def of_weight(self, part: Part) -> "Edit":
+        """What becomes of a part of a fused weight: `right` is shared, and of the others each has its outputs' rows."""
+        cut = {name: getattr(self, name) for name in ("value", "left", "lengths")}
+        cut = {name: array[part.rows()] for name, array in cut.items() if array is not None}
+        return Edit(**cut, right=self.right)
 
-@dataclass(frozen=True)
-class Place:
-    """Where the weight of a module lies.
-
-    Attributes:
-        path: Of the parameter here.
-        layer: Its layer; None outside of blocks.
-        shape: In a Hugging Face file.
-    """
-
-    path: str
-    layer: int | None
-    shape: tuple[int, ...]
-
-    @property
-    def is_layer(self) -> bool:
-        """Whether it is a linear layer of a block."""
-        return self.path.endswith("/kernel")
-
-    @property
-    def is_table(self) -> bool:
-        """Whether it has a row for each token."""
-        return self.path in (EMBED, UNEMBED)
-
-
-def places_of(model: CausalLM) -> dict[str, Place]:
-    """Lists the modules of a model that have a weight, by transformers' names.
-
-    Args:
-        model: A model; one whose tables are tied has a module for each of them all the same.
-    """
-    untied = replace(model.base, config=replace(model.config, tie_word_embeddings=False))
-    leaves = jax.tree_util.tree_leaves_with_path(untied.abstract_params())
-    shapes = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf.shape for keys, leaf in leaves}
-    places = {}
-    for path, tensor in untied.tensors.items():
-        layers, shape = (range(shapes[path][0]), shapes[path][1:]) if tensor.in_layers else ((None,), shapes[path])
-        for layer in layers:
-            module = tensor.name.format(layer=layer).removesuffix(".weight")
-            places[module] = Place(path, layer, tensor.stored_shape(shape))
-    return places
+    def of_bias(self, part: Part | None) -> "Edit":
+        """What becomes of the bias, or of a part of it, as a weight of its own."""
+        return Edit(value=self.bias[rows_of(part)])
 
 
 def read_edits(folder: Path, config: AdapterConfig, base: CausalLM) -> tuple[CausalLM, dict[str, Edit]]:
@@ -103,7 +72,14 @@ def read_edits(folder: Path, config: AdapterConfig, base: CausalLM) -> tuple[Cau
         InputError: If a tensor is missing, misshapen or has no place, or the file is a pickle or holds other numbers
             than floats.
     """
-    return _Reading(AdapterFile(folder), config, base).edits()
+    return _Reading(AdapterFile(folder, base.family), config, base).edits()
+
+
+def _of_the_base(name: str) -> tuple[str, ...]:
+    """Names that PEFT gives to a tensor of the base itself, such as a table that was resized or a trained bias."""
+    module, _, kind = name.rpartition(".")
+    before = f"{module}." if module else ""
+    return tuple(f"{before}{part}.{kind}" for part in ("base_layer", "token_adapter.base_layer", "original_module"))
 
 
 class _Reading:
@@ -112,24 +88,26 @@ class _Reading:
     def __init__(self, file: AdapterFile, config: AdapterConfig, base: CausalLM):
         self.file, self.config, self.base = file, config, base
         self.tied = base.config.tie_word_embeddings
-        self.places = places_of(base)
-        of_path = {place.path: module for module, place in self.places.items()}
+        self.modules = modules_of(base)
+        of_path = {path: name for name, module in self.modules.items() for path in module.weight}
         self.tables = of_path[EMBED], of_path[UNEMBED]
         self.vocabulary = self._vocabulary()
-        for module in self.tables:
-            self.places[module] = replace(self.places[module], shape=(self.vocabulary, self.places[module].shape[1]))
+        for name in self.tables:
+            self.modules[name] = replace(self.modules[name], shape=(self.vocabulary, self.modules[name].shape[1]))
+        self.saved = self._with_tied({name for name in self.modules if config.saves(file.called(name))})
 
     def edits(self) -> tuple[CausalLM, dict[str, Edit]]:
         """See `read_edits`."""
         adapted = self._adapted()
-        parts = [self._values(), {module: self._product(module) for module in adapted}, self._rows(adapted)]
-        self.file.refuse_what_is_left(CONFIG)
+        parts = [self._values(), {name: self._product(name) for name in adapted}]
+        parts += [self._biases(adapted), self._rows(adapted)]
+        self._refuse_what_is_left()
         found = {
-            module: Edit(**{name: value for part in parts for name, value in part.get(module, {}).items()})
-            for module in self.places
-            if any(module in part for part in parts)
+            name: Edit(**{field: value for part in parts for field, value in part.get(name, {}).items()})
+            for name in self.modules
+            if any(name in part for part in parts)
         }
-        embed, unembed = (found.get(module, Edit()) for module in self.tables)
+        embed, unembed = (found.get(name, Edit()) for name in self.tables)
         tied = self.tied and embed.does_the_same(unembed)
         if tied:
             found.pop(self.tables[1], None)
@@ -138,123 +116,154 @@ class _Reading:
 
     def _vocabulary(self) -> int:
         """Rows of both tables: those of the base, or of the tables that the file has in their place."""
-        names = ("weight", "modules_to_save.weight", *_OF_THE_BASE)
+        kinds = ("weight", "modules_to_save.weight", *_of_the_base("weight"))
         rows = {
-            module: self.file.rows(f"{module}.{name}")
-            for module in self.tables
-            for name in names
-            if self.file.holds(f"{module}.{name}")
+            name: self.file.rows(f"{name}.{kind}")
+            for name in self.tables
+            for kind in kinds
+            if self.file.holds(f"{name}.{kind}")
         }
         size = self.base.config.vocab_size
         grown = next((found for found in rows.values() if found != size), size)
-        for module in self.tables:
-            own = rows.get(module, grown if self.tied and rows else size)
+        for name in self.tables:
+            own = rows.get(name, grown if self.tied and rows else size)
             if own != grown:
                 raise InputError(
-                    f"{self.file.path}: one table of the vocabulary has {grown} rows, and {module} {own}; save both: "
+                    f"{self.file.path}: one table of the vocabulary has {grown} rows, and {name} {own}; save both: "
                     "model.save_pretrained(folder, save_embedding_layers=True)"
                 )
         return grown
 
-    def _with_tied(self, modules: set[str]) -> set[str]:
+    def _with_tied(self, names: set[str]) -> set[str]:
         """Modules, and both tables for one of them where PEFT was told to keep them the same."""
-        both = self.tied and self.config.tied and modules & set(self.tables)
-        return modules | set(self.tables) if both else modules
+        both = self.tied and self.config.tied and names & set(self.tables)
+        return names | set(self.tables) if both else names
 
     def _adapted(self) -> list[str]:
         """Modules that have a pair of matrices."""
-        layers = [module for module, place in self.places.items() if place.is_layer]
-        found = {module for module in layers if self.config.adapts(module, is_layer=True)}
-        found |= {module for module in self.tables if self.config.adapts(module, is_layer=False)}
+        able = {name: module for name, module in self.modules.items() if not module.is_norm}
+        found = {
+            name
+            for name, module in able.items()
+            if self.config.adapts(self.file.called(name), is_layer=module.is_layer)
+        }
         if not found:
-            names = dict.fromkeys(module.split(".")[-1] for module in (*layers, *self.tables))
+            ends = dict.fromkeys(name.split(".")[-1] for name in sorted(able, key=lambda name: not able[name].is_layer))
+            example = next(name for name, module in able.items() if module.is_layer)
             targets = [self.config.targets] if isinstance(self.config.targets, str) else self.config.targets
             raise InputError(
-                f"{self.config.path}: target_modules are some of {', '.join(names)}, or a regular expression over "
-                f"whole names such as {layers[0]} (found: {', '.join(map(repr, targets)) or 'none at all'})"
+                f"{self.config.path}: target_modules are some of {', '.join(ends)}, or a regular expression over "
+                f"whole names such as {example} (found: {', '.join(map(repr, targets)) or 'none at all'})"
             )
         found = self._with_tied(found)
-        return [module for module in self.places if module in found]
+        return [name for name in self.modules if name in found]
 
-    def _product(self, module: str) -> dict[str, np.ndarray]:
+    def _product(self, name: str) -> dict[str, np.ndarray]:
         """What a pair of matrices adds to a weight."""
-        place, rank, take = self.places[module], self.config.rank_of(module), self.file.take
-        outputs, inputs = place.shape
-        if place.path == EMBED:
-            left = take(f"{module}.lora_embedding_A", (rank, outputs)).T
-            right = take(f"{module}.lora_embedding_B", (inputs, rank)).T
+        module, called, take = self.modules[name], self.file.called(name), self.file.take
+        rank, (outputs, inputs) = self.config.rank_of(called), module.shape
+        if module.is_embedding:
+            left = take(f"{name}.lora_embedding_A", (rank, outputs)).T
+            right = take(f"{name}.lora_embedding_B", (inputs, rank)).T
         else:
-            right = take(f"{module}.lora_A.weight", (rank, inputs))
-            left = take(f"{module}.lora_B.weight", (outputs, rank))
-        found = {"left": left, "right": np.float32(self.config.scale_of(module)) * right}
+            right = take(f"{name}.lora_A.weight", (rank, inputs))
+            left = take(f"{name}.lora_B.weight", (outputs, rank))
+        found = {"left": left, "right": np.float32(self.config.scale_of(called)) * right}
         if self.config.dora:
-            columns = place.path == EMBED
-            lengths = take(f"{module}.lora_magnitude_vector", (inputs if columns else outputs,))
+            columns = module.is_embedding
+            lengths = take(f"{name}.lora_magnitude_vector", (inputs if columns else outputs,))
             found["lengths"] = lengths[None, :] if columns else lengths[:, None]
         return found
 
     def _values(self) -> dict[str, dict[str, np.ndarray]]:
         """Weights that stand in the place of the base's."""
-        saved = self._with_tied({module for module in self.places if self.config.saves(module)})
         base, trained = {}, {}
-        for module, place in self.places.items():
-            own = [f"{module}.weight", f"{module}.modules_to_save.weight"] if module in saved else []
-            names = [f"{module}.{name}" for name in (_OF_THE_BASE if own else ("weight", *_OF_THE_BASE))]
-            base[module] = self.file.take_one_of(names, place.shape)
-            trained[module] = self.file.take_one_of(own, place.shape)
-            if own and trained[module] is None:
-                raise InputError(f"{self.file.path}: no {module}.weight, of which modules_to_save speaks")
+        for name, module in self.modules.items():
+            shape = module.shape[::-1] if module.turned else module.shape
+            own = [f"{name}.weight", f"{name}.modules_to_save.weight"] if name in self.saved else []
+            names = _of_the_base(f"{name}.weight") if own else (f"{name}.weight", *_of_the_base(f"{name}.weight"))
+            base[name], trained[name] = self.file.take_one_of(names, shape), self.file.take_one_of(own, shape)
+            if own and trained[name] is None:
+                self._refuse_what_is_missing(f"{name}.weight", "modules_to_save")
         if self.tied:
             self._share(base)
-        values = {module: base[module] if trained[module] is None else trained[module] for module in self.places}
-        return {module: {"value": value} for module, value in values.items() if value is not None}
+        values = {name: base[name] if trained[name] is None else trained[name] for name in self.modules}
+        return {
+            name: {"value": value.T if self.modules[name].turned else value}
+            for name, value in values.items()
+            if value is not None
+        }
 
     def _share(self, weights: dict[str, np.ndarray | None]):
         """Gives two tied tables the one weight that the file has for either."""
-        found = [weights[module] for module in self.tables if weights[module] is not None]
+        found = [weights[name] for name in self.tables if weights[name] is not None]
         if len(found) == 2 and not np.array_equal(*found):
             raise InputError(
                 f"{self.file.path}: {' and '.join(self.tables)} are one weight in the base (tie_word_embeddings), and "
                 "differ here; name them in modules_to_save if they were trained apart"
             )
-        for module in self.tables:
-            weights[module] = found[0] if found else None
+        for name in self.tables:
+            weights[name] = found[0] if found else None
+
+    def _biases(self, adapted: list[str]) -> dict[str, dict[str, np.ndarray]]:
+        """Biases that were trained: of modules that were trained whole, and those of which `bias` speaks."""
+        spoken_of = {"none": (), "lora_only": adapted, "all": self.modules}[self.config.bias]
+        found = {}
+        for name, module in self.modules.items():
+            if not module.bias or not (name in self.saved or name in spoken_of):
+                continue
+            own, of_base = [f"{name}.bias", f"{name}.modules_to_save.bias"], _of_the_base(f"{name}.bias")
+            base = self.file.take_one_of(of_base if name in self.saved else (own[0], *of_base), module.shape[:1])
+            value = self.file.take_one_of(own, module.shape[:1]) if name in self.saved else base
+            if value is None:
+                self._refuse_what_is_missing(f"{name}.bias", "modules_to_save" if name in self.saved else "bias")
+            found[name] = {"bias": value}
+        return found
+
+    def _refuse_what_is_missing(self, name: str, key: str):
+        without = '; "bias": "none" goes on with those of the base, as PEFT does' if key == "bias" else ""
+        raise InputError(f"{self.file.path}: no {self.file.called(name)}, of which {key} speaks{without}")
+
+    def _refuse_what_is_left(self):
+        biases = "bias is 'none' there" if any(m.bias for m in self.modules.values()) else "the base has no biases"
+        self.file.refuse_what_is_left(CONFIG, biases)
 
     def _rows(self, adapted: list[str]) -> dict[str, dict[str, tuple]]:
         """Rows of the tables that were trained alone."""
         chosen = {}
         for name, ids in self.config.tokens.items():
-            modules = [module for module in self.tables if module.endswith(name)] if name else self.tables[:1]
-            if not modules:
+            tables = [table for table in self.tables if self.file.called(table).endswith(name)]
+            tables = tables if name else self.tables[:1]
+            if not tables:
                 raise InputError(
                     f"{self.config.path}: trainable_token_indices speaks of {name!r}; expected "
                     f"{' or '.join(self.tables)}"
                 )
-            chosen |= dict.fromkeys(modules, ids)
+            chosen |= dict.fromkeys(tables, ids)
         for ids in chosen.values():
             if max(ids) >= self.vocabulary:
                 raise InputError(
                     f"{self.config.path}: trainable_token_indices has {max(ids)}; the base has {self.vocabulary} tokens"
                 )
         found = self._taken_rows(chosen)
-        twice = [module for module in found if module in adapted or self.config.saves(module)]
+        twice = [name for name in found if name in adapted or name in self.saved]
         if twice:
             raise InputError(f"{self.config.path}: trainable_token_indices and another key both change {twice[0]}")
-        return {module: {"rows": rows} for module, rows in found.items()}
+        return {name: {"rows": rows} for name, rows in found.items()}
 
     def _taken_rows(self, chosen: dict[str, tuple[int, ...]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         embed, unembed = self.tables
-        names = {module: [f"{module}.token_adapter.trainable_tokens_delta"] for module in chosen}
+        names = {name: [f"{name}.{_DELTA}"] for name in chosen}
         together = self.tied and embed in chosen and chosen.get(unembed, chosen[embed]) == chosen[embed]
         if together:  # PEFT keeps them the same, and saves the embedding's, or both
-            names = {embed: [f"{module}.token_adapter.trainable_tokens_delta" for module in self.tables]}
+            names = {embed: [f"{name}.{_DELTA}" for name in self.tables]}
         elif self.tied and self.config.tied and len(chosen) == 2:
             raise InputError(f"{self.config.path}: trainable_token_indices differ, and ensure_weight_tying is true")
         found = {}
-        for module, of_module in names.items():
-            shape = (len(chosen[module]), self.places[module].shape[1])
+        for name, of_module in names.items():
+            shape = (len(chosen[name]), self.modules[name].shape[1])
             rows = self.file.take_one_of(of_module, shape)
             rows = self.file.take(of_module[0], shape) if rows is None else rows
-            last = {token: row for row, token in enumerate(chosen[module])}  # of a token that comes twice
-            found[module] = np.array(list(last)), rows[list(last.values())]
+            last = {token: row for row, token in enumerate(chosen[name])}  # of a token that comes twice
+            found[name] = np.array(list(last)), rows[list(last.values())]
         return dict.fromkeys(self.tables, found[embed]) if together else found

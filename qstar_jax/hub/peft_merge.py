@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
-from qstar_jax.hub.peft_edits import EMBED, UNEMBED, Edit, places_of
+from qstar_jax.hub.peft_edits import Edit
+from qstar_jax.hub.peft_modules import UNEMBED, modules_of
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 
@@ -26,9 +27,13 @@ def apply_edits(model: CausalLM, edits: dict[str, Edit], params: Params, shardin
     Returns:
         Parameters of `model`, in the type of the base.
     """
-    places, of_path = places_of(model), defaultdict(dict)
-    for module, edit in edits.items():
-        of_path[places[module].path][places[module].layer] = edit
+    modules, of_path = modules_of(model), defaultdict(dict)
+    for name, edit in edits.items():
+        module = modules[name]
+        for path, part in module.weight.items():
+            of_path[path][module.layer] = edit if part is None else edit.of_weight(part)
+        for path, part in module.bias.items() if edit.bias is not None else ():
+            of_path[path][module.layer] = edit.of_bias(part)
     if "unembed" in shardings and "unembed" not in params:  # the tables part
         table = params["embed"]["embedding"]
         copy = jax.device_put(table, shardings["unembed"]["embedding"], may_alias=False)
@@ -47,17 +52,17 @@ def apply_edits(model: CausalLM, edits: dict[str, Edit], params: Params, shardin
 
 
 def _edit_one(weight: jax.Array, edit: Edit, path: str, sharding: Sharding) -> jax.Array:
-    """Edits a weight outside of blocks, which lies as in a file."""
+    """Edits a weight or bias outside of blocks, which lies as in a file."""
     if edit.value is not None:
         weight = jax.device_put(edit.value.astype(weight.dtype), sharding)
     if edit.left is not None:
-        axis = {EMBED: -2, UNEMBED: -1}[path]
+        axis = -1 if path == UNEMBED else -2  # of an embedding, PEFT scales the columns
         weight = _plus_product(weight, None, edit.left, edit.right, edit.lengths, axis, sharding)
     return weight if edit.rows is None else _with_parts(weight, *edit.rows, sharding)
 
 
 def _edit_stack(weight: jax.Array, by_layer: dict[int, Edit], sharding: Sharding) -> jax.Array:
-    """Edits some layers of a stack; kernels lie transposed, [layers, inputs, outputs]."""
+    """Edits some layers of a stack; kernels lie as [layers, inputs, outputs]."""
     replaced = {layer: edit.value.T for layer, edit in by_layer.items() if edit.value is not None}
     if replaced:
         weight = _with_parts(weight, np.array(list(replaced)), np.stack(list(replaced.values())), sharding)

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.hub.folder import read_config, read_json_object
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.family import Family
 
 NUMBER_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors; others are quantised
 _ROWS = 4096  # compared at once
@@ -176,7 +177,7 @@ def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Colle
         InputError: If a tensor is missing, misshapen, not finite or not one of the model's, or the weights are a
             pickle.
     """
-    _tell_outside(folder, model)
+    tell_outside(folder, TensorFiles(folder).names(), model.family)
     files, tensors = model_files(folder, model), model.tensors
     _check_left(files, set(files.names()) - _tensor_names(model) - set(besides), model)
 
@@ -203,11 +204,12 @@ def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Colle
     return jax.tree_util.tree_map_with_path(read, model.abstract_params(), shardings)
 
 
-def _tell_outside(folder: Path, model: CausalLM):
-    outside = sorted(name for name in TensorFiles(folder).names() if re.search(model.family.outside, name))
+def tell_outside(path: Path, names: Iterable[str], family: Family):
+    """Warns of tensors of a file or folder that are no part of the decoder."""
+    outside = sorted(name for name in names if re.search(family.outside, name))
     if outside:
         warnings.warn(
-            f"{folder}: {len(outside)} tensors such as {outside[0]!r} are left out: only the text decoder is read, "
+            f"{path}: {len(outside)} tensors such as {outside[0]!r} are left out: only the text decoder is read, "
             "trained and exported",
             stacklevel=3,
         )

@@ -117,6 +117,14 @@ class CausalLM:
         kernels = [path.removesuffix("/kernel") for path in self.tensors if path.endswith("/kernel")]
         return {f"{path.split('/')[-1]}_proj": path for path in kernels}
 
+    @property
+    def linear_modules(self) -> dict[str, str]:
+        """Name of each linear layer as adapters call it -> of its module in a Hugging Face file, maybe a fused one."""
+        return {
+            name: self.tensors[f"{path}/kernel"].name.removesuffix(".weight")
+            for name, path in self.linear_layers.items()
+        }
+
     def with_lora(
         self, rank: int, alpha: float, targets: Sequence[str] | None = None, rank_stabilised: bool = False
     ) -> "CausalLM":
@@ -125,21 +133,27 @@ class CausalLM:
         Args:
             rank: Its rank.
             alpha: Its alpha (see `lora.Lora`).
-            targets: Hugging Face's names of the layers that have one; None: all of `linear_layers`.
+            targets: Names of the layers that have one, as in `linear_layers` or as (an end of) the family's own name
+                of a module in `linear_modules`, which stands for all layers that are in it; None: all.
             rank_stabilised: Whether the scale is alpha / sqrt(rank).
 
         Raises:
             InputError: If the rank is not positive, or the model does not have one of the layers.
         """
-        layers = self.linear_layers
-        targets = list(layers) if targets is None else targets
+        modules = self.linear_modules
+        targets = list(modules) if targets is None else targets
+        meant = {
+            target: [name for name, module in modules.items() if target == name or f".{module}".endswith(f".{target}")]
+            for target in targets
+        }
         if not isinstance(rank, int) or rank < 1:
             raise InputError(f"the rank of an adapter is a whole number of at least 1 (found: {rank!r})")
-        unknown = sorted(set(targets) - set(layers))
+        unknown = sorted(target for target, names in meant.items() if not names)
         if unknown or not targets:
             found = ", ".join(map(repr, unknown)) or "none at all"
-            raise InputError(f"an adapter's targets are some of {', '.join(layers)} (found: {found})")
-        order = tuple(name for name in layers if name in targets)
+            known = dict.fromkeys([*modules, *(module.split(".")[-1] for module in modules.values())])
+            raise InputError(f"an adapter's targets are some of {', '.join(known)} (found: {found})")
+        order = tuple(name for name in modules if any(name in names for names in meant.values()))
         return replace(self, lora=Lora(rank, float(alpha), order, rank_stabilised))
 
     def _network(self, rngs: nnx.Rngs, stacked: bool = True) -> nnx.Module:

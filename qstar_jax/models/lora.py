@@ -26,7 +26,7 @@ class Lora:
     Attributes:
         rank: Rank of each product A B.
         alpha: The product is scaled by alpha / rank.
-        targets: Linear layers that have one, as Hugging Face names them (`q_proj`, ...).
+        targets: Linear layers that have one, as most families name them (`q_proj`, ...).
         rank_stabilised: Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
@@ -38,7 +38,14 @@ class Lora:
     @property
     def scale(self) -> float:
         """What the product is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return self.alpha / self._divisor(self.rank)
+
+    def alpha_for(self, rank: int) -> float:
+        """The alpha with which matrices of another rank have the same scale."""
+        return self.scale * self._divisor(rank)
+
+    def _divisor(self, rank: int) -> float:
+        return math.sqrt(rank) if self.rank_stabilised else rank
 
 
 class LoraLinear(nnx.LoRALinear):

@@ -98,6 +98,35 @@ def test_targets_by_name(targets, tiny_model):
     assert tuple(tiny_model.linear_layers) == ALL
 
 
+SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+OTHERS = {
+    "phi3": {**SIZES, "num_attention_heads": 4},
+    "gpt_neox": {**SIZES, "num_attention_heads": 4},
+    "gpt2": {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets", "meant"),
+    [
+        ("phi3", ["qkv_proj"], ("q_proj", "k_proj", "v_proj")),
+        ("phi3", ["gate_up_proj", "self_attn.o_proj", "up_proj"], ("o_proj", "gate_proj", "up_proj")),
+        ("gpt_neox", ["dense", "query_key_value"], ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ("gpt_neox", ["dense_4h_to_h"], ("down_proj",)),
+        ("gpt2", ["c_proj"], ("o_proj", "down_proj")),
+        ("gpt2", ["mlp.c_proj", "c_attn"], ("q_proj", "k_proj", "v_proj", "down_proj")),
+        ("gpt2", ["c_fc", "v_proj"], ("v_proj", "up_proj")),
+    ],
+    ids=str,
+)
+def test_targets_by_the_names_of_a_family(model_type, targets, meant):
+    """A fused layer, or a name of several, stands for all that are meant."""
+    model = CausalLM.from_hf({"model_type": model_type, **OTHERS[model_type]})
+    assert model.with_lora(2, 2.0, targets).lora.targets == meant
+    with pytest.raises(InputError, match=r"some of q_proj, .*down_proj, (qkv_proj|query_key_value|c_attn), .*'roj'"):
+        model.with_lora(2, 2.0, [*targets, "roj"])
+
+
 @pytest.mark.parametrize(
     ("rank", "targets", "message"),
     [
