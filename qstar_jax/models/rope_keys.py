@@ -37,11 +37,12 @@ def read_rope(
     """
     old, new = (rope_dictionary(keys, name, aliases) for name in ("rope_scaling", "rope_parameters"))
     found = merged(old, new, "rope_scaling", "rope_parameters")
-    if not fraction_keys:
-        Keys({"model_type": keys.model_type} | found).only("partial_rotary_factor", 1.0)
-        keys.only("partial_rotary_factor", 1.0)
-    share = _one(found, "partial_rotary_factor", keys, fraction_keys) or fraction
-    base = _one(found, "rope_theta", keys, theta_keys) or theta
+    share = _one(found, "partial_rotary_factor", keys, fraction_keys or ("partial_rotary_factor",), fraction)
+    if share != 1 and not fraction_keys:
+        raise InputError(
+            f"config.json: partial_rotary_factor is {share!r}; {keys.model_type} models rotate all dimensions of a head"
+        )
+    base = _one(found, "rope_theta", keys, theta_keys, theta)
     return make_rope(keys, found, theta=base, fraction=share, original=original)
 
 
@@ -102,9 +103,13 @@ def rope_dictionary(keys: Keys, name: str, aliases: Mapping[str, str] = MappingP
     if not isinstance(found, dict):
         raise InputError(f"config.json: {name} is {found!r}; expected an object such as {{'rope_type': 'default'}}")
     rope = {key: value for key, value in found.items() if value is not None}
-    kind = rope.pop("type", None)  # the name that `rope_type` had before transformers 4.45
-    rope = rope if kind is None else {"rope_type": kind} | rope
-    return rope | {"rope_type": aliases.get(rope["rope_type"], rope["rope_type"])} if "rope_type" in rope else rope
+    older = rope.pop("type", None)  # the name that `rope_type` had before transformers 4.45
+    kind = rope.get("rope_type", older)
+    if kind is None:
+        return rope
+    if not isinstance(kind, str):
+        raise InputError(f"config.json: {name} has the rope_type {kind!r}; expected default, {', '.join(SCALINGS)}")
+    return rope | {"rope_type": aliases.get(kind, kind)}
 
 
 def merged(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> dict[str, Any]:
@@ -118,14 +123,14 @@ def merged(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: st
     return old | new
 
 
-def _one(found: dict[str, Any], name: str, keys: Keys, older: Sequence[str]) -> Any:
+def _one(found: dict[str, Any], name: str, keys: Keys, older: Sequence[str], default: float) -> Any:
     """A value that stands inside `rope_parameters`, or under an older key, or in several places the same."""
     places = {name + " inside rope_parameters": found.pop(name, None)} | {key: keys.get(key) for key in older}
     told = {place: value for place, value in places.items() if value is not None}
     if len(set(map(repr, map(_as_float, told.values())))) > 1:
         said = ", ".join(f"{place} {value!r}" for place, value in told.items())
         raise InputError(f"config.json: {said} differ; keep one of them")
-    return next(iter(told.values()), None)
+    return next(iter(told.values()), default)
 
 
 def _as_float(value: Any) -> Any:
