@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 from qstar_jax import hub
 from qstar_jax.config import DataOptions
@@ -228,6 +229,21 @@ def test_thoughts_that_would_be_lost_are_refused(name, tokenizer, read):
         read([row])
     with pytest.raises(InputError, match="row 1: the chat template has no place for messages of the role 'developer'"):
         read([preference([{"role": "developer", "content": "Be brief."}, user("2 + 2?")], "Four.", "Five.")])
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("qwen3", "dpo_qwen3"), ("gemma3", "dpo_gemma3"), ("llama3_1", "dpo_llama3")],
+    indirect=["name"],
+)
+def test_our_configurations_learn_an_answer_and_its_end(name, config, tokenizer, read):
+    file = Path(__file__).parents[2] / "configs" / f"{config}.yaml"
+    options = yaml.safe_load(file.read_text())["data"]
+    [example] = read([preference([user("Hi")], "Hello.", "Hey!")], **options.get("chat_template_kwargs", {}))
+    assert [tokenizer.decode(response.ids) for response in example.responses] == [
+        f"Hello.{END[name]}",
+        f"Hey!{END[name]}",
+    ]
 
 
 @pytest.mark.parametrize("name", ["qwen2_5"], indirect=True)
