@@ -3,6 +3,7 @@
 # ruff: noqa: E402 (what stands before the imports must)
 
 import os
+import sys
 from importlib.metadata import version
 
 # Before anything imports jax: sharding is tested in process, on eight virtual CPU devices.
@@ -20,10 +21,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import gc
+import importlib.util
 import json
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -48,6 +51,7 @@ from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.evaluation.scored import ScoredResponse
+from qstar_jax.loading import param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh
 
@@ -65,6 +69,25 @@ def pytest_cmdline_main(config):
         option.numprocesses = cores if cores > 1 else None
     if option.numprocesses and option.dist == "no":
         option.dist = "worksteal"
+
+
+def load_helper(path: str):
+    """Imports a file of tests/ that holds no tests."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).parent / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their own module
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny_families = load_helper("tiny_families.py")
+
+
+def pytest_generate_tests(metafunc):
+    """Runs a test that takes `family`, and names none itself, for each of the tiny models."""
+    named = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    if "family" in metafunc.fixturenames and "family" not in named:
+        metafunc.parametrize("family", tiny_families.FAMILIES)
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
@@ -157,6 +180,58 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="[BOS]", eos_token="[EOS]", pad_token="[PAD]", unk_token="[UNK]"
     )
+
+
+@pytest.fixture(scope="session")
+def families():
+    """The module `tiny_families`."""
+    return tiny_families
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory, tiny_tokenizer):
+    """`family_folder(name, seed=0)`: a tiny model of `tiny_families.FAMILIES`. Nobody may write into it."""
+    pytest.importorskip("torch")
+    place = tmp_path_factory.mktemp("families")
+
+    def make(name, seed=0):
+        folder = place / f"{name}-{seed}"
+        if not folder.exists():
+            tiny_families.make(name, folder, seed)
+            hub.write_tokenizer(folder, tiny_tokenizer)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def read_family(one_device):
+    """`read_family(folder)`: (model, params) of a folder, for texts of at most 40 tokens."""
+
+    def read(folder):
+        model = hub.read_model(folder).for_length(40)
+        return model, hub.read_params(folder, model, param_shardings(model, one_device, MeshOptions()))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def open_family(family_folder, read_family):
+    """`open_family(name, seed=0)`: (model, params) of `family_folder(name, seed)`."""
+    return cache(lambda name, seed=0: read_family(family_folder(name, seed)))
+
+
+@pytest.fixture(scope="session")
+def torch_family(family_folder):
+    """`torch_family(name, seed=0)`: the same model in torch."""
+    return cache(lambda name, seed=0: tiny_families.open_torch(family_folder(name, seed)))
+
+
+@pytest.fixture(scope="session")
+def beam_parity():
+    """The module `real/beam_parity`."""
+    pytest.importorskip("torch")
+    return load_helper("real/beam_parity.py")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """Random combinations of options against `generate` of torch transformers, on a tiny model."""
 
-import importlib.util
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -43,18 +41,8 @@ def random_cases():
 
 
 @pytest.fixture(scope="module")
-def parity():
-    pytest.importorskip("torch")
-    path = Path(__file__).parents[1] / "real" / "beam_parity.py"
-    spec = importlib.util.spec_from_file_location("beam_parity", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def oracle(parity, hf_folder):
-    return parity.Folder(str(hf_folder)).torch
+def oracle(beam_parity, hf_folder):
+    return beam_parity.Folder(str(hf_folder)).torch
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +88,7 @@ def decode(tiny_model, tiny_params, prompts, likely):
 
 
 @pytest.fixture(scope="module")
-def generate(parity, oracle, prompts, likely):
+def generate(beam_parity, oracle, prompts, likely):
     """Theirs. Where the past counts, one prompt at a time: there padding counts as something that was said."""
 
     def run(case):
@@ -115,7 +103,7 @@ def generate(parity, oracle, prompts, likely):
         options = [case[name] for name in ("beams", "length_penalty", "early_stopping", "room")]
         found = []
         for batch in batches:
-            found += parity.beams_of_torch(oracle, batch, tuple(likely[: case["ends"]]), *options, **more).given
+            found += beam_parity.beams_of_torch(oracle, batch, tuple(likely[: case["ends"]]), *options, **more).given
         return found
 
     return run

@@ -1,0 +1,101 @@
+"""Folders of every family, out and in: transformers 5 and 4 read what is written here, and we what they write."""
+
+import json
+import os
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qstar_jax import hub
+from qstar_jax.models import CausalLM
+
+pytestmark = pytest.mark.parity
+
+# What no family reads, in values that no class has by default.
+UNUSED = {
+    "_name_or_path": "owner/model",
+    "use_cache": False,
+    "initializer_range": 0.03,
+    "summary_type": "last",
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}
+
+logits_of = jax.jit(CausalLM.logits, static_argnums=0)
+
+
+@pytest.fixture(scope="session")
+def export(open_family, tmp_path_factory, tiny_tokenizer):
+    """`export(name)`: folder in which a family is written by us."""
+    place = tmp_path_factory.mktemp("exports")
+
+    def write(name):
+        if not (place / name).exists():
+            hub.write_folder(place / name, *open_family(name), tiny_tokenizer, "float32")
+        return place / name
+
+    return write
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_torch_reads_the_same_model(family, families, family_folder, export):
+    expected = families.logits(family_folder(family))
+    found = families.logits(export(family))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_second_export_is_the_same_files(family, export, one_device, read_family, tiny_tokenizer, tmp_path):
+    model, params = read_family(export(family))
+    hub.write_folder(tmp_path, model, params, tiny_tokenizer, "float32")
+    assert files_of(tmp_path) == files_of(export(family))
+
+
+def test_unused_keys_of_config_json_are_written_again(family, family_folder, read_family, tiny_tokenizer, tmp_path):
+    folder = family_folder(family)
+    config = json.loads((folder / "config.json").read_text())
+    for name in folder.iterdir():
+        (tmp_path / name.name).symlink_to(name)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config | UNUSED))
+    model, params = read_family(tmp_path)
+    hub.write_folder(tmp_path / "out", model, params, tiny_tokenizer, "float32")
+    written = hub.read_config(tmp_path / "out")
+    assert {name: written.get(name) for name in UNUSED} == UNUSED
+
+
+def transformers_4(families, verb, place):
+    """Lets the other Python write folders, or read those that are there; returns {family: logits}."""
+    words = [os.environ["QSTAR_TRANSFORMERS4"], families.__file__, verb, str(place)]
+    said = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert said.returncode == 0, said.stderr
+    failures = [f"{path.stem}: {path.read_text()}" for path in place.glob("*.txt")]
+    assert not failures, "\n".join(failures)
+    return {name: np.load(place / f"{name}.npy") for name in families.FAMILIES}
+
+
+needs_transformers_4 = pytest.mark.skipif(
+    "QSTAR_TRANSFORMERS4" not in os.environ, reason="names a Python that has transformers 4 and torch"
+)
+
+
+@needs_transformers_4
+@pytest.mark.slow
+def test_transformers_4_reads_the_same_models(families, family_folder, export, tmp_path):
+    for name in families.FAMILIES:
+        (tmp_path / name).symlink_to(export(name))
+    for name, found in transformers_4(families, "read", tmp_path).items():
+        expected = families.logits(family_folder(name))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, err_msg=name)
+
+
+@needs_transformers_4
+@pytest.mark.slow
+def test_what_transformers_4_writes_is_read(families, read_family, tmp_path):
+    for name, expected in transformers_4(families, "write", tmp_path).items():
+        found = logits_of(*read_family(tmp_path / name), jnp.asarray(families.rows()))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * expected.std(), err_msg=name)
