@@ -10,6 +10,9 @@ from importlib.metadata import version
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # torch's threads wait for each other longer than they work on tiny models
 # Compiling dominates the time of tests; what LLVM would still gain is nothing for arrays of this size.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"

@@ -1,4 +1,4 @@
-"""Tiny random models of every family that is read, as transformers writes them; a new family is one entry of `FAMILIES`.
+"""Tiny random models of every family, as transformers writes them; a new family is one entry of `FAMILIES`.
 
     python tests/tiny_families.py write OUT     writes a folder of each family, and its logits
     python tests/tiny_families.py read FOLDERS  writes the logits of each folder in there, or why there are none

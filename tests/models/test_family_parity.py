@@ -78,9 +78,11 @@ def write_gradient_of_torch(torch, model, reference, examples, folder):
     ratios = answers_of_torch(torch, model, examples) - expected
     loss = -torch.nn.functional.logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1])).mean()
     loss.backward()
-    model.save_pretrained(folder, state_dict={name: x.grad for name, x in model.named_parameters() if x.grad is not None})
+    model.save_pretrained(
+        folder, state_dict={name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    )
     model.zero_grad(set_to_none=True)
-    return float(loss)
+    return loss.item()
 
 
 @pytest.mark.thin("packed-gemma2", "packed-gpt_neox")
