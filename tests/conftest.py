@@ -49,7 +49,7 @@ CHECKED = [f"qstar_jax.{name}" for name in ("mdp", "tabular", "logprobs", "losse
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 from qstar_jax import hub
-from qstar_jax.config import MeshOptions
+from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Example, Response
@@ -88,8 +88,8 @@ tiny_families = load_helper("tiny_families.py")
 
 def pytest_generate_tests(metafunc):
     """Runs a test that takes `family`, and names none itself, for each of the tiny models."""
-    named = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
-    if "family" in metafunc.fixturenames and "family" not in named:
+    named = any("family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "family" in metafunc.fixturenames and not named:
         metafunc.parametrize("family", tiny_families.FAMILIES)
 
 
@@ -209,10 +209,12 @@ def family_folder(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture(scope="session")
 def read_family(one_device):
-    """`read_family(folder)`: (model, params) of a folder, for texts of at most 40 tokens."""
+    """`read_family(folder)`: (model, params) of a folder; where it has longrope, for texts of 3 to 40 tokens."""
 
     def read(folder):
-        model = hub.read_model(folder).for_length(40)
+        model = hub.read_model(folder)
+        if (context := model.config.longrope_context) is not None:
+            model = replace(model, compute=ComputeOptions(longrope="short" if context >= 40 else "long"))
         return model, hub.read_params(folder, model, param_shardings(model, one_device, MeshOptions()))
 
     return read

@@ -25,8 +25,7 @@ class TensorFiles:
     """The tensors of a folder: one model.safetensors, or several with model.safetensors.index.json.
 
     Raises:
-        InputError: If there are none, a file cannot be read, a tensor lies in two files, or has numbers of another type
-            than `NUMBER_TYPES`.
+        InputError: If there are none, a file cannot be read, or a tensor lies in two files.
     """
 
     def __init__(self, folder: Path):
@@ -44,13 +43,6 @@ class TensorFiles:
                 if name in self._slices:
                     raise InputError(f"{path}: tensor {name!r} is in another file of {folder} too; remove one of them")
                 self._slices[name] = file.get_slice(name)
-                kind = self._slices[name].get_dtype()
-                if kind not in NUMBER_TYPES:
-                    raise InputError(
-                        f"{path}: tensor {name!r} has numbers of type {kind}; expected {', '.join(NUMBER_TYPES)}; "
-                        "convert the weights, or dequantise them if they are quantised (transformers: "
-                        "model.dequantize())"
-                    )
         self.folder = folder
 
     def names(self) -> Iterator[str]:
@@ -61,7 +53,7 @@ class TensorFiles:
         """The same tensors under other names, without those that have none.
 
         Raises:
-            InputError: If two have one name then.
+            InputError: If two have one name then, or one has numbers of another type than `NUMBER_TYPES`.
         """
         other = copy(self)
         other._slices, before = {}, {}
@@ -70,8 +62,17 @@ class TensorFiles:
             if new in before:
                 raise InputError(f"{self.folder}: tensors {before[new]!r} and {name!r} are one parameter; remove one")
             if new is not None:
+                self._check_numbers(name)
                 other._slices[new], before[new] = found, name
         return other
+
+    def _check_numbers(self, name: str):
+        kind = self._slices[name].get_dtype()
+        if kind not in NUMBER_TYPES:
+            raise InputError(
+                f"{self.folder}: tensor {name!r} has numbers of type {kind}; expected {', '.join(NUMBER_TYPES)}; "
+                "convert the weights, or dequantise them if they are quantised (transformers: model.dequantize())"
+            )
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same numbers; False where one is not there."""
@@ -88,7 +89,7 @@ class TensorFiles:
         """Returns a slice object of the tensor, whose bytes are read when it is indexed.
 
         Raises:
-            InputError: If the tensor is missing or has another shape.
+            InputError: If the tensor is missing, has another shape, or numbers of another type than `NUMBER_TYPES`.
         """
         if name not in self._slices:
             close = ", ".join(sorted(self._slices)[:4])
@@ -98,6 +99,7 @@ class TensorFiles:
             raise InputError(
                 f"{self.folder}: tensor {name!r} has shape {found}; config.json says that it should be {shape}"
             )
+        self._check_numbers(name)
         return self._slices[name]
 
 

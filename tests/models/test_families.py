@@ -1,6 +1,7 @@
 """What no family reads is refused by name: keys of config.json, and tensors."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -9,11 +10,12 @@ from qstar_jax import hub
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 
+
 @pytest.fixture
 def written(family, families, tiny_tokenizer, tmp_path):
     """A folder of a family, all of whose numbers are 1."""
     model = CausalLM.from_hf(families.FAMILIES[family].config)
-    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), model.abstract_params())
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), model.abstract_params())
     hub.write_folder(tmp_path, model, params, tiny_tokenizer, "float32")
     return tmp_path
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from qstar_jax import hub
-from qstar_jax.config import ComputeOptions, LossOptions
+from qstar_jax.config import LossOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
 from qstar_jax.models import CausalLM, attention
@@ -139,7 +139,7 @@ def test_all_layouts_and_kinds_of_attention_say_the_same(way, layout, family, wa
     model, params = open_family(family)
     batch = batch_of(examples, layout)
     expected = plain_logprobs(model, params, examples, batch.index.shape)
-    model = replace(model, compute=ComputeOptions(attention=way))
+    model = replace(model, compute=replace(model.compute, attention=way))
     found = jax.jit(response_logprobs, static_argnums=0)(model, params, batch)
     for own, other in zip(found, expected, strict=True):
         assert_close(own, other, 1e-5)

@@ -18,24 +18,33 @@ def read_common(keys: Keys, **shape: Any) -> dict[str, Any]:
     return found | {"norm": "rms_plus_one", "embedding_scale": scale, "qkv_bias": bias, "o_bias": bias}
 
 
-def read_activation(keys: Keys, name: str) -> str:
-    """Reads an activation function; what Gemma's first files call gelu is its approximation by tanh."""
-    return "gelu_tanh" if keys.get(name) == "gelu" else keys.activation(name, "gelu_pytorch_tanh")
+def read_activation(keys: Keys, *, either: bool = False) -> str:
+    """Reads the activation function; what Gemma's first files call gelu is its approximation by tanh.
 
+    Args:
+        keys: The config.json.
+        either: Whether `hidden_act` counts where there is no `hidden_activation`; if not, it may only repeat it.
 
-def _read(keys: Keys) -> DecoderConfig:
-    # transformers 4 reads the first of these keys, where it is not null, and transformers 5 the second alone.
-    names = [name for name in ("hidden_activation", "hidden_act") if keys.get(name) is not None]
-    activations = [read_activation(keys, name) for name in names or ["hidden_act"]]
-    if len(set(activations)) > 1:
+    Raises:
+        InputError: If the two keys differ.
+    """
+    given = [name for name in ("hidden_activation", "hidden_act") if keys.get(name) is not None]
+    names = given if either and given else ["hidden_activation", *given]
+    found = {"gelu_tanh" if keys.get(name) == "gelu" else keys.activation(name, "gelu_pytorch_tanh") for name in names}
+    if len(found) > 1:
         raise InputError(
             f"config.json: hidden_activation {keys.get('hidden_activation')!r} and hidden_act "
             f"{keys.get('hidden_act')!r} differ; keep one of them"
         )
+    return found.pop()
+
+
+def _read(keys: Keys) -> DecoderConfig:
     return DecoderConfig(
         **read_common(keys, context=8192, kv_heads=16),
         layers=same_layers(keys, read_rope(keys, theta=10_000.0)),
-        activation=activations[0],
+        # transformers 4 reads hidden_activation, where it is not null, and transformers 5 hidden_act alone.
+        activation=read_activation(keys, either=True),
     )
 
 

@@ -44,7 +44,7 @@ def _read(keys: Keys) -> DecoderConfig:
         **read_common(keys, context=8192, kv_heads=4),
         layers=with_windows(read_rope(keys, theta=10_000.0), sliding, read_window(keys, 4096)),
         norm_places="sandwich",
-        activation=read_activation(keys, "hidden_activation"),
+        activation=read_activation(keys),
         attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
         score_softcap=read_cap(keys, "attn_logit_softcapping", 50.0),
         logit_softcap=read_cap(keys, "final_logit_softcapping", 30.0),

@@ -48,7 +48,7 @@ def _read(keys: Keys) -> DecoderConfig:
         layers=_layers(keys),
         norm_places="sandwich",
         qk_norm="head",
-        activation=read_activation(keys, "hidden_activation"),
+        activation=read_activation(keys),
         attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
         logit_softcap=read_cap(keys, "final_logit_softcapping", None),
     )

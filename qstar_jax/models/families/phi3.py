@@ -22,6 +22,9 @@ def _read(keys: Keys) -> DecoderConfig:
         aliases={"su": "longrope", "yarn": "longrope"},  # names that its first files had for it
     )
     keys.get("original_max_position_embeddings")  # which no other scaling reads
+    keys.code("modeling_phi3.Phi3ForCausalLM")
+    for name in ("full_attn_mod", "interpolate_factor"):  # of Phi 4 mini
+        keys.only(name, 1)
     return DecoderConfig(
         **read_shape(keys, context=_CONTEXT, eps=1e-5),
         layers=same_layers(keys, rope, read_window(keys, None)),
