@@ -16,7 +16,7 @@ def prompts(families):
     return [row[:length].tolist() for row, length in zip(families.rows(), (3, 14, 6), strict=True)]
 
 
-@pytest.mark.thin("5-gemma3", "1-gpt2")
+@pytest.mark.thin("gemma3-5", "gpt2-1")
 @pytest.mark.parametrize("beams", [1, 5])
 def test_answers_are_those_of_torch(beams, family, beam_parity, open_family, torch_family, prompts):
     model, params = open_family(family)

@@ -85,7 +85,7 @@ def write_gradient_of_torch(torch, model, reference, examples, folder):
     return loss.item()
 
 
-@pytest.mark.thin("packed-gemma2", "packed-gpt_neox")
+@pytest.mark.thin("gemma2-packed", "gpt_neox-shared")
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 def test_gradients_of_a_dpo_step(
     layout, family, open_family, torch_family, examples, tiny_tokenizer, tmp_path, assert_norm_close
