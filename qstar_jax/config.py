@@ -216,7 +216,7 @@ class OptimizerOptions:
         learning_rate: Peak rate.
         warmup_steps: Steps of linear warm-up.
         schedule: What follows the warm-up.
-        weight_decay: Decoupled decay, applied to matrices only.
+        weight_decay: Decoupled decay of matrices: of neither norms nor biases.
         beta1: adamw, lion: decay of the first moment (0.9).
         beta2: adamw, lion: decay of the second moment (0.999; lion 0.99).
         eps: adamw, rmsprop: added to the denominator (1e-8).

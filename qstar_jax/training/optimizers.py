@@ -80,4 +80,10 @@ def _own_options(options: OptimizerOptions) -> dict[str, float]:
 
 
 def _is_matrix(params: Params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+    """Which parameters decay: all but norms and biases, which a stack of layers gives two dimensions as well."""
+
+    def is_matrix(path, _) -> bool:
+        *parents, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return name != "bias" and not any("norm" in parent for parent in parents)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

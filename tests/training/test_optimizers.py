@@ -7,7 +7,11 @@ from qstar_jax.config import OptimizerOptions
 from qstar_jax.errors import InputError
 from qstar_jax.training.optimizers import make_optimizer
 
-PARAMS = {"kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "norm": {"scale": jnp.array([1.0, 2.0])}}
+PARAMS = {
+    "kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4),
+    "norm": {"scale": jnp.array([1.0, 2.0])},
+    "layers": {"q": {"bias": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, "q_norm": {"scale": jnp.array([[1.0], [2.0]])}},
+}
 
 
 def walk(steps=4, **options):
@@ -60,10 +64,11 @@ def test_adafactor_steps_have_at_most_unit_size():
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "rmsprop", "adafactor"])
-def test_decay_is_decoupled_and_leaves_norms_alone(name):
+def test_decay_is_decoupled_and_leaves_norms_and_biases_alone(name):
     plain, decayed = walk(1, name=name), walk(1, name=name, weight_decay=0.5)
     np.testing.assert_allclose(decayed["kernel"], plain["kernel"] - 0.1 * 0.5 * PARAMS["kernel"], rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(decayed["norm"]["scale"], plain["norm"]["scale"])
+    for part in ("norm", "layers"):
+        jax.tree.map(np.testing.assert_array_equal, decayed[part], plain[part])
 
 
 @pytest.mark.parametrize(
