@@ -5,16 +5,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax.models.flash_attention import flash_attention
-from qstar_jax.models.masks import RowMask
-
-# A score that no softmax sees; finite, as gradients of infinities are NaN.
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-Window = Int[Array, ""] | int | None  # how far back a query sees, in tokens; None: there are no windows
+from qstar_jax.models.masks import MASKED, RowMask, Window, sees
 
 
 def masked_attention(
@@ -60,7 +55,9 @@ def dense_attention(
     softcap: float | None = None,
 ) -> Float[Array, "B S H D"]:
     """Attention whose scores all exist at one time; arguments as those of `blockwise_attention`, the mask as array."""
-    return _attend_densely(q, k, v, _within(mask, positions, positions, window), scale, softcap)
+    if window is not None:
+        mask &= positions[:, :, None] - positions[:, None] < window
+    return _attend_densely(q, k, v, mask, partial(scores_of, scale=scale, softcap=softcap))
 
 
 def blockwise_attention(
@@ -97,76 +94,77 @@ def blockwise_attention(
     # faster; but rows that lie on several devices must be computed side by side.
     by_row = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
     attend = _attend_row_by_row if by_row else _attend_side_by_side
-    return attend(q, k, v, mask, positions, window, scale, softcap, block_size)
+    see, score = partial(sees, window=window), partial(scores_of, scale=scale, softcap=softcap)
+    return attend(q, k, v, mask.ids(positions), see, score, block_size)
 
 
-def capped(scores: Float[Array, "*N"], softcap: float | None) -> Float[Array, "*N"]:
-    """Scores softly bounded to +-softcap."""
+def scores_of(products: Float[Array, "*N"], scale: float, softcap: float | None) -> Float[Array, "*N"]:
+    """Scores of products of queries and keys: scaled, then softly bounded to +-softcap where there is one."""
+    scores = products * scale
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _within(mask: Array, of_queries: Int[Array, "B Q"], of_keys: Int[Array, "B S"], window: Window) -> Array:
-    """A mask [B, Q, S] without the pairs that lie too far apart."""
-    return mask if window is None else mask & (of_queries[:, :, None] - of_keys[:, None] < window)
-
-
-def _attend_densely(
-    q: Array, k: Array, v: Array, mask: Bool[Array, "B Q S"], scale: float, softcap: float | None
-) -> Array:
+def _attend_densely(q: Array, k: Array, v: Array, mask: Bool[Array, "B Q S"], score: Callable[[Array], Array]) -> Array:
     q = rearrange(q, "b q (g h) d -> b q g h d", g=k.shape[2])
-    scores = jnp.einsum("bqghd,bsgd->bghqs", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], capped(scores * scale, softcap), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    scores = score(jnp.einsum("bqghd,bsgd->bghqs", q, k, preferred_element_type=jnp.float32))
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
     return rearrange(jnp.einsum("bghqs,bsgd->bqghd", weights, v), "b q g h d -> b q (g h) d")
 
 
 def _attend_row_by_row(
-    q: Array, k: Array, v: Array, mask: RowMask, positions: Array, window: Window, scale, softcap, block_size: int
+    q: Array,
+    k: Array,
+    v: Array,
+    ids: Int[Array, "4 B S"],
+    see: Callable[[Array, Array], Array],
+    score: Callable[[Array], Array],
+    block_size: int,
 ) -> Array:
     batch, length, heads, width = q.shape
     groups = k.shape[2]
     share = heads // groups
     q = rearrange(q, "b s (g h) d -> (b g) h s d", g=groups)
     k, v = (rearrange(x, "b s g d -> (b g) s d") for x in (k, v))
-    queries, positions = (jnp.repeat(x, groups, axis=0) for x in (mask.queries(), positions))
+    ids = repeat(ids, "i b s -> (b g) i s", g=groups)
 
     @jax.checkpoint
     def attend(row: tuple[Array, ...]) -> Array:
-        q, k, v, queries, positions = row
+        q, k, v, ids = row
         outputs = []
         for start in range(0, length, block_size):
             # Keys after the block are not even multiplied.
             stop = min(start + block_size, length)
             block = rearrange(q[:, start:stop], "h s d -> (h s) d")
-            scores = capped(scale * jnp.matmul(block, k[:stop].T, preferred_element_type=jnp.float32), softcap)
-            own = RowMask(queries[None, :stop, 1], queries[None, :stop, 2]).between(queries[None, start:stop])
-            own = _within(own, positions[None, start:stop], positions[None, :stop], window)[0]
-            scores = jnp.where(own, scores.reshape(share, stop - start, stop), MASKED)
+            scores = score(jnp.matmul(block, k[:stop].T, preferred_element_type=jnp.float32))
+            seen = see(ids[:, start:stop, None], ids[:, None, :stop])
+            scores = jnp.where(seen, scores.reshape(share, stop - start, stop), MASKED)
             weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(-1, stop)
             outputs.append((weights @ v[:stop]).reshape(share, stop - start, width))
         return jnp.concatenate(outputs, axis=1)
 
-    out = jax.lax.map(attend, (q, k, v, queries, positions))
+    out = jax.lax.map(attend, (q, k, v, ids))
     return rearrange(out, "(b g) h s d -> b s (g h) d", b=batch)
 
 
 def _attend_side_by_side(
-    q: Array, k: Array, v: Array, mask: RowMask, positions: Array, window: Window, scale, softcap, block_size: int
+    q: Array,
+    k: Array,
+    v: Array,
+    ids: Int[Array, "4 B S"],
+    see: Callable[[Array, Array], Array],
+    score: Callable[[Array], Array],
+    block_size: int,
 ) -> Array:
-    batch, length, heads, width = q.shape
-    block_size = min(block_size, length)
-    blocks = -(-length // block_size)
-    padding = ((0, 0), (0, blocks * block_size - length))
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(batch, blocks, block_size, *x.shape[2:]).swapaxes(0, 1)
+    length = q.shape[1]
+    size = min(block_size, length)
+    short = -length % size
+    blocks = rearrange(jnp.pad(q, ((0, 0), (0, short), (0, 0), (0, 0))), "b (n s) h d -> n b s h d", s=size)
+    ids_of_blocks = rearrange(jnp.pad(ids, ((0, 0), (0, 0), (0, short))), "i b (n s) -> n i b s", s=size)
 
     @jax.checkpoint
-    def attend(block: tuple[Array, Array, Array]) -> Array:
-        q, queries, of_queries = block
-        own = _within(mask.between(queries), of_queries, positions, window)
-        return _attend_densely(q, k, v, own, scale, softcap)
+    def attend(block: tuple[Array, Array]) -> Array:
+        q, own_ids = block
+        return _attend_densely(q, k, v, see(own_ids[..., None], ids[..., None, :]), score)
 
-    out = jax.lax.map(attend, (cut(q), cut(mask.queries()), cut(positions)))
-    return out.swapaxes(0, 1).reshape(batch, -1, heads, width)[:, :length]
+    out = jax.lax.map(attend, (blocks, ids_of_blocks))
+    return rearrange(out, "n b s h d -> b (n s) h d")[:, :length]

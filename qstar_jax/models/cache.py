@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.models.attention import MASKED, capped
+from qstar_jax.models.attention import scores_of
+from qstar_jax.models.masks import MASKED
 
 # Parts of a pool that attention can leave out while they are empty; each is a program more to compile, so a pool is cut
 # only where a part has this many slots.
@@ -129,7 +130,7 @@ class LayerCache:
         def scores(keys: Array, mask: Array) -> Array:
             found = jnp.einsum("bgqd,bgsd->bgqs", q, keys, preferred_element_type=jnp.float32)
             mask = mask if mask.shape[1] == 1 else jnp.repeat(mask, share, axis=1)
-            return jnp.where(mask[:, None], capped(found * scale, softcap), MASKED)
+            return jnp.where(mask[:, None], scores_of(found, scale, softcap), MASKED)
 
         on_prompt, on_path = scores(self.prompt_keys, prompt_mask), scores(self.pool_keys, path_mask)
         highest = jnp.maximum(on_prompt.max(-1), on_path.max(-1))[..., None]

@@ -8,7 +8,6 @@ Letters in shapes: within the kernels S is padded to n tiles of T slots, and of 
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qstar_jax.errors import InputError
-from qstar_jax.models.masks import RowMask
+from qstar_jax.models.masks import MASKED, RowMask, Window, sees
 
 _LANES = 128  # of a TPU's vectors: no tile is narrower
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, as a difference of infinities is NaN
 _FIRST, _LAST = ((0,), (0,)), ((1,), (1,))  # which dimension of both factors a product sums over: x.T @ y, x @ y.T
 
 
@@ -33,7 +31,7 @@ def flash_attention(
     mask: RowMask,
     *,
     positions: Int[Array, "B S"],
-    window: Int[Array, ""] | int | None = None,
+    window: Window = None,
     scale: float,
     softcap: float | None = None,
     block_size: int = 512,
@@ -71,7 +69,7 @@ def flash_attention(
     if block_size < _LANES or block_size % _LANES:
         raise InputError(f"flash_attention: block_size is {block_size}; expected a multiple of {_LANES}")
     form = _Form(_tile_size(q.shape[1], block_size), scale, softcap, bool(interpret))
-    attend, who = partial(_attend, form), _Who(mask, positions, None if window is None else jnp.int32(window))
+    attend, ids, window = partial(_attend, form), mask.ids(positions), None if window is None else jnp.int32(window)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:  # XLA cannot cut a kernel by itself
         rows, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
@@ -85,10 +83,10 @@ def flash_attention(
                 f"compute.attention flash: {q.shape[2]} heads in {k.shape[2]} groups cannot be cut over mesh.tensor = "
                 f"{tensor} devices; set mesh.tensor to a divisor of {k.shape[2]}, or compute.attention to blockwise"
             )
-        heads, slots = PartitionSpec(("data", "fsdp"), None, "tensor"), PartitionSpec(("data", "fsdp"))
-        of_who = _Who(slots, slots, None if window is None else PartitionSpec())
-        attend = jax.shard_map(attend, in_specs=(heads, heads, heads, of_who), out_specs=heads, check_vma=False)
-    return attend(q, k, v, who)
+        heads, of_ids = PartitionSpec(("data", "fsdp"), None, "tensor"), PartitionSpec(None, ("data", "fsdp"))
+        specs = heads, heads, heads, of_ids, PartitionSpec()
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
+    return attend(q, k, v, ids, window)
 
 
 @dataclass(frozen=True)
@@ -101,20 +99,12 @@ class _Form:
     interpret: bool
 
 
-class _Who(NamedTuple):
-    """What says which keys a query sees."""
-
-    mask: RowMask
-    positions: Int[Array, "B S"]
-    window: Int[Array, ""] | None
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, q: Array, k: Array, v: Array, who: _Who) -> Array:
-    return _forward(form, q, k, v, who)[0]
+def _attend(form: _Form, q: Array, k: Array, v: Array, ids: Int[Array, "4 B s"], window: Window) -> Array:
+    return _forward(form, q, k, v, ids, window)[0]
 
 
-def _forward(form: _Form, q: Array, k: Array, v: Array, who: _Who):
+def _forward(form: _Form, q: Array, k: Array, v: Array, ids: Int[Array, "4 B s"], window: Window):
     length, size = q.shape[1], form.size
     q, k, v = (_to_tiles(x, size) for x in (q, k, v))
     batch, heads, padded, width = q.shape
@@ -123,27 +113,29 @@ def _forward(form: _Form, q: Array, k: Array, v: Array, who: _Who):
         "lse": jax.ShapeDtypeStruct((batch, heads, 1, padded), jnp.float32),
     }
     sums = [(width, size), (1, size), (1, size)]
-    out, lse = _run(_forward_kernel, form, who, {"q": q, "k": k, "v": v}, outputs, sums)
-    return _from_tiles(out, length), (q, k, v, out, lse, who)
+    out, lse = _run(_forward_kernel, form, ids, window, {"q": q, "k": k, "v": v}, outputs, sums)
+    return _from_tiles(out, length), (q, k, v, out, lse, ids, window)
 
 
 def _backward(form: _Form, residuals: tuple, dout: Array):
-    q, k, v, out, lse, who = residuals
+    q, k, v, out, lse, ids, window = residuals
     length, size = dout.shape[1], form.size
     sums = [(size, q.shape[-1])]
     dout = _to_tiles(dout, size)
     # The softmax passes on weights * (dweights - delta), where delta = sum(weights * dweights) over keys = out . dout.
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)[:, :, None]
     inputs = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta}
-    (dq,) = _run(_dq_kernel, form, who, inputs, {"q": q}, sums)
-    dk, dv = _run(_dkv_kernel, form, who, inputs, {"k": k, "v": v}, sums * 2, by_key=True)
-    return *(_from_tiles(x, length) for x in (dq, dk, dv)), None
+    (dq,) = _run(_dq_kernel, form, ids, window, inputs, {"q": q}, sums)
+    dk, dv = _run(_dkv_kernel, form, ids, window, inputs, {"k": k, "v": v}, sums * 2, by_key=True)
+    return *(_from_tiles(x, length) for x in (dq, dk, dv)), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _run(kernel, form: _Form, who: _Who, inputs, outputs, sums, *, by_key=False) -> list[Array]:
+def _run(
+    kernel, form: _Form, ids: Int[Array, "4 B s"], window: Window, inputs, outputs, sums, *, by_key=False
+) -> list[Array]:
     """Runs a kernel on the tiles of scores.
 
     The grid is (row of the batch, head, tile of queries, step): at a step the queries meet the keys so many tiles
@@ -152,10 +144,10 @@ def _run(kernel, form: _Form, who: _Who, inputs, outputs, sums, *, by_key=False)
     costs nothing.
 
     Args:
-        kernel: Function of the form, and, as references, of the reach, the window (where there is one), the ids of
-            queries and of keys, and the three that follow.
+        kernel: Function of what makes scores (see `_scores`), the reach, and, as references, the three that follow.
         form: What is fixed.
-        who: Which keys a query sees.
+        ids: Of the slots, for `sees`.
+        window: For `sees`.
         inputs: Name -> array of S slots; the name tells which part of it belongs to a tile.
         outputs: Name -> shape and type.
         sums: Shapes of what is kept, in float32, from one step to the next.
@@ -166,15 +158,14 @@ def _run(kernel, form: _Form, who: _Who, inputs, outputs, sums, *, by_key=False)
     """
     (batch, heads, length, width), groups = inputs["q"].shape, inputs["k"].shape[1]
     size, share, tiles = form.size, heads // groups, length // form.size
-    ids = jnp.stack([who.mask.blocks, who.mask.branches, who.positions], axis=1)
+    # What fills the last tile is of a branch that no other slot is of: it sees itself, and nothing else sees it.
     ids = jnp.pad(ids, ((0, 0), (0, 0), (0, length - ids.shape[2])), constant_values=-1)
-    blocks, _, positions = (x[:, 0].reshape(batch, tiles, size) for x in jnp.split(ids, 3, axis=1))
-    scalars = [_reach(blocks, positions, who.window)[by_key]]
-    if who.window is not None:
-        scalars.append(who.window.reshape(1))
+    _, blocks, _, positions = ids.reshape(4, batch, tiles, size)
+    scalars = [_reach(blocks, positions, window)[by_key], *([] if window is None else [window.reshape(1)])]
+    inner = (share, tiles) if by_key else (tiles,)
 
     def at(b, head_or_group, tile, *rest):  # row, head, group, tile of queries, tile of keys
-        *head, step, reach = rest[: len(rest) - len(scalars) + 1]
+        *head, step, reach = rest[: len(inner) + 1]
         other = jnp.minimum(step, reach[b, tile])
         if by_key:
             return b, head_or_group * share + head[0], head_or_group, tile + other, tile
@@ -188,11 +179,15 @@ def _run(kernel, form: _Form, who: _Who, inputs, outputs, sums, *, by_key=False)
     of_score = spec((None, None, 1, size), lambda b, h, g, query, key: (b, h, 0, query))
     specs = {"q": of_query, "k": of_key, "v": of_key, "out": of_query, "dout": of_query}
     specs |= {"lse": of_score, "delta": of_score}
-    query_ids = spec((None, 3, size), lambda b, h, g, query, key: (b, 0, query))
-    key_ids = spec((None, size, 3), lambda b, h, g, query, key: (b, key, 0))
-    inner = (share, tiles) if by_key else (tiles,)
+    query_ids = spec((None, 4, size), lambda b, h, g, query, key: (b, 0, query))
+    key_ids = spec((None, size, 4), lambda b, h, g, query, key: (b, key, 0))
+
+    def run_kernel(reach, *refs):
+        limit, query_ids, key_ids, *refs = (None, *refs) if window is None else refs
+        kernel(partial(_scores, form, query_ids, key_ids, limit), reach, *refs)
+
     return pl.pallas_call(
-        partial(kernel, form) if who.window is not None else partial(_without_window, kernel, form),
+        run_kernel,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -204,39 +199,38 @@ def _run(kernel, form: _Form, who: _Who, inputs, outputs, sums, *, by_key=False)
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",) * len(inner)),
         interpret=form.interpret,
         name=f"flash{kernel.__name__}",
-    )(*scalars, ids, ids.swapaxes(1, 2), *inputs.values())
-
-
-def _without_window(kernel, form: _Form, reach, *rest):
-    kernel(form, reach, None, *rest)
+    )(*scalars, rearrange(ids, "i b s -> b i s"), rearrange(ids, "i b s -> b s i"), *inputs.values())
 
 
 def _reach(
-    blocks: Int[Array, "B n T"], positions: Int[Array, "B n T"], window: Int[Array, ""] | None
+    blocks: Int[Array, "B n T"], positions: Int[Array, "B n T"], window: Window
 ) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
     """How many tiles back a tile's queries may see a key, and how many tiles on a tile's keys may be seen."""
     blocks = jnp.where(blocks < 0, jnp.iinfo(blocks.dtype).max, blocks)  # a row's end, which keeps the ranges short
     low, high = blocks.min(-1), blocks.max(-1)
-    meet = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
+    meet = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
     if window is not None:
-        meet &= positions.min(-1)[:, :, None] - positions.max(-1)[:, None, :] < window
+        # Where a block goes on from tile to tile, it is the last one of the keys' and the first one of the queries'.
+        last = jnp.where(blocks == high[..., None], positions, -1).max(-1)
+        first = jnp.where(blocks == low[..., None], positions, jnp.iinfo(positions.dtype).max).min(-1)
+        meet &= (low[:, :, None] < high[:, None]) | (first[:, :, None] - last[:, None] < window)
     tiles = jnp.arange(blocks.shape[1], dtype=jnp.int32)
     distance = jnp.where(meet, tiles[:, None] - tiles, 0)  # [B, queries, keys]; negative where keys come after queries
     return distance.max(2), distance.max(1)
 
 
-def _forward_kernel(form, reach, window, query_ids, key_ids, q, k, v, out, lse, sums, top, total):
+def _forward_kernel(score, reach, q, k, v, out, lse, sums, top, total):
     row, tile, step, steps = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.num_programs(3)
 
     @pl.when(step == 0)
     def _():
-        sums[...], top[...] = jnp.zeros_like(sums), jnp.full_like(top, _MASKED)
+        sums[...], top[...] = jnp.zeros_like(sums), jnp.full_like(top, MASKED)
         total[...] = jnp.zeros_like(total)
 
     # The first step holds each query's own key, so that `top` is the score of one that it sees.
     @pl.when(step <= reach[row, tile])
     def _():
-        scores, _ = _scores(form, window, q, k, query_ids, key_ids, step)
+        scores, _ = score(q, k)
         higher = jnp.maximum(top[...], scores.max(0, keepdims=True))
         weights, shrink = jnp.exp(scores - higher), jnp.exp(top[...] - higher)
         sums[...] = shrink * sums[...] + _product(v[...], weights.astype(v.dtype), _FIRST)
@@ -249,7 +243,7 @@ def _forward_kernel(form, reach, window, query_ids, key_ids, q, k, v, out, lse, 
         lse[...] = top[...] + jnp.log(total[...])
 
 
-def _dq_kernel(form, reach, window, query_ids, key_ids, q, k, v, dout, lse, delta, dq, sums):
+def _dq_kernel(score, reach, q, k, v, dout, lse, delta, dq, sums):
     row, tile, step, steps = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.num_programs(3)
 
     @pl.when(step == 0)
@@ -258,7 +252,7 @@ def _dq_kernel(form, reach, window, query_ids, key_ids, q, k, v, dout, lse, delt
 
     @pl.when(step <= reach[row, tile])
     def _():
-        _, dscores = _weights_and_dscores(form, window, query_ids, key_ids, q, k, v, dout, lse, delta, step)
+        _, dscores = _weights_and_dscores(score, q, k, v, dout, lse, delta)
         sums[...] += _product(dscores.astype(k.dtype), k[...], _FIRST)
 
     @pl.when(step == steps - 1)
@@ -266,7 +260,7 @@ def _dq_kernel(form, reach, window, query_ids, key_ids, q, k, v, dout, lse, delt
         dq[...] = sums[...].astype(dq.dtype)
 
 
-def _dkv_kernel(form, reach, window, query_ids, key_ids, q, k, v, dout, lse, delta, dk, dv, k_sums, v_sums):
+def _dkv_kernel(score, reach, q, k, v, dout, lse, delta, dk, dv, k_sums, v_sums):
     row, tile = pl.program_id(0), pl.program_id(2)
     head, heads, step, steps = pl.program_id(3), pl.num_programs(3), pl.program_id(4), pl.num_programs(4)
 
@@ -276,8 +270,7 @@ def _dkv_kernel(form, reach, window, query_ids, key_ids, q, k, v, dout, lse, del
 
     @pl.when(step <= reach[row, tile])
     def _():
-        parts = _weights_and_dscores(form, window, query_ids, key_ids, q, k, v, dout, lse, delta, step)
-        weights, dscores = parts
+        weights, dscores = _weights_and_dscores(score, q, k, v, dout, lse, delta)
         k_sums[...] += jnp.dot(dscores.astype(q.dtype), q[...], preferred_element_type=jnp.float32)
         v_sums[...] += jnp.dot(weights.astype(dout.dtype), dout[...], preferred_element_type=jnp.float32)
 
@@ -286,23 +279,18 @@ def _dkv_kernel(form, reach, window, query_ids, key_ids, q, k, v, dout, lse, del
         dk[...], dv[...] = k_sums[...].astype(dk.dtype), v_sums[...].astype(dv.dtype)
 
 
-def _scores(form, window, q, k, query_ids, key_ids, step) -> tuple[Float[Array, "T T"], Float[Array, "T T"] | float]:
-    """Scores [keys, queries] of a tile whose keys lie `step` tiles before its queries, and their slope by products."""
+def _scores(form, query_ids, key_ids, window, q, k) -> tuple[Float[Array, "T T"], Float[Array, "T T"] | float]:
+    """Scores [keys, queries] of a tile of keys and one of queries, and their slope by the products of both."""
     scores, slope = _product(k[...], q[...], _LAST) * form.scale, form.scale
     if form.softcap is not None:
         bounded = jnp.tanh(scores / form.softcap)
         scores, slope = form.softcap * bounded, form.scale * (1 - bounded**2)
-    key, query = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
-    block, branch = key_ids[:, :1], key_ids[:, 1:2]
-    own = (branch == 0) | (branch == query_ids[1:2])
-    visible = (key <= query + step * scores.shape[0]) & (block == query_ids[:1]) & own
-    if window is not None:
-        visible &= query_ids[2:] - key_ids[:, 2:] < window[0]
-    return jnp.where(visible, scores, _MASKED), slope
+    query, key = [query_ids[i : i + 1] for i in range(4)], [key_ids[:, i : i + 1] for i in range(4)]
+    return jnp.where(sees(query, key, None if window is None else window[0]), scores, MASKED), slope
 
 
-def _weights_and_dscores(form, window, query_ids, key_ids, q, k, v, dout, lse, delta, step):
-    scores, slope = _scores(form, window, q, k, query_ids, key_ids, step)
+def _weights_and_dscores(score, q, k, v, dout, lse, delta):
+    scores, slope = score(q, k)
     weights = jnp.exp(scores - lse[...])
     dweights = _product(v[...], dout[...], _LAST)
     return weights, weights * (dweights - delta[...]) * slope

@@ -1,10 +1,16 @@
 """Who may see whom in rows of tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+# A score that no softmax sees; finite, as differences and gradients of infinities are NaN.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+Window = Int[Array, ""] | int | None  # tokens that a query sees, itself and those right before it; None: all
 
 
 @jax.tree_util.register_dataclass
@@ -20,21 +26,34 @@ class RowMask:
     blocks: Int[Array, "B S"]
     branches: Int[Array, "B S"]
 
-    def between(self, queries: Int[Array, "B Q 3"]) -> Bool[Array, "B Q S"]:
-        """Mask of some queries, given as (slot, block, branch) each, and all keys."""
-        slot, block, branch = queries[..., None, 0], queries[..., None, 1], queries[..., None, 2]
-        keys, branches = self.blocks[:, None, :], self.branches[:, None, :]
-        causal = jnp.arange(self.blocks.shape[1]) <= slot
-        return causal & (keys == block) & ((branches == 0) | (branches == branch))
-
-    def queries(self) -> Int[Array, "B S 3"]:
-        """The (slot, block, branch) of every slot."""
+    def ids(self, positions: Int[Array, "B S"]) -> Int[Array, "4 B S"]:
+        """What `sees` compares: slot, block, branch and position of every slot."""
         slots = jnp.broadcast_to(jnp.arange(self.blocks.shape[1]), self.blocks.shape)
-        return jnp.stack([slots, self.blocks, self.branches], axis=-1)
+        return jnp.stack([slots, self.blocks, self.branches, positions])
 
     def dense(self) -> Bool[Array, "B S S"]:
-        """The whole mask."""
-        return self.between(self.queries())
+        """The whole mask, were there no windows."""
+        ids = self.ids(jnp.zeros_like(self.blocks))  # positions matter to windows only
+        return sees(ids[..., None], ids[..., None, :])
+
+
+def sees(
+    query: Sequence[Int[Array, "*Q"]], key: Sequence[Int[Array, "*K"]], window: Window = None
+) -> Bool[Array, "*QK"]:
+    """Says which queries see which keys of a row: the one place that does.
+
+    Args:
+        query: Slot, block, branch and position of queries: four arrays, or one with an axis of four in front.
+        key: The same of keys, in shapes that broadcast against the queries'.
+        window: A query at position p sees keys at positions above p - window only.
+
+    Returns:
+        True where the query sees the key. Queries [4, Q, 1] and keys [4, 1, K] give shape [Q, K].
+    """
+    slot, block, branch, position = query
+    of_slot, of_block, of_branch, of_position = key
+    seen = (of_slot <= slot) & (of_block == block) & ((of_branch == 0) | (of_branch == branch))
+    return seen if window is None else seen & (position - of_position < window)
 
 
 def right_padded(lengths: Int[Array, " B"], length: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S S"]]:

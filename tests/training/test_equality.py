@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Response
 from qstar_jax.errors import InputError
 from qstar_jax.models import attention
-from qstar_jax.models.attention import _attend_row_by_row, _attend_side_by_side, blockwise_attention
-from qstar_jax.models.masks import RowMask
+from qstar_jax.models.attention import _attend_row_by_row, _attend_side_by_side, blockwise_attention, scores_of
+from qstar_jax.models.masks import RowMask, sees
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.feeding import Feeder
@@ -97,11 +98,13 @@ def test_attention_by_blocks_of_long_rows(one_device):
         out = attend(q, k, v)
         return (jnp.where(blocks[..., None, None] >= 0, out, 0.0) ** 2).sum(), out
 
+    score = partial(scores_of, scale=8**-0.5, softcap=None)
+
     def dense(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, mask=mask.dense()[:, None])
 
     ways = {
-        way: lambda q, k, v, blockwise=blockwise: blockwise(q, k, v, mask, blocks, None, 8**-0.5, None, 8)
+        way: lambda q, k, v, blockwise=blockwise: blockwise(q, k, v, mask.ids(blocks), sees, score, 8)
         for way, blockwise in (("rows", _attend_row_by_row), ("sides", _attend_side_by_side))
     }
     gradient = jax.jit(jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
