@@ -18,8 +18,10 @@ from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models import attention
 from qstar_jax.models.attention import blockwise_attention, dense_attention, masked_attention
+from qstar_jax.models.decoder_config import LayerKind
 from qstar_jax.models.flash_attention import _reach, flash_attention
 from qstar_jax.models.masks import RowMask
+from qstar_jax.models.rope import Rope
 from qstar_jax.sharding import AXES, make_mesh
 
 
@@ -30,6 +32,11 @@ def plainly(q, k, v, mask, **options):
 
 
 interpreted = partial(plainly, block_size=128, interpret=True)
+WINDOWS_AND_CAP = {  # of a model of two layers
+    "layers": (LayerKind(Rope(10000.0), window=3), LayerKind(Rope(10000.0))),
+    "score_softcap": 2.0,
+    "attention_scale": 0.6,
+}
 SHAPE = (150, 4, 2, 8)  # of most tests, as each shape is compiled anew: two tiles, the second one short
 
 
@@ -55,6 +62,12 @@ def scattered_mask(length: int, rows: int = 4) -> RowMask:
 def one_block(length: int, rows: int = 4) -> RowMask:
     """Plain causal rows."""
     return RowMask(*jnp.zeros((2, rows, length), int))
+
+
+def positions_of(mask: RowMask) -> jax.Array:
+    """Places in blocks, where each branch goes on from what its block shares; 0 in padding. Shape [B, S]."""
+    before = jnp.tril(jnp.ones((mask.blocks.shape[1],) * 2, bool), -1)
+    return jnp.where(mask.blocks < 0, 0, (mask.dense() & before).sum(-1))
 
 
 def dense(q, k, v, mask):
@@ -107,6 +120,51 @@ def test_what_may_not_be_seen_changes_no_bit():
         np.testing.assert_array_equal(changed.any((2, 3)), visible[:, :, slot], err_msg=str(slot))
 
 
+def seen_tiles(mask, positions, window, size):
+    """Whether a query of one tile has a key of another in its block and window, whatever their branches are."""
+    block, slots = mask.blocks, jnp.arange(mask.blocks.shape[1])
+    seen = (block[:, :, None] == block[:, None]) & (slots[:, None] >= slots)
+    seen &= positions[:, :, None] - positions[:, None] < window
+    return seen.reshape(len(block), -1, size, len(slots) // size, size).any((2, 4))
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 17, 40, 2**31 - 1])
+def test_tiles_reach_as_far_as_windows_and_no_further(window):
+    size, tiles = 16, jnp.arange(8)
+    for make_mask in (packed_mask, one_block, scattered_mask):
+        mask = make_mask(8 * size)
+        positions = positions_of(mask)
+        distance = jnp.where(seen_tiles(mask, positions, window, size), tiles[:, None] - tiles, 0)
+        found = _reach(*(x.reshape(4, 8, size) for x in (mask.blocks, positions)), jnp.int32(window))
+        for reach, needed in zip(found, (distance.max(2), distance.max(1)), strict=True):
+            assert (reach >= needed).all()
+            if make_mask is not scattered_mask:
+                np.testing.assert_array_equal(reach, needed)
+
+
+def test_what_lies_behind_the_window_is_not_even_read():
+    """A tile that was read would bring its NaN with it, at whatever weight."""
+    (q, k, v), mask = arrays(384, 2, 1, 8, rows=2), one_block(384, rows=2)
+    attend = partial(interpreted, mask=mask)
+    rotten = [x.at[:, :128].set(jnp.nan) for x in (k, v)]
+
+    @jax.jit
+    def last_tile(q, k, v, window):
+        return jax.value_and_grad(lambda q: (attend(q, k, v, window=window)[:, 256:] ** 2).sum())(q)
+
+    for window, reads in ((129, False), (130, True)):
+        out, dq = last_tile(q, *rotten, jnp.int32(window))
+        assert np.isnan(out) == reads and np.isnan(dq[:, 256:]).any() == reads
+
+    @jax.jit
+    def first_tile(k, v, window):  # what the queries of the last tile are must not matter
+        out, pull_back = jax.vjp(lambda k, v: attend(q.at[:, 256:].set(jnp.nan), k, v, window=window), k, v)
+        return [x[:, :128] for x in pull_back(jnp.ones_like(out))]
+
+    for window, reads in ((129, False), (130, True)):
+        assert np.isnan(first_tile(k, v, jnp.int32(window))).any() == reads
+
+
 def test_tiles_reach_as_far_as_they_must():
     size = 16
     for make_mask in (packed_mask, scattered_mask, one_block):
@@ -145,14 +203,21 @@ def test_no_array_has_two_dimensions_of_the_length():
     assert long_dimensions(jax.make_jaxpr(partial(outputs_and_gradients, dense))(*x, mask), 2048) == 2
 
 
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
-def test_the_kernels_lower_for_tpus(sizes):
+def test_the_kernels_lower_for_tpus(sizes, windowed, softcap):
     device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
     x, mask = jax.eval_shape(lambda: (arrays(300, 4, 2, 64, dtype=jnp.bfloat16), packed_mask(300)))
-    compiled = partial(plainly, interpret=False)
+    form = {"softcap": softcap, "interpret": False}
+
+    @jax.jit
+    def compiled(window, *x):
+        return outputs_and_gradients(partial(plainly, window=window if windowed else None, **form), *x)
+
     with jax.sharding.use_abstract_mesh(mesh):
-        lowered = outputs_and_gradients.trace(compiled, *x, mask).lower(lowering_platforms=("tpu",))
+        lowered = compiled.trace(jnp.int32(9), *x, mask).lower(lowering_platforms=("tpu",))
     assert lowered.as_text().count("@tpu_custom_call(") == 3
 
 
@@ -171,16 +236,20 @@ def test_the_kernels_compile_for_tpus():
 
         devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
-        def step(q, k, v, dout, blocks, branches):
+        def step(window, softcap, q, k, v, dout, blocks, branches):
             form = {"positions": blocks, "scale": q.shape[-1] ** -0.5, "interpret": False}
-            attend = partial(flash_attention, mask=RowMask(blocks, branches), **form)
+            attend = partial(flash_attention, mask=RowMask(blocks, branches), window=window, softcap=softcap, **form)
             out, pull_back = jax.vjp(attend, q, k, v)
             return out, pull_back(dout)
 
-        for options, shape in (
-            (MeshOptions(data=1), (4, 2048, 32, 8, 128)),
-            (MeshOptions(data=1), (4, 2048, 9, 3, 64)),
-            (MeshOptions(data=2, tensor=2), (4, 2048, 32, 8, 128)),
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        for options, shape, window, softcap in (
+            (MeshOptions(data=1), (4, 2048, 32, 8, 128), None, None),
+            (MeshOptions(data=1), (4, 2048, 9, 3, 64), None, None),
+            (MeshOptions(data=1), (4, 2048, 9, 3, 64), number, None),
+            (MeshOptions(data=1), (4, 2048, 8, 4, 256), number, 50.0),
+            (MeshOptions(data=2, tensor=2), (4, 2048, 32, 8, 128), None, None),
+            (MeshOptions(data=2, tensor=2), (4, 2048, 8, 4, 256), number, 50.0),
         ):
             batch, length, heads, groups, width = shape
             mesh = make_mesh(options, devices[: options.data * options.tensor])
@@ -191,7 +260,7 @@ def test_the_kernels_compile_for_tpus():
                     for n in (heads, groups)
                 )
                 ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=NamedSharding(mesh, BATCH))
-                compiled = jax.jit(step).lower(q, k, k, q, ids, ids).compile()
+                compiled = jax.jit(step, static_argnums=1).lower(window, softcap, q, k, k, q, ids, ids).compile()
             assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
             scores = 4 * batch * heads * length * length // len(mesh.devices.flat)  # one float32 array of them
             assert compiled.memory_analysis().temp_size_in_bytes < scores / 8
@@ -234,12 +303,14 @@ def test_each_option_means_one_way(monkeypatch):
             assert choose(mask.dense()).func is ways["dense"]
 
 
-def test_a_model_trains_the_same(monkeypatch, tiny_model, tiny_params, assert_norm_close):
+@pytest.mark.parametrize("changes", [{}, WINDOWS_AND_CAP], ids=["plain", "windows and cap"])
+def test_a_model_trains_the_same(changes, monkeypatch, tiny_model, tiny_params, assert_norm_close):
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 60, (2, 48)))
-    positions, mask = jnp.broadcast_to(jnp.arange(48), (2, 48)), packed_mask(48, rows=2)
+    mask = packed_mask(48, rows=2)
+    positions, config = positions_of(mask), replace(tiny_model.config, **changes)
 
     def gradient(attention):
-        model = replace(tiny_model, compute=ComputeOptions(attention=attention, remat="full"))
+        model = replace(tiny_model, config=config, compute=ComputeOptions(attention=attention, remat="full"))
         return jax.jit(jax.grad(lambda params: (model.hidden_states(params, tokens, positions, mask) ** 3).sum()))(
             tiny_params
         )

@@ -1,0 +1,163 @@
+"""Windows, caps and scales in every kind of attention, against sums written out in numpy, float64."""
+
+from functools import cache, partial
+from itertools import combinations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qstar_jax.config import MeshOptions
+from qstar_jax.models.attention import masked_attention
+from qstar_jax.models.flash_attention import flash_attention
+from qstar_jax.models.masks import RowMask, sees
+from qstar_jax.sharding import BATCH, make_mesh
+
+LENGTH, HEADS, GROUPS, WIDTH = 150, 4, 2, 8  # two tiles and two blocks, the second ones short
+WINDOWS = (1, 40, 140, 2**31 - 1)  # itself alone; within a tile; more than a tile; more than there is
+
+
+def text(block, branch, start, count):
+    """Block, branch and position of `count` slots."""
+    return np.stack([np.full(count, block), np.full(count, branch), start + np.arange(count)])
+
+
+def padding(count):
+    return np.stack([np.full(count, -1), np.zeros(count, int), np.zeros(count, int)])
+
+
+LAYOUTS = {
+    "plain": [text(0, 0, 0, LENGTH)],
+    "padded": [text(0, 0, 0, 97), padding(53)],
+    "packed": [text(0, 0, 0, 45), text(1, 0, 0, 85), text(2, 0, 0, 13), padding(7)],
+    # The second answer is near its prompt, from which a long first one parts it.
+    "shared": [text(0, 0, 0, 20), text(0, 1, 20, 60), text(0, 2, 20, 30), text(1, 0, 0, 15), text(1, 1, 15, 25)],
+}
+BLOCKS, BRANCHES, POSITIONS = np.stack([np.concatenate(row, axis=1) for row in LAYOUTS.values()], axis=1)
+WAYS = {
+    "dense": partial(masked_attention, option="dense"),
+    "row by row": partial(masked_attention, option="blockwise"),
+    "side by side": partial(masked_attention, option="blockwise"),  # as rows lie on eight devices
+    "flash": partial(partial, flash_attention, block_size=128, interpret=True),
+    "flash on eight devices": partial(partial, flash_attention, block_size=128, interpret=True),
+}
+EIGHT_DEVICES = ("side by side", "flash on eight devices")
+
+
+def seen_by(blocks, branches, positions, window):
+    """Mask [B, S, S], by the rule as one would say it."""
+    query, key = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
+    own_branch = (key(branches) == 0) | (key(branches) == query(branches))
+    distance = query(positions) - key(positions)
+    causal = np.tri(blocks.shape[1], dtype=bool)
+    return causal & (query(blocks) == key(blocks)) & own_branch & (distance >= 0) & (distance < window)
+
+
+def oracle(q, k, v, slope, seen, scale, softcap):
+    """Outputs, and gradients of sum(slope * outputs), in float64."""
+    q, k, v, slope = (np.moveaxis(np.asarray(x, np.float64), 2, 1) for x in (q, k, v, slope))  # [B, H, S, D]
+    share = q.shape[1] // k.shape[1]
+    k, v = (x.repeat(share, axis=1) for x in (k, v))
+    scores, to_products = scale * q @ k.swapaxes(2, 3), scale
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+        to_products = scale * (1 - (scores / softcap) ** 2)
+    weights = np.where(seen[:, None], np.exp(scores - scores.max(-1, keepdims=True)), 0.0)
+    weights /= weights.sum(-1, keepdims=True)
+    dweights = slope @ v.swapaxes(2, 3)
+    dproducts = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) * to_products
+    of_groups = lambda x: x.reshape(x.shape[0], -1, share, *x.shape[2:]).sum(2)  # noqa: E731
+    found = (
+        weights @ v,
+        dproducts @ k,
+        of_groups(dproducts.swapaxes(2, 3) @ q),
+        of_groups(weights.swapaxes(2, 3) @ slope),
+    )
+    return dict(zip(("out", "dq", "dk", "dv"), (np.moveaxis(x, 1, 2) for x in found), strict=True))
+
+
+@cache
+def arrays():
+    """Queries, keys, values and slopes of outputs for each window. Shape [W, B, S, H or G, D]."""
+    rng = np.random.default_rng(0)
+    return tuple(
+        rng.normal(size=(len(WINDOWS), len(LAYOUTS), LENGTH, n, WIDTH)).astype(np.float32)
+        for n in (HEADS, GROUPS, GROUPS, HEADS)
+    )
+
+
+@cache
+def expected(scale, softcap):
+    """The oracle's answers for each window, stacked."""
+    seen = [seen_by(BLOCKS, BRANCHES, POSITIONS, window) for window in WINDOWS]
+    layers = [oracle(*x, own, scale, softcap) for *x, own in zip(*arrays(), seen, strict=True)]
+    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def layers_of(way, scale, softcap, q, k, v, slope, blocks, branches, positions, windows):
+    """Outputs and gradients of a scan over layers, each with a window of its own."""
+    mask = RowMask(blocks, branches)
+    attend = WAYS[way](mask=mask, positions=positions, scale=scale, softcap=softcap)
+
+    def run(q, k, v):
+        return jax.lax.scan(lambda _, x: (None, attend(*x[:3], window=x[3])), None, (q, k, v, windows))[1]
+
+    out, pull_back = jax.vjp(run, q, k, v)
+    return dict(zip(("out", "dq", "dk", "dv"), (out, *pull_back(slope)), strict=True))
+
+
+def found(way, scale, softcap, dtype=jnp.float32):
+    """What a way to compute attention answers for each window, stacked."""
+    x = [jnp.asarray(y, dtype) for y in arrays()]
+    rows = [jnp.asarray(y, jnp.int32) for y in (BLOCKS, BRANCHES, POSITIONS)]
+    windows = jnp.array(WINDOWS, jnp.int32)
+    if way not in EIGHT_DEVICES:
+        return layers_of(way, scale, softcap, *x, *rows, windows)
+    mesh = make_mesh(MeshOptions(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), None, "tensor")))
+        answers = layers_of(way, scale, softcap, *x, *jax.device_put(rows, NamedSharding(mesh, BATCH)), windows)
+    assert all(y.addressable_shards[0].data.size == y.size // 8 for y in answers.values())
+    return answers
+
+
+def test_distance_is_of_positions_and_not_of_slots():
+    ids = RowMask(jnp.asarray(BLOCKS), jnp.asarray(BRANCHES)).ids(jnp.asarray(POSITIONS))
+    for window in WINDOWS:
+        mask = sees(ids[..., None], ids[..., None, :], window)
+        np.testing.assert_array_equal(mask, seen_by(BLOCKS, BRANCHES, POSITIONS, window))
+    mask = sees(ids[..., None], ids[..., None, :], 4)
+    plain, _, packed, shared = (lambda slot, row=row: np.flatnonzero(mask[row, slot]).tolist() for row in range(4))
+    assert plain(9) == [6, 7, 8, 9] and packed(46) == [45, 46]
+    assert shared(21) == [18, 19, 20, 21] and shared(81) == [18, 19, 80, 81]
+
+
+def test_the_oracle_tells_windows_caps_and_scales_apart():
+    usual, capped, scaled = expected(0.5, None), expected(0.5, 1.5), expected(0.35, None)
+    for name, answers in usual.items():
+        # Of itself alone, a query sees all whatever the score is.
+        pairs = [(usual[name][i], usual[name][j]) for i, j in combinations(range(len(WINDOWS)), 2)]
+        pairs += [(answers[1:], other[name][1:]) for other in (capped, scaled)]
+        for x, y in pairs:
+            assert np.linalg.norm(x - y) > 0.02 * np.linalg.norm(x), name
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(0.5, None), (0.5, 1.5)])
+@pytest.mark.parametrize("way", WAYS)
+def test_scanned_layers_with_windows_of_their_own(way, scale, softcap, assert_norm_close):
+    assert_norm_close(found(way, scale, softcap), expected(scale, softcap), 1e-5)
+
+
+@pytest.mark.thin("flash")
+@pytest.mark.parametrize("way", WAYS)
+def test_bfloat16_loses_what_its_eight_bits_lose(way, assert_norm_close):
+    answers = found(way, 0.5, 1.5, jnp.bfloat16)
+    assert {x.dtype for x in answers.values()} == {jnp.dtype(jnp.bfloat16)}
+    rounded = [jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in arrays()]
+    seen = [seen_by(BLOCKS, BRANCHES, POSITIONS, window) for window in WINDOWS]
+    for layer, (*x, own) in enumerate(zip(*rounded, seen, strict=True)):
+        exact = oracle(*x, own, 0.5, 1.5)
+        assert_norm_close({name: y[layer].astype(jnp.float32) for name, y in answers.items()}, exact, 1e-2)
