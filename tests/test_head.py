@@ -14,7 +14,7 @@ from qstar_jax.decoding.objectives import LogitArithmetic
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.head import Head
 from qstar_jax.models import CausalLM
-from qstar_jax.models.causal_lm import right_padded
+from qstar_jax.models.masks import right_padded
 from qstar_jax.scoring import response_alternatives, response_logprobs
 
 BIAS, SOFTCAP, SCALE = np.linspace(1.0, -1.0, 60, dtype=np.float32), 2.0, 0.5
