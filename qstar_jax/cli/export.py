@@ -65,7 +65,7 @@ def _export_adapter(config: ExportConfig, out: Path, mesh: jax.sharding.Mesh):
         )
     model = description.build_model(ComputeOptions())
     params = read_checkpoint_params(checkpoint, model, param_shardings(model, mesh, config.mesh))
-    _, adapter = split_adapter(multihost_utils.process_allgather(params, tiled=True))
+    adapter = multihost_utils.process_allgather(split_adapter(params)[1], tiled=True)
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
         tokenizer = description.build_tokenizer()
