@@ -126,6 +126,8 @@ FAMILIES = {
     "llama3_tied": Tiny(RMS | {"model_type": "llama", "rope_scaling": LLAMA3, "tie_word_embeddings": True}),
     "llama_linear": Tiny(RMS | {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}}),
     "llama_yarn": Tiny(RMS | {"model_type": "llama", "rope_scaling": YARN_RAMP, "head_dim": 16}),
+    "llama_one_key": Tiny(RMS | {"model_type": "llama", "num_key_value_heads": 1}),
+    "llama_all_keys": Tiny(RMS | {"model_type": "llama", "num_key_value_heads": 4}),
     "mistral": Tiny(RMS | {"model_type": "mistral", "sliding_window": WINDOW, "head_dim": 12}),
     "mistral_no_window": Tiny(RMS | {"model_type": "mistral", "sliding_window": None}),
     "mistral_silent": Tiny(RMS | {"model_type": "mistral", "sliding_window": 4096}, without_window),
@@ -206,9 +208,11 @@ def make(name: str, folder: Path, seed: int = 0):
 
 def open_torch(folder: Path):
     """Opens a folder with transformers, in float32 and with its plainest attention."""
+    import torch
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
+    types = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **types).eval()
 
 
 def rows(count: int = 3, length: int = 24) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from qstar_jax import hub
+from qstar_jax.config import MeshOptions
+from qstar_jax.loading import param_shardings
 from qstar_jax.models import CausalLM
 
 pytestmark = pytest.mark.parity
@@ -65,6 +68,25 @@ def test_unused_keys_of_config_json_are_written_again(family, family_folder, rea
     hub.write_folder(tmp_path / "out", *read_family(folder), tiny_tokenizer, "float32")
     written = hub.read_config(tmp_path / "out")
     assert {name: written.get(name) for name in UNUSED} == UNUSED
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_files_in_shards_and_in_bfloat16(family, families, family_folder, read_family, one_device, tmp_path):
+    torch = pytest.importorskip("torch")
+    oracle = families.open_torch(family_folder(family)).to(torch.bfloat16)
+    oracle.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file() and len(list(tmp_path.glob("*.safetensors"))) > 2
+    model, params = read_family(tmp_path)
+    # The oracle is read anew: `.to(bfloat16)` has rounded the rotary frequencies too, which are no part of the file.
+    found, expected = logits_of(model, params, jnp.asarray(families.rows())), families.logits(tmp_path)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    # Stored in bfloat16, the values must be exactly those of the file.
+    model = replace(model, compute=replace(model.compute, param_dtype="bfloat16"))
+    params = hub.read_params(tmp_path, model, param_shardings(model, one_device, MeshOptions()))
+    table = params["embed"]["embedding"]
+    assert table.dtype == jnp.bfloat16
+    stored = oracle.get_input_embeddings().weight.detach().float().numpy()
+    np.testing.assert_array_equal(np.asarray(table, np.float32), stored)
 
 
 def transformers_4(families, verb, place):

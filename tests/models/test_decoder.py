@@ -99,12 +99,13 @@ def test_the_program_does_not_grow_with_depth(remat):
         inner = [x for v in values for x in (v if isinstance(v, tuple | list) else [v])]
         return len(jaxpr.eqns) + sum(equations(x) for x in inner if hasattr(getattr(x, "jaxpr", x), "eqns"))
 
-    def size(repeats: int) -> int:
-        model = CausalLM("llama", replace(CONFIG, layers=CONFIG.layers * repeats), ComputeOptions(remat=remat))
-        grad = jax.grad(lambda params: model.logits(params, TOKENS).sum())
-        return equations(jax.make_jaxpr(grad)(model.abstract_params()))
+    def sizes(layers: tuple[LayerKind, ...]) -> list[int]:
+        model = CausalLM("llama", replace(CONFIG, layers=layers), ComputeOptions(remat=remat))
+        total = lambda params: model.logits(params, TOKENS).sum()  # noqa: E731
+        return [equations(jax.make_jaxpr(program)(model.abstract_params())) for program in (total, jax.grad(total))]
 
-    assert size(2) == size(5)
+    for kinds in (CONFIG.layers, (GLOBAL,)):
+        assert sizes(kinds * 2) == sizes(kinds * 6)
 
 
 def test_stacked_layers_and_layers_apart_decode_the_same():
@@ -157,3 +158,11 @@ def test_longrope_is_not_guessed():
             found(choice, 9)
     said = CausalLM("llama", CONFIG, ComputeOptions(longrope="long")).check_length(9, "rows")
     assert said == "compute.longrope long has no effect on this model"
+
+
+def test_flops_by_hand():
+    config = DecoderConfig(10, 4, 6, 2, 1, 2, (LayerKind(), LayerKind()), 16)
+    # A layer: q and o 4*4 each, k and v 4*2 each, three 4*6 in the MLP: 120 weights. Context 3: 4 * 3 * 4 = 48.
+    assert config.forward_flops(tokens=5, scored_tokens=3, context=3) == 5 * 2 * (2 * 120 + 48) + 3 * 2 * 4 * 10
+    config = replace(config, layers=(LayerKind(), LayerKind(window=1)))
+    assert config.forward_flops(tokens=5, scored_tokens=0, context=3) == 5 * (2 * 2 * 120 + 48 + 16)

@@ -1,4 +1,4 @@
-"""What no family reads is refused by name: keys of config.json, and tensors."""
+"""Keys of config.json and tensors: read, known to change nothing, or refused by name."""
 
 import jax
 import jax.numpy as jnp
@@ -133,3 +133,82 @@ SLIDES, FULL = "sliding_attention", "full_attention"
 def test_what_is_not_built_is_refused_by_name(family, changes, named, families):
     with pytest.raises(InputError, match=named):
         CausalLM.from_hf(families.FAMILIES[family].config | changes)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "mamba", "architectures": ["MambaLM"]}, r"model_type 'mamba'.*MambaLM.*known: .*llama"),
+        ({"model_type": None}, r"model_type None"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'; built are silu"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "'ntk'; expected default, linear, llama3, yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}}, "has no high_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 0.7}}, r"has mscale 0\.7, which is not built"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            r"rope_theta .*500000\.0, rope_theta 10000\.0",
+        ),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}, "rope_parameters .* differ"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "differ"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_theta": "10000"}, "rope_theta is '10000'; expected a number above 0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; expected a number above 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or false"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected an object"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "method 'gptq'.*quantised.*dequantise"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map names code"),
+        ({"sliding_window": 4096}, "sliding_window is 4096, a key that is not known"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30\.0"),
+        ({"embedding_multiplier": 12.0}, r"embedding_multiplier is 12\.0"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"num_key_value_heads": 3}, "3 num_key_value_heads do not divide 4"),
+        ({"hidden_size": 30}, "4 num_attention_heads do not divide hidden_size 30"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; expected a whole number"),
+    ],
+)
+def test_what_no_llama_has_is_refused_by_name(changes, named, tiny_config):
+    with pytest.raises(InputError, match=named):
+        CausalLM.from_hf(tiny_config | changes)
+
+
+def test_keys_that_change_nothing_are_passed_over(tiny_config, tiny_model):
+    harmless = {
+        "_name_or_path": "x/y",
+        "transformers_version": "5.1",
+        "torch_dtype": "bfloat16",
+        "attention_dropout": 0.1,
+        "eos_token_id": [1, 2],
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "rope_scaling": None,
+        "hidden_act": "swish",
+        "auto_map": {"AutoTokenizer": ["x.Y", None]},
+    }
+    assert CausalLM.from_hf(tiny_config | harmless) == tiny_model
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"])
+def test_missing_keys_are_named(key, tiny_config):
+    with pytest.raises(InputError, match=f"no key '{key}'"):
+        CausalLM.from_hf({name: value for name, value in tiny_config.items() if name != key})
+
+
+def test_both_places_of_theta_are_read(tiny_config):
+    old = tiny_config | {"rope_theta": 500.0}
+    new = {k: v for k, v in tiny_config.items() if k != "rope_theta"}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
+    assert CausalLM.from_hf(old) == CausalLM.from_hf(new)
+    assert [rope.theta for rope in CausalLM.from_hf(new).config.ropes] == [500.0]
