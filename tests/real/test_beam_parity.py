@@ -4,7 +4,6 @@ A few combinations by default. The whole grid, about an hour on two cores, runs 
 QSTAR_REAL_PROMPTS=FILE; or by `beam_parity.py` itself. QSTAR_PARITY_REPORT names a file for the report.
 """
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -29,27 +28,18 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def parity():
-    pytest.importorskip("torch")
-    spec = importlib.util.spec_from_file_location("beam_parity", Path(__file__).with_name("beam_parity.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def folder(parity):
+def folder(beam_parity):
     assert Path(FOLDER).is_dir(), f"QSTAR_REAL_MODEL={FOLDER} is no folder"
-    return parity.Folder(FOLDER)
+    return beam_parity.Folder(FOLDER)
 
 
-def check(parity, reports, tmp_path, record):
+def check(beam_parity, reports, tmp_path, record):
     path = Path(os.environ.get("QSTAR_PARITY_REPORT") or tmp_path / "parity.jsonl")
     path.write_text("".join(json.dumps(report) + "\n" for report in reports))
-    summary = parity.summary(reports)
+    summary = beam_parity.summary(reports)
     print(f"\n{summary}\n{path}")
     record("parity", summary)
-    assert all(map(parity.agrees, reports)), summary
+    assert all(map(beam_parity.agrees, reports)), summary
 
 
 @pytest.mark.skipif(FULL, reason="the whole grid runs")
@@ -64,23 +54,25 @@ class TestSome:
         assert len({len(prompt) for prompt in found}) > 2
         return found
 
-    def test_hypotheses_are_those_of_torch(self, parity, folder, prompts, tmp_path, record_property):
+    def test_hypotheses_are_those_of_torch(self, beam_parity, folder, prompts, tmp_path, record_property):
         # Answers rarely end within so few tokens; full stops and commas that end them make all rules count.
         ends = tuple(folder.ours[0].tokenizer.convert_tokens_to_ids([".", ","]))
         combinations = [(1, 0.0, False), (2, 0.0, True), (5, 1.0, False)]
-        reports = list(parity.grid(folder, prompts, 16, combinations=combinations, eos_ids=(*folder.eos_ids, *ends)))
+        reports = list(
+            beam_parity.grid(folder, prompts, 16, combinations=combinations, eos_ids=(*folder.eos_ids, *ends))
+        )
         assert sum(report["ended"] for report in reports) > 4
-        check(parity, reports, tmp_path, record_property)
+        check(beam_parity, reports, tmp_path, record_property)
 
 
 @pytest.mark.skipif(not FULL, reason="QSTAR_FULL_PARITY is not 1")
 class TestAll:
     pytestmark = needs_model
 
-    def test_hypotheses_are_those_of_torch(self, parity, folder, tmp_path, record_property):
+    def test_hypotheses_are_those_of_torch(self, beam_parity, folder, tmp_path, record_property):
         assert PROMPTS, "the whole grid needs real prompts: set QSTAR_REAL_PROMPTS to a file"
-        reports = list(parity.grid(folder, folder.prompts(PROMPTS, 20, 96), 48))
-        check(parity, reports, tmp_path, record_property)
+        reports = list(beam_parity.grid(folder, folder.prompts(PROMPTS, 20, 96), 48))
+        check(beam_parity, reports, tmp_path, record_property)
 
 
 GOOD, BETTER = ([5, 6], -1.0), ([5, 7], -0.5)
@@ -96,16 +88,16 @@ GOOD, BETTER = ([5, 6], -1.0), ([5, 7], -0.5)
         ([([5, 8], -0.4), GOOD], 0.00005, [True]),  # its beginning tied with one that was kept
     ],
 )
-def test_only_ties_are_excused(theirs, narrowest, expected, parity):
-    found = parity.differences([[BETTER, GOOD]], [theirs], [narrowest])
+def test_only_ties_are_excused(theirs, narrowest, expected, beam_parity):
+    found = beam_parity.differences([[BETTER, GOOD]], [theirs], [narrowest])
     assert [difference["tied"] for difference in found] == expected
 
 
-def test_a_report_with_other_scores_or_tokens_does_not_agree(parity):
+def test_a_report_with_other_scores_or_tokens_does_not_agree(beam_parity):
     good = {"hypotheses": 2, "equal": 2, "ended": 1, "score_difference": 5e-5, "differences": []}
     good["score_difference_as_given"] = 3e-4
     tie = good | {"equal": 1, "differences": [{"tied": True}]}
     other = good | {"equal": 1, "differences": [{"tied": False}]}
     far = good | {"score_difference": 2e-4}
-    assert [parity.agrees(report) for report in (good, tie, other, far)] == [True, True, False, False]
-    assert parity.summary([good, tie, other, far]).count("disagreement") == 2
+    assert [beam_parity.agrees(report) for report in (good, tie, other, far)] == [True, True, False, False]
+    assert beam_parity.summary([good, tie, other, far]).count("disagreement") == 2
