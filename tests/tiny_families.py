@@ -159,7 +159,7 @@ FAMILIES = {
     ),
     "phi3": Tiny(PHI3 | {"sliding_window": WINDOW}),
     "phi3_short": Tiny(LONG_PHI3 | {"original_max_position_embeddings": 64}),
-    "phi3_long": Tiny(LONG_PHI3 | {"original_max_position_embeddings": 2}),
+    "phi3_long": Tiny(LONG_PHI3 | {"original_max_position_embeddings": 2, "max_position_embeddings": 8}),
     "olmo2": Tiny(RMS | {"model_type": "olmo2"}),
     "smollm3": Tiny(RMS | {"model_type": "smollm3", "num_hidden_layers": 4}),
     "smollm3_window": Tiny(
