@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ def model_identity(loaded: "LoadedModel") -> dict[str, Any]:
     """
     return {
         "type": loaded.model.model_type,
-        "config": asdict(loaded.model.config),
+        "config": _shape(loaded.model),
         "parameters": params_identity(loaded.params),
         "tokenizer": tokenizer_identity(loaded.tokenizer),
     }
@@ -54,7 +53,13 @@ def weights_identity(model: CausalLM, params: Params) -> str:
     Returns:
         A line of text.
     """
-    return f"{params_identity(params)} {model.model_type} {model.config}"
+    return f"{params_identity(params)} {model.model_type} {json.dumps(_shape(model), sort_keys=True)}"
+
+
+def _shape(model: CausalLM) -> dict[str, Any]:
+    """What a config.json says of a model's numbers, and the choice that longrope leaves to a run."""
+    longrope = {} if model.config.longrope_context is None else {"longrope": model.compute.longrope}
+    return model.family.write(model.config) | longrope
 
 
 def check_weights(model: CausalLM, params: Params, recorded: str | None, folder: Path, fix: str):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.identity import (
     check_identity,
@@ -16,6 +17,9 @@ from qstar_jax.identity import (
     write_identity,
 )
 from qstar_jax.loading import LoadedModel
+from qstar_jax.models import CausalLM
+from qstar_jax.models.decoder_config import LayerKind
+from qstar_jax.models.rope import LongRope, Rope
 
 
 def test_a_tokenizer_is_itself_after_a_round_trip_and_after_use(tiny_tokenizer, tmp_path):
@@ -56,9 +60,15 @@ def test_a_model_is_its_weights_shape_and_tokenizer(tiny_model, tiny_params, tin
     identity = model_identity(loaded)
     assert json.loads(json.dumps(identity)) == identity  # nothing in it that JSON would change
     assert model_identity(replace(loaded, source=tmp_path / "moved", params=jax.device_get(tiny_params))) == identity
-    config = replace(tiny_model.config, rope_theta=5e5)
+    layers = tuple(replace(kind, rope=Rope(5e5)) for kind in tiny_model.config.layers)
+    config = replace(tiny_model.config, layers=layers)
     other = model_identity(replace(loaded, model=replace(tiny_model, config=config)))
     assert {name for name in identity if identity[name] != other[name]} == {"config"}
+    scaling = LongRope((1.0,) * 4, (2.0,) * 4, original_max_position_embeddings=8, factor=4.0)
+    config = replace(config, layers=(LayerKind(Rope(1e4, 1.0, scaling)),))
+    phi = CausalLM("phi3", config), CausalLM("phi3", config, ComputeOptions(longrope="long"))
+    short, long = (model_identity(replace(loaded, model=model)) for model in phi)
+    assert {name for name in short if short[name] != long[name]} == {"config"}
     scale = jax.tree.map(lambda x: x, tiny_params)
     scale["norm"]["scale"] = np.asarray(scale["norm"]["scale"]) + np.float32(1e-6) * np.eye(1, 32, 7, dtype="f")[0]
     other = model_identity(replace(loaded, params=scale))

@@ -11,7 +11,7 @@ from qstar_jax.places import PLACES, check_places
 # Options that are text and name no place.
 WORDS = {
     "prompt", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url", "loss.name",
-    "loss.divergence", "lora.targets",
+    "loss.divergence", "lora.targets", "max_shard_size",
 }  # fmt: skip
 COLUMNS = {"train_split", "eval_split", "prompt", "chosen", "rejected", "completion", "tools", "system", "date"}
 

@@ -246,8 +246,8 @@ CHANGES = {
         r"model\.parameters \w{12}\.\.\., and it is \w{12}\.\.\. now \(other weights under the same",
     ),
     "shape": (
-        lambda f: edit_json(f / "config.json", rope_theta=123.0),
-        r"model\.config\.rope_theta 10000.0, and it is 123",
+        lambda f: edit_json(f / "config.json", rope_theta=123.0, rope_parameters=None),
+        r"model\.config\.rope_parameters\.rope_theta 10000.0, and it is 123",
     ),
     "tokenizer": (
         lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"),
