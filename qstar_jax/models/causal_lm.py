@@ -339,7 +339,8 @@ def _unwrapped(config: dict[str, Any]) -> dict[str, Any]:
 def _refuse_architecture(config: dict[str, Any]):
     experts = next((key for key in config if "experts" in key and config[key]), None)
     why = f": a mixture of experts ({experts} {config[experts]!r}), which is not built here" if experts else ""
+    known = sorted({*FAMILIES, *(outer for family in FAMILIES.values() for outer in family.unwrap)})
     raise InputError(
         f"config.json: unknown architecture, model_type {config.get('model_type')!r} "
-        f"(architectures: {config.get('architectures')}){why}; known: {', '.join(sorted(FAMILIES))}"
+        f"(architectures: {config.get('architectures')}){why}; known: {', '.join(known)}"
     )
