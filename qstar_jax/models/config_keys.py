@@ -23,7 +23,8 @@ HARMLESS = frozenset(
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
     remove_invalid_values suppress_tokens begin_suppress_tokens exponential_decay_length_penalty
-    is_decoder is_llama_config transformers.js_config unsloth_version unsloth_fixed
+    is_decoder is_llama_config transformers.js_config unsloth_version unsloth_fixed custom_pipelines
+    gradient_checkpointing output_past predict_special_tokens max_sequence_length n_ctx sliding_window_size
     """.split()
 )
 _NOTHING = (None, False, 0, "", [], {})

@@ -92,6 +92,12 @@ HUB = {
         "tie_word_embeddings": True,
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
     },
+    "Falcon3-1B-Instruct": LLAMA
+    | sizes(131072, 2048, 8192, 18, 8, 4, 8192)
+    | {"activation": "swiglu", "head_dim": 256, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000042},
+    "vicuna-7b-v1.3": LLAMA
+    | sizes(32000, 4096, 11008, 32, 32, 32, 2048)
+    | {"max_sequence_length": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     "Mistral-7B-v0.1": sizes(32000, 4096, 14336, 32, 32, 8, 32768)
     | {"model_type": "mistral", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096},
     "Mistral-7B-Instruct-v0.3": sizes(32768, 4096, 14336, 32, 32, 8, 32768)
@@ -125,8 +131,8 @@ HUB = {
     "gemma-2b": GEMMA
     | sizes(256000, 2048, 16384, 18, 8, 1, 8192)
     | {"model_type": "gemma", "hidden_act": "gelu", "rope_scaling": None, "rope_theta": 10000.0},
-    "gemma-2-2b": GEMMA
-    | sizes(256000, 2304, 9216, 26, 8, 4, 8192)
+    "gemma-2-9b": GEMMA
+    | sizes(256000, 3584, 14336, 42, 16, 8, 8192)
     | {
         "model_type": "gemma2",
         "attn_logit_softcapping": 50.0,
@@ -137,6 +143,7 @@ HUB = {
         "query_pre_attn_scalar": 256,
         "rope_theta": 10000.0,
         "sliding_window": 4096,
+        "sliding_window_size": 4096,
     },
     "gemma-3-1b-it": GEMMA
     | sizes(262144, 1152, 6912, 26, 4, 1, 32768)
@@ -247,7 +254,7 @@ HUB = {
         "num_hidden_layers": 44,
         "vocab_size": 50432,
     },
-    "gpt2": {
+    "gpt2-medium": {
         "model_type": "gpt2",
         "activation_function": "gelu_new",
         "attn_pdrop": 0.1,
@@ -257,10 +264,13 @@ HUB = {
         "initializer_range": 0.02,
         "layer_norm_epsilon": 1e-5,
         "n_ctx": 1024,
-        "n_embd": 768,
-        "n_head": 12,
-        "n_layer": 12,
+        "n_embd": 1024,
+        "n_head": 16,
+        "n_layer": 24,
         "n_positions": 1024,
+        "n_special": 0,
+        "output_past": True,
+        "predict_special_tokens": True,
         "resid_pdrop": 0.1,
         "summary_activation": None,
         "summary_first_dropout": 0.1,

@@ -15,7 +15,6 @@ def _read(keys: Keys) -> DecoderConfig:
     keys.only("scale_attn_by_inverse_layer_idx", False)
     keys.only("reorder_and_upcast_attn", False)
     keys.only("add_cross_attention", False)
-    keys.get("n_ctx")  # an older name of n_positions, which no version reads
     heads, width = keys.size("n_head"), keys.size("n_embd")
     if width % heads:
         raise InputError(f"config.json: {heads} n_head do not divide n_embd {width}")

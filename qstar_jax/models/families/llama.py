@@ -10,6 +10,7 @@ from qstar_jax.models.rope_keys import read_rope, write_rope
 
 def _read(keys: Keys) -> DecoderConfig:
     keys.only("rope_interleaved", False)  # of SmolLM2
+    keys.only("activation", "swiglu")  # of Falcon 3, beside hidden_act, which alone is read
     bias = keys.flag("attention_bias", False)
     return DecoderConfig(
         **read_shape(keys, context=2048),
