@@ -115,8 +115,8 @@ def _attend_row_by_row(
     q: Array,
     k: Array,
     v: Array,
-    ids: Int[Array, "4 B S"],
-    see: Callable[[Array, Array], Array],
+    ids: Int[Array, "3 B S"],
+    see: Callable[[tuple, tuple], Array],
     score: Callable[[Array], Array],
     block_size: int,
 ) -> Array:
@@ -130,13 +130,13 @@ def _attend_row_by_row(
     @jax.checkpoint
     def attend(row: tuple[Array, ...]) -> Array:
         q, k, v, ids = row
-        outputs = []
+        slots, outputs = jnp.arange(length), []  # within the loop, where XLA counts slots and need not read them
         for start in range(0, length, block_size):
             # Keys after the block are not even multiplied.
             stop = min(start + block_size, length)
             block = rearrange(q[:, start:stop], "h s d -> (h s) d")
             scores = score(jnp.matmul(block, k[:stop].T, preferred_element_type=jnp.float32))
-            seen = see(ids[:, start:stop, None], ids[:, None, :stop])
+            seen = see((slots[start:stop, None], *ids[:, start:stop, None]), (slots[:stop], *ids[:, None, :stop]))
             scores = jnp.where(seen, scores.reshape(share, stop - start, stop), MASKED)
             weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(-1, stop)
             outputs.append((weights @ v[:stop]).reshape(share, stop - start, width))
@@ -150,21 +150,22 @@ def _attend_side_by_side(
     q: Array,
     k: Array,
     v: Array,
-    ids: Int[Array, "4 B S"],
-    see: Callable[[Array, Array], Array],
+    ids: Int[Array, "3 B S"],
+    see: Callable[[tuple, tuple], Array],
     score: Callable[[Array], Array],
     block_size: int,
 ) -> Array:
     length = q.shape[1]
     size = min(block_size, length)
-    short = -length % size
+    short, slots = -length % size, jnp.arange(length)
     blocks = rearrange(jnp.pad(q, ((0, 0), (0, short), (0, 0), (0, 0))), "b (n s) h d -> n b s h d", s=size)
     ids_of_blocks = rearrange(jnp.pad(ids, ((0, 0), (0, 0), (0, short))), "i b (n s) -> n i b s", s=size)
 
     @jax.checkpoint
-    def attend(block: tuple[Array, Array]) -> Array:
-        q, own_ids = block
-        return _attend_densely(q, k, v, see(own_ids[..., None], ids[..., None, :]), score)
+    def attend(block: tuple[Array, Array, Array]) -> Array:
+        start, q, own_ids = block
+        seen = see((start + slots[:size, None], *own_ids[..., None]), (slots, *ids[..., None, :]))
+        return _attend_densely(q, k, v, seen, score)
 
-    out = jax.lax.map(attend, (blocks, ids_of_blocks))
+    out = jax.lax.map(attend, (size * jnp.arange(len(blocks)), blocks, ids_of_blocks))
     return rearrange(out, "n b s h d -> b (n s) h d")[:, :length]

@@ -100,11 +100,11 @@ class _Form:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, q: Array, k: Array, v: Array, ids: Int[Array, "4 B s"], window: Window) -> Array:
+def _attend(form: _Form, q: Array, k: Array, v: Array, ids: Int[Array, "3 B s"], window: Window) -> Array:
     return _forward(form, q, k, v, ids, window)[0]
 
 
-def _forward(form: _Form, q: Array, k: Array, v: Array, ids: Int[Array, "4 B s"], window: Window):
+def _forward(form: _Form, q: Array, k: Array, v: Array, ids: Int[Array, "3 B s"], window: Window):
     length, size = q.shape[1], form.size
     q, k, v = (_to_tiles(x, size) for x in (q, k, v))
     batch, heads, padded, width = q.shape
@@ -134,7 +134,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _run(
-    kernel, form: _Form, ids: Int[Array, "4 B s"], window: Window, inputs, outputs, sums, *, by_key=False
+    kernel, form: _Form, ids: Int[Array, "3 B s"], window: Window, inputs, outputs, sums, *, by_key=False
 ) -> list[Array]:
     """Runs a kernel on the tiles of scores.
 
@@ -160,7 +160,7 @@ def _run(
     size, share, tiles = form.size, heads // groups, length // form.size
     # What fills the last tile is of a branch that no other slot is of: it sees itself, and nothing else sees it.
     ids = jnp.pad(ids, ((0, 0), (0, 0), (0, length - ids.shape[2])), constant_values=-1)
-    _, blocks, _, positions = ids.reshape(4, batch, tiles, size)
+    blocks, _, positions = ids.reshape(3, batch, tiles, size)
     scalars = [_reach(blocks, positions, window)[by_key], *([] if window is None else [window.reshape(1)])]
     inner = (share, tiles) if by_key else (tiles,)
 
@@ -179,12 +179,13 @@ def _run(
     of_score = spec((None, None, 1, size), lambda b, h, g, query, key: (b, h, 0, query))
     specs = {"q": of_query, "k": of_key, "v": of_key, "out": of_query, "dout": of_query}
     specs |= {"lse": of_score, "delta": of_score}
-    query_ids = spec((None, 4, size), lambda b, h, g, query, key: (b, 0, query))
-    key_ids = spec((None, size, 4), lambda b, h, g, query, key: (b, key, 0))
+    query_ids = spec((None, 3, size), lambda b, h, g, query, key: (b, 0, query))
+    key_ids = spec((None, size, 3), lambda b, h, g, query, key: (b, key, 0))
 
     def run_kernel(reach, *refs):
+        step = pl.program_id(2 + len(inner))
         limit, query_ids, key_ids, *refs = (None, *refs) if window is None else refs
-        kernel(partial(_scores, form, query_ids, key_ids, limit), reach, *refs)
+        kernel(partial(_scores, form, step, query_ids, key_ids, limit), reach, *refs)
 
     return pl.pallas_call(
         run_kernel,
@@ -279,13 +280,15 @@ def _dkv_kernel(score, reach, q, k, v, dout, lse, delta, dk, dv, k_sums, v_sums)
         dk[...], dv[...] = k_sums[...].astype(dk.dtype), v_sums[...].astype(dv.dtype)
 
 
-def _scores(form, query_ids, key_ids, window, q, k) -> tuple[Float[Array, "T T"], Float[Array, "T T"] | float]:
-    """Scores [keys, queries] of a tile of keys and one of queries, and their slope by the products of both."""
+def _scores(form, step, query_ids, key_ids, window, q, k) -> tuple[Float[Array, "T T"], Float[Array, "T T"] | float]:
+    """Scores [keys, queries] of a tile whose keys lie `step` tiles before its queries, and their slope by products."""
     scores, slope = _product(k[...], q[...], _LAST) * form.scale, form.scale
     if form.softcap is not None:
         bounded = jnp.tanh(scores / form.softcap)
         scores, slope = form.softcap * bounded, form.scale * (1 - bounded**2)
-    query, key = [query_ids[i : i + 1] for i in range(4)], [key_ids[:, i : i + 1] for i in range(4)]
+    slot = [jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1)]
+    key = (slot[0], *(key_ids[:, i : i + 1] for i in range(3)))
+    query = (slot[1] + step * form.size, *(query_ids[i : i + 1] for i in range(3)))
     return jnp.where(sees(query, key, None if window is None else window[0]), scores, MASKED), slope
 
 

@@ -1,6 +1,5 @@
 """Who may see whom in rows of tokens."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -26,29 +25,28 @@ class RowMask:
     blocks: Int[Array, "B S"]
     branches: Int[Array, "B S"]
 
-    def ids(self, positions: Int[Array, "B S"]) -> Int[Array, "4 B S"]:
-        """What `sees` compares: slot, block, branch and position of every slot."""
-        slots = jnp.broadcast_to(jnp.arange(self.blocks.shape[1]), self.blocks.shape)
-        return jnp.stack([slots, self.blocks, self.branches, positions])
+    def ids(self, positions: Int[Array, "B S"]) -> Int[Array, "3 B S"]:
+        """What `sees` compares beside the slots: block, branch and position of each."""
+        return jnp.stack([self.blocks, self.branches, positions])
 
     def dense(self) -> Bool[Array, "B S S"]:
         """The whole mask, were there no windows."""
-        ids = self.ids(jnp.zeros_like(self.blocks))  # positions matter to windows only
-        return sees(ids[..., None], ids[..., None, :])
+        slots, ids = jnp.arange(self.blocks.shape[1]), self.ids(jnp.zeros_like(self.blocks))  # positions: see windows
+        return sees((slots[:, None], *ids[..., None]), (slots, *ids[..., None, :]))
 
 
 def sees(
-    query: Sequence[Int[Array, "*Q"]], key: Sequence[Int[Array, "*K"]], window: Window = None
+    query: tuple[Int[Array, "*Q"], ...], key: tuple[Int[Array, "*K"], ...], window: Window = None
 ) -> Bool[Array, "*QK"]:
     """Says which queries see which keys of a row: the one place that does.
 
     Args:
-        query: Slot, block, branch and position of queries: four arrays, or one with an axis of four in front.
+        query: Slot, block, branch and position of queries, four arrays.
         key: The same of keys, in shapes that broadcast against the queries'.
         window: A query at position p sees keys at positions above p - window only.
 
     Returns:
-        True where the query sees the key. Queries [4, Q, 1] and keys [4, 1, K] give shape [Q, K].
+        True where the query sees the key. Queries in shapes [Q, 1] and keys in [1, K] give shape [Q, K].
     """
     slot, block, branch, position = query
     of_slot, of_block, of_branch, of_position = key

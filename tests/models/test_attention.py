@@ -125,11 +125,11 @@ def found(way, scale, softcap, dtype=jnp.float32):
 
 
 def test_distance_is_of_positions_and_not_of_slots():
-    ids = RowMask(jnp.asarray(BLOCKS), jnp.asarray(BRANCHES)).ids(jnp.asarray(POSITIONS))
+    slots, ids = np.arange(LENGTH), RowMask(*map(jnp.asarray, (BLOCKS, BRANCHES))).ids(jnp.asarray(POSITIONS))
+    within = partial(sees, (slots[:, None], *ids[..., None]), (slots, *ids[..., None, :]))
     for window in WINDOWS:
-        mask = sees(ids[..., None], ids[..., None, :], window)
-        np.testing.assert_array_equal(mask, seen_by(BLOCKS, BRANCHES, POSITIONS, window))
-    mask = sees(ids[..., None], ids[..., None, :], 4)
+        np.testing.assert_array_equal(within(window), seen_by(BLOCKS, BRANCHES, POSITIONS, window))
+    mask = within(4)
     plain, _, packed, shared = (lambda slot, row=row: np.flatnonzero(mask[row, slot]).tolist() for row in range(4))
     assert plain(9) == [6, 7, 8, 9] and packed(46) == [45, 46]
     assert shared(21) == [18, 19, 20, 21] and shared(81) == [18, 19, 80, 81]
