@@ -131,15 +131,14 @@ def plain_logprobs(model, params, examples, shape):
     return logp, logz
 
 
-@pytest.mark.thin(*(f"{way}-packed-gemma2" for way in WAYS), "blockwise-shared-gpt2", "blockwise-packed-smollm3")
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral", "smollm3", "gpt_neox", "gpt2"])
+@pytest.mark.thin("gemma2-packed", "gpt2-shared", "smollm3-packed")
 @pytest.mark.parametrize("layout", ["plain", "shared", "packed"])
-@pytest.mark.parametrize("way", WAYS)
-def test_all_layouts_and_kinds_of_attention_say_the_same(way, layout, family, ways, open_family, examples):
+def test_all_layouts_and_kinds_of_attention_say_the_same(layout, family, ways, open_family, examples):
     model, params = open_family(family)
     batch = batch_of(examples, layout)
     expected = plain_logprobs(model, params, examples, batch.index.shape)
-    model = replace(model, compute=replace(model.compute, attention=way))
-    found = jax.jit(response_logprobs, static_argnums=0)(model, params, batch)
-    for own, other in zip(found, expected, strict=True):
-        assert_close(own, other, 1e-5)
+    for way in WAYS:
+        model = replace(model, compute=replace(model.compute, attention=way))
+        found = jax.jit(response_logprobs, static_argnums=0)(model, params, batch)
+        for own, other in zip(found, expected, strict=True):
+            assert_close(own, other, 1e-5)
