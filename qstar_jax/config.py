@@ -42,7 +42,7 @@ class MeshOptions:
         data: Devices along the axis that replicates parameters and splits the batch; -1 takes what is left.
         fsdp: Devices along the axis that splits both parameters and batch.
         tensor: Devices along the axis that splits parameters only (tensor parallelism).
-        min_shard_size: Arrays with fewer elements are replicated, as norms and biases always are.
+        min_shard_size: Arrays with fewer elements are replicated.
         overrides: Regular expression on a parameter's path -> one axis name (or null) for each of its dimensions.
         multi_process: Join the other processes of this job. Slurm, Open MPI, Kubernetes and TPU pods are recognised;
             elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who.

@@ -12,7 +12,9 @@ from qstar_jax.config import MeshOptions
 from qstar_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))  # the first dimension of whatever belongs to a row of the batch
+# The first dimension of whatever belongs to a row of the batch. In the other order XLA (of jax 0.10.2 and 0.12) moves
+# rows to the wrong devices where all three axes are larger than 1: wrong numbers, and no error.
+BATCH = PartitionSpec(("fsdp", "data"))
 
 
 def join_processes(options: MeshOptions):
@@ -61,15 +63,13 @@ def parameter_spec(
 ) -> PartitionSpec:
     """Says how one array is cut: the `tensor` axis takes its largest divisible dimension, `fsdp` the next.
 
-    Arrays under a `layers/` path carry the layers stacked in dimension 0, which is scanned over and never cut. Vectors
-    (norms and biases) are replicated: they are small, and XLA makes wrong numbers of activations that are cut over all
-    three axes because a vector is (found in jax 0.10.2 and 0.12).
+    Arrays under a `layers/` path carry the layers stacked in dimension 0, which is scanned over and never cut.
 
     Args:
         path: Names joined by "/", for instance "layers/mlp/up/kernel".
         shape: Shape of the array.
         axis_sizes: Size of each mesh axis.
-        min_shard_size: Arrays with fewer elements are replicated, as vectors always are.
+        min_shard_size: Arrays with fewer elements are replicated.
         overrides: Regular expression searched in `path` -> an axis name or None for each dimension; the first match
             wins.
         hints: The same from the model's family: below `overrides`, and passed over where the mesh cannot have them.
@@ -93,10 +93,10 @@ def parameter_spec(
     for pattern, axes in (hints or {}).items():
         if _matches(pattern, path) and _fits(axes, shape, axis_sizes):
             return PartitionSpec(*axes)
-    first = 1 if re.search(r"(^|/)layers/", path) else 0
-    if math.prod(shape) < min_shard_size or len(shape) - first < 2:
+    if math.prod(shape) < min_shard_size:
         return PartitionSpec()
     spec: list[str | None] = [None] * len(shape)
+    first = 1 if re.search(r"(^|/)layers/", path) else 0
     for axis in ("tensor", "fsdp"):
         size = axis_sizes[axis]
         free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % size == 0]
