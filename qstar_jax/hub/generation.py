@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 GENERATION = "generation_config.json"
 # Of its keys, those that change nothing in how answers are searched for, or are read (`eos_token_id`).
-_NOTED = "eos_token_id bos_token_id pad_token_id transformers_version use_cache cache_implementation"
+_NOTED = """
+    eos_token_id bos_token_id pad_token_id transformers_version use_cache cache_implementation
+    output_attentions output_hidden_states output_scores output_logits return_dict_in_generate
+"""
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

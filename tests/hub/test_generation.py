@@ -41,7 +41,8 @@ def test_an_adapter_takes_its_own_ends_along(hf_folder, train_file, tmp_path, on
 
 def test_settings_that_are_not_read_are_told():
     generation = {"_from_model_config": True, "eos_token_id": [2], "top_p": None, "do_sample": True, "top_k": 20}
-    assert hub.other_settings(generation) == {"do_sample": True, "top_k": 20}
+    written_by_transformers = {"output_attentions": False, "output_hidden_states": False}
+    assert hub.other_settings(generation | written_by_transformers) == {"do_sample": True, "top_k": 20}
 
 
 @pytest.mark.parametrize("ids", ["2", [2, "5"], 1.5, True, {"a": 1}])
