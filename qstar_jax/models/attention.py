@@ -82,7 +82,7 @@ def blockwise_attention(
         v: Values. Shape [B, S, G, D].
         mask: Who may see whom.
         positions: Of the tokens in their texts. Shape [B, S].
-        window: A query at position p sees keys at positions above p - window only.
+        window: A query at position p sees keys at positions above p - window only; it may be traced.
         scale: Factor of the scores.
         softcap: Scores s become softcap * tanh(s / softcap).
         block_size: Queries of a row whose scores exist at one time.
@@ -130,7 +130,7 @@ def _attend_row_by_row(
     @jax.checkpoint
     def attend(row: tuple[Array, ...]) -> Array:
         q, k, v, ids = row
-        slots, outputs = jnp.arange(length), []  # within the loop, where XLA counts slots and need not read them
+        slots, outputs = jnp.arange(length), []  # made within the loop, where XLA counts them and reads no array
         for start in range(0, length, block_size):
             # Keys after the block are not even multiplied.
             stop = min(start + block_size, length)

@@ -158,7 +158,7 @@ def _run(
     """
     (batch, heads, length, width), groups = inputs["q"].shape, inputs["k"].shape[1]
     size, share, tiles = form.size, heads // groups, length // form.size
-    # What fills the last tile is of a branch that no other slot is of: it sees itself, and nothing else sees it.
+    # What fills the last tile comes after all tokens, so that none sees it.
     ids = jnp.pad(ids, ((0, 0), (0, 0), (0, length - ids.shape[2])), constant_values=-1)
     blocks, _, positions = ids.reshape(3, batch, tiles, size)
     scalars = [_reach(blocks, positions, window)[by_key], *([] if window is None else [window.reshape(1)])]
@@ -206,7 +206,10 @@ def _run(
 def _reach(
     blocks: Int[Array, "B n T"], positions: Int[Array, "B n T"], window: Window
 ) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
-    """How many tiles back a tile's queries may see a key, and how many tiles on a tile's keys may be seen."""
+    """How many tiles back a tile's queries may see a key, and how many tiles on a tile's keys may be seen.
+
+    Branches are not looked at, and where blocks do not follow each other, both numbers may be larger than they must be.
+    """
     blocks = jnp.where(blocks < 0, jnp.iinfo(blocks.dtype).max, blocks)  # a row's end, which keeps the ranges short
     low, high = blocks.min(-1), blocks.max(-1)
     meet = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])

@@ -26,19 +26,20 @@ class RowMask:
     branches: Int[Array, "B S"]
 
     def ids(self, positions: Int[Array, "B S"]) -> Int[Array, "3 B S"]:
-        """What `sees` compares beside the slots: block, branch and position of each."""
+        """What `sees` compares beside slots: the block, branch and position of each."""
         return jnp.stack([self.blocks, self.branches, positions])
 
     def dense(self) -> Bool[Array, "B S S"]:
         """The whole mask, were there no windows."""
-        slots, ids = jnp.arange(self.blocks.shape[1]), self.ids(jnp.zeros_like(self.blocks))  # positions: see windows
+        slots = jnp.arange(self.blocks.shape[1])
+        ids = self.ids(jnp.zeros_like(self.blocks))  # positions matter to windows only
         return sees((slots[:, None], *ids[..., None]), (slots, *ids[..., None, :]))
 
 
 def sees(
     query: tuple[Int[Array, "*Q"], ...], key: tuple[Int[Array, "*K"], ...], window: Window = None
 ) -> Bool[Array, "*QK"]:
-    """Says which queries see which keys of a row: the one place that does.
+    """Says which queries see which keys of a row, for every way to compute attention.
 
     Args:
         query: Slot, block, branch and position of queries, four arrays.
