@@ -55,9 +55,9 @@ class CausalLM:
             InputError: If the architecture is not known, or has a part that is not built.
         """
         config = _unwrapped(config)
-        family = FAMILIES.get(config.get("model_type"))
-        if family is None:
+        if config.get("model_type") not in list(FAMILIES):
             _refuse_architecture(config)
+        family = FAMILIES[config["model_type"]]
         keys = Keys(config)
         shape = family.read(keys)
         for rope in filter(None, shape.ropes):
@@ -330,10 +330,8 @@ def is_unstacked(params: Params) -> bool:
 
 def _unwrapped(config: dict[str, Any]) -> dict[str, Any]:
     """The config.json of a decoder that a multimodal model has within it; any other as it is."""
-    for family in FAMILIES.values():
-        if unwrap := family.unwrap.get(config.get("model_type")):
-            return unwrap(config)
-    return config
+    unwraps = {outer: unwrap for family in FAMILIES.values() for outer, unwrap in family.unwrap.items()}
+    return next((unwrap(config) for outer, unwrap in unwraps.items() if outer == config.get("model_type")), config)
 
 
 def _refuse_architecture(config: dict[str, Any]):

@@ -4,6 +4,7 @@ A key that is passed over may be a window, a scale or a quantisation, and the mo
 numbers. So there is no list of what is refused: there is one of what is harmless.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,9 +45,20 @@ _ACTIVATIONS = {
 }
 
 
-def activation_name(activation: str) -> str:
-    """Returns the name of one of our activation functions that transformers knows."""
-    return next(name for name, ours in _ACTIVATIONS.items() if ours == activation)
+def activation_name(activation: str, gelu_tanh: str = "gelu_pytorch_tanh") -> str:
+    """Returns transformers' name of one of our activation functions, of which `gelu_tanh` has several."""
+    names = {ours: name for name, ours in reversed(_ACTIVATIONS.items())} | {"gelu_tanh": gelu_tanh}
+    return names[activation]
+
+
+def check_number(name: str, found: Any):
+    """Refuses what is no number above 0.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if type(found) not in (int, float) or not 0 < found < math.inf:
+        raise InputError(f"config.json: {name} is {found!r}; expected a number above 0")
 
 
 class Keys:
@@ -60,7 +72,7 @@ class Keys:
 
     def __init__(self, config: Mapping[str, Any]):
         self.model_type = config.get("model_type")
-        self._config, self._read = config, set()
+        self._config, self._read, self._kept = config, set(), set()
 
     def get(self, name: str, default: Any = None) -> Any:
         """Reads a key as it stands there."""
@@ -72,15 +84,15 @@ class Keys:
         """Whether the key is there, be it as null."""
         return name in self._config
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """Reads a whole number of at least 1.
+    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """Reads a whole number of at least `least`.
 
         Raises:
             InputError: If it is something else, or missing.
         """
         found = self._needed(name, default)
-        if type(found) is not int or found < 1:
-            raise InputError(f"config.json: {name} is {found!r}; expected a whole number of at least 1")
+        if type(found) is not int or found < least:
+            raise InputError(f"config.json: {name} is {found!r}; expected a whole number of at least {least}")
         return found
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -90,8 +102,7 @@ class Keys:
             InputError: If it is something else, or missing.
         """
         found = self._needed(name, default)
-        if type(found) not in (int, float) or not found > 0:
-            raise InputError(f"config.json: {name} is {found!r}; expected a number above 0")
+        check_number(name, found)
         return found
 
     def flag(self, name: str, default: bool) -> bool:
@@ -116,14 +127,19 @@ class Keys:
             raise InputError(f"config.json: {name} is {found!r}; built are {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[found]
 
+    def keep(self, name: str):
+        """Lets a key be that changes nothing in this model; it is among `others`."""
+        self._kept.add(name)
+
     def only(self, name: str, *values: Any):
-        """Reads a part that is built in one form only; null stands for it too.
+        """Checks a key of a part that is built in one form only; null stands for it too. It is among `others`.
 
         Raises:
             InputError: If it has another form.
         """
-        found = self.get(name, values[0])
-        if found not in values:
+        self.keep(name)
+        found = self._config.get(name)
+        if found is not None and found not in values:
             allowed = " or ".join(map(repr, values))
             raise InputError(
                 f"config.json: {name} is {found!r}; {self.model_type} models are built with {allowed} only"
@@ -153,7 +169,8 @@ class Keys:
         """
         left = {name: value for name, value in self._config.items() if name not in self._read}
         for name, value in left.items():
-            if name not in HARMLESS and not name.startswith("_") and value not in _NOTHING:
+            known = name in HARMLESS or name in self._kept or name.startswith("_")
+            if not known and value not in _NOTHING:
                 self._refuse(name, value)
         return {name: value for name, value in left.items() if name != "auto_map"}  # its code does not go along
 

@@ -1,7 +1,7 @@
 """What a family is: a way to read a config.json, the way back, and a table of tensors; and what families share."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,20 +77,34 @@ def read_shape(
     """
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     shape = {name: keys.size(name, (sizes or {}).get(name)) for name in names}
-    heads, width = shape["num_attention_heads"], shape["hidden_size"]
+    heads = shape["num_attention_heads"]
     default = heads if keys.says("num_key_value_heads") or kv_heads is None else kv_heads
     groups = keys.size("num_key_value_heads", default)
     if heads % groups:
         raise InputError(f"config.json: {groups} num_key_value_heads do not divide {heads} num_attention_heads")
-    if head_dim is None and keys.get("head_dim") is None and width % heads:
-        raise InputError(f"config.json: {heads} num_attention_heads do not divide hidden_size {width}; give head_dim")
+    if head_dim is None and keys.get("head_dim") is None:
+        head_dim = head_width(keys, "num_attention_heads", "hidden_size")
     return shape | {
         "num_key_value_heads": groups,
-        "head_dim": keys.size("head_dim", head_dim or width // heads),
+        "head_dim": keys.size("head_dim", head_dim),
         "max_position_embeddings": keys.size("max_position_embeddings", context),
         "norm_eps": keys.number("rms_norm_eps", eps),
         "tie_word_embeddings": keys.flag("tie_word_embeddings", tied),
     }
+
+
+def head_width(keys: Keys, heads: str, width: str) -> int:
+    """Width of a head where the keys of these names alone say it.
+
+    Raises:
+        InputError: If heads do not divide the model's width.
+    """
+    if keys.size(width) % keys.size(heads):
+        raise InputError(
+            f"config.json: {keys.size(heads)} {heads} do not divide {width} {keys.size(width)}, and nothing else says "
+            "how wide a head is"
+        )
+    return keys.size(width) // keys.size(heads)
 
 
 def write_shape(config: DecoderConfig) -> dict[str, Any]:
@@ -123,7 +137,7 @@ def read_layer_types(keys: Keys, otherwise: Callable[[int], bool], layers: int |
     types = keys.get("layer_types")
     if types is None:
         return [otherwise(layer) for layer in range(count)]
-    if not isinstance(types, list) or len(types) != count or not set(types) <= {SLIDING, FULL}:
+    if not isinstance(types, list) or len(types) != count or any(kind not in (SLIDING, FULL) for kind in types):
         raise InputError(
             f"config.json: layer_types is {types!r}; expected {count} (num_hidden_layers) times {SLIDING} or {FULL}"
         )
@@ -137,15 +151,27 @@ def read_window(keys: Keys, default: int | None) -> int | None:
     return keys.size("sliding_window", default) if default or keys.says("sliding_window") else None
 
 
-def with_windows(rope: Rope | None, sliding: list[bool], window: int | None) -> tuple[LayerKind, ...]:
-    """Layers with the same rotary positions, some of which have a window.
+def read_cap(keys: Keys, name: str, default: float | None) -> float | None:
+    """Reads a cap: the default where the key is missing, none where it is null."""
+    if default is None or keys.says(name):
+        return None if keys.get(name) is None else keys.number(name)
+    return default
+
+
+def with_windows(ropes: Sequence[Rope | None], sliding: Sequence[bool], window: int | None) -> tuple[LayerKind, ...]:
+    """Layers some of which have a window.
+
+    Args:
+        ropes: Rotary positions of each.
+        sliding: Which have the window.
+        window: The window.
 
     Raises:
         InputError: If there are such layers and no window.
     """
     if any(sliding) and window is None:
         raise InputError(f"config.json: layer_types has {SLIDING}, and sliding_window says that there is no window")
-    return tuple(LayerKind(rope, window if slides else None) for slides in sliding)
+    return tuple(LayerKind(rope, window if slides else None) for rope, slides in zip(ropes, sliding, strict=True))
 
 
 def write_windows(config: DecoderConfig) -> dict[str, Any]:

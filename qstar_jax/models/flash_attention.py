@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qstar_jax.errors import InputError
 from qstar_jax.models.masks import MASKED, RowMask, Window, sees
+from qstar_jax.sharding import BATCH
 
 _LANES = 128  # of a TPU's vectors: no tile is narrower
 _FIRST, _LAST = ((0,), (0,)), ((1,), (1,))  # which dimension of both factors a product sums over: x.T @ y, x @ y.T
@@ -83,7 +84,7 @@ def flash_attention(
                 f"compute.attention flash: {q.shape[2]} heads in {k.shape[2]} groups cannot be cut over mesh.tensor = "
                 f"{tensor} devices; set mesh.tensor to a divisor of {k.shape[2]}, or compute.attention to blockwise"
             )
-        heads, of_ids = PartitionSpec(("data", "fsdp"), None, "tensor"), PartitionSpec(None, ("data", "fsdp"))
+        heads, of_ids = PartitionSpec(*BATCH, None, "tensor"), PartitionSpec(None, *BATCH)
         specs = heads, heads, heads, of_ids, PartitionSpec()
         attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
     return attend(q, k, v, ids, window)

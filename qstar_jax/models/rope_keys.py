@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qstar_jax.errors import InputError
-from qstar_jax.models.config_keys import Keys
+from qstar_jax.models.config_keys import Keys, check_number
 from qstar_jax.models.rope import SCALINGS, LongRope, Rope, Scaling
 
 
@@ -63,8 +63,8 @@ def make_rope(
     """
     parameters = dict(parameters)
     theta = parameters.pop("rope_theta", theta)
-    _check_number("rope_theta", theta)
-    _check_number("partial_rotary_factor", fraction)
+    check_number("rope_theta", theta)
+    check_number("partial_rotary_factor", fraction)
     if fraction > 1:
         raise InputError(f"config.json: partial_rotary_factor is {fraction!r}; expected at most 1")
     return Rope(theta, fraction, _scaling(parameters, keys, original))
@@ -137,11 +137,6 @@ def _as_float(value: Any) -> Any:
     return float(value) if type(value) is int else value
 
 
-def _check_number(name: str, found: Any):
-    if type(found) not in (int, float) or not found > 0:
-        raise InputError(f"config.json: {name} is {found!r}; expected a number above 0")
-
-
 def _scaling(parameters: dict[str, Any], keys: Keys, original: int | None) -> Scaling | None:
     kind = parameters.pop("rope_type", "default")
     if kind != "default" and kind not in SCALINGS:
@@ -169,22 +164,26 @@ def _scaling(parameters: dict[str, Any], keys: Keys, original: int | None) -> Sc
 def _complete(parameters: dict[str, Any], kind: str, keys: Keys, original: int | None):
     """Adds what transformers takes for parameters that are not there."""
     name = "original_max_position_embeddings"
-    found = keys.get(name) or parameters.get(name) or original
-    parameters[name] = found or keys.size("max_position_embeddings")
+    inside, beside = parameters.get(name), keys.get(name)
+    if None not in (inside, beside) and inside != beside:
+        raise InputError(f"config.json: {name} is {beside!r}, and {inside!r} in the rotary scaling; keep one of them")
+    given = [value for value in (inside, beside, original) if value is not None]
+    parameters[name] = given[0] if given else keys.size("max_position_embeddings")
     if kind in ("yarn", "longrope") and "factor" not in parameters:
+        check_number(name, parameters[name])
         parameters["factor"] = keys.size("max_position_embeddings") / parameters[name]
 
 
 def _value(name: str, found: Any) -> Any:
     if name.endswith("_factor") and isinstance(found, list):
         for number in found:
-            _check_number(name, number)
+            check_number(name, number)
         return tuple(map(float, found))
     if name == "truncate":
         if type(found) is not bool:
             raise InputError(f"config.json: truncate is {found!r}; expected true or false")
         return found
-    _check_number(name, found)
+    check_number(name, found)
     return found
 
 

@@ -118,7 +118,7 @@ def found(way, scale, softcap, dtype=jnp.float32):
         return layers_of(way, scale, softcap, *x, *rows, windows)
     mesh = make_mesh(MeshOptions(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), None, "tensor")))
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, *BATCH, None, "tensor")))
         answers = layers_of(way, scale, softcap, *x, *jax.device_put(rows, NamedSharding(mesh, BATCH)), windows)
     assert all(y.addressable_shards[0].data.size == y.size // 8 for y in answers.values())
     return answers

@@ -110,7 +110,7 @@ SLIDES, FULL = "sliding_attention", "full_attention"
         ("gemma3", {"layer_types": [SLIDES, "chunked_attention"] * 2}, "chunked_attention.*expected 4"),
         ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters is .*expected an object with"),
         ("gemma3", {"rope_parameters": {FULL: {"rope_theta": 5.0}}}, r"rope_theta is 700\.0, and rope_parameters say"),
-        ("gemma3_images", {"text_config": None}, "text_config is None; expected the configuration"),
+        ("gemma3_images", {"text_config": None}, "text_config is None; expected the configuration of"),
         ("gemma3_images", {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, "keep one"),
         ("qwen2_window", {"layer_types": [FULL]}, "layer_types is"),
         ("qwen2", {"layer_types": [FULL, SLIDES, FULL]}, "layer_types has sliding_attention, and sliding_window says"),
@@ -128,6 +128,13 @@ SLIDES, FULL = "sliding_attention", "full_attention"
         ("olmo2", {"clip_qkv": 8.0}, r"clip_qkv is 8\.0"),
         ("llama_yarn", {"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor is '4'; expected a number"),
         ("llama", {"hidden_act": "laplace"}, "hidden_act is 'laplace'"),
+        ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; expected a number above 0"),
+        ("llama", {"model_type": ["llama"]}, r"unknown architecture, model_type \['llama'\]"),
+        ("llama3_tied", {"original_max_position_embeddings": 7}, "original_max_position_embeddings is 7, and"),
+        ("qwen2_window", {"max_window_layers": "2"}, "max_window_layers is '2'; expected a whole number of at least 0"),
+        ("qwen2_window", {"layer_types": [[FULL]] * 4}, "layer_types is"),
+        ("smollm3", {"no_rope_layers": [[1]] * 4}, "no_rope_layers is"),
+        ("gemma3_images", {"text_config": {"model_type": "gemma2"}}, "expected the configuration of a gemma3_text"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(family, changes, named, families):

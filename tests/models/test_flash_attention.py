@@ -254,7 +254,7 @@ def test_the_kernels_compile_for_tpus():
             batch, length, heads, groups, width = shape
             mesh = make_mesh(options, devices[: options.data * options.tensor])
             with jax.set_mesh(mesh):
-                spec = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+                spec = NamedSharding(mesh, P(*BATCH, None, "tensor"))
                 q, k = (
                     jax.ShapeDtypeStruct((batch, length, n, width), jnp.bfloat16, sharding=spec)
                     for n in (heads, groups)

@@ -7,6 +7,7 @@ from qstar_jax.models.decoder_config import DecoderConfig
 from qstar_jax.models.families.gemma import read_activation, read_common
 from qstar_jax.models.family import (
     Family,
+    read_cap,
     read_layer_types,
     read_window,
     standard_tensors,
@@ -26,23 +27,16 @@ _NORMS = {
 }
 
 
-def read_cap(keys: Keys, name: str, default: float | None) -> float | None:
-    """Reads a cap: the default where the key is missing, none where it is null."""
-    if default is None or keys.says(name):
-        return None if keys.get(name) is None else keys.number(name)
-    return default
-
-
 def tensors(config: DecoderConfig) -> dict[str, Tensor]:
     """The tensors of Gemma 2 and 3."""
     return standard_tensors(config, _NORMS)
 
 
 def _read(keys: Keys) -> DecoderConfig:
-    sliding = read_layer_types(keys, lambda layer: layer % 2 == 0)
+    sliding, rope = read_layer_types(keys, lambda layer: layer % 2 == 0), read_rope(keys, theta=10_000.0)
     return DecoderConfig(
         **read_common(keys, context=8192, kv_heads=4),
-        layers=with_windows(read_rope(keys, theta=10_000.0), sliding, read_window(keys, 4096)),
+        layers=with_windows([rope] * len(sliding), sliding, read_window(keys, 4096)),
         norm_places="sandwich",
         activation=read_activation(keys),
         attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
@@ -59,15 +53,15 @@ def write_common(config: DecoderConfig) -> dict[str, Any]:
         | {
             "hidden_activation": activation_name(config.activation),
             "attention_bias": config.o_bias,
-            "query_pre_attn_scalar": whole(config.scale**-2),
+            "query_pre_attn_scalar": _whole(config.scale**-2),
             "attn_logit_softcapping": config.score_softcap,
             "final_logit_softcapping": config.logit_softcap,
         }
     )
 
 
-def whole(number: float) -> float | int:
-    """A whole number as such: transformers 5 takes no other."""
+def _whole(number: float) -> float | int:
+    """A number that is whole but for rounding as such: transformers 5 takes no other."""
     return round(number) if abs(number - round(number)) < 1e-6 else number
 
 

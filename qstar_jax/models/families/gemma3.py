@@ -6,8 +6,8 @@ from qstar_jax.errors import InputError
 from qstar_jax.models.config_keys import Keys
 from qstar_jax.models.decoder_config import DecoderConfig, LayerKind
 from qstar_jax.models.families.gemma import read_activation, read_common
-from qstar_jax.models.families.gemma2 import read_cap, tensors, write_common
-from qstar_jax.models.family import FULL, SLIDING, Family, read_layer_types, read_window, with_windows
+from qstar_jax.models.families.gemma2 import tensors, write_common
+from qstar_jax.models.family import FULL, SLIDING, Family, read_cap, read_layer_types, read_window, with_windows
 from qstar_jax.models.rope import Rope
 from qstar_jax.models.rope_keys import make_rope, merged, rope_dictionary, scaling_keys, write_rope
 
@@ -37,8 +37,7 @@ def _layers(keys: Keys) -> tuple[LayerKind, ...]:
     pattern = keys.size("sliding_window_pattern", keys.size("_sliding_window_pattern", 6))
     sliding = read_layer_types(keys, lambda layer: (layer + 1) % pattern != 0, _LAYERS)
     ropes, window = _ropes(keys), read_window(keys, 4096)
-    kinds = [with_windows(ropes[SLIDING if slides else FULL], [slides], window) for slides in sliding]
-    return tuple(kind for (kind,) in kinds)
+    return with_windows([ropes[SLIDING if slides else FULL] for slides in sliding], sliding, window)
 
 
 def _read(keys: Keys) -> DecoderConfig:
@@ -69,8 +68,8 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The text's part of a multimodal config.json; what the outer one says of it too must be the same."""
     keys = Keys(config)
     inner = keys.get("text_config")
-    if not isinstance(inner, dict):
-        raise InputError(f"config.json: text_config is {inner!r}; expected the configuration of the text's decoder")
+    if not isinstance(inner, dict) or inner.get("model_type", "gemma3_text") != "gemma3_text":
+        raise InputError(f"config.json: text_config is {inner!r}; expected the configuration of a gemma3_text model")
     for name in ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"):
         keys.get(name)
     tied = keys.flag("tie_word_embeddings", True)

@@ -3,10 +3,9 @@
 from functools import partial
 from typing import Any
 
-from qstar_jax.errors import InputError
 from qstar_jax.models.config_keys import Keys, activation_name
 from qstar_jax.models.decoder_config import DecoderConfig
-from qstar_jax.models.family import Family, same_layers
+from qstar_jax.models.family import Family, head_width, same_layers
 from qstar_jax.models.tensors import Tensor, fused, linear, norm
 
 
@@ -16,15 +15,13 @@ def _read(keys: Keys) -> DecoderConfig:
     keys.only("reorder_and_upcast_attn", False)
     keys.only("add_cross_attention", False)
     heads, width = keys.size("n_head"), keys.size("n_embd")
-    if width % heads:
-        raise InputError(f"config.json: {heads} n_head do not divide n_embd {width}")
     return DecoderConfig(
         vocab_size=keys.size("vocab_size"),
         hidden_size=width,
         intermediate_size=keys.size("n_inner", 4 * width),
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        head_dim=width // heads,
+        head_dim=head_width(keys, "n_head", "n_embd"),
         layers=same_layers(keys, None, key="n_layer"),
         max_position_embeddings=keys.size("n_positions", 1024),
         norm="layer",
@@ -47,7 +44,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "n_layer": config.num_hidden_layers,
         "n_head": config.num_attention_heads,
         "n_inner": config.intermediate_size,
-        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else activation_name(config.activation),
+        "activation_function": activation_name(config.activation, gelu_tanh="gelu_new"),
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
     }

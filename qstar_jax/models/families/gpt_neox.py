@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from qstar_jax.errors import InputError
 from qstar_jax.models.config_keys import Keys, activation_name
 from qstar_jax.models.decoder_config import DecoderConfig
-from qstar_jax.models.family import Family, same_layers
+from qstar_jax.models.family import Family, head_width, same_layers
 from qstar_jax.models.rope_keys import read_rope, write_rope
 from qstar_jax.models.tensors import Part, Tensor, linear, norm
 
@@ -17,8 +16,6 @@ _ROPE = {
 
 def _read(keys: Keys) -> DecoderConfig:
     heads, width = keys.size("num_attention_heads"), keys.size("hidden_size")
-    if width % heads:
-        raise InputError(f"config.json: {heads} num_attention_heads do not divide hidden_size {width}")
     bias = keys.flag("attention_bias", True)
     return DecoderConfig(
         vocab_size=keys.size("vocab_size"),
@@ -26,7 +23,7 @@ def _read(keys: Keys) -> DecoderConfig:
         intermediate_size=keys.size("intermediate_size"),
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        head_dim=width // heads,
+        head_dim=head_width(keys, "num_attention_heads", "hidden_size"),
         layers=same_layers(keys, read_rope(keys, theta=10_000.0, fraction=0.25, **_ROPE)),
         max_position_embeddings=keys.size("max_position_embeddings", 2048),
         norm="layer",
@@ -50,7 +47,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         | {
             "layer_norm_eps": config.norm_eps,
             "use_parallel_residual": config.parallel_residual,
-            "hidden_act": "gelu_new" if config.activation == "gelu_tanh" else activation_name(config.activation),
+            "hidden_act": activation_name(config.activation, gelu_tanh="gelu_new"),
             "attention_bias": config.o_bias,
         }
     )

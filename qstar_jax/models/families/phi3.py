@@ -21,7 +21,7 @@ def _read(keys: Keys) -> DecoderConfig:
         original=_CONTEXT,
         aliases={"su": "longrope", "yarn": "longrope"},  # names that its first files had for it
     )
-    keys.get("original_max_position_embeddings")  # which no other scaling reads
+    keys.keep("original_max_position_embeddings")  # which longrope alone reads
     keys.code("modeling_phi3.Phi3ForCausalLM")
     for name in ("full_attn_mod", "interpolate_factor"):  # of Phi 4 mini
         keys.only(name, 1)
@@ -33,16 +33,17 @@ def _read(keys: Keys) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    kind = config.layers[0]
+    kind, scaling = config.layers[0], config.layers[0].rope.scaling
     keys = write_rope(kind.rope, fraction_keys=_FRACTION)
-    if isinstance(kind.rope.scaling, LongRope):
-        # transformers 4 takes these three keys and no other.
-        lists = {name: keys["rope_scaling"][name] for name in ("short_factor", "long_factor")}
-        keys["rope_scaling"] = {"type": "longrope", **lists}
-        keys["original_max_position_embeddings"] = kind.rope.scaling.original_max_position_embeddings
-    return (
-        write_shape(config) | keys | {"hidden_act": activation_name(config.activation), "sliding_window": kind.window}
-    )
+    if isinstance(scaling, LongRope):
+        context = scaling.original_max_position_embeddings
+        keys["original_max_position_embeddings"] = context
+        if scaling.attention_factor is None and scaling.factor == config.max_position_embeddings / context:
+            # transformers 4 refuses more than these three keys; with any other factor, it had better do so.
+            lists = {name: keys["rope_scaling"][name] for name in ("short_factor", "long_factor")}
+            keys["rope_scaling"] = {"type": "longrope", **lists}
+    own = {"hidden_act": activation_name(config.activation), "sliding_window": kind.window}
+    return write_shape(config) | keys | own
 
 
 def _tensors(config: DecoderConfig) -> dict[str, Tensor]:

@@ -19,11 +19,11 @@ from qstar_jax.models.rope_keys import read_rope, write_rope
 
 def read_layers(keys: Keys) -> tuple[LayerKind, ...]:
     """The layers of Qwen 2 and 3."""
-    window, first = read_window(keys, 4096), keys.get("max_window_layers", 28)
+    window, first = read_window(keys, 4096), keys.size("max_window_layers", 28, least=0)
     if not keys.flag("use_sliding_window", False):
         window = None
     sliding = read_layer_types(keys, lambda layer: window is not None and layer >= first)
-    return with_windows(read_rope(keys, theta=10_000.0), sliding, window)
+    return with_windows([read_rope(keys, theta=10_000.0)] * len(sliding), sliding, window)
 
 
 def write_layers(config: DecoderConfig) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """SmolLM 3: Llama without rotary positions in every fourth layer (arXiv 2501.18795)."""
 
-from dataclasses import replace
 from typing import Any
 
 from qstar_jax.errors import InputError
@@ -20,9 +19,12 @@ from qstar_jax.models.rope_keys import read_rope, write_rope
 
 
 def _layers(keys: Keys) -> tuple[LayerKind, ...]:
-    count, interval = keys.size("num_hidden_layers"), keys.size("no_rope_layer_interval", 4)
-    rotary = keys.get("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(count)])
-    if not isinstance(rotary, list) or len(rotary) < count or not set(rotary) <= {0, 1}:
+    count, rotary = keys.size("num_hidden_layers"), keys.get("no_rope_layers")
+    keys.keep("no_rope_layer_interval")  # unless:
+    if rotary is None:
+        interval = keys.size("no_rope_layer_interval", 4)
+        rotary = [int((layer + 1) % interval != 0) for layer in range(count)]
+    if not isinstance(rotary, list) or len(rotary) < count or any(one not in (0, 1) for one in rotary):
         raise InputError(
             f"config.json: no_rope_layers is {rotary!r}; expected a list of 1 (rotary positions) and 0 (none) for each "
             f"of {count} layers"
@@ -31,8 +33,8 @@ def _layers(keys: Keys) -> tuple[LayerKind, ...]:
     if not keys.flag("use_sliding_window", False):
         window = None
     sliding = read_layer_types(keys, lambda layer: window is not None and not rotary[layer])
-    kinds = with_windows(read_rope(keys, theta=2_000_000.0), sliding, window)
-    return tuple(kind if has else replace(kind, rope=None) for kind, has in zip(kinds, rotary[:count], strict=True))
+    rope = read_rope(keys, theta=2_000_000.0)
+    return with_windows([rope if has else None for has in rotary[:count]], sliding, window)
 
 
 def _read(keys: Keys) -> DecoderConfig:
