@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qstar_jax.data.batches import Batch
-from qstar_jax.logprobs import token_logprobs, top_logprobs
 from qstar_jax.mdp import TokenScores
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.logprobs import token_logprobs, top_logprobs
 from qstar_jax.models.lora import split_adapter
 from qstar_jax.models.masks import RowMask
 

@@ -48,15 +48,15 @@ jaxtyping.Array = jax.Array | np.ndarray
 CHECKED = [f"qstar_jax.{name}" for name in ("mdp", "tabular", "logprobs", "losses", "scoring", "decoding")]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
-from qstar_jax import hub
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.evaluation.scored import ScoredResponse
-from qstar_jax.loading import param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store import hub
+from qstar_jax.store.open import param_shardings
 
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin that starts the processes

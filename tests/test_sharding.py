@@ -6,9 +6,9 @@ from jax.sharding import PartitionSpec as P
 
 from qstar_jax.config import MeshOptions
 from qstar_jax.errors import InputError
-from qstar_jax.loading import param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import constrain_batch, make_mesh, parameter_spec, tree_shardings
+from qstar_jax.store.open import param_shardings
 
 AXES = {"data": 1, "fsdp": 2, "tensor": 2}
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from qstar_jax.config import DeclineConfig
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.decline import decline_run
+from qstar_jax.evaluation.insights.decline import decline_run
 from qstar_jax.report.figures import write_figures
 from qstar_jax.report.insights_terminal import print_decline
 

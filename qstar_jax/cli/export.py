@@ -6,13 +6,13 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from qstar_jax import hub
-from qstar_jax.checkpoints import find_checkpoint, read_checkpoint_params, read_description
 from qstar_jax.config import ComputeOptions, ExportConfig
 from qstar_jax.errors import InputError
-from qstar_jax.loading import load_model, param_shardings
 from qstar_jax.models.lora import split_adapter
 from qstar_jax.sharding import join_processes, make_mesh
+from qstar_jax.store import hub
+from qstar_jax.store.checkpoints import find_checkpoint, read_checkpoint_params, read_description
+from qstar_jax.store.open import load_model, param_shardings
 
 
 def run(config: ExportConfig):

@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from qstar_jax import hub
-from qstar_jax.caches import keep_programs
 from qstar_jax.config import GenerateConfig
 from qstar_jax.data.loading import Dataset, load_examples, make_dataset
 from qstar_jax.data.preferences import prompt_records
@@ -21,9 +19,11 @@ from qstar_jax.decoding.decoder import Answer
 from qstar_jax.decoding.generate import Guide, prepare
 from qstar_jax.decoding.options import check_options, needs_reference
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.references import find_beta, open_reference
-from qstar_jax.loading import LoadedModel, load_model
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store import hub
+from qstar_jax.store.open import LoadedModel, load_model
+from qstar_jax.store.references import find_beta, open_reference
+from qstar_jax.store.user_cache import keep_programs
 
 
 def run(config: GenerateConfig):

@@ -12,8 +12,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from qstar_jax import __version__, config
+from qstar_jax.config.paths import check_places
 from qstar_jax.errors import InputError
-from qstar_jax.places import check_places
 
 # verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called
 VERBS: dict[str, tuple[type, str]] = {

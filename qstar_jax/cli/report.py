@@ -7,12 +7,12 @@ from rich.console import Console
 
 from qstar_jax.config import ReportConfig
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.findings import findings
+from qstar_jax.evaluation.insights.findings import findings
 from qstar_jax.evaluation.scored import ScoredResponse, by_row, read_scores
-from qstar_jax.identity import file_digest
 from qstar_jax.report.figures import write_figures
 from qstar_jax.report.insights_page import insights_page
 from qstar_jax.report.insights_terminal import print_findings
+from qstar_jax.store.identity import file_digest
 
 
 def run(config: ReportConfig):

@@ -13,19 +13,19 @@ from qstar_jax.config import ScoreConfig
 from qstar_jax.data.loading import Dataset, load_examples, read_records
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.credit import MarkedAnswer, credit_report, mark_answers
-from qstar_jax.evaluation.references import find_beta, open_reference
+from qstar_jax.evaluation.insights.credit import MarkedAnswer, credit_report, mark_answers
 from qstar_jax.evaluation.scored import ScoredResponse, unscored_line
 from qstar_jax.evaluation.token_rewards import score_dataset
-from qstar_jax.identity import examples_identity, file_digest, model_identity, write_identity
-from qstar_jax.loading import LoadedModel, load_model
 from qstar_jax.report.figures import write_figures
 from qstar_jax.report.insights_terminal import print_credit
 from qstar_jax.report.page import heatmap_page
 from qstar_jax.report.terminal import print_heatmaps
 from qstar_jax.sharding import make_mesh
-from qstar_jax.tiny_tldr import BUILTIN, read_post
-from qstar_jax.tiny_tldr.oracle import Oracle
+from qstar_jax.store.identity import examples_identity, file_digest, write_identity
+from qstar_jax.store.open import LoadedModel, load_model
+from qstar_jax.store.references import find_beta, open_reference
+from qstar_jax.tasks.tiny_tldr import BUILTIN, read_post
+from qstar_jax.tasks.tiny_tldr.oracle import Oracle
 
 SCORES = "scores.jsonl"
 KINDS = {"pairs": "preferences", "single": "completions"}
@@ -68,7 +68,7 @@ def run(config: ScoreConfig):
                 disable=not console.is_terminal,
             ),
         )
-        identity = {"model": model_identity(policy), "reference": model_identity(reference), "beta": beta}
+        identity = {"model": policy.identity(), "reference": reference.identity(), "beta": beta}
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)

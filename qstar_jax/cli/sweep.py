@@ -14,24 +14,24 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
-from qstar_jax.caches import keep_programs
 from qstar_jax.config import SweepConfig
 from qstar_jax.data.dropped import rows_by_reason
 from qstar_jax.decoding.answers_file import AnswersFile, answers_identity, prompt_texts
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation import trials
+from qstar_jax.evaluation.insights.sweep import Setting, settings, sweep_run
 from qstar_jax.evaluation.judges import Comparison, Judge, Verdict, make_judge
 from qstar_jax.evaluation.judges.alpaca_eval import export
 from qstar_jax.evaluation.judges.base import Track
-from qstar_jax.evaluation.references import find_beta, open_reference
 from qstar_jax.evaluation.scored import ScoredResponse
-from qstar_jax.evaluation.sweep import Setting, settings, sweep_run
-from qstar_jax.identity import examples_identity, model_identity, write_identity
-from qstar_jax.loading import LoadedModel, load_model
 from qstar_jax.report.figures import write_figures
 from qstar_jax.report.insights_terminal import print_sweep
 from qstar_jax.sharding import make_mesh
-from qstar_jax.tiny_tldr import reward_of_text
+from qstar_jax.store.identity import examples_identity, write_identity
+from qstar_jax.store.open import LoadedModel, load_model
+from qstar_jax.store.references import find_beta, open_reference
+from qstar_jax.store.user_cache import keep_programs
+from qstar_jax.tasks.tiny_tldr import reward_of_text
 
 
 def run(config: SweepConfig):
@@ -131,7 +131,7 @@ def _try_model(
         beta,
         trials.score_trials(answers, own, policy, reference, beta=beta, batch_size=size, mesh=mesh),
         {setting: trials.compare(found, own) for setting, found in answers.items()},
-        identity | {"reference": model_identity(reference), "beta": beta, "data": examples_identity(dataset.examples)},
+        identity | {"reference": reference.identity(), "beta": beta, "data": examples_identity(dataset.examples)},
         rows_by_reason(dataset.dropped),
     )
 

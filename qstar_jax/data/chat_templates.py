@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qstar_jax.config import DataOptions
+from qstar_jax.console import one_line
 from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.errors import InputError
-from qstar_jax.report.visible import one_line
 
 _DEFAULT, _TOOLS, _CLOCK = "default", "tool_use", "strftime_now"
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of messages for what is thought before the answer

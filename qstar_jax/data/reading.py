@@ -9,7 +9,7 @@ from typing import Any
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.data.json_rows import json_rows
 from qstar_jax.errors import InputError
-from qstar_jax.tiny_tldr import BUILTIN, SPLITS, builtin_seed, split_rows
+from qstar_jax.tasks.tiny_tldr import BUILTIN, SPLITS, builtin_seed, split_rows
 
 _ACCEPTED = (
     ".jsonl, .json (one object a line, or one array of objects; both also .gz), .parquet, a data-set name on the "

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from qstar_jax.config import DataOptions, GenerateConfig
+from qstar_jax.config.compare import first_difference, keep_date
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
@@ -16,10 +17,9 @@ from qstar_jax.decoding.decoder import Answer, Decoder
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import Guide
 from qstar_jax.errors import InputError
-from qstar_jax.identity import check_identity, model_identity, write_identity
-from qstar_jax.loading import LoadedModel
-from qstar_jax.reference_cache import write_whole
-from qstar_jax.settings import first_difference, keep_date
+from qstar_jax.store.identity import check_identity, write_identity
+from qstar_jax.store.open import LoadedModel
+from qstar_jax.store.reference_cache import write_whole
 
 # What may differ between a run and its continuation: it decides where and how the same answers are computed, which
 # changes them by rounding at most. The rest decides what the answers are.
@@ -187,11 +187,11 @@ def answers_identity(
     Returns:
         What `AnswersFile.check` takes.
     """
-    pairs = {str(i): {name: model_identity(getattr(g, name)) for name in _PAIR} for i, g in enumerate(guides)}
+    pairs = {str(i): {name: getattr(g, name).identity() for name in _PAIR} for i, g in enumerate(guides)}
     return {
-        "model": model_identity(policy),
+        "model": policy.identity(),
         "ends": list(eos_token_ids(policy)),
-        "reference": reference and model_identity(reference),
+        "reference": reference and reference.identity(),
         "beta": beta,
         "pairs": pairs,
     }

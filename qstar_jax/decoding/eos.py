@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from qstar_jax import hub
 from qstar_jax.models import CausalLM
+from qstar_jax.store import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

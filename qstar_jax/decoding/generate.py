@@ -16,8 +16,8 @@ from qstar_jax.decoding.options import check_options, make_objective, make_rejec
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.stop_strings import compile_stop_strings, token_texts
 from qstar_jax.errors import InputError
-from qstar_jax.loading import LoadedModel
 from qstar_jax.models.causal_lm import is_unstacked
+from qstar_jax.store.open import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The base model of the demo, pretrained on the language of its task.
 
-`python -m qstar_jax.demo.pretrain OUT` makes the folder that ships in the package (`qstar_jax/tiny_tldr/base`) again.
+`python -m qstar_jax.demo.pretrain OUT` rebuilds the folder that ships in the package, `qstar_jax/tasks/tiny_tldr/base`.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ import jax
 from rich.console import Console
 
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions, OptimizerOptions, SftConfig, TrainOptions
-from qstar_jax.hub import write_folder
-from qstar_jax.loading import load_model
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.sharding import make_mesh
-from qstar_jax.tiny_tldr.rows import documents, split_rows
-from qstar_jax.tiny_tldr.tokenizer import train_tokenizer
+from qstar_jax.store.hub import write_folder
+from qstar_jax.store.open import load_model
+from qstar_jax.tasks.tiny_tldr.rows import documents, split_rows
+from qstar_jax.tasks.tiny_tldr.tokenizer import train_tokenizer
 from qstar_jax.training.run import train
 
 if TYPE_CHECKING:

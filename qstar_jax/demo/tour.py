@@ -28,7 +28,7 @@ from qstar_jax.config import (
     TrainOptions,
 )
 from qstar_jax.demo.pretrain import pretrain, weights_hash
-from qstar_jax.tiny_tldr import BASE, BUILTIN
+from qstar_jax.tasks.tiny_tldr import BASE, BUILTIN
 from qstar_jax.training.run import train
 
 # A step in micro-batches of four rows has the same gradient, and arrays that stay in the processor's cache: it takes

@@ -15,9 +15,9 @@ from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.scored import Alternative, ScoredResponse, lone_piece, token_pieces
-from qstar_jax.loading import LoadedModel
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import response_alternatives, score_tokens
+from qstar_jax.store.open import LoadedModel
 from qstar_jax.training.feeding import Feeder
 
 ROLES = {1: ("answer",), 2: ("chosen", "rejected")}

@@ -17,12 +17,12 @@ from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.decoding.answers_file import AnswersFile, answer_prompts, prompt_texts, read_answers
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import prepare
+from qstar_jax.evaluation.insights.sweep import Outcome, Setting
 from qstar_jax.evaluation.judges import Comparison
 from qstar_jax.evaluation.judges.base import Track, Verdict, no_track
 from qstar_jax.evaluation.scored import ScoredResponse
-from qstar_jax.evaluation.sweep import Outcome, Setting
 from qstar_jax.evaluation.token_rewards import score_dataset
-from qstar_jax.loading import LoadedModel
+from qstar_jax.store.open import LoadedModel
 
 
 @dataclass(frozen=True)

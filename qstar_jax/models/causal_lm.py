@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
-from qstar_jax.head import Head
 from qstar_jax.models.cache import LayerCache
 from qstar_jax.models.config_keys import Keys
 from qstar_jax.models.decoder import Decoder
 from qstar_jax.models.decoder_config import DecoderConfig
 from qstar_jax.models.families import FAMILIES
 from qstar_jax.models.family import Family
+from qstar_jax.models.head import Head
 from qstar_jax.models.lora import Lora, Params, split_adapter
 from qstar_jax.models.masks import RowMask, right_padded
 from qstar_jax.models.rope_keys import check_widths

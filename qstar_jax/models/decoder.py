@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 from qstar_jax._compat import nnx
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
-from qstar_jax.head import Head
 from qstar_jax.models.attention import masked_attention
 from qstar_jax.models.block import ATTENDED, Block, Parts
 from qstar_jax.models.cache import LayerCache
 from qstar_jax.models.decoder_config import DecoderConfig
+from qstar_jax.models.head import Head
 from qstar_jax.models.lora import Lora
 from qstar_jax.models.masks import RowMask
 from qstar_jax.models.rope import Rotation, no_rotation, rotation

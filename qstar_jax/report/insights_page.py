@@ -7,12 +7,12 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qstar_jax.console import one_line, visible
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.report.figures import PANELS, Panel, as_svg, panel_figure
 from qstar_jax.report.page import heatmap_view
 from qstar_jax.report.rendering import render
 from qstar_jax.report.tables import TABLES
-from qstar_jax.report.visible import one_line, visible
 
 Record = Mapping[str, Any]
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from qstar_jax.console import one_line, visible
 from qstar_jax.report.numbers import MINUS, NONE, with_interval
 from qstar_jax.report.tables import Table, credit_tables, decline_tables, sweep_tables
-from qstar_jax.report.visible import one_line, visible
 
 Record = Mapping[str, Any]
 

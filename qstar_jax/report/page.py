@@ -9,12 +9,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from qstar_jax.console import one_line, visible
 from qstar_jax.evaluation.scored import ScoredResponse, by_row, pair_margin
 from qstar_jax.report.chart import Bounds, chart_bounds, chart_points, chart_ticks
 from qstar_jax.report.colours import DARK, LIGHT, reward_colour, reward_scale, strength
 from qstar_jax.report.numbers import signed
 from qstar_jax.report.rendering import render
-from qstar_jax.report.visible import one_line, visible
 
 _UNDERLINE_BELOW = -0.5  # strong negatives carry a second sign, for greyscale prints and colour-blind eyes
 _LEGEND_STEPS = 10

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qstar_jax.console import one_line
 from qstar_jax.report.figures.decline import CURVES, numbers
 from qstar_jax.report.figures.sweep import MEASURES, difference_name, point_name
 from qstar_jax.report.numbers import NONE, Interval, decimal, signed, with_interval
-from qstar_jax.report.visible import one_line
 
 
 @dataclass(frozen=True)

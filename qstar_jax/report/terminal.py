@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from qstar_jax.console import one_line, shorten_middle, visible
 from qstar_jax.evaluation.scored import ScoredResponse, by_row, pair_margin
 from qstar_jax.report.colours import TERMINAL, reward_colour, reward_scale, strength, text_colour
-from qstar_jax.report.visible import one_line, shorten_middle, visible
 
 _PROMPT_CHARACTERS = 600
 _NAMED_TOKENS = 3

@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from qstar_jax.checkpoints import Description, find_checkpoint
 from qstar_jax.config import DpoConfig, SftConfig
+from qstar_jax.config.compare import first_difference, keep_date
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
-from qstar_jax.identity import examples_identity
-from qstar_jax.settings import first_difference, keep_date
+from qstar_jax.store.checkpoints import Description, find_checkpoint
+from qstar_jax.store.identity import examples_identity
 from qstar_jax.training.objectives import preference_loss
 
 # What may differ between a run and its continuation. The options of the first group decide where and how the same

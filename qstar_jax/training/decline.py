@@ -20,9 +20,9 @@ from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
-from qstar_jax.identity import check_identity, write_identity
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.store.identity import check_identity, write_identity
 from qstar_jax.training.feeding import Feeder
 from qstar_jax.training.objectives import preference_loss
 from qstar_jax.training.reference import make_scorer, moves_reference, needs_reference

@@ -16,7 +16,7 @@ from qstar_jax.decoding import SampleOptions, sample
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.reference_cache import write_whole
+from qstar_jax.store.reference_cache import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

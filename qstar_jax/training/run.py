@@ -14,19 +14,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import track
 
-from qstar_jax.caches import keep_programs, user_cache
-from qstar_jax.checkpoints import CheckpointStore
 from qstar_jax.config import DpoConfig, SftConfig
+from qstar_jax.config.paths import check_places
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.loading import load_examples
 from qstar_jax.data.preview import preview
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
-from qstar_jax.identity import identity_file
 from qstar_jax.models import CausalLM
-from qstar_jax.places import check_places
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store.checkpoints import CheckpointStore
+from qstar_jax.store.identity import identity_file
+from qstar_jax.store.user_cache import keep_programs, user_cache
 from qstar_jax.training.continuation import check_folder, check_same_data, data_identity
 from qstar_jax.training.decline import FILE, make_probe
 from qstar_jax.training.estimate import Estimate, device_memory, estimate

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qstar_jax.reference_cache import write_whole
+from qstar_jax.store.reference_cache import write_whole
 
 SHOWN = (
     "loss",

@@ -8,8 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qstar_jax import hub
-from qstar_jax.checkpoints import (
+from qstar_jax.config import DpoConfig, LoraOptions, SftConfig
+from qstar_jax.config.compare import keep_date
+from qstar_jax.data.chat_templates import adopt_template, find_template
+from qstar_jax.errors import InputError
+from qstar_jax.models import CausalLM
+from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.decoder import SHARDING_OVERRIDES
+from qstar_jax.models.lora import split_adapter
+from qstar_jax.sharding import tree_shardings
+from qstar_jax.store import hub
+from qstar_jax.store.checkpoints import (
     BASE,
     REFERENCE,
     CheckpointStore,
@@ -17,17 +26,8 @@ from qstar_jax.checkpoints import (
     abstract_with_shardings,
     read_checkpoint_params,
 )
-from qstar_jax.config import DpoConfig, LoraOptions, SftConfig
-from qstar_jax.data.chat_templates import adopt_template, find_template
-from qstar_jax.errors import InputError
-from qstar_jax.identity import check_weights, weights_identity
-from qstar_jax.loading import load_model, param_shardings
-from qstar_jax.models import CausalLM
-from qstar_jax.models.causal_lm import Params
-from qstar_jax.models.decoder import SHARDING_OVERRIDES
-from qstar_jax.models.lora import split_adapter
-from qstar_jax.settings import keep_date
-from qstar_jax.sharding import tree_shardings
+from qstar_jax.store.identity import check_weights, weights_identity
+from qstar_jax.store.open import load_model, param_shardings
 from qstar_jax.training.continuation import check_same_options
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.reference import holds_reference, moves_reference, needs_reference

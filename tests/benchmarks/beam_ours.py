@@ -20,8 +20,8 @@ from jsonargparse import auto_cli
 
 from qstar_jax.config import ComputeOptions, Dtype, MeshOptions
 from qstar_jax.decoding import BeamOptions, SampleOptions, beam_search, sample
-from qstar_jax.loading import load_model
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store.open import load_model
 
 
 def seconds_of(run: Callable[[], object], rounds: int = 5) -> float:

@@ -20,9 +20,9 @@ from qstar_jax.data.batches import step_indices
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Layout
 from qstar_jax.data.tokenization import Example, Response
-from qstar_jax.loading import load_model
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store.open import load_model
 from qstar_jax.training.feeding import Feeder
 from qstar_jax.training.objectives import dpo_loss_fn
 from qstar_jax.training.optimizers import make_optimizer

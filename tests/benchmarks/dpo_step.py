@@ -21,10 +21,10 @@ from qstar_jax.config import ComputeOptions, Dtype, LossOptions, MeshOptions, Op
 from qstar_jax.data.batches import Batch, make_batch
 from qstar_jax.data.packing import Layout, Shapes
 from qstar_jax.data.tokenization import Example, Response
-from qstar_jax.loading import load_model
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh
-from qstar_jax.tiny_tldr import BASE
+from qstar_jax.store.open import load_model
+from qstar_jax.tasks.tiny_tldr import BASE
 from qstar_jax.training.objectives import dpo_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step

@@ -47,7 +47,7 @@ import sys
 import numpy as np
 from qstar_jax.config import DataOptions
 from qstar_jax.data.loading import load_examples
-from qstar_jax.hub import read_tokenizer
+from qstar_jax.store.hub import read_tokenizer
 from pathlib import Path
 file, model, count, out = sys.argv[1:]
 options = DataOptions(as_chat=True, max_length=512, max_prompt_length=256)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import qstar_jax
-from qstar_jax import hub
 from qstar_jax.cli.main import main
+from qstar_jax.store import hub
 
 ROOT = Path(qstar_jax.__file__).parent.parent
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.decoding.decoder import Decoder
-from qstar_jax.loading import load_model
+from qstar_jax.store.open import load_model
 
 
 def generate(out, *words):

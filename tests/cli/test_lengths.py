@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from qstar_jax import hub
 from qstar_jax.cli.main import main
 from qstar_jax.models import CausalLM
+from qstar_jax.store import hub
 
 REWARD = ["--reference", "MODEL", "--beta", "1"]
 JUDGE = ["--judge.beta", "1", "--judge.batch_size", "8"]

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.checkpoints import find_checkpoint
 from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.data.loading import load_examples
 from qstar_jax.evaluation.scored import read_scores
-from qstar_jax.loading import load_model
+from qstar_jax.store.checkpoints import find_checkpoint
+from qstar_jax.store.open import load_model
 
 BETA = 0.3
 
@@ -142,8 +142,8 @@ def test_what_cannot_be_scored_is_refused(
 def test_a_reference_of_another_shape_is_refused(
     dpo_run, tiny_config, tiny_tokenizer, eval_file, tmp_path, one_device_only, capsys
 ):
-    from qstar_jax import hub
     from qstar_jax.models import CausalLM
+    from qstar_jax.store import hub
 
     model = CausalLM.from_hf(tiny_config | {"num_hidden_layers": 1})
     hub.write_folder(tmp_path / "other", model, jax.jit(model.init)(jax.random.key(0)), tiny_tokenizer, "float32")

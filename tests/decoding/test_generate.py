@@ -9,16 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from qstar_jax import hub
 from qstar_jax.config import ComputeOptions, DecodeOptions, MeshOptions
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import Guide, generate, params_for, prepare
 from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.options import ALL, READERS
 from qstar_jax.errors import InputError
-from qstar_jax.loading import LoadedModel, load_model
 from qstar_jax.models.causal_lm import is_unstacked
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store import hub
+from qstar_jax.store.open import LoadedModel, load_model
 
 WORDS = [f"w{i}" for i in range(56)]
 PROMPTS = [np.array([1, 20, 7, 33], np.int32), np.array([1, 5], np.int32)]

@@ -16,7 +16,7 @@ from qstar_jax.decoding.objectives import Likelihood, TableReward
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.search_tree import COMPLETE, UNVISITED, gumbel_interior, halving_schedule, puct
 from qstar_jax.decoding.token_tree import TreePolicy
-from qstar_jax.evaluation.equivalence import WithPolicy
+from qstar_jax.demo.equivalence import WithPolicy
 
 TREE = tabular.TokenTree(vocabulary=4, depth=4, eos=3)
 ROWS, SIMULATIONS = 12, 40

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qstar_jax.demo import tour
-from qstar_jax.tiny_tldr import BASE
+from qstar_jax.tasks.tiny_tldr import BASE
 
 FOLDER = os.environ.get("QSTAR_DEMO")
 needs_demo = pytest.mark.skipif(FOLDER is None, reason="QSTAR_DEMO does not name the folder of a run of `qstar demo`")

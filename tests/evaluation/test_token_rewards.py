@@ -11,10 +11,10 @@ from qstar_jax.errors import InputError
 from qstar_jax.evaluation import token_rewards
 from qstar_jax.evaluation.scored import lone_piece
 from qstar_jax.evaluation.token_rewards import score_dataset
-from qstar_jax.head import Head
-from qstar_jax.loading import LoadedModel
-from qstar_jax.logprobs import top_logprobs
+from qstar_jax.models.head import Head
+from qstar_jax.models.logprobs import top_logprobs
 from qstar_jax.scoring import response_alternatives
+from qstar_jax.store.open import LoadedModel
 
 BETA = 0.2
 

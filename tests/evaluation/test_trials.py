@@ -5,7 +5,7 @@ import pytest
 from qstar_jax.config import DataOptions
 from qstar_jax.data.preferences import completion_records
 from qstar_jax.evaluation.trials import REPEATED, _texts, read_trials
-from qstar_jax.loading import LoadedModel
+from qstar_jax.store.open import LoadedModel
 
 USER, ANSWER = {"role": "user", "content": "Wet?"}, {"role": "assistant", "content": "Water."}
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qstar_jax import hub
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
+from qstar_jax.store import hub
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qstar_jax import hub
 from qstar_jax.config import LossOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
 from qstar_jax.models import CausalLM, attention
 from qstar_jax.models.flash_attention import flash_attention
 from qstar_jax.scoring import response_logprobs
+from qstar_jax.store import hub
 from qstar_jax.training.objectives import dpo_loss_fn
 
 pytestmark = pytest.mark.parity

@@ -28,8 +28,8 @@ from qstar_jax.data.loading import load_examples
 from qstar_jax.decoding.beam import beam_search
 from qstar_jax.decoding.beam_options import hf_compat
 from qstar_jax.decoding.eos import eos_token_ids
-from qstar_jax.loading import load_model
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store.open import load_model
 
 TOLERANCE = 1e-4  # nats; of sums of float32 log-probabilities, whose last digits depend on the order of additions
 EarlyStopping = bool | str  # True, False, "never"

@@ -10,8 +10,8 @@ import pytest
 
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.decoding import SampleOptions, sample
-from qstar_jax.loading import load_model
 from qstar_jax.models.masks import left_padded, right_padded
+from qstar_jax.store.open import load_model
 
 FOLDER = os.environ.get("QSTAR_REAL_MODEL", "")
 pytestmark = [

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import yaml
 
-from qstar_jax import hub
 from qstar_jax.config import DataOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.loading import load_examples
@@ -20,6 +19,7 @@ from qstar_jax.data.packing import Shapes
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.scored import token_pieces
+from qstar_jax.store import hub
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

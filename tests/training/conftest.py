@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from qstar_jax import sharding
-from qstar_jax.checkpoints import CheckpointStore, abstract_with_shardings, find_checkpoint, read_description
 from qstar_jax.config import (
     ComputeOptions,
     DataOptions,
@@ -21,6 +20,7 @@ from qstar_jax.config import (
     TrainOptions,
 )
 from qstar_jax.models.lora import split_adapter
+from qstar_jax.store.checkpoints import CheckpointStore, abstract_with_shardings, find_checkpoint, read_description
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.run import train
 

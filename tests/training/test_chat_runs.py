@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from qstar_jax.checkpoints import find_checkpoint, read_description
 from qstar_jax.config import ReferenceOptions
 from qstar_jax.errors import InputError
+from qstar_jax.store.checkpoints import find_checkpoint, read_description
 
 LOOP = "{% for m in messages %}{{ m.content }} [EOS]{% endfor %}"
 DATED = "w{{ strftime_now('%d') | int }} " + LOOP

@@ -9,9 +9,9 @@ from rich.console import Console
 from qstar_jax.config import ComputeOptions, LoraOptions, LossOptions, MeshOptions, OptimizerOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
-from qstar_jax.loading import param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh, tree_shardings
+from qstar_jax.store.open import param_shardings
 from qstar_jax.training import run as run_module
 from qstar_jax.training.estimate import Estimate, device_memory, estimate
 from qstar_jax.training.objectives import dpo_loss_fn

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax import hub
 from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions
+from qstar_jax.store import hub
 
 pytestmark = pytest.mark.parity
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qstar_jax.checkpoints import BASE
 from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions, LoraOptions, LossOptions, MeshOptions, ReferenceOptions
 from qstar_jax.errors import InputError
-from qstar_jax.loading import load_model
+from qstar_jax.store.checkpoints import BASE
+from qstar_jax.store.open import load_model
 from qstar_jax.training import run as run_module
 from qstar_jax.training.setup import _with_adapter
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.checkpoints import find_checkpoint
 from qstar_jax.config import LossOptions, OptimizerOptions, ReferenceOptions
 from qstar_jax.data.batches import step_indices
+from qstar_jax.store.checkpoints import find_checkpoint
 from qstar_jax.training import run as run_module
 from qstar_jax.training.feeding import Feeder
 from qstar_jax.training.nonfinite import find_cause, first_nonfinite

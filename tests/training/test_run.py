@@ -15,11 +15,11 @@ import yaml
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
-from qstar_jax.checkpoints import find_checkpoint, read_description
 from qstar_jax.config import DataOptions, LossOptions, OptimizerOptions, ReferenceOptions
 from qstar_jax.data.loading import load_examples
 from qstar_jax.errors import InputError
-from qstar_jax.reference_cache import ReferenceCache
+from qstar_jax.store.checkpoints import find_checkpoint, read_description
+from qstar_jax.store.reference_cache import ReferenceCache
 from qstar_jax.training import loop as loop_module
 from qstar_jax.training import reference as reference_module
 from qstar_jax.training import run as run_module

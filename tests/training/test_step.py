@@ -13,10 +13,10 @@ from qstar_jax.config import LossOptions, MeshOptions, OptimizerOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
 from qstar_jax.errors import InputError
-from qstar_jax.loading import param_shardings
 from qstar_jax.models.decoder import SHARDING_OVERRIDES
 from qstar_jax.scoring import response_logprobs, score_tokens
 from qstar_jax.sharding import BATCH, make_mesh, tree_shardings
+from qstar_jax.store.open import param_shardings
 from qstar_jax.training import objectives
 from qstar_jax.training.feeding import mean_metrics
 from qstar_jax.training.objectives import dpo_loss_fn, resolve_loss, sft_loss_fn

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from qstar_jax import hub
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.data.chat_templates import ChatTemplate
 from qstar_jax.data.columns import Messages
@@ -22,12 +21,13 @@ from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import check_known, tokenize
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
-from qstar_jax.hub.reader import TensorFiles
-from qstar_jax.loading import param_shardings
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.masks import RowMask
 from qstar_jax.sharding import BATCH
+from qstar_jax.store import hub
+from qstar_jax.store.hub.reader import TensorFiles
+from qstar_jax.store.open import param_shardings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

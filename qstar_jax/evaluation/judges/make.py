@@ -5,7 +5,6 @@ from pathlib import Path
 from jax.sharding import Mesh
 from rich.console import Console
 
-from qstar_jax.caches import user_cache
 from qstar_jax.config import ComputeOptions, DataOptions, JudgeOptions, MeshOptions
 from qstar_jax.evaluation.judges.base import Judge, Say, Track, no_track, no_words
 from qstar_jax.evaluation.judges.chat import ChatServer
@@ -16,6 +15,7 @@ from qstar_jax.evaluation.judges.prompts import load_template
 from qstar_jax.evaluation.judges.reward_model import load_reward
 from qstar_jax.evaluation.judges.rewards import Reward, RewardJudge
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store.user_cache import user_cache
 
 
 def make_judge(

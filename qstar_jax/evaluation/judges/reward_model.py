@@ -9,8 +9,6 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from qstar_jax import hub
-from qstar_jax.checkpoints import find_checkpoint
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.data.dropped import counted_reasons
 from qstar_jax.data.loading import Dataset
@@ -21,10 +19,12 @@ from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
 from qstar_jax.evaluation.judges.classifier import ClassifierReward, as_messages, is_classifier
 from qstar_jax.evaluation.judges.rewards import Reward
-from qstar_jax.evaluation.references import find_beta, open_reference
 from qstar_jax.evaluation.token_rewards import score_dataset
-from qstar_jax.loading import LoadedModel, load_model
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.store import hub
+from qstar_jax.store.checkpoints import find_checkpoint
+from qstar_jax.store.open import LoadedModel, load_model
+from qstar_jax.store.references import find_beta, open_reference
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from qstar_jax.console import one_line
 from qstar_jax.report.figures.dots import draw_dots
 from qstar_jax.report.figures.panel import Panel, Style
 from qstar_jax.report.numbers import with_interval
-from qstar_jax.report.visible import one_line
 
 
 def credit_panels(credit: Mapping[str, Any]) -> list[Panel]:

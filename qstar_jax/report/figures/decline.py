@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from qstar_jax.console import one_line
 from qstar_jax.report.figures.panel import Panel, Style
 from qstar_jax.report.numbers import MINUS, signed
-from qstar_jax.report.visible import one_line
 
 # Curve of the record -> what it is
 CURVES = {

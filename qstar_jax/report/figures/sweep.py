@@ -6,10 +6,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from qstar_jax.console import one_line
 from qstar_jax.report.figures.dots import draw_dots
 from qstar_jax.report.figures.panel import Panel, Style
 from qstar_jax.report.numbers import MINUS, Interval, with_interval
-from qstar_jax.report.visible import one_line
 
 # Measure of a point -> (title of its panel, label of its axis, digits, line of no effect)
 MEASURES: dict[str, tuple[str, str, int, float | None]] = {

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qstar_jax import hub
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.reward_model import load_reward
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store import hub
 
 TEMPLATE = "{% for m in messages %}[BOS] {{ m['role'] }} {{ m['content'] }} [EOS] w0 {% endfor %}"
 # Many lengths, beyond and below the width of one program; an empty prompt and an empty answer.

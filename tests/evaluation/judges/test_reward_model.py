@@ -19,7 +19,7 @@ from qstar_jax.config import (
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges import Comparison, RewardJudge
 from qstar_jax.evaluation.judges.reward_model import load_reward
-from qstar_jax.loading import load_model
+from qstar_jax.store.open import load_model
 from qstar_jax.training.run import train
 
 BETA = 0.3

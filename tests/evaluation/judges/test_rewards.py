@@ -3,7 +3,7 @@ import math
 import pytest
 
 from qstar_jax.evaluation.judges import Comparison, RewardJudge, Verdict
-from qstar_jax.tiny_tldr import reward_of_text, split_rows
+from qstar_jax.tasks.tiny_tldr import reward_of_text, split_rows
 
 
 def lengths(pairs):

@@ -1,0 +1,1 @@
+"""The three insights of the paper, one file each."""

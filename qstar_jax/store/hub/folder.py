@@ -1,0 +1,84 @@
+"""The way from a hub name to a Hugging Face folder, and its configuration."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qstar_jax.errors import InputError
+from qstar_jax.tasks.tiny_tldr import BASE, BUILTIN
+
+# What is fetched from the hub: text and safetensors, never a pickle (.bin, .pt) and never Python code.
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+
+
+def open_folder(model: str, revision: str | None = None, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
+    """Turns a folder or a hub name into a folder on this machine.
+
+    Args:
+        model: Path of a folder, or a name such as "owner/model", whose files are fetched into the hub's cache; or
+            builtin:tiny-tldr, the base model of the package.
+        revision: Version of a model on the hub: a branch, a tag or a commit; None: the newest.
+        patterns: Names of the files that are fetched.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if model == BUILTIN:
+        return BASE
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        found = "a file" if path.exists() else "nothing there"
+        raise InputError(f"model {model!r}: expected a folder or a hub name (found: {found})")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # whatever the network, the hub or the name did: the user needs the same sentence
+        raise InputError(
+            f"model {model!r}: no such folder here, and the hub did not give a model of that name "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json.
+
+    Raises:
+        InputError: If it is missing or not JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise InputError(f"{folder}: no config.json, so this is not a Hugging Face model folder (found: {found})")
+    return read_json_object(path)
+
+
+def read_config_of(model: str) -> dict[str, Any]:
+    """Reads config.json of a folder or of a model on the hub, of which nothing else is fetched.
+
+    Raises:
+        InputError: If there is no such model, or its config.json is missing or not JSON.
+    """
+    return read_config(open_folder(model, patterns=("config.json",)))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+        InputError: If it holds anything else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(found).__name__}")
+    return found

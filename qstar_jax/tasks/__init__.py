@@ -1,0 +1,1 @@
+"""Built-in tasks: data and models that need no network."""

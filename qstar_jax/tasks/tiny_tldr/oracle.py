@@ -1,0 +1,211 @@
+"""The true advantage of every token of a summary, exactly: what a perfect DPO policy would give as reward.
+
+Writers draw summaries from a known distribution mu, and readers judge them by a known reward r. So the optimal policy
+is known too, pi*(y) proportional to mu(y) exp(r(y) / beta), and with it beta log(pi* / mu) of every token, which is the
+optimal advantage (Eq. 10 of the paper). All summaries that begin with the same tokens are summed over, without listing
+them: facts are filled in one by one, so their sums multiply.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import product
+
+import numpy as np
+
+from qstar_jax.tasks.tiny_tldr import words
+from qstar_jax.tasks.tiny_tldr.posts import FACTS, FILLERS, Post
+from qstar_jax.tasks.tiny_tldr.rewards import END, LATE_WORD, WORD, WRONG, split_words
+from qstar_jax.tasks.tiny_tldr.rewards import RIGHT as RIGHT_REWARD
+from qstar_jax.tasks.tiny_tldr.summaries import EMPTY, EXTRAS, FORMS, FROM_POST, RIGHT, RUN_ON
+
+Tokens = tuple[int, ...]
+Weights = np.ndarray  # (probability under mu, the same times exp(reward / beta)) of a piece of a summary
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What can be said in one place of a summary: the values of a fact, or words that change nothing.
+
+    Attributes:
+        counts: Tokens -> how many values begin with them.
+        values: All values.
+        own: Weights of the values that the post gives, right or wrong.
+        other: Weights of each other one.
+        empty: Weights of saying nothing.
+    """
+
+    counts: dict[Tokens, int]
+    values: frozenset[Tokens]
+    own: dict[Tokens, Weights]
+    other: Weights
+    empty: Weights
+
+    @cached_property
+    def total(self) -> Weights:
+        """Weights of all that can be said, or not, in this place."""
+        return self.begun(()) + self.empty
+
+    def whole(self, tokens: Tokens) -> Weights | None:
+        """Weights of the value that has exactly these tokens; None if there is none."""
+        return self.own.get(tokens, self.other) if tokens in self.values else None
+
+    def begun(self, tokens: Tokens) -> Weights | None:
+        """Weights of all values that begin with these tokens, together; None if there is none."""
+        if tokens not in self.counts:
+            return None
+        own = [weights for value, weights in self.own.items() if value[: len(tokens)] == tokens]
+        return sum(own, (self.counts[tokens] - len(own)) * self.other)
+
+
+@dataclass(frozen=True)
+class _Thread:
+    """One way in which the tokens so far can have come about.
+
+    Attributes:
+        parts: What is still to come: a token, or a fact.
+        value: Tokens of the value that is being stated.
+        weights: Of what has been said before that value.
+    """
+
+    parts: tuple[int | str, ...]
+    value: Tokens
+    weights: Weights
+
+
+class Oracle:
+    """Computes true advantages.
+
+    Args:
+        tokenize: Text -> token ids, without special tokens.
+        eos: Token that ends a summary.
+        beta: Temperature of the optimal policy, in reward a nat.
+    """
+
+    def __init__(self, tokenize: Callable[[str], Sequence[int]], eos: int, beta: float):
+        self._ids = cache(lambda text: tuple(tokenize(text)))
+        self._eos, self._beta = eos, beta
+        phrases = {fact: [" " + value for value in _all_values(fact)] for fact in FACTS} | EXTRAS
+        self._values = {place: frozenset(map(self._ids, said)) for place, said in phrases.items()}
+        self._counts = {
+            fact: Counter(value[:end] for value in values for end in range(len(value) + 1))
+            for fact, values in self._values.items()
+        }
+        self._extras = {place: self._extra(place) for place in EXTRAS}
+        self._starts = [
+            _Thread(parts, (), np.array([weight, weight * self._tilt(reward)]))
+            for parts, weight, reward in self._plans()
+        ]
+
+    def advantages(self, post: Post, ids: Sequence[int]) -> np.ndarray:
+        """Gives every token of a summary beta log(pi* / mu).
+
+        Args:
+            post: The post.
+            ids: Tokens of the summary, EOS included.
+
+        Returns:
+            Reward of each token. Shape [T]. NaN from the first token on that no writer would have written.
+        """
+        slots = self._extras | {fact: self._slot(post, fact) for fact in FACTS}
+        threads, before = self._starts, self._total(self._starts, slots)
+        found = np.full(len(ids), np.nan)
+        for t, token in enumerate(ids):
+            threads = [after for thread in threads for after in _step(thread, int(token), slots)]
+            now = self._total(threads, slots)
+            if not now[0] > 0:
+                break
+            found[t] = self._beta * (np.log(now[1] / before[1]) - np.log(now[0] / before[0]))
+            before = now
+        return found
+
+    def _tilt(self, reward: float) -> float:
+        return float(np.exp(reward / self._beta))
+
+    def _slot(self, post: Post, fact: str) -> _Slot:
+        confusing = fact in post.distractors
+        chance = RIGHT[fact][not confusing]
+        length = WORD * len(post.facts[fact].split())  # all values of a fact have the same number of words
+
+        def weights(probability: float, reward: float) -> Weights:
+            return np.array([probability, probability * self._tilt(length + reward)])
+
+        own = {self._ids(" " + post.facts[fact]): weights(chance, RIGHT_REWARD[fact])}
+        rest = 1 - chance
+        if confusing:
+            own[self._ids(" " + post.distractors[fact])] = weights(rest * FROM_POST, WRONG)
+            rest *= 1 - FROM_POST
+        values = self._values[fact]
+        return _Slot(self._counts[fact], values, own, weights(rest / (len(values) - len(own)), WRONG), np.zeros(2))
+
+    def _extra(self, place: str) -> _Slot:
+        """Words that change nothing but the length; phrases of one place may differ in theirs."""
+        each = (1 - EMPTY) / len(EXTRAS[place])
+        own = {
+            self._ids(phrase): np.array([each, each * self._tilt(WORD * _count(phrase))]) for phrase in EXTRAS[place]
+        }
+        return _Slot(self._counts[place], self._values[place], own, np.zeros(2), np.array([EMPTY, EMPTY]))
+
+    def _plans(self) -> Iterator[tuple[tuple[int | str, ...], float, float]]:
+        """Every form, ended well or running on with each sentence that says nothing: parts, probability, reward."""
+        tails = [(*self._ids(" " + sentence), self._eos) for sentence in FILLERS]
+        late = [LATE_WORD * _count(sentence) for sentence in FILLERS]
+        for form in FORMS:
+            parts: list[int | str] = []
+            for i, text in enumerate(re.split(r" ?\{(\w+)\}", form.text)):
+                parts += [text] if i % 2 else self._ids(text)
+            reward = WORD * _count(re.sub(r"\{\w+\}", "", form.text))
+            yield (*parts, self._eos), form.weight * (1 - RUN_ON), reward + END
+            for tail, cost in zip(tails, late, strict=True):
+                yield (*parts, *tail), form.weight * RUN_ON / len(tails), reward + cost
+
+    @staticmethod
+    def _total(threads: list[_Thread], slots: dict[str, _Slot]) -> Weights:
+        total = np.zeros(2)
+        for thread in threads:
+            facts = [part for part in thread.parts if isinstance(part, str)]
+            weights = thread.weights
+            if thread.value:
+                slot = slots[facts.pop(0)]
+                ended = slot.whole(thread.value)  # these go on as threads of their own
+                weights = weights * (slot.begun(thread.value) - (0.0 if ended is None else ended))
+            for fact in facts:
+                weights = weights * slots[fact].total
+            total += weights
+        return total
+
+
+def _step(thread: _Thread, token: int, slots: dict[str, _Slot]) -> Iterator[_Thread]:
+    """The ways in which a thread goes on with a token."""
+    if not thread.parts:
+        return
+    part, *rest = thread.parts
+    if isinstance(part, int):
+        if part == token:
+            yield _Thread(tuple(rest), (), thread.weights)
+        return
+    slot, value = slots[part], (*thread.value, token)
+    if not thread.value and slot.empty[0] > 0:
+        yield from _step(_Thread(tuple(rest), (), thread.weights * slot.empty), token, slots)
+    if slot.begun(value) is not None:
+        yield _Thread(thread.parts, value, thread.weights)
+    if (ended := slot.whole(value)) is not None:
+        yield _Thread(tuple(rest), (), thread.weights * ended)
+
+
+def _count(text: str) -> int:
+    return sum(word[0].isalnum() for word in split_words(text))
+
+
+def _all_values(fact: str) -> list[str]:
+    things = [words.COLOURS, words.THINGS]
+    lists = {
+        "who": [words.WOMEN + words.MEN, words.LAST_NAMES],
+        "what": [words.VERBS, ["a"], *things],
+        "much": [[str(amount) for amount in words.AMOUNTS]],
+        "where": [words.AREAS, words.SPOTS],
+        "when": [words.MONTHS, [str(day) for day in words.DAYS]],
+    }
+    return [" ".join(parts) for parts in product(*lists[fact])]
