@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from qstar_jax.config import DataOptions
+from qstar_jax.config.data import DataOptions
 
 
 def keep_date(options: DataOptions, stored: dict) -> DataOptions:

@@ -1,0 +1,104 @@
+"""The verbs that show the paper's insights."""
+
+from dataclasses import dataclass, field
+
+from qstar_jax.config.compute import ComputeOptions, MeshOptions
+from qstar_jax.config.data import DataOptions
+from qstar_jax.config.judge import JudgeOptions
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The paper's second insight, measured: win rate, length and reward of answers against the width of beam search.
+
+    Each prompt of `data.eval` is answered with one beam (sampled, and greedy) and with wider ones. A judge compares
+    each answer with the one in the file (column `completion`, or `chosen`). Answers are kept, and the same command goes
+    on where it was broken off.
+
+    Args:
+        model: Folder of a DPO run, or a list of several (of other betas, say), which are drawn as one curve each; the
+            first is the one that a report's verdict speaks of.
+        out: Folder for sweep.json, sweep.png, comparisons.jsonl and the answers.
+        reference: Folder or hub name of the reference; a DPO run carries its own.
+        beta: Temperature of the implicit rewards; a DPO run carries its own.
+        widths: Beams; a width of 1, sampled and greedy, is always tried too.
+        seeds: Of the samples: each prompt is sampled once with each of them.
+        temperature: Of the samples; the paper's is 1.
+        top_k: Samples are drawn among the so many likeliest tokens; the paper's is 50.
+        max_new_tokens: Longest answer, EOS included.
+        stop: Strings that end an answer; its text is cut before them.
+        batch_size: Prompts decoded, or scored, at once.
+        export: Also write the answers and verdicts in alpaca_eval's format, one folder a setting under
+            `out`/alpaca_eval.
+        judge: Who decides which of two answers is better.
+        data: `data.eval` is the file of prompts; where several rows have one prompt, the first of them counts. Rows
+            that are not tried stand in sweep.json (`unused_rows`), by reason, counted from 0.
+    """
+
+    model: list[str] | str
+    out: str
+    reference: str | None = None
+    beta: float | None = None
+    widths: list[int] = field(default_factory=lambda: [2, 3, 5, 7, 10, 20])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    temperature: float = 1.0
+    top_k: int = 50
+    max_new_tokens: int = 128
+    stop: list[str] = field(default_factory=list)
+    batch_size: int = 4
+    export: bool = False
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
+class DeclineConfig:
+    """The paper's third insight, from the metrics of real runs: do rewards of chosen answers fall in training?
+
+    Args:
+        out: Folder for decline.json and decline.png.
+        with_sft: Folder of a DPO run that began from a model fitted to the chosen answers.
+        without_sft: Folder of a DPO run on the same data that did not.
+    """
+
+    out: str
+    with_sft: str | None = None
+    without_sft: str | None = None
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One page of what `score --wrong`, `sweep` and `decline` have measured. Any of the three may be left out.
+
+    Args:
+        out: Folder for report.html, summary.json and the figures.
+        credit: Folder that `qstar score --wrong COLUMN` wrote.
+        sweep: Folder that `qstar sweep` wrote.
+        decline: Folder that `qstar decline` wrote.
+        title: Heading of the page.
+        show: How many rows of `credit` to colour on the page.
+    """
+
+    out: str
+    credit: str | None = None
+    sweep: str | None = None
+    decline: str | None = None
+    title: str = "Your language model is a Q-function"
+    show: int = 6
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The paper's insights in minutes, on two CPU cores, offline: a small summarisation task with a known reward.
+
+    Args:
+        out: Folder for report.html, summary.json, and the runs.
+        from_scratch: First pretrain the base model again instead of taking the one in the package.
+        seed: Of the task's posts and of the order of the rows.
+    """
+
+    out: str = "runs/demo"
+    from_scratch: bool = False
+    seed: int = 0
