@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from qstar_jax.decoding.drawing import SampleOptions
-from qstar_jax.decoding.hypotheses import Hypotheses
 from qstar_jax.decoding.objectives import Objective
 from qstar_jax.decoding.policies import Policy
+from qstar_jax.decoding.responses import Responses
 from qstar_jax.decoding.rollouts import Roller, Rollout
 from qstar_jax.decoding.stop_strings import StopStrings
 
@@ -61,7 +61,7 @@ def best_of_n(
     objective: Objective,
     rejection: Rejection | None = None,
     stop_strings: StopStrings | None = None,
-) -> Hypotheses:
+) -> Responses:
     """Draws N answers to each prompt as `sample` does, with the same keys, and returns them best first.
 
     With `ImplicitReward` of (policy, reference) nothing has to be scored afterwards: both models read every token as it
@@ -99,7 +99,7 @@ def best_of_n(
             state = _best(state, count, length - 1, end - 1)
         state = roller.run(state, end - length, draw=length, slot=(length - 1) * count)
         samples, length = count, end
-    return state.samples.best(samples).hypotheses()
+    return state.samples.best(samples).responses()
 
 
 def _best(state: Rollout, count: int, written: int, needed: int) -> Rollout:

@@ -13,16 +13,16 @@ from jaxtyping import Array, Int, Key
 
 from qstar_jax.config import DecodeOptions
 from qstar_jax.data.tokenization import check_known
-from qstar_jax.decoding.beam import beam_search
 from qstar_jax.decoding.best_of_n import Rejection, best_of_n
-from qstar_jax.decoding.chunks import chunk_beam_search
-from qstar_jax.decoding.exact import exact_search
-from qstar_jax.decoding.hypotheses import Finish, Hypotheses
-from qstar_jax.decoding.mcts import mcts
 from qstar_jax.decoding.objectives import Objective
 from qstar_jax.decoding.options import MethodOptions, draws
 from qstar_jax.decoding.policies import Policy
+from qstar_jax.decoding.responses import Finish, Responses
 from qstar_jax.decoding.sampling import sample
+from qstar_jax.decoding.search.beam import beam_search
+from qstar_jax.decoding.search.chunks import chunk_beam_search
+from qstar_jax.decoding.search.exact import exact_search
+from qstar_jax.decoding.search.mcts import mcts
 from qstar_jax.decoding.stop_strings import StopStrings, text_before_stop
 
 WIDTH = 64  # prompts are padded to multiples of so many tokens
@@ -139,7 +139,7 @@ class Decoder:
         check_known(padded, self.vocabulary, self.tokenizer, "a prompt", "one of the models")
         return padded, lengths
 
-    def _search(self, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], keys: Key[Array, " B"]) -> Hypotheses:
+    def _search(self, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], keys: Key[Array, " B"]) -> Responses:
         common = (self.model, self.params, prompts, lengths)
         shared = {"objective": self.objective}
         stopping = shared | {"stop_strings": self.stop_strings}
@@ -158,13 +158,13 @@ class Decoder:
                 )
         return beam_search(*common, self.method, key=None if self.batched else keys[0], **stopping)
 
-    def _answers(self, found: Hypotheses) -> list[list[Answer]]:
+    def _answers(self, found: Responses) -> list[list[Answer]]:
         rows, width = found.logp.shape
         ranks = range(min(self.options.return_sequences, width))
         answers = [[self._answer(found, row, rank) for rank in ranks] for row in range(rows)]
         return [[a for a in several if a.finish != "none"] or several[:1] for several in answers]
 
-    def _answer(self, found: Hypotheses, row: int, rank: int) -> Answer:
+    def _answer(self, found: Responses, row: int, rank: int) -> Answer:
         tokens = tuple(found.tokens[row, rank, : found.lengths[row, rank]].tolist())
         finish = Finish(int(found.finish[row, rank]))
         logp = _number(found.logp[row, rank])

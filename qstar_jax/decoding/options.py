@@ -5,13 +5,13 @@ from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, get_args
 
 from qstar_jax.config import DecodeOptions, Method
-from qstar_jax.decoding.beam_options import BeamOptions, hf_compat, t5x_compat
 from qstar_jax.decoding.best_of_n import Rejection
-from qstar_jax.decoding.chunks import ChunkOptions
 from qstar_jax.decoding.constraints import Constraints
-from qstar_jax.decoding.mcts import MctsOptions
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, LogitArithmetic, Objective, RegularisedReward
 from qstar_jax.decoding.sampling import SampleOptions
+from qstar_jax.decoding.search.beam_options import BeamOptions, hf_compat, t5x_compat
+from qstar_jax.decoding.search.chunks import ChunkOptions
+from qstar_jax.decoding.search.mcts import MctsOptions
 from qstar_jax.errors import InputError
 
 ALL = get_args(Method)

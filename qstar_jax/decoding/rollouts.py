@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 from qstar_jax.decoding.drawing import SampleOptions
-from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.objectives import Objective, StepScores
 from qstar_jax.decoding.policies import Memory, Policy
+from qstar_jax.decoding.responses import Finish
 from qstar_jax.decoding.samples import Samples, take_rows
 from qstar_jax.decoding.stop_strings import StopStrings
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.decoding.hypotheses import Finish, Hypotheses
+from qstar_jax.decoding.responses import Finish, Responses
 
 
 @jax.tree_util.register_dataclass
@@ -79,11 +79,11 @@ class Samples:
         """The same with some declared not to exist."""
         return replace(self, finish=jnp.where(void, Finish.INVALID, self.finish))
 
-    def hypotheses(self) -> Hypotheses:
+    def responses(self) -> Responses:
         """As decoders return them."""
         valid = self.finish != Finish.INVALID
         length = jnp.where(valid, self.length, 0)
-        return Hypotheses(
+        return Responses(
             tokens=jnp.where(jnp.arange(self.tokens.shape[-1]) < length[..., None], self.tokens, 0),
             lengths=length,
             logp=jnp.where(valid, self.logp, -jnp.inf),

@@ -8,9 +8,9 @@ from jaxtyping import Array, Int, Key
 
 from qstar_jax.decoding.drawing import SampleOptions as SampleOptions
 from qstar_jax.decoding.drawing import restrict as restrict
-from qstar_jax.decoding.hypotheses import Hypotheses
 from qstar_jax.decoding.objectives import Likelihood, Objective
 from qstar_jax.decoding.policies import Policy
+from qstar_jax.decoding.responses import Responses
 from qstar_jax.decoding.rollouts import Roller
 from qstar_jax.decoding.stop_strings import StopStrings
 
@@ -26,7 +26,7 @@ def sample(
     *,
     objective: Objective = Likelihood(),
     stop_strings: StopStrings | None = None,
-) -> Hypotheses:
+) -> Responses:
     """Draws answers token by token; the prompt is computed once for all samples of it.
 
     Token t of sample n of prompt b is drawn with the key `fold_in(fold_in(keys[b], n), t)`. So a prompt's samples
@@ -52,4 +52,4 @@ def sample(
     roller = Roller(model, params, prompts, prompt_lengths, options, objective, stop_strings)
     steps, count = options.max_new_tokens - 1, options.num_samples
     state = roller.start(keys, count, steps * count)
-    return roller.run(state, steps, draw=1, slot=0).samples.hypotheses()
+    return roller.run(state, steps, draw=1, slot=0).samples.responses()

@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from qstar_jax import tabular
-from qstar_jax.decoding.beam import beam_search
-from qstar_jax.decoding.beam_options import BeamOptions
-from qstar_jax.decoding.hypotheses import Hypotheses
-from qstar_jax.decoding.mcts import MctsOptions, mcts
 from qstar_jax.decoding.objectives import Likelihood, Objective, RegularisedReward, StepScores, TableReward
 from qstar_jax.decoding.policies import Ensemble, Logits
-from qstar_jax.decoding.search_tree import Tree
+from qstar_jax.decoding.responses import Responses
+from qstar_jax.decoding.search.beam import beam_search
+from qstar_jax.decoding.search.beam_options import BeamOptions
+from qstar_jax.decoding.search.mcts import MctsOptions, mcts
+from qstar_jax.decoding.search.tree import Tree
 from qstar_jax.decoding.token_tree import TreePolicy
 
 TOLERANCE = 1e-10  # of sums of float64, in reward
@@ -235,7 +235,7 @@ def _guided(problems: Problems, variant: _Variant, **more) -> dict:
     }
 
 
-def _beams(problems: Problems, beams: int, variant: _Variant | None, length_penalty: float = 0.0) -> Hypotheses:
+def _beams(problems: Problems, beams: int, variant: _Variant | None, length_penalty: float = 0.0) -> Responses:
     tree = problems.tree
     given = {"model": TreePolicy(tree), "params": problems.log_policy, "objective": Likelihood()}
     if variant is not None:
@@ -248,7 +248,7 @@ def _beams(problems: Problems, beams: int, variant: _Variant | None, length_pena
 
 def _trees(
     problems: Problems, policy: Literal["puct", "gumbel"], simulations: int, variant: _Variant | None
-) -> tuple[Hypotheses, Tree]:
+) -> tuple[Responses, Tree]:
     """Without a variant: by implicit reward and its price, from the policies' own log-probabilities."""
     tree = problems.tree
     if variant is not None:
@@ -271,7 +271,7 @@ def _rows_equal(*pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     return np.all([(a == b).reshape(len(a), -1).all(-1) for a, b in pairs], axis=0)
 
 
-def _same_answers(one: Hypotheses, other: Hypotheses) -> np.ndarray:
+def _same_answers(one: Responses, other: Responses) -> np.ndarray:
     return _rows_equal((one.tokens, other.tokens), (one.finish, other.finish), (one.lengths, other.lengths))
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from qstar_jax.decoding import Rejection, SampleOptions, best_of_n, sample
-from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, StepScores
 from qstar_jax.decoding.policies import Ensemble
+from qstar_jax.decoding.responses import Finish
 
 PROMPTS = jnp.array([[1, 2, 3, 4], [3, 0, 0, 0]], jnp.int32)
 LENGTHS = jnp.array([4, 1], jnp.int32)

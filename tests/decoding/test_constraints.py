@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.decoding.beam import beam_search
-from qstar_jax.decoding.beam_options import BeamOptions
 from qstar_jax.decoding.constraints import Constraints
-from qstar_jax.decoding.hypotheses import Finish
+from qstar_jax.decoding.responses import Finish
+from qstar_jax.decoding.search.beam import beam_search
+from qstar_jax.decoding.search.beam_options import BeamOptions
 
 PROMPTS = [[1, 0, 3], [4], [2, 0]]
 

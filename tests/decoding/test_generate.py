@@ -12,8 +12,8 @@ import pytest
 from qstar_jax.config import ComputeOptions, DecodeOptions, MeshOptions
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import Guide, generate, params_for, prepare
-from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.options import ALL, READERS
+from qstar_jax.decoding.responses import Finish
 from qstar_jax.errors import InputError
 from qstar_jax.models.causal_lm import is_unstacked
 from qstar_jax.sharding import make_mesh

@@ -7,9 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.decoding.beam import beam_search
-from qstar_jax.decoding.beam_options import BeamOptions
-from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.objectives import (
     ImplicitReward,
     Likelihood,
@@ -18,6 +15,9 @@ from qstar_jax.decoding.objectives import (
     TableReward,
 )
 from qstar_jax.decoding.policies import Ensemble
+from qstar_jax.decoding.responses import Finish
+from qstar_jax.decoding.search.beam import beam_search
+from qstar_jax.decoding.search.beam_options import BeamOptions
 
 PROMPTS = [[1, 0, 3], [4], [2, 0]]
 CLOSE = {"rtol": 0, "atol": 2e-5}  # float32 sums of a few numbers of at most ten

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from qstar_jax.config import DecodeOptions
-from qstar_jax.decoding.beam_options import hf_compat, t5x_compat
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, LogitArithmetic, RegularisedReward
 from qstar_jax.decoding.options import (
     ALL,
@@ -18,6 +17,7 @@ from qstar_jax.decoding.options import (
     method_options,
     needs_reference,
 )
+from qstar_jax.decoding.search.beam_options import hf_compat, t5x_compat
 from qstar_jax.errors import InputError
 
 # A value of each option that is not its default, and what else must be set for it to have a meaning.

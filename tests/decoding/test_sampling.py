@@ -7,9 +7,9 @@ import pytest
 
 from qstar_jax.decoding import SampleOptions, sample
 from qstar_jax.decoding.constraints import Constraints
-from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, LogitArithmetic
 from qstar_jax.decoding.policies import Ensemble
+from qstar_jax.decoding.responses import Finish
 from qstar_jax.decoding.rollouts import Roller
 from qstar_jax.decoding.sampling import restrict
 from qstar_jax.decoding.stop_strings import StopStrings

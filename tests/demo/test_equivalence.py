@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from qstar_jax import losses
-from qstar_jax.decoding.beam import beam_search
-from qstar_jax.decoding.beam_options import BeamOptions
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, RegularisedReward
 from qstar_jax.decoding.policies import Ensemble
+from qstar_jax.decoding.search.beam import beam_search
+from qstar_jax.decoding.search.beam_options import BeamOptions
 from qstar_jax.demo import equivalence
 from qstar_jax.demo.equivalence import TOLERANCE, Comparison
 from qstar_jax.models import CausalLM

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.data.loading import load_examples
-from qstar_jax.decoding.beam import beam_search
-from qstar_jax.decoding.beam_options import hf_compat
 from qstar_jax.decoding.eos import eos_token_ids
+from qstar_jax.decoding.search.beam import beam_search
+from qstar_jax.decoding.search.beam_options import hf_compat
 from qstar_jax.sharding import make_mesh
 from qstar_jax.store.open import load_model
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.decoding.beam_options import BeamOptions
-from qstar_jax.decoding.beam_selection import Beams, extensions, is_done, select
-from qstar_jax.decoding.hypotheses import Finish, Hypotheses
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.policies import Memory, Policy
+from qstar_jax.decoding.responses import Finish, Responses
+from qstar_jax.decoding.search.beam_options import BeamOptions
+from qstar_jax.decoding.search.beam_selection import Beams, extensions, is_done, select
 from qstar_jax.decoding.stop_strings import StopStrings
 
 BLOCK = 4  # most steps between two looks at whether every row is done
@@ -48,7 +48,7 @@ def beam_search(
     objective: Objective = Likelihood(),
     stop_strings: StopStrings | None = None,
     key: jax.Array | None = None,
-) -> Hypotheses:
+) -> Responses:
     """Searches for the answers of highest score.
 
     At every step each live beam is extended by every token. Extensions that end an answer compete for K places of ended
@@ -208,7 +208,7 @@ def _follow(
 
 def _result(
     state: _Search, prompt_lengths: Array, options: BeamOptions, objective: Objective, has_reference: bool
-) -> Hypotheses:
+) -> Responses:
     live, ended = state.live, state.ended
     width, room = options.beams // options.groups, options.max_new_tokens
     live = replace(live, key=options.normalised(live.key, room, prompt_lengths))
@@ -229,7 +229,7 @@ def _result(
         given_up = jnp.maximum(state.pruned, jnp.where(dropped, state.live.key, -jnp.inf).max(-1))
         certified = best.valid[:, 0] & (best.key[:, 0] >= given_up)
     length = jnp.where(best.valid, best.length, 0)
-    return Hypotheses(
+    return Responses(
         tokens=jnp.where(jnp.arange(room) < length[..., None], best.tokens, 0),
         lengths=length,
         logp=jnp.where(best.valid, best.logp, -jnp.inf),

@@ -17,16 +17,16 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from qstar_jax.decoding.hypotheses import Finish, Hypotheses
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.policies import Policy
+from qstar_jax.decoding.responses import Finish, Responses
 
 WIDTH = 64  # rows are padded to multiples of so many tokens, so that prompts of many lengths share a program
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class ExactHypotheses(Hypotheses):
+class ExactResponses(Responses):
     """The answers found to one prompt (B = 1), numpy arrays; `certified` is about the first of them.
 
     Attributes:
@@ -74,7 +74,7 @@ def exact_search(
     n_best: int = 1,
     max_expansions: int = 10000,
     batch_size: int = 8,
-) -> ExactHypotheses:
+) -> ExactResponses:
     """Finds the answers of highest score; those of `max_new_tokens` tokens are answers too.
 
     Args:
@@ -190,7 +190,7 @@ def _result(
     left: float,
     expansions: int,
     has_reference: bool,
-) -> ExactHypotheses:
+) -> ExactResponses:
     """Arrays of B = 1; `left` is what the best prefix has lost that was not looked at."""
     tokens, lengths = np.zeros((1, count, room), np.int32), np.zeros((1, count), np.int32)
     score, logp, ref_logp = np.full((3, 1, count), -np.inf)
@@ -200,7 +200,7 @@ def _result(
         tokens[0, n, : len(answer.tokens)] = answer.tokens
         score[0, n], logp[0, n], ref_logp[0, n] = -answer.loss, answer.logp, answer.ref_logp
         finish[0, n] = Finish.EOS if answer.tokens[-1] in eos else Finish.LENGTH
-    return ExactHypotheses(
+    return ExactResponses(
         tokens=tokens,
         lengths=lengths,
         logp=logp,

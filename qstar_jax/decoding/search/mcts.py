@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.decoding.hypotheses import Hypotheses
 from qstar_jax.decoding.objectives import Likelihood, Objective
 from qstar_jax.decoding.policies import Policy
-from qstar_jax.decoding.search_tree import (
+from qstar_jax.decoding.responses import Responses
+from qstar_jax.decoding.search.tree import (
     COMPLETE,
     DEAD_END,
     UNVISITED,
@@ -28,7 +28,7 @@ from qstar_jax.decoding.search_tree import (
     halving_schedule,
     puct,
 )
-from qstar_jax.decoding.tree_answers import complete_answers, is_end, with_greedy
+from qstar_jax.decoding.search.tree_responses import complete_answers, is_end, with_greedy
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def mcts(
     objective: Objective = Likelihood(),
     root_values: Float[Array, " B"] | None = None,
     key: jax.Array | None = None,
-) -> tuple[Hypotheses, Tree]:
+) -> tuple[Responses, Tree]:
     """Searches for answers of high score by growing trees.
 
     Priors are log pi among a node's `num_actions` likeliest tokens, rewards the objective's scores from the whole

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.decoding.beam import beam_search
-from qstar_jax.decoding.beam_options import hf_compat
 from qstar_jax.decoding.constraints import Constraints
+from qstar_jax.decoding.search.beam import beam_search
+from qstar_jax.decoding.search.beam_options import hf_compat
 
 pytestmark = pytest.mark.parity
 

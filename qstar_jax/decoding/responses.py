@@ -22,7 +22,7 @@ class Finish(IntEnum):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Hypotheses:
+class Responses:
     """N answers to each of B prompts, the best first where there is a search.
 
     Attributes:

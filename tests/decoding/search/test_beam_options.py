@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.decoding.beam import BLOCK, beam_search
-from qstar_jax.decoding.beam_options import BeamOptions, hf_compat, t5x_compat
 from qstar_jax.decoding.constraints import Constraints
-from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.objectives import ImplicitReward, LogitArithmetic, RegularisedReward
+from qstar_jax.decoding.responses import Finish
+from qstar_jax.decoding.search.beam import BLOCK, beam_search
+from qstar_jax.decoding.search.beam_options import BeamOptions, hf_compat, t5x_compat
 from qstar_jax.decoding.stop_strings import StopStrings
 
 PROMPTS = [[1, 0, 3], [4], [2, 0]]

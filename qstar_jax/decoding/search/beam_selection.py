@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.decoding.beam_options import BeamOptions
-from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.objectives import StepScores
+from qstar_jax.decoding.responses import Finish
+from qstar_jax.decoding.search.beam_options import BeamOptions
 from qstar_jax.decoding.stop_strings import StopStrings
 
 

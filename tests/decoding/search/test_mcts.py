@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from qstar_jax import tabular
-from qstar_jax.decoding.hypotheses import Finish
-from qstar_jax.decoding.mcts import MctsOptions, mcts
 from qstar_jax.decoding.objectives import Likelihood, TableReward
 from qstar_jax.decoding.policies import Ensemble
-from qstar_jax.decoding.search_tree import COMPLETE, UNVISITED, gumbel_interior, halving_schedule, puct
+from qstar_jax.decoding.responses import Finish
+from qstar_jax.decoding.search.mcts import MctsOptions, mcts
+from qstar_jax.decoding.search.tree import COMPLETE, UNVISITED, gumbel_interior, halving_schedule, puct
 from qstar_jax.decoding.token_tree import TreePolicy
 from qstar_jax.demo.equivalence import WithPolicy
 

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Int, Key
 
 from qstar_jax.decoding.constraints import Constraints
 from qstar_jax.decoding.drawing import SampleOptions
-from qstar_jax.decoding.hypotheses import Finish, Hypotheses
 from qstar_jax.decoding.objectives import Objective
 from qstar_jax.decoding.policies import Policy
+from qstar_jax.decoding.responses import Finish, Responses
 from qstar_jax.decoding.rollouts import Roller, Rollout
 from qstar_jax.decoding.samples import Samples, take_rows
 from qstar_jax.decoding.stop_strings import StopStrings
@@ -94,7 +94,7 @@ def chunk_beam_search(
     *,
     objective: Objective,
     stop_strings: StopStrings | None = None,
-) -> Hypotheses:
+) -> Responses:
     """Searches by chunks, over `beams * samples` rows a prompt.
 
     After each chunk, answers that have ended go to a set of the best so many, and take no row any more. Of the others,
@@ -149,7 +149,7 @@ def chunk_beam_search(
         return (chunk == 0) | state.samples.growing.any()
 
     _, ended, _ = jax.lax.while_loop(going, one, (state, ended, jnp.int32(0)))
-    return ended.hypotheses()
+    return ended.responses()
 
 
 def _distinct(samples: Samples) -> Samples:

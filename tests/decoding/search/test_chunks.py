@@ -9,9 +9,9 @@ import pytest
 from qstar_jax import mdp
 from qstar_jax.decoding import ChunkOptions, SampleOptions, best_of_n, chunk_beam_search
 from qstar_jax.decoding.constraints import Constraints
-from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood
 from qstar_jax.decoding.policies import Ensemble
+from qstar_jax.decoding.responses import Finish
 
 PROMPTS = jnp.array([[1, 2, 3, 4], [3, 0, 0, 0]], jnp.int32)
 LENGTHS = jnp.array([4, 1], jnp.int32)

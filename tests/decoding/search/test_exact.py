@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from qstar_jax import tabular
-from qstar_jax.decoding.beam import beam_search
-from qstar_jax.decoding.beam_options import BeamOptions
-from qstar_jax.decoding.exact import exact_search
-from qstar_jax.decoding.hypotheses import Finish
 from qstar_jax.decoding.objectives import ImplicitReward, RegularisedReward, TableReward
 from qstar_jax.decoding.policies import Ensemble
+from qstar_jax.decoding.responses import Finish
+from qstar_jax.decoding.search.beam import beam_search
+from qstar_jax.decoding.search.beam_options import BeamOptions
+from qstar_jax.decoding.search.exact import exact_search
 from qstar_jax.decoding.token_tree import TreePolicy
 
 TREE = tabular.TokenTree(vocabulary=4, depth=4, eos=3)

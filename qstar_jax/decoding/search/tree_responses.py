@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.decoding.hypotheses import Finish, Hypotheses
 from qstar_jax.decoding.objectives import Objective
 from qstar_jax.decoding.policies import Memory, Policy
-from qstar_jax.decoding.search_tree import COMPLETE, DEAD_END, Edges, Tree, edges_of
+from qstar_jax.decoding.responses import Finish, Responses
+from qstar_jax.decoding.search.tree import COMPLETE, DEAD_END, Edges, Tree, edges_of
 
 
 def is_end(token: Int[Array, "*N"], length: Int[Array, "*N"], room: int, eos_ids: tuple[int, ...]) -> Bool[Array, "*N"]:
@@ -18,7 +18,7 @@ def is_end(token: Int[Array, "*N"], length: Int[Array, "*N"], room: int, eos_ids
     return _is_eos(token, eos_ids) | (length == room)
 
 
-def complete_answers(tree: Tree, *, count: int, room: int, eos_ids: tuple[int, ...]) -> Hypotheses:
+def complete_answers(tree: Tree, *, count: int, room: int, eos_ids: tuple[int, ...]) -> Responses:
     """Ranks the answers whose end has been visited.
 
     Args:
@@ -47,7 +47,7 @@ def complete_answers(tree: Tree, *, count: int, room: int, eos_ids: tuple[int, .
         return tokens, jnp.maximum(tree.parents[at[0], node], 0)
 
     tokens, _ = jax.lax.fori_loop(0, room, up, (tokens, at[1]))
-    return Hypotheses(
+    return Responses(
         tokens=jnp.where(valid[..., None], tokens, 0),
         lengths=jnp.where(valid, length + 1, 0),
         logp=jnp.where(valid, tree.logps[at] + edge.logp, -jnp.inf),
@@ -58,7 +58,7 @@ def complete_answers(tree: Tree, *, count: int, room: int, eos_ids: tuple[int, .
 
 
 def with_greedy(
-    found: Hypotheses,
+    found: Responses,
     tree: Tree,
     model: Policy,
     params: Any,
@@ -67,7 +67,7 @@ def with_greedy(
     *,
     room: int,
     eos_ids: tuple[int, ...],
-) -> Hypotheses:
+) -> Responses:
     """Gives rows without an answer one: the most visited path, and behind it the likeliest token at every step.
 
     Args:
@@ -144,7 +144,7 @@ def with_greedy(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Answer:
-    """One answer a row as it becomes longer: as in `Hypotheses`, and whether it goes on."""
+    """One answer a row as it becomes longer: as in `Responses`, and whether it goes on."""
 
     tokens: Int[Array, "B T"]
     length: Int[Array, " B"]

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.decoding.beam import beam_search
-from qstar_jax.decoding.beam_options import BeamOptions, t5x_compat
-from qstar_jax.decoding.beam_selection import _top
-from qstar_jax.decoding.hypotheses import Finish
+from qstar_jax.decoding.responses import Finish
+from qstar_jax.decoding.search.beam import beam_search
+from qstar_jax.decoding.search.beam_options import BeamOptions, t5x_compat
+from qstar_jax.decoding.search.beam_selection import _top
 
 # One holds EOS, which is 0, one is a single token, one ends in EOS: none of these is finished before it starts.
 PROMPTS = [[1, 0, 3], [4], [2, 0]]

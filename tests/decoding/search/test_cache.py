@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.decoding.beam import beam_search
-from qstar_jax.decoding.beam_options import BeamOptions
 from qstar_jax.decoding.policies import Ensemble
+from qstar_jax.decoding.search.beam import beam_search
+from qstar_jax.decoding.search.beam_options import BeamOptions
 from qstar_jax.models import CausalLM
 
 PROMPTS = [[1, 0, 3], [4], [2, 0]]  # 0 is EOS, padding, and a word of these prompts
