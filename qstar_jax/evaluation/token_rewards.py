@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qstar_jax import mdp
 from qstar_jax.config import DataOptions
 from qstar_jax.data.batches import Batch
+from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
@@ -18,7 +19,6 @@ from qstar_jax.evaluation.scored import Alternative, ScoredResponse, lone_piece,
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import response_alternatives, score_tokens
 from qstar_jax.store.open import LoadedModel
-from qstar_jax.training.feeding import Feeder
 
 ROLES = {1: ("answer",), 2: ("chosen", "rejected")}
 

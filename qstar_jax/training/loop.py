@@ -9,9 +9,10 @@ import optax
 
 from qstar_jax.config import TrainOptions
 from qstar_jax.data.batches import Batch
-from qstar_jax.training.feeding import Evaluate, Feeder, mean_metrics
-from qstar_jax.training.nonfinite import first_nonfinite
-from qstar_jax.training.objectives import Metrics
+from qstar_jax.data.feeder import Feeder
+from qstar_jax.training.diagnostics.nonfinite import first_nonfinite
+from qstar_jax.training.evaluator import Evaluate
+from qstar_jax.training.metrics import Metrics, mean_metrics
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.step import TrainState
 

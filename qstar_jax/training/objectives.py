@@ -18,8 +18,8 @@ from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import response_logprobs, score_tokens
+from qstar_jax.training.metrics import Metrics
 
-Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 LossFn = Callable[[Params, Params | None, Batch], tuple[Float[Array, ""], Metrics]]
 
 # What a batch of pairs, the policy and its reference give a loss to read.

@@ -11,12 +11,12 @@ from jax.experimental import multihost_utils
 
 from qstar_jax.config import DpoConfig, ReferenceOptions, SftConfig
 from qstar_jax.data.batches import Batch
+from qstar_jax.data.feeder import Feeder, Track
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.store.reference_cache import ReferenceCache, fingerprint
-from qstar_jax.training.feeding import Feeder, Track
 from qstar_jax.training.objectives import preference_loss
 
 # Largest difference between cached and fresh log-probabilities of a token, in nats: two programs round differently.

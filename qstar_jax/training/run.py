@@ -17,6 +17,7 @@ from rich.progress import track
 from qstar_jax.config import DpoConfig, SftConfig
 from qstar_jax.config.paths import check_places
 from qstar_jax.data.batches import Batch
+from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import load_examples
 from qstar_jax.data.preview import preview
 from qstar_jax.decoding.eos import eos_token_ids
@@ -28,11 +29,12 @@ from qstar_jax.store.checkpoints import CheckpointStore
 from qstar_jax.store.identity import identity_file
 from qstar_jax.store.user_cache import keep_programs, user_cache
 from qstar_jax.training.continuation import check_folder, check_same_data, data_identity
-from qstar_jax.training.decline import FILE, make_probe
-from qstar_jax.training.estimate import Estimate, device_memory, estimate
-from qstar_jax.training.feeding import Evaluator, Feeder, join_evaluators, mean_metrics
+from qstar_jax.training.diagnostics.decline import FILE, make_probe
+from qstar_jax.training.diagnostics.estimate import Estimate, device_memory, estimate
+from qstar_jax.training.diagnostics.nonfinite import find_cause
+from qstar_jax.training.evaluator import Evaluator, join_evaluators
 from qstar_jax.training.loop import Loop
-from qstar_jax.training.nonfinite import find_cause
+from qstar_jax.training.metrics import mean_metrics
 from qstar_jax.training.objectives import (
     LossFn,
     dpo_loss_fn,

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Int
 from qstar_jax.data.batches import Batch
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.lora import attach_adapter
-from qstar_jax.training.objectives import LossFn, Metrics
+from qstar_jax.training.metrics import Metrics
+from qstar_jax.training.objectives import LossFn
 
 
 @jax.tree_util.register_dataclass

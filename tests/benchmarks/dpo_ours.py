@@ -17,13 +17,13 @@ from jsonargparse import auto_cli
 
 from qstar_jax.config import ComputeOptions, DataOptions, Dtype, LossOptions, MeshOptions, OptimizerOptions
 from qstar_jax.data.batches import step_indices
+from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Layout
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
 from qstar_jax.store.open import load_model
-from qstar_jax.training.feeding import Feeder
 from qstar_jax.training.objectives import dpo_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step

@@ -11,6 +11,7 @@ import pytest
 
 from qstar_jax.config import ComputeOptions, DataOptions, LossOptions, MeshOptions, OptimizerOptions
 from qstar_jax.data.batches import make_batch
+from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Response
@@ -20,7 +21,6 @@ from qstar_jax.models.attention import _attend_row_by_row, _attend_side_by_side,
 from qstar_jax.models.masks import RowMask, sees
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
-from qstar_jax.training.feeding import Feeder
 from qstar_jax.training.objectives import dpo_loss_fn, sft_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step

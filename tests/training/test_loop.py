@@ -3,8 +3,8 @@ import statistics
 
 import pytest
 
-from qstar_jax.training.feeding import mean_metrics
 from qstar_jax.training.loop import check_first_loss
+from qstar_jax.training.metrics import mean_metrics
 
 
 def metrics(loss):

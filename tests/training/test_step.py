@@ -18,7 +18,7 @@ from qstar_jax.scoring import response_logprobs, score_tokens
 from qstar_jax.sharding import BATCH, make_mesh, tree_shardings
 from qstar_jax.store.open import param_shardings
 from qstar_jax.training import objectives
-from qstar_jax.training.feeding import mean_metrics
+from qstar_jax.training.metrics import mean_metrics
 from qstar_jax.training.objectives import dpo_loss_fn, resolve_loss, sft_loss_fn
 from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step

@@ -15,7 +15,7 @@ from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.store.checkpoints import find_checkpoint
 from qstar_jax.store.open import load_model
-from qstar_jax.training.decline import FILE
+from qstar_jax.training.diagnostics.decline import FILE
 
 METRICS = ("loss", "rewards/margins", "logps/chosen", "lengths/chosen", "grad_norm", "eval_rewards/reference_samples")
 

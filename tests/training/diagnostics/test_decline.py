@@ -9,14 +9,14 @@ import pytest
 
 from qstar_jax import mdp
 from qstar_jax.config import DataOptions, LossOptions, ReferenceOptions
+from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
 from qstar_jax.training import run as run_module
-from qstar_jax.training.decline import FILE, Probe, expected_log_ratio, make_probe
-from qstar_jax.training.feeding import Feeder
+from qstar_jax.training.diagnostics.decline import FILE, Probe, expected_log_ratio, make_probe
+from qstar_jax.training.diagnostics.reference_samples import Samples, draw, read_samples, write_samples
 from qstar_jax.training.reference import make_scorer, resolve_reference
-from qstar_jax.training.reference_samples import Samples, draw, read_samples, write_samples
 
 BETA, PROMPT, EOS, DRAWN = 0.5, np.array([1, 9, 20], np.int32), 2, 2048
 NAMES = {f"eval_rewards/reference_{name}" for name in ("samples", "samples_stderr", "expected", "expected_stderr")}
@@ -262,8 +262,8 @@ def test_a_run_that_begins_anew_draws_anew(whole, tmp_path, make_config, tiny_tr
     out.mkdir()
     (out / FILE).write_text("of a run that never came to a checkpoint")
     monkeypatch.setattr(run_module.Loop, "run", lambda self, state, start: {})
-    monkeypatch.setattr("qstar_jax.training.decline.sentence", lambda evidence: "")
-    monkeypatch.setattr("qstar_jax.training.decline.collect", lambda *args, **options: None)
+    monkeypatch.setattr("qstar_jax.training.diagnostics.decline.sentence", lambda evidence: "")
+    monkeypatch.setattr("qstar_jax.training.diagnostics.decline.collect", lambda *args, **options: None)
     tiny_train(make_config(out, **sampled(eval_file)))
     assert (out / FILE).read_bytes() == (whole[0] / FILE).read_bytes()
     tiny_train(make_config(tmp_path / "other", **sampled(eval_file, seed=1)))

@@ -10,10 +10,10 @@ import pytest
 
 from qstar_jax.config import LossOptions, OptimizerOptions, ReferenceOptions
 from qstar_jax.data.batches import step_indices
+from qstar_jax.data.feeder import Feeder
 from qstar_jax.store.checkpoints import find_checkpoint
 from qstar_jax.training import run as run_module
-from qstar_jax.training.feeding import Feeder
-from qstar_jax.training.nonfinite import find_cause, first_nonfinite
+from qstar_jax.training.diagnostics.nonfinite import find_cause, first_nonfinite
 from qstar_jax.training.objectives import dpo_loss_fn
 from qstar_jax.training.step import TrainState, make_train_step
 

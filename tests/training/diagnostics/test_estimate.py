@@ -13,7 +13,7 @@ from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh, tree_shardings
 from qstar_jax.store.open import param_shardings
 from qstar_jax.training import run as run_module
-from qstar_jax.training.estimate import Estimate, device_memory, estimate
+from qstar_jax.training.diagnostics.estimate import Estimate, device_memory, estimate
 from qstar_jax.training.objectives import dpo_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step

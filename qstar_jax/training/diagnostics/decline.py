@@ -16,6 +16,7 @@ from rich.console import Console
 
 from qstar_jax.config import DpoConfig, SftConfig
 from qstar_jax.data.batches import step_indices
+from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.eos import eos_token_ids
@@ -23,12 +24,11 @@ from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.store.identity import check_identity, write_identity
-from qstar_jax.training.feeding import Feeder
+from qstar_jax.training.diagnostics.reference_samples import Samples, draw, read_samples, write_samples
+from qstar_jax.training.diagnostics.verdict import collect, sentence
 from qstar_jax.training.objectives import preference_loss
 from qstar_jax.training.reference import make_scorer, moves_reference, needs_reference
-from qstar_jax.training.reference_samples import Samples, draw, read_samples, write_samples
 from qstar_jax.training.setup import Start
-from qstar_jax.training.verdict import collect, sentence
 
 FILE = "reference_samples.jsonl"
 LONGEST = 128  # tokens of a sample: more would cost time, and a prefix serves as well
@@ -94,7 +94,7 @@ class Probe:
         return metrics
 
     def verdict(self, summary: Mapping[str, float]) -> str:
-        """Says in one line whether rewards of chosen answers moved as theory expects; see `training.verdict`."""
+        """Says in one line whether rewards of chosen answers moved as theory expects; see `verdict`."""
         samples = self.samples
         return sentence(collect(summary, samples=len(samples.examples), length=samples.mean_length, beta=self.beta))
 

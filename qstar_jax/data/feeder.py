@@ -1,8 +1,7 @@
-"""Batches onto the mesh, and evaluation over a whole file."""
+"""Puts batches of a data set on the mesh."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,13 +12,9 @@ from qstar_jax.data.batches import Batch, eval_batches, make_batch, step_indices
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Shapes
 from qstar_jax.errors import InputError
-from qstar_jax.models.causal_lm import Params
 from qstar_jax.sharding import BATCH
-from qstar_jax.training.objectives import Metrics
 
-SQUARES = "squares/"
 Track = Callable[[Iterable[Batch], str, int], Iterable[Batch]]
-Evaluate = Callable[[Params, Params | None], dict[str, float]]  # of the policy, beside a live reference
 
 
 class Feeder:
@@ -116,67 +111,3 @@ class Feeder:
             batch = self._make(indices + start, self.batch_size, at_least)
             shape = batch.slots.shape
             yield self._place(batch, self._sharding)
-
-
-class Evaluator:
-    """Weighted global means over a held-out file; what the frozen reference says of it is computed once.
-
-    Args:
-        feeder: The held-out examples.
-        eval_step: `(params, ref_params, batch) -> metrics`, jitted.
-        ref_logprobs: `batch -> ref_logp`, where the reference is the same in every evaluation; then they are computed
-            here, once.
-        track: `(batches, description, total)` wraps batches, for a progress bar.
-    """
-
-    def __init__(
-        self,
-        feeder: Feeder,
-        eval_step: Callable[[Params, Params | None, Batch], Metrics],
-        ref_logprobs: Callable[[Batch], jax.Array] | None = None,
-        track: Track = lambda batches, description, total: batches,
-    ):
-        self._feeder, self._eval_step, self._track = feeder, eval_step, track
-        self._ref_logps = None
-        if ref_logprobs is not None:
-            batches = self._batches("reference on held-out rows")
-            self._ref_logps = [jax.block_until_ready(ref_logprobs(batch)) for batch in batches]
-
-    def _batches(self, description: str) -> Iterable[Batch]:
-        return self._track(self._feeder.in_order(), description, self._feeder.batches)
-
-    def __call__(self, params: Params, ref_params: Params | None) -> dict[str, float]:
-        """Evaluates parameters beside a reference; returns metric name (with prefix `eval_`) -> mean."""
-        parts = []
-        for i, batch in enumerate(self._batches("evaluation")):
-            if self._ref_logps is not None:
-                batch = replace(batch, ref_logp=self._ref_logps[i])
-            parts.append(jax.block_until_ready(self._eval_step(params, ref_params, batch)))
-        return {f"eval_{name}": value for name, value in mean_metrics(parts).items() if not name.startswith("count/")}
-
-
-def join_evaluators(evaluators: Iterable[Evaluate | None]) -> Evaluate | None:
-    """Makes one evaluator of those that are not None; None where there are none."""
-    found = [evaluate for evaluate in evaluators if evaluate is not None]
-    return (lambda *params: {k: v for evaluate in found for k, v in evaluate(*params).items()}) if found else None
-
-
-def mean_metrics(parts: list[Metrics]) -> dict[str, float]:
-    """Joins metrics of several batches: sum of sums over sum of denominators.
-
-    Args:
-        parts: At least one dictionary of (sum, denominator) pairs, with the same names.
-
-    Returns:
-        Name -> mean. `squares/NAME` becomes `NAME_stderr`, the standard error of a mean over independent rows; a single
-        row has none.
-    """
-    parts = jax.device_get(parts)
-    names = parts[0]
-    total = {name: np.sum([np.float64(part[name]) for part in parts], axis=0) for name in names}
-    means = {name: float(value / max(weight, 1e-9)) for name, (value, weight) in total.items()}
-    for name in [name for name in means if name.startswith(SQUARES)]:
-        square, of, rows = means.pop(name), name.removeprefix(SQUARES), total[name][1]
-        if rows > 1:
-            means[f"{of}_stderr"] = float(np.sqrt(max(square - means[of] ** 2, 0.0) / (rows - 1)))
-    return means

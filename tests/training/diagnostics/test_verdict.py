@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from qstar_jax.training.verdict import Evidence, collect, decide, sentence
+from qstar_jax.training.diagnostics.verdict import Evidence, collect, decide, sentence
 
 PLAIN = {
     "chosen": -0.4,
