@@ -1,9 +1,41 @@
-"""Model text made safe to look at: characters that hide, reorder or command become text that one can see."""
+"""What the terminal shows: messages, progress, and model text made safe to look at."""
 
 import unicodedata
+from collections.abc import Iterable
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track as rich_track
+
+T = TypeVar("T")
 
 _JOINERS = "\u200c\u200d"  # hold emoji and Indic letters together; harmless, and breaking them would spoil the text
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (bidi, zero width, tags), lone surrogate, separators
+
+
+def say(console: Console, text: str):
+    """Prints a message exactly as it is: no markup, no highlighting, no line breaks of its own.
+
+    Args:
+        console: Where to print.
+        text: The message.
+    """
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def track(console: Console, items: Iterable[T], description: str, total: int) -> Iterable[T]:
+    """Shows a progress bar while items are consumed; nothing where there is no terminal.
+
+    Args:
+        console: Where to show it.
+        items: What to iterate over.
+        description: Label of the bar.
+        total: How many items there are.
+
+    Returns:
+        An iterable over the same items.
+    """
+    return rich_track(items, description, total, console=console, disable=not console.is_terminal)
 
 
 def visible(text: str) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.rule import Rule
 
-from qstar_jax.cli import decline, report, score, sweep
 from qstar_jax.config import (
     ComputeOptions,
     DataOptions,
@@ -28,6 +27,13 @@ from qstar_jax.config import (
     TrainOptions,
 )
 from qstar_jax.demo.pretrain import pretrain, weights_hash
+from qstar_jax.evaluation.insights.credit import measure_credit
+from qstar_jax.evaluation.insights.decline import measure_decline
+from qstar_jax.evaluation.insights.sweep import measure_sweep
+from qstar_jax.evaluation.score import score_file
+from qstar_jax.report.figures import write_figures
+from qstar_jax.report.scores import show_credit, show_scores
+from qstar_jax.report.summary import write_report
 from qstar_jax.tasks.tiny_tldr import BASE, BUILTIN
 from qstar_jax.training.run import train
 
@@ -74,18 +80,17 @@ def run(config: DemoConfig, console: Console) -> dict:
     console.print(Rule(f"The same without SFT, beta {BETAS[0]:g}"))
     train(_dpo(base, out / "dpo-without-sft", source, BETAS[0], config.seed), console)
     console.print(Rule("Insight 1: which tokens are wrong?"))
-    score.run(_score(out, source))
+    scored = score_file(_score(out, source), console)
+    show_scores(scored, console)
+    show_credit(measure_credit(scored), scored.out, console)
     console.print(Rule("Insight 2: what is search worth?"))
-    sweep.sweep(_sweep(out, source), console)
-    decline.decline(
-        DeclineConfig(
-            out=str(out / "decline"), with_sft=str(out / f"dpo-{BETAS[0]:g}"), without_sft=str(out / "dpo-without-sft")
-        )
-    )
+    write_figures(out / "sweep", sweep=measure_sweep(_sweep(out, source), console))
+    runs = {"with_sft": str(out / f"dpo-{BETAS[0]:g}"), "without_sft": str(out / "dpo-without-sft")}
+    write_figures(out / "decline", decline=measure_decline(DeclineConfig(out=str(out / "decline"), **runs)))
     console.print(Rule("What it showed"))
     shutil.copyfile(out / f"dpo-{BETAS[0]:g}" / "metrics.jsonl", out / "metrics.jsonl")
     parts = {name: str(out / name) for name in ("credit", "sweep", "decline")}
-    return report.report(
+    return write_report(
         ReportConfig(out=str(out), **parts),
         console,
         seed=config.seed,

@@ -1,8 +1,9 @@
 """Answers on trial: prompts with the answer to beat, what each way to decode makes of them, and what that is worth."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -17,12 +18,13 @@ from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.decoding.answers_file import AnswersFile, answer_prompts, prompt_texts, read_answers
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import prepare
-from qstar_jax.evaluation.insights.sweep import Outcome, Setting
 from qstar_jax.evaluation.judges import Comparison
-from qstar_jax.evaluation.judges.base import Track, Verdict, no_track
+from qstar_jax.evaluation.judges.base import Track, no_track
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.store.open import LoadedModel
+
+Setting = TypeVar("Setting", bound=Hashable)  # a way to decode
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,13 @@ def _plain(turns: Turns) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def open_answers(config: SweepConfig, model: str, setting: Setting, folder: Path) -> AnswersFile:
+def open_answers(config: SweepConfig, model: str, options: DecodeOptions, folder: Path) -> AnswersFile:
     """Finds what was answered in one way; nothing is loaded or written.
 
     Args:
         config: The sweep.
         model: What the user called the policy.
-        setting: How to decode.
+        options: How to decode.
         folder: Holds, or gets, generations.jsonl as `qstar generate` writes it.
 
     Returns:
@@ -109,7 +111,7 @@ def open_answers(config: SweepConfig, model: str, setting: Setting, folder: Path
             model=model,
             out=str(folder),
             batch_size=config.batch_size,
-            decode=setting.options(config),
+            decode=options,
             data=config.data,
             compute=config.compute,
             mesh=config.mesh,
@@ -208,35 +210,4 @@ def compare(answers: Sequence[dict], trials: Sequence[Trial]) -> list[Comparison
     return [
         Comparison(trial.row, trial.prompt, answer["text"], trial.baseline)
         for trial, answer in zip(trials, answers, strict=True)
-    ]
-
-
-def outcomes(
-    scored: Sequence[ScoredResponse],
-    comparisons: Sequence[Comparison],
-    verdicts: Sequence[Verdict],
-    true_reward: Callable[[str, str], float | None],
-) -> list[Outcome]:
-    """Brings together what is known of each answer.
-
-    Args:
-        scored: Rewards of the answers.
-        comparisons: What was judged.
-        verdicts: How.
-        true_reward: (prompt, answer) -> its true reward, or None.
-
-    Returns:
-        One outcome a trial.
-    """
-    return [
-        Outcome(
-            row=record.row,
-            win=verdict.win,
-            length=len(record.token_ids),
-            logp=float(sum(record.logp)),
-            implicit_reward=record.total_reward,
-            true_reward=true_reward(comparison.prompt, comparison.answer),
-            truncated=record.truncated,
-        )
-        for record, comparison, verdict in zip(scored, comparisons, verdicts, strict=True)
     ]

@@ -4,18 +4,25 @@ The paper shows it with coloured pictures (Figure 1 and Appendix C). Here it is 
 of -reward as a detector of wrong tokens, beside detectors that know nothing of preferences.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from qstar_jax.data.dialogues import text_of
+from qstar_jax.data.loading import read_records
 from qstar_jax.data.records import Record
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.intervals import auc, bootstrap
 from qstar_jax.evaluation.marks import marked_tokens, read_marks
+from qstar_jax.evaluation.score import KINDS, ScoredFile
 from qstar_jax.evaluation.scored import ScoredResponse
+from qstar_jax.store.identity import file_digest
+from qstar_jax.tasks.tiny_tldr import BUILTIN, read_post
+from qstar_jax.tasks.tiny_tldr.oracle import Oracle
 
 REWARD, REFERENCE, UNIFORM, CEILING = (
     "implicit reward",
@@ -46,6 +53,38 @@ class MarkedAnswer:
     def wrong(self) -> Bool[np.ndarray, " T"]:
         """Which tokens are wrong."""
         return np.any(self.spans, axis=0)
+
+
+def measure_credit(scored: ScoredFile) -> dict:
+    """Measures how well low rewards find the tokens that a file marks as wrong, and writes credit.json.
+
+    Args:
+        scored: What `qstar score` has scored.
+
+    Returns:
+        What credit.json holds.
+
+    Raises:
+        InputError: If the marks do not fit the answers.
+    """
+    config, data = scored.config, scored.config.data
+    rows, records, _ = read_records(data.eval, data.eval_split, KINDS[config.answers], data, data.max_eval_rows)
+    marked = mark_answers(scored.responses, rows, records, wrong=config.wrong, kind=config.kind, source=data.eval)
+    if data.eval.startswith(BUILTIN):
+        marked = _with_true_advantages(marked, rows, scored.tokenizer)
+    record = credit_report(marked, model=config.model, reference=scored.reference)
+    record |= {"scores": file_digest(scored.path)}
+    (scored.out / "credit.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def _with_true_advantages(marked: Sequence[MarkedAnswer], rows: Sequence[dict], tokenizer: Any) -> list[MarkedAnswer]:
+    """What a perfect policy would give to each token, as the ceiling of what can be reached."""
+    oracle = Oracle(lambda text: tokenizer(text).input_ids, tokenizer.eos_token_id, marked[0].scored.beta)
+    return [
+        replace(m, advantages=oracle.advantages(read_post(rows[m.scored.row]["prompt"]), m.scored.token_ids))
+        for m in marked
+    ]
 
 
 def mark_answers(

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from qstar_jax import losses
+from qstar_jax.config import DeclineConfig
 from qstar_jax.errors import InputError
 from qstar_jax.training.run_log import read_metrics
 
@@ -16,6 +17,28 @@ _CURVES = {
     "margin": "rewards/margins",
 }
 _REFERENCE = "eval_rewards/reference_expected"  # -beta KL(reference || policy) on the reference's own samples
+
+
+def measure_decline(config: DeclineConfig) -> dict:
+    """Gathers how rewards moved in one run or two, and writes decline.json.
+
+    Args:
+        config: The runs.
+
+    Returns:
+        What decline.json holds.
+
+    Raises:
+        InputError: If no run is named, or one cannot be used.
+    """
+    folders = {"with SFT": config.with_sft, "without SFT": config.without_sft}
+    runs = [decline_run(name, Path(folder).expanduser()) for name, folder in folders.items() if folder is not None]
+    if not runs:
+        raise InputError("name a DPO run with --with_sft, --without_sft or both")
+    record, out = {"runs": runs}, Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "decline.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
 
 
 def decline_run(name: str, folder: Path) -> dict:
