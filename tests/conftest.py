@@ -362,12 +362,12 @@ def random_examples():
 
 @pytest.fixture(scope="session")
 def pair_batch():
-    """Makes a batch of random pairs, two rows of them packed: `pair_batch(rows, seed=0, fill_to=None, layout=...)`."""
+    """Makes a batch of random pairs, two rows of them packed: `pair_batch(rows, seed=0, fill_to=0, layout=...)`."""
 
-    def make(rows, *, fill_to=None, layout="packed", parts=1, row_length=64, **options):
+    def make(rows, *, fill_to=0, layout="packed", shards=1, row_length=64, **options):
         examples = pair_examples(rows, **options)
         size = fill_to or rows
-        shapes = Shapes.of(examples, layout, batch_size=size, row_length=row_length, parts=parts, multiple=4)
+        shapes = Shapes.of(examples, layout, batch_size=size, row_length=row_length, shards=shards, multiple=4)
         return jax.tree.map(jax.numpy.asarray, make_batch(examples, shapes, fill_to=fill_to))
 
     return make

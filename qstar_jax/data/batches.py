@@ -4,37 +4,37 @@ The batch is a pure function of (seed, step): a resumed run, on any number of ho
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.data.packing import Shapes, blocks_of, pack
+from qstar_jax.data.packing import Block, Plan, Shapes, plan_batch
 from qstar_jax.data.tokenization import Example
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """B prompts with R answers each (2: chosen, rejected; 1: fine-tuning), laid into N rows of S slots (see `packing`).
+    """B prompts with R responses each (2: chosen, rejected; 1: fine-tuning), packed into N sequences of S slots.
 
-    Masks come from lengths and from where tokens lie, not from token ids.
+    See `packing` for the layout. Masks come from lengths and from where tokens lie, not from token ids.
 
     Args:
         tokens: Inputs of the model; 0 for padding, which any model knows, whatever its tokenizer pads with.
-        positions: Rotary positions; those of each answer go on from its prompt.
-        blocks: Which prompt of the row a slot belongs to, from 0; -1 for padding.
-        branches: Which of its answers, from 1; 0 for what they share.
-        slots: Slots whose next token is scored, K a row; 0 where there are fewer.
+        positions: Rotary positions; those of each response continue those of its prompt.
+        blocks: Which prompt of the sequence a slot belongs to, from 0; -1 for padding.
+        branches: Which of its responses, from 1; 0 for what they share.
+        slots: Slots whose next token is scored, K per sequence; 0 where there are fewer.
         targets: Those next tokens.
-        index: Where each token of each answer stands among the N * K scored ones; 0 after its end.
+        index: Where each token of each response stands among the N * K scored ones; 0 after its end.
         prompt_lengths: Tokens of each prompt.
-        response_lengths: Tokens of each answer, EOS included.
-        truncated: The answer lost its end, and its EOS.
+        response_lengths: Tokens of each response, EOS included.
+        truncated: The response lost its end, and its EOS.
         weights: 1, or 0 for examples that only fill up the last batch of an evaluation, and have no tokens.
-        ref_logp: log pi_ref of the answers' tokens in nats, where it is cached.
+        ref_logp: log pi_ref of the responses' tokens in nats, where it is cached.
     """
 
     tokens: Int[Array, "N S"]
@@ -52,7 +52,7 @@ class Batch:
 
     @property
     def response_mask(self) -> Bool[Array, "B R T"]:
-        """True at the tokens of `index` that are the answer's."""
+        """True at the tokens of `index` that are the response's."""
         return self.response_lengths[..., None] > np.arange(self.index.shape[-1])
 
 
@@ -60,113 +60,106 @@ def make_batch(
     examples: Sequence[Example],
     shapes: Shapes,
     *,
-    fill_to: int | None = None,
+    fill_to: int = 0,
     ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
     at_least: tuple[int, int] = (0, 0),
+    plan: Plan | None = None,
 ) -> Batch:
-    """Lays examples into rows.
+    """Packs examples into the arrays of one batch.
 
     Args:
-        examples: At least one; all with the same number of answers.
+        examples: At least one; all with the same number of responses.
         shapes: Shapes of the data set.
-        fill_to: Add examples without tokens, of weight 0, up to so many.
-        ref_logps: log pi_ref of each token of each answer of each example, in nats.
+        fill_to: Add examples without tokens, of weight 0, up to this many.
+        ref_logps: log pi_ref of each token of each response of each example, in nats.
         at_least: N and K are at least these.
+        plan: What `plan_batch` returned for these arguments, if it was called before.
 
     Returns:
         A batch of numpy arrays: int32, bool for `truncated`, float32 for `weights` and `ref_logp`.
 
     Raises:
-        ValueError: An example does not fit, or has another number of answers than the first.
+        ValueError: An example does not fit, or has another number of responses than the first.
     """
-    count, answers = max(len(examples), fill_to or 0), len(examples[0].responses)
-    _check(examples, shapes)
-    rows = pack(blocks_of(examples, shapes.layout), shapes.length, shapes.layout)
-    # Without packing the number of rows is known before, and is that of a full batch.
-    wanted = len(rows) if shapes.layout == "packed" else count * (answers if shapes.layout == "plain" else 1)
-    height = max(-(-wanted // shapes.rows) * shapes.rows, at_least[0])
-    scored = max(sum(block.scored for block in row) for row in rows)
-    width = max(-(-scored // shapes.scored) * shapes.scored, shapes.scored, at_least[1])
-    tokens, positions, branches = np.zeros((3, height, shapes.length), np.int32)
-    blocks = np.full((height, shapes.length), -1, np.int32)
-    slots, targets = np.zeros((2, height, width), np.int32)
-    index = np.zeros((count, answers, shapes.response_length), np.int32)
-    for n, row in enumerate(rows):
-        slot, entry = 0, 0
-        for number, block in enumerate(row):
-            example = examples[block.example]
-            shared = len(example.prompt) - 1
-            blocks[n, slot : slot + block.length] = number
-            tokens[n, slot : slot + shared] = example.prompt[:-1]
-            positions[n, slot : slot + shared] = np.arange(shared)
-            slot += shared
-            for r in block.answers:
-                ids = example.responses[r].ids
-                if len(ids) == 0:
-                    continue
-                branch, entries = slice(slot, slot + len(ids)), slice(entry, entry + len(ids))
-                tokens[n, branch] = [example.prompt[-1], *ids[:-1]]
-                positions[n, branch] = shared + np.arange(len(ids))
-                branches[n, branch] = r + 1
-                slots[n, entries], targets[n, entries] = np.arange(branch.start, branch.stop), ids
-                index[block.example, r, : len(ids)] = n * width + np.arange(entries.start, entries.stop)
-                slot, entry = branch.stop, entries.stop
-    empty = [0] * (count - len(examples))
+    # Decide which blocks share a sequence, and how large the arrays are.
+    plan = plan or plan_batch(examples, shapes, fill_to)
+    sequences, scored = (max(sizes) for sizes in zip(plan.size, at_least, strict=True))
+    # Allocate a batch of padding, which knows its examples' lengths already.
+    batch = _padding(examples, max(len(examples), fill_to), (sequences, scored), shapes)
+    # Write the tokens, sequence by sequence.
+    for n, blocks in enumerate(plan.sequences):
+        _write_sequence(batch, n, blocks, examples)
+    return batch if ref_logps is None else replace(batch, ref_logp=_padded(ref_logps, batch.index.shape))
+
+
+def _padding(examples: Sequence[Example], count: int, size: tuple[int, int], shapes: Shapes) -> Batch:
+    """A batch of `count` examples whose sequences are empty."""
+    (sequences, scored), responses = size, len(examples[0].responses)
+    tokens, positions, branches = np.zeros((3, sequences, shapes.length), np.int32)
+    slots, targets = np.zeros((2, sequences, scored), np.int32)
+    prompt_lengths, lengths = np.zeros(count, np.int32), np.zeros((count, responses), np.int32)
+    truncated = np.zeros((count, responses), bool)
+    for b, example in enumerate(examples):
+        prompt_lengths[b] = len(example.prompt)
+        lengths[b] = [len(r.ids) for r in example.responses]
+        truncated[b] = [r.truncated for r in example.responses]
     return Batch(
         tokens=tokens,
         positions=positions,
-        blocks=blocks,
+        blocks=np.full((sequences, shapes.length), -1, np.int32),
         branches=branches,
         slots=slots,
         targets=targets,
-        index=index,
-        prompt_lengths=np.array([len(e.prompt) for e in examples] + empty, np.int32),
-        response_lengths=np.array(
-            [[len(r.ids) for r in e.responses] for e in examples] + [[0] * answers] * len(empty), np.int32
-        ),
-        truncated=np.array(
-            [[r.truncated for r in e.responses] for e in examples] + [[False] * answers] * len(empty), bool
-        ),
+        index=np.zeros((count, responses, shapes.response_length), np.int32),
+        prompt_lengths=prompt_lengths,
+        response_lengths=lengths,
+        truncated=truncated,
         weights=(np.arange(count) < len(examples)).astype(np.float32),
-        ref_logp=None if ref_logps is None else _padded(ref_logps, index.shape),
     )
+
+
+def _write_sequence(batch: Batch, n: int, blocks: Sequence[Block], examples: Sequence[Example]):
+    """Writes the blocks of sequence `n`, one behind the other."""
+    width = batch.slots.shape[1]
+    slot = entry = 0  # the next free slot, and the next free entry of `slots` and `targets`
+    for number, block in enumerate(blocks):
+        example = examples[block.example]
+        batch.blocks[n, slot : slot + block.length] = number
+        # The prompt once, without its last token.
+        shared = len(example.prompt) - 1
+        batch.tokens[n, slot : slot + shared] = example.prompt[:-1]
+        batch.positions[n, slot : slot + shared] = np.arange(shared)
+        slot += shared
+        # A branch per response, in which each slot predicts the response's next token.
+        for r in block.responses:
+            ids = example.responses[r].ids
+            if len(ids) == 0:
+                continue
+            branch, entries = np.arange(slot, slot + len(ids)), np.arange(entry, entry + len(ids))
+            batch.tokens[n, branch] = [example.prompt[-1], *ids[:-1]]
+            batch.positions[n, branch] = shared + np.arange(len(ids))
+            batch.branches[n, branch] = r + 1
+            batch.slots[n, entries], batch.targets[n, entries] = branch, ids
+            batch.index[block.example, r, : len(ids)] = n * width + entries
+            slot, entry = slot + len(ids), entry + len(ids)
 
 
 def _padded(values: Sequence[Sequence[np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:
     padded = np.zeros(shape, np.float32)
-    for b, answers in enumerate(values):
-        for r, answer in enumerate(answers):
-            padded[b, r, : len(answer)] = answer
+    for b, responses in enumerate(values):
+        for r, response in enumerate(responses):
+            padded[b, r, : len(response)] = response
     return padded
 
 
-def _check(examples: Sequence[Example], shapes: Shapes) -> None:
-    answers = len(examples[0].responses)
-    for example in examples:
-        if len(example.responses) != answers:
-            raise ValueError(
-                f"row {example.row + 1} has {len(example.responses)} answers and the first of its batch {answers}; "
-                "all examples of a data set need the same number"
-            )
-    for block in blocks_of(examples, shapes.layout):
-        example = examples[block.example]
-        longest = max(len(r.ids) for r in example.responses)
-        if block.length > shapes.length or longest > shapes.response_length:
-            raise ValueError(
-                f"row {example.row + 1}: {block.length} tokens of prompt and answers, and an answer of {longest}, do "
-                f"not fit into length {shapes.length} and response_length {shapes.response_length}; "
-                "take them from Shapes.of"
-            )
-
-
 def step_indices(seed: int, step: int, num_examples: int, batch_size: int) -> np.ndarray:
-    """The examples of a step: shuffled anew each epoch; batches run on across epochs, so no row is ever left out.
+    """The examples of a step: shuffled anew each epoch; batches run on across epochs, so that no row is skipped.
 
     Args:
         seed: Fixes the order; at least 0.
         step: Counted from 0.
         num_examples: Examples in the data, at least 1.
-        batch_size: Examples a step, over all hosts; may exceed `num_examples`.
+        batch_size: Examples per step, over all hosts; may exceed `num_examples`.
 
     Returns:
         Indices of examples, int64 [batch_size].
@@ -175,8 +168,8 @@ def step_indices(seed: int, step: int, num_examples: int, batch_size: int) -> np
     epochs, offsets = np.divmod(positions, num_examples)
     indices = np.empty(batch_size, np.int64)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = _epoch_order(seed, int(epoch), num_examples)[offsets[here]]
+        in_epoch = epochs == epoch
+        indices[in_epoch] = _epoch_order(seed, int(epoch), num_examples)[offsets[in_epoch]]
     return indices
 
 
@@ -193,7 +186,7 @@ def eval_batches(num_examples: int, batch_size: int) -> Iterator[np.ndarray]:
 
     Args:
         num_examples: Examples in the data.
-        batch_size: Examples a batch, over all hosts.
+        batch_size: Examples per batch, over all hosts.
 
     Yields:
         Int64 [at most batch_size].

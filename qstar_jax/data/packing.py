@@ -1,8 +1,9 @@
-"""Where tokens lie in rows: prompts shared by their answers, and several of them in one row.
+"""Where tokens lie in sequences: prompts are shared by their responses, and several of them share a sequence.
 
-A *block* is what must lie in one row: one prompt and the answers that share it. It holds prompt[:-1] once, and then for
-each answer a branch prompt[-1] + answer[:-1], whose positions go on from the prompt. So every slot of a branch predicts
-one token of its answer, each branch has its own first prediction, and nothing else enters the log-prob kernel.
+A *block* is what must lie in one sequence: a prompt and the responses that share it. It holds prompt[:-1] once, then
+for each response a branch prompt[-1] + response[:-1], whose positions continue those of the prompt. So each slot of a
+branch predicts one token of its response, each branch has its own first prediction, and nothing else enters the
+log-prob kernel.
 """
 
 from collections.abc import Sequence
@@ -12,89 +13,88 @@ from typing import Literal
 from qstar_jax.data.tokenization import Example
 
 Layout = Literal["packed", "shared", "plain"]
-FEW = 96  # scored tokens of a row that are not worth a program of their own
+FEW = 96  # up to this many scored tokens per sequence, padding costs less than compiling another program
 
 
 @dataclass(frozen=True)
 class Block:
-    """A prompt and those of its answers that share it in a row.
+    """A prompt and those of its responses that share it in one sequence.
 
     Attributes:
         example: Index of the example in its batch.
-        answers: Indices of the answers.
-        length: Slots that it takes.
-        scored: Slots whose next token is scored: the tokens of the answers.
+        responses: Indices of the responses.
+        length: Slots that it occupies.
+        scored: Slots whose next token is scored: the tokens of the responses.
     """
 
     example: int
-    answers: tuple[int, ...]
+    responses: tuple[int, ...]
     length: int
     scored: int
 
 
 def blocks_of(examples: Sequence[Example], layout: Layout) -> list[Block]:
-    """Lists what must lie in one row.
+    """Lists the blocks of some examples.
 
     Args:
         examples: Examples of a batch.
-        layout: `plain` repeats the prompt for every answer; the others share it.
+        layout: `plain` repeats the prompt for every response; the others share it.
 
     Returns:
         Blocks, in the order of the examples.
     """
     blocks = []
     for i, example in enumerate(examples):
-        answers = range(len(example.responses))
-        for group in [(r,) for r in answers] if layout == "plain" else [tuple(answers)]:
+        responses = range(len(example.responses))
+        for group in [(r,) for r in responses] if layout == "plain" else [tuple(responses)]:
             scored = sum(len(example.responses[r].ids) for r in group)
             blocks.append(Block(i, group, len(example.prompt) - 1 + scored, scored))
     return blocks
 
 
 def pack(blocks: Sequence[Block], length: int, layout: Layout) -> list[list[Block]]:
-    """Lays blocks into rows.
+    """Assigns blocks to sequences.
 
     Args:
         blocks: Blocks, none longer than `length`.
-        length: Slots of a row.
-        layout: `packed` puts each block, the longest first, into the first row that has room; the others give each
-            block a row of its own.
+        length: Slots per sequence.
+        layout: `packed` is first fit decreasing: the longest block first, each into the first sequence that has room.
+            The others give each block a sequence of its own.
 
     Returns:
-        Blocks of each row.
+        Blocks of each sequence.
     """
     if layout != "packed":
         return [[block] for block in blocks]
-    rows: list[list[Block]] = []
-    room: list[int] = []
-    for block in sorted(
-        blocks, key=lambda block: -block.length
-    ):  # a stable sort: the batch stays a function of its step
-        row = next((i for i, free in enumerate(room) if free >= block.length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(length)
-        rows[row].append(block)
-        room[row] -= block.length
-    return rows
+    sequences: list[list[Block]] = []
+    free_slots: list[int] = []
+    # The sort is stable, so a batch remains a function of its step.
+    for block in sorted(blocks, key=lambda block: -block.length):
+        n = next((n for n, free in enumerate(free_slots) if free >= block.length), len(sequences))
+        if n == len(sequences):
+            sequences.append([])
+            free_slots.append(length)
+        sequences[n].append(block)
+        free_slots[n] -= block.length
+    return sequences
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The few shapes in which batches of a data set come, so that few programs are compiled.
+    """The few shapes that batches of a data set take, so that few programs are compiled.
 
     Attributes:
-        layout: How prompts and answers share rows.
-        length: S, slots of a row.
-        response_length: T, tokens of the longest answer.
-        rows: Rows come in multiples of this.
-        scored: K, scored tokens of a row, comes in multiples of this.
+        layout: How prompts and responses share sequences.
+        length: S, slots per sequence.
+        response_length: T, tokens of the longest response.
+        sequences: The number of sequences N is a multiple of this.
+        scored: The number of scored tokens per sequence K is a multiple of this.
     """
 
     layout: Layout
     length: int
     response_length: int
-    rows: int
+    sequences: int
     scored: int
 
     @classmethod
@@ -105,33 +105,89 @@ class Shapes:
         *,
         batch_size: int,
         row_length: int = 0,
-        parts: int = 1,
+        shards: int = 1,
         multiple: int = 8,
     ) -> "Shapes":
-        """Finds shapes into which every example fits.
+        """Finds shapes that every example fits.
 
         Args:
-            examples: At least one example, with at least one answer each.
-            layout: How prompts and answers share rows.
-            batch_size: Examples of a batch.
-            row_length: Slots of a row where examples are packed; at least those of the longest block are taken.
-            parts: Devices over which rows are cut.
+            examples: At least one example, with at least one response each.
+            layout: How prompts and responses share sequences.
+            batch_size: Examples per batch.
+            row_length: Slots per sequence where examples are packed; at least the length of the longest block.
+            shards: Devices over which sequences are sharded.
             multiple: Lengths are multiples of it, in tokens.
 
         Returns:
             The shapes.
         """
-
-        def up(number: int, step: int) -> int:
-            return max(-(-number // step), 1) * step
-
         blocks = blocks_of(examples, layout)
         longest = max(block.length for block in blocks)
-        length = up(max(longest, row_length if layout == "packed" else 0), multiple)
-        response_length = up(max(len(r.ids) for e in examples for r in e.responses), multiple)
-        # A quarter of the batch, and of the row: at most sixteen programs, of which most data sets meet two or three.
-        # Of short rows `FEW`: there another program costs more time than the empty slots.
-        rows = up(up(batch_size, 4) // 4 if layout == "packed" else 1, parts)
+        length = _round_up(max(longest, row_length if layout == "packed" else 0), multiple)
+        response_length = _round_up(max(len(r.ids) for e in examples for r in e.responses), multiple)
+        # Steps of a quarter of the batch, and of the sequence: at most sixteen programs, of which most data sets need
+        # two or three. For short sequences in steps of at least `FEW`.
+        sequences = _round_up(_round_up(batch_size, 4) // 4 if layout == "packed" else 1, shards)
         most = length if layout == "packed" else max(block.scored for block in blocks)
-        scored = min(max(up(length, 4) // 4, FEW), most)
-        return cls(layout, length, response_length, rows, up(scored, multiple))
+        scored = min(max(_round_up(length, 4) // 4, FEW), most)
+        return cls(layout, length, response_length, sequences, _round_up(scored, multiple))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the blocks of one batch go.
+
+    Attributes:
+        sequences: Blocks of each sequence.
+        size: (N, K): sequences of the batch, and scored tokens per sequence.
+    """
+
+    sequences: list[list[Block]]
+    size: tuple[int, int]
+
+
+def plan_batch(examples: Sequence[Example], shapes: Shapes, fill_to: int = 0) -> Plan:
+    """Packs examples, and finds the size of their batch.
+
+    Args:
+        examples: At least one; all with the same number of responses.
+        shapes: Shapes of the data set.
+        fill_to: Reserve room for at least this many examples.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: An example does not fit, or has another number of responses than the first.
+    """
+    blocks, responses = blocks_of(examples, shapes.layout), len(examples[0].responses)
+    _check(examples, blocks, shapes)
+    sequences = pack(blocks, shapes.length, shapes.layout)
+    # Without packing, a full batch always has the same number of sequences.
+    per_example = responses if shapes.layout == "plain" else 1
+    count = len(sequences) if shapes.layout == "packed" else max(len(examples), fill_to) * per_example
+    scored = max(sum(block.scored for block in sequence) for sequence in sequences)
+    return Plan(sequences, (_round_up(count, shapes.sequences), _round_up(scored, shapes.scored)))
+
+
+def _check(examples: Sequence[Example], blocks: Sequence[Block], shapes: Shapes):
+    responses = len(examples[0].responses)
+    for example in examples:
+        if len(example.responses) != responses:
+            raise ValueError(
+                f"row {example.row + 1} has {len(example.responses)} responses and the first of its batch {responses}; "
+                "all examples of a data set need the same number"
+            )
+    for block in blocks:
+        example = examples[block.example]
+        longest = max(len(r.ids) for r in example.responses)
+        if block.length > shapes.length or longest > shapes.response_length:
+            raise ValueError(
+                f"row {example.row + 1}: {block.length} tokens of prompt and responses, and a response of {longest}, "
+                f"do not fit into length {shapes.length} and response_length {shapes.response_length}; "
+                "take them from Shapes.of"
+            )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return max(-(-number // multiple), 1) * multiple

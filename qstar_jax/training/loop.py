@@ -116,7 +116,9 @@ class Loop:
         batch = self.feeder.at_step(self.options.seed, step)
         parts = self.feeder.accumulate
         batches = [batch] if parts == 1 else [jax.tree.map(lambda x: x[i], batch) for i in range(parts)]  # noqa: B023
-        cause = self.find_cause(state, batches, self.feeder.rows_at_step(self.options.seed, step))
+        examples = self.feeder.dataset.examples
+        rows = [[examples[i].row for i in part] for part in self.feeder.indices_at_step(self.options.seed, step)]
+        cause = self.find_cause(state, batches, rows)
         kept = "checkpoints that were written before are untouched"
         if step > 0 and first_nonfinite(state.params) is None:
             if step > since or not _due(step, self.options.save_every):

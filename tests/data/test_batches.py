@@ -11,22 +11,22 @@ from qstar_jax.data.tokenization import Example, Response
 EOS = 2
 
 
-def example(prompt, *answers, row=0):
-    responses = tuple(Response(np.asarray(a, np.int32), a[-1] != EOS) for a in answers)
+def example(prompt, *responses, row=0):
+    responses = tuple(Response(np.asarray(ids, np.int32), ids[-1] != EOS) for ids in responses)
     return Example(np.asarray(prompt, np.int32), False, responses, row)
 
 
 PAIRS = [example([5, 6], [7, 2], [8, 9, 8]), example([5], [7, 2, 7, 2], [2])]
 
 
-def batch_of(examples, layout="packed", *, row_length=0, fill_to=None, **options):
+def batch_of(examples, layout="packed", *, row_length=0, fill_to=0, **options):
     shapes = Shapes.of(examples, layout, batch_size=fill_to or len(examples), row_length=row_length, multiple=1)
     return make_batch(examples, shapes, fill_to=fill_to, **options)
 
 
 def test_a_shared_prompt_by_hand():
     batch = batch_of(PAIRS, "shared")
-    # 5 | 6 7 | 6 8 9: the prompt's last token begins each branch, and the answer's last token is no input.
+    # 5 | 6 7 | 6 8 9: the prompt's last token begins each branch, and the response's last token is no input.
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 6, 8, 9], [5, 7, 2, 7, 5, 0]])
     np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 1, 2, 3], [0, 1, 2, 3, 0, 0]])
     np.testing.assert_array_equal(batch.branches, [[0, 1, 1, 2, 2, 2], [1, 1, 1, 1, 2, 0]])
@@ -43,14 +43,14 @@ def test_a_shared_prompt_by_hand():
     assert batch.ref_logp is None
 
 
-def test_plain_rows_by_hand():
+def test_plain_sequences_by_hand():
     batch = batch_of(PAIRS, "plain")
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 0], [5, 6, 8, 9], [5, 7, 2, 7], [5, 0, 0, 0]])
     np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 3], [0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.branches > 0, [[0, 1, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]])
 
 
-def test_two_prompts_in_one_row():
+def test_two_prompts_in_one_sequence():
     batch = batch_of(PAIRS, row_length=11)
     assert batch.tokens.shape == (1, 11)
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 6, 8, 9, 5, 7, 2, 7, 5]])
@@ -59,7 +59,7 @@ def test_two_prompts_in_one_row():
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared", "plain"])
-def test_index_finds_every_token_of_every_answer(layout):
+def test_index_finds_every_token_of_every_response(layout):
     rng = np.random.default_rng(0)
     examples = [
         example(rng.integers(3, 9, rng.integers(1, 9)), *(rng.integers(3, 9, rng.integers(1, 7)) for _ in range(3)))
@@ -70,21 +70,23 @@ def test_index_finds_every_token_of_every_answer(layout):
         ids = examples[b].responses[r].ids
         where = batch.index[b, r, : len(ids)]
         np.testing.assert_array_equal(batch.targets.reshape(-1)[where], ids)
-        rows, slots = where // batch.slots.shape[1], batch.slots.reshape(-1)[where]
-        np.testing.assert_array_equal(batch.tokens[rows, slots], [examples[b].prompt[-1], *ids[:-1]])
-        np.testing.assert_array_equal(batch.positions[rows, slots], len(examples[b].prompt) - 1 + np.arange(len(ids)))
+        sequences, slots = where // batch.slots.shape[1], batch.slots.reshape(-1)[where]
+        np.testing.assert_array_equal(batch.tokens[sequences, slots], [examples[b].prompt[-1], *ids[:-1]])
+        np.testing.assert_array_equal(
+            batch.positions[sequences, slots], len(examples[b].prompt) - 1 + np.arange(len(ids))
+        )
 
 
-def test_first_fit_leaves_little_room():
+def test_first_fit_leaves_little_padding():
     rng = np.random.default_rng(1)
     blocks = [Block(i, (0,), int(n), int(n)) for i, n in enumerate(rng.integers(5, 60, 200))]
-    rows = pack(blocks, 100, "packed")
-    assert sorted(b.example for row in rows for b in row) == list(range(200))
-    assert all(sum(b.length for b in row) <= 100 for row in rows)
-    assert len(rows) <= 1.05 * sum(b.length for b in blocks) / 100 + 1
+    sequences = pack(blocks, 100, "packed")
+    assert sorted(b.example for sequence in sequences for b in sequence) == list(range(200))
+    assert all(sum(b.length for b in sequence) <= 100 for sequence in sequences)
+    assert len(sequences) <= 1.05 * sum(b.length for b in blocks) / 100 + 1
 
 
-def test_an_empty_answer_takes_no_room():
+def test_an_empty_response_takes_no_slots():
     empty = Response(np.zeros(0, np.int32), True)
     pair = Example(np.array([5, 6], np.int32), False, (Response(np.array([7, 2], np.int32), False), empty), 0)
     batch = batch_of([pair, PAIRS[1]])
@@ -116,7 +118,7 @@ def test_examples_that_fill_up_have_no_tokens(layout):
     assert len(filled.tokens) == {"packed": 2, "shared": 4, "plain": 8}[layout]
 
 
-def test_cached_reference_is_laid_at_its_tokens():
+def test_cached_reference_lies_at_its_tokens():
     ref = [[np.array([-1.0, -2.0]), np.array([-3.0, -4.0, -5.0])], [np.arange(4.0), np.array([-9.0])]]
     batch = batch_of(PAIRS, ref_logps=ref, fill_to=3)
     np.testing.assert_array_equal(batch.ref_logp[0], [[-1, -2, 0, 0], [-3, -4, -5, 0]])
@@ -127,11 +129,11 @@ def test_cached_reference_is_laid_at_its_tokens():
 @pytest.mark.parametrize(("layout", "length", "response_length"), [("plain", 3, 4), ("packed", 4, 4), ("packed", 6, 3)])
 def test_examples_that_do_not_fit(layout, length, response_length):
     shapes = Shapes(layout, length, response_length, 1, 1)
-    with pytest.raises(ValueError, match=r"row 1: \d tokens of prompt and answers, and an answer of 4, do not fit"):
+    with pytest.raises(ValueError, match=r"row 1: \d tokens of prompt and responses, and a response of 4, do not fit"):
         make_batch(PAIRS[1:], shapes)
 
 
-def test_examples_with_other_numbers_of_answers():
+def test_examples_with_other_numbers_of_responses():
     for pair in ([PAIRS[0], example([1], [2])], [example([1], [2]), PAIRS[0]]):
         with pytest.raises(ValueError, match="all examples of a data set need the same number"):
             batch_of(pair)
@@ -143,12 +145,12 @@ def test_shapes_come_in_few_sizes():
         example(rng.integers(3, 9, rng.integers(1, 90)), *(rng.integers(3, 9, rng.integers(1, 90)) for _ in range(2)))
         for _ in range(400)
     ]
-    shapes = Shapes.of(examples, batch_size=16, parts=2)
-    assert shapes.length % 8 == 0 and shapes.rows == 4
-    found = {
+    shapes = Shapes.of(examples, batch_size=16, shards=2)
+    assert shapes.length % 8 == 0 and shapes.sequences == 4
+    sizes = {
         make_batch([examples[i] for i in rng.choice(400, 16, replace=False)], shapes).slots.shape for _ in range(60)
     }
-    assert len(found) <= 6 and all(rows % 4 == 0 for rows, _ in found)
+    assert len(sizes) <= 6 and all(sequences % 4 == 0 for sequences, _ in sizes)
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 3), (7, 7), (3, 8), (1, 2)])
@@ -171,7 +173,7 @@ def test_epochs_are_shuffled_apart():
 
 
 def test_order_is_pinned():
-    """A changed order would break exact resume of runs that are under way."""
+    """A changed order would break exact resume of running runs."""
     assert step_indices(0, 0, 8, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
 
 
@@ -179,15 +181,15 @@ def test_eval_batches():
     assert [b.tolist() for b in eval_batches(5, 2)] == [[0, 1], [2, 3], [4]]
 
 
-def test_short_rows_come_in_one_width_that_holds_no_more_than_they_need():
+def test_short_sequences_come_in_one_width_that_holds_no_more_than_they_need():
     examples = [example(range(60), range(9, 29 + 3 * i), range(9, 39)) for i in range(12)]  # 50 to 83 tokens
     shapes = Shapes.of(examples, "shared", batch_size=4)
     widths = {make_batch(examples[i : i + 4], shapes).slots.shape[1] for i in (0, 4, 8)}
     assert shapes.scored == 88 and widths == {88}  # the longest has 56 + 30
 
 
-def test_long_rows_come_in_quarters():
+def test_long_sequences_come_in_quarters():
     examples = [example(range(400), range(9, 9 + n), range(9, 39)) for n in (30, 200)]
     shapes = Shapes.of(examples, "shared", batch_size=1)
     widths = [make_batch([one], shapes).slots.shape[1] for one in examples]
-    assert shapes.scored == 160 and widths == [160, 320]  # rows have 640 slots
+    assert shapes.scored == 160 and widths == [160, 320]  # sequences have 640 slots

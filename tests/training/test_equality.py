@@ -15,7 +15,6 @@ from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Response
-from qstar_jax.errors import InputError
 from qstar_jax.models import attention
 from qstar_jax.models.attention import _attend_row_by_row, _attend_side_by_side, blockwise_attention, scores_of
 from qstar_jax.models.masks import RowMask, sees
@@ -184,15 +183,3 @@ def test_accumulation_is_exact(objective, tiny_model, tiny_params, ref_params, e
     assert np.linalg.norm(jax.tree.leaves(whole[0])[0]) > 1e-3
     same(halves, whole)
     same(eighths, whole)
-
-
-def test_batches_that_cannot_be_cut_are_refused(examples, one_device):
-    with pytest.raises(InputError, match=r"batch_size 8 .* 3 micro-batches \(train\.accumulate\).* multiple of 3"):
-        Feeder(
-            Dataset(examples, (), "pairs.jsonl"),
-            8,
-            one_device,
-            DataOptions(),
-            "train.batch_size",
-            accumulate=3,
-        )

@@ -399,9 +399,9 @@ def test_a_torn_last_line_of_metrics_does_not_stop_a_resumed_run(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "size"), [("batch_size", 7), ("batch_size", 0), ("eval_batch_size", 3)])
-def test_batches_that_cannot_be_cut_evenly_are_refused(option, size, make_config, tiny_train, tmp_path, eval_file):
+def test_batches_that_do_not_divide_evenly_are_refused(option, size, make_config, tiny_train, tmp_path, eval_file):
     config = make_config(tmp_path / "run", data={"eval": str(eval_file)}, train={option: size}, mesh={"fsdp": 2})
-    with pytest.raises(InputError, match=rf"--train\.{option} {size} cannot be cut evenly over 2 devices"):
+    with pytest.raises(InputError, match=rf"--train\.{option} {size} does not divide evenly over 2 devices"):
         tiny_train(config)
 
 

@@ -45,7 +45,7 @@ def stage(tiny_config, random_examples):
             abstract = jax.eval_shape(optimizer.init, trained)
             opt_state = jax.tree.map(zeros, abstract, tree_shardings(abstract, mesh, mesh_options))
         state = TrainState(jnp.int32(0), trained, opt_state, None if rank else params, params if rank else None)
-        batch = make_batch(examples, Shapes.of(examples, "packed", batch_size=32, parts=count))
+        batch = make_batch(examples, Shapes.of(examples, "packed", batch_size=32, shards=count))
         return dpo_loss_fn(model, LossOptions()), optimizer, state, jax.tree.map(jnp.asarray, batch), mesh
 
     return make
