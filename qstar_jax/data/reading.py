@@ -9,11 +9,11 @@ from typing import Any
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.data.json_rows import json_rows
 from qstar_jax.errors import InputError
-from qstar_jax.tasks.tiny_tldr import BUILTIN, SPLITS, builtin_seed, split_rows
+from qstar_jax.tasks import TASKS, Task, find
 
 _ACCEPTED = (
     ".jsonl, .json (one object a line, or one array of objects; both also .gz), .parquet, a data-set name on the "
-    f"Hugging Face hub, or {BUILTIN}"
+    f"Hugging Face hub, or {', '.join(task.source for task in TASKS)}"
 )
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin"}
 
@@ -40,8 +40,8 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict | 
         raise InputError(f"{source}: cannot take the first {limit} rows; expected a positive number of rows, or none")
     if not source:
         raise InputError(f"no data named; set --data.train or --data.eval to {_ACCEPTED}")
-    if source.startswith("builtin:"):
-        return _builtin_rows(source, split, limit)
+    if built_in := find(source):
+        return _builtin_rows(source, *built_in, split, limit)
     path = Path(source).expanduser()
     suffix = _suffix(path)
     if suffix in _PICKLES:
@@ -61,13 +61,10 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict | 
     return rows
 
 
-def _builtin_rows(source: str, split: str, limit: int | None) -> list[dict]:
-    seed = builtin_seed(source)
-    if seed is None:
-        raise InputError(f"{source}: no such built-in data; expected {BUILTIN}, or {BUILTIN}?seed=3 for other posts")
-    if split not in SPLITS:
-        raise InputError(f"{source} has no split {split!r}; expected one of {', '.join(SPLITS)}")
-    return split_rows(split, seed, limit)
+def _builtin_rows(source: str, task: Task, seed: int | None, split: str, limit: int | None) -> list[dict]:
+    if split not in task.splits:
+        raise InputError(f"{source} has no split {split!r}; expected one of {', '.join(task.splits)}")
+    return task.rows(split, seed or 0, limit)
 
 
 def _suffix(path: Path) -> str:

@@ -34,7 +34,7 @@ from qstar_jax.evaluation.score import score_file
 from qstar_jax.report.figures import write_figures
 from qstar_jax.report.scores import show_credit, show_scores
 from qstar_jax.report.summary import write_report
-from qstar_jax.tasks.tiny_tldr import BASE, BUILTIN
+from qstar_jax.tasks.tiny_tldr import BASE, TASK
 from qstar_jax.training.run import train
 
 # A step in micro-batches of four rows has the same gradient, and arrays that stay in the processor's cache: it takes
@@ -70,7 +70,7 @@ def run(config: DemoConfig, console: Console) -> dict:
         The summary that is also written to summary.json.
     """
     began, out = time.perf_counter(), Path(config.out)
-    source = f"{BUILTIN}?seed={config.seed}"
+    source = f"{TASK.source}?seed={config.seed}"
     base = _base_model(config, console)
     console.print(Rule("Supervised fine-tuning on preferred summaries"))
     train(_sft(base, out, source, config.seed), console)

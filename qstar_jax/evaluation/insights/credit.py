@@ -21,8 +21,7 @@ from qstar_jax.evaluation.marks import marked_tokens, read_marks
 from qstar_jax.evaluation.score import KINDS, ScoredFile
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.store.identity import file_digest
-from qstar_jax.tasks.tiny_tldr import BUILTIN, read_post
-from qstar_jax.tasks.tiny_tldr.oracle import Oracle
+from qstar_jax.tasks import Task, find
 
 REWARD, REFERENCE, UNIFORM, CEILING = (
     "implicit reward",
@@ -70,21 +69,20 @@ def measure_credit(scored: ScoredFile) -> dict:
     config, data = scored.config, scored.config.data
     rows, records, _ = read_records(data.eval, data.eval_split, KINDS[config.answers], data, data.max_eval_rows)
     marked = mark_answers(scored.responses, rows, records, wrong=config.wrong, kind=config.kind, source=data.eval)
-    if data.eval.startswith(BUILTIN):
-        marked = _with_true_advantages(marked, rows, scored.tokenizer)
+    if built_in := find(data.eval):
+        marked = _with_true_advantages(marked, rows, built_in[0], scored.tokenizer)
     record = credit_report(marked, model=config.model, reference=scored.reference)
     record |= {"scores": file_digest(scored.path)}
     (scored.out / "credit.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 
-def _with_true_advantages(marked: Sequence[MarkedAnswer], rows: Sequence[dict], tokenizer: Any) -> list[MarkedAnswer]:
-    """What a perfect policy would give to each token, as the ceiling of what can be reached."""
-    oracle = Oracle(lambda text: tokenizer(text).input_ids, tokenizer.eos_token_id, marked[0].scored.beta)
-    return [
-        replace(m, advantages=oracle.advantages(read_post(rows[m.scored.row]["prompt"]), m.scored.token_ids))
-        for m in marked
-    ]
+def _with_true_advantages(
+    marked: Sequence[MarkedAnswer], rows: Sequence[dict], task: Task, tokenizer: Any
+) -> list[MarkedAnswer]:
+    """Adds the rewards that a perfect policy would give to each token: no detector can do better."""
+    advantages = task.advantages(tokenizer, marked[0].scored.beta)
+    return [replace(m, advantages=advantages(rows[m.scored.row]["prompt"], m.scored.token_ids)) for m in marked]
 
 
 def mark_answers(

@@ -33,7 +33,7 @@ from qstar_jax.store.identity import examples_identity, write_identity
 from qstar_jax.store.open import LoadedModel, load_model
 from qstar_jax.store.references import find_beta, open_reference
 from qstar_jax.store.user_cache import keep_programs
-from qstar_jax.tasks.tiny_tldr import reward_of_text
+from qstar_jax.tasks import TASKS, find
 
 PIVOT = 5  # the width at which the paper's curves are highest
 
@@ -295,10 +295,10 @@ def _reference(config: SweepConfig, policy: LoadedModel, model: str, mesh: Mesh)
 
 
 def _judge(config: SweepConfig, mesh: Mesh, console: Console) -> Judge:
-    known = config.data.eval.startswith("builtin:")
+    built_in = find(config.data.eval)
     return make_judge(
         config.judge,
-        true_reward=(lambda pairs: [reward_of_text(*pair) for pair in pairs]) if known else None,
+        true_reward=(lambda pairs: [built_in[0].true_reward(*pair) for pair in pairs]) if built_in else None,
         compute=config.compute,
         mesh=mesh,
         mesh_options=config.mesh,
@@ -332,8 +332,14 @@ def _outcomes(
             length=len(record.token_ids),
             logp=float(sum(record.logp)),
             implicit_reward=record.total_reward,
-            true_reward=reward_of_text(comparison.prompt, comparison.answer),
+            true_reward=_true_reward(comparison.prompt, comparison.answer),
             truncated=record.truncated,
         )
         for record, comparison, verdict in zip(scored, comparisons, verdicts, strict=True)
     ]
+
+
+def _true_reward(prompt: str, response: str) -> float | None:
+    """The true reward by the first task whose prompt this is, from whatever file it was read; None without one."""
+    rewards = (task.true_reward(prompt, response) for task in TASKS)
+    return next((reward for reward in rewards if reward is not None), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qstar_jax.errors import InputError
-from qstar_jax.tasks.tiny_tldr import BASE, BUILTIN
+from qstar_jax.tasks import find
 
 # What is fetched from the hub: text and safetensors, never a pickle (.bin, .pt) and never Python code.
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
@@ -18,7 +18,7 @@ def open_folder(model: str, revision: str | None = None, patterns: Sequence[str]
 
     Args:
         model: Path of a folder, or a name such as "owner/model", whose files are fetched into the hub's cache; or
-            builtin:tiny-tldr, the base model of the package.
+            a built-in task such as builtin:tiny-tldr, whose base model is in the package.
         revision: Version of a model on the hub: a branch, a tag or a commit; None: the newest.
         patterns: Names of the files that are fetched.
 
@@ -28,8 +28,11 @@ def open_folder(model: str, revision: str | None = None, patterns: Sequence[str]
     Raises:
         InputError: If it is neither.
     """
-    if model == BUILTIN:
-        return BASE
+    if built_in := find(model):
+        task, seed = built_in
+        if seed is not None:
+            raise InputError(f"model {model!r}: a base model has no seed; name it {task.source}")
+        return task.base
     path = Path(model).expanduser()
     if path.is_dir():
         return path

@@ -1,0 +1,33 @@
+"""All built-in tasks, found by the names that options use."""
+
+import re
+
+from qstar_jax.errors import InputError
+from qstar_jax.tasks.task import PREFIX, Task
+from qstar_jax.tasks.tiny_tldr import TASK as TINY_TLDR
+
+TASKS = (TINY_TLDR,)
+
+
+def find(source: str) -> tuple[Task, int | None] | None:
+    """Finds a built-in task.
+
+    Args:
+        source: Value of an option, for example "builtin:tiny-tldr" or "builtin:tiny-tldr?seed=3".
+
+    Returns:
+        The task, and the seed of its data if one is named; None if the source is not built in.
+
+    Raises:
+        InputError: If there is no such task.
+    """
+    if not source.startswith(PREFIX):
+        return None
+    name, seed = re.fullmatch(r"(.*?)(?:\?seed=(\d+))?", source.removeprefix(PREFIX), re.DOTALL).groups()
+    for task in TASKS:
+        if task.name == name:
+            return task, None if seed is None else int(seed)
+    names = ", ".join(task.source for task in TASKS)
+    raise InputError(
+        f"{source}: no such built-in task; expected {names}, or with ?seed=N behind it for other rows of the task"
+    )
