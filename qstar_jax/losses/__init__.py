@@ -6,6 +6,7 @@ T], chosen first, or [..., R, T], best first. `make_loss` finds them by name.
 """
 
 from qstar_jax.losses.answers import LossMetrics as LossMetrics
+from qstar_jax.losses.catalog import LOSSES as LOSSES
 from qstar_jax.losses.divergences import DIVERGENCES as DIVERGENCES
 from qstar_jax.losses.divergences import alpha_divergence as alpha_divergence
 from qstar_jax.losses.divergences import forward_kl as forward_kl
@@ -29,6 +30,7 @@ from qstar_jax.losses.pointwise import kto as kto
 from qstar_jax.losses.pointwise import kto_baseline as kto_baseline
 from qstar_jax.losses.pointwise import nca_pair as nca_pair
 from qstar_jax.losses.pointwise import sppo_hard as sppo_hard
+from qstar_jax.losses.preference_loss import PreferenceLoss as PreferenceLoss
 from qstar_jax.losses.rankings import plackett_luce as plackett_luce
 from qstar_jax.losses.reference_free import cpl as cpl
 from qstar_jax.losses.reference_free import cpo as cpo
@@ -36,8 +38,6 @@ from qstar_jax.losses.reference_free import negative_log_likelihood as negative_
 from qstar_jax.losses.reference_free import orpo as orpo
 from qstar_jax.losses.reference_free import sft as sft
 from qstar_jax.losses.reference_free import simpo as simpo
-from qstar_jax.losses.registry import LOSSES as LOSSES
-from qstar_jax.losses.registry import PreferenceLoss as PreferenceLoss
 from qstar_jax.losses.registry import make_loss as make_loss
 from qstar_jax.losses.token_level import tdpo1 as tdpo1
 from qstar_jax.losses.token_level import tdpo2 as tdpo2

@@ -1,0 +1,62 @@
+"""Every loss by name, and the arrays that each reads."""
+
+import inspect
+from collections.abc import Callable
+
+from jaxtyping import Array, Float
+
+from qstar_jax.losses import pairwise, pointwise, rankings, reference_free, token_level, transport
+from qstar_jax.losses.answers import LossMetrics
+
+LossFunction = Callable[..., tuple[Float[Array, "..."], LossMetrics]]
+
+LOSSES: dict[str, LossFunction] = {
+    function.__name__: function
+    for function in (
+        pairwise.sigmoid,
+        pairwise.sigmoid_norm,
+        pairwise.robust,
+        pairwise.hinge,
+        pairwise.ipo,
+        pairwise.ipo_sum,
+        pairwise.exo_pair,
+        pairwise.discopop,
+        pairwise.dpop,
+        pairwise.dpo_shift,
+        pointwise.nca_pair,
+        pointwise.bco_pair,
+        pointwise.sppo_hard,
+        pointwise.apo_zero,
+        pointwise.apo_down,
+        pointwise.kto,
+        pointwise.implicit_prm,
+        transport.aot,
+        transport.aot_unpaired,
+        reference_free.sft,
+        reference_free.simpo,
+        reference_free.cpo,
+        reference_free.orpo,
+        reference_free.cpl,
+        token_level.tdpo1,
+        token_level.tdpo2,
+        token_level.tgdpo,
+        rankings.plackett_luce,
+    )
+}
+
+
+def needed_arrays(name: str) -> tuple[str, ...]:
+    """Arrays that the loss `name` cannot do without."""
+    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty)
+
+
+def optional_arrays(name: str) -> tuple[str, ...]:
+    """Arrays that the loss `name` reads where they are given."""
+    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty)
+
+
+def has_reference(name: str) -> bool:
+    """Whether the loss `name` compares the policy with a reference."""
+    return bool({"log_ratios", "ref_logp"} & {*needed_arrays(name)})
