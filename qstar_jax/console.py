@@ -1,41 +1,88 @@
 """What the terminal shows: messages, progress, and model text made safe to look at."""
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track as rich_track
-
-T = TypeVar("T")
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _JOINERS = "\u200c\u200d"  # hold emoji and Indic letters together; harmless, and breaking them would spoil the text
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (bidi, zero width, tags), lone surrogate, separators
 
+T = TypeVar("T")
 
-def say(console: Console, text: str):
-    """Prints a message exactly as it is: no markup, no highlighting, no line breaks of its own.
+
+def say(console: Console | None, text: str):
+    """Prints a message as it is: no markup, no highlighting, no line breaks of rich's own.
 
     Args:
-        console: Where to print.
+        console: Where to print; None prints nothing.
         text: The message.
     """
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if console is not None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def track(console: Console, items: Iterable[T], description: str, total: int) -> Iterable[T]:
-    """Shows a progress bar while items are consumed; nothing where there is no terminal.
+class Bar:
+    """A progress bar, shown while it is entered as a context manager; without a terminal nothing is shown.
 
     Args:
         console: Where to show it.
+        description: Label of the bar.
+        total: How many items there are.
+        done: How many of them are done already.
+    """
+
+    def __init__(self, console: Console, description: str, total: int, done: int = 0):
+        label, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+        columns = (label, BarColumn(), MofNCompleteColumn(), note, TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task(description, total=total, completed=done, note="")
+
+    def __enter__(self) -> "Bar":
+        """Shows the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_):
+        """Leaves the bar as it is."""
+        self._progress.stop()
+
+    def update(self, done: int, note: str = ""):
+        """Moves the bar.
+
+        Args:
+            done: How many items are done.
+            note: Text behind the counts, such as a rate.
+        """
+        self._progress.update(self._task, completed=done, note=note)
+
+    def track(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
+        """Shows a second bar below this one while items are consumed; see `track`."""
+        task = self._progress.add_task(description, total=total, note="")
+        yield from self._progress.track(items, task_id=task)
+
+
+def track(console: Console | None, items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """Shows a progress bar while items are consumed.
+
+    Args:
+        console: Where to show it; None shows nothing.
         items: What to iterate over.
         description: Label of the bar.
         total: How many items there are.
 
-    Returns:
-        An iterable over the same items.
+    Yields:
+        The items.
     """
-    return rich_track(items, description, total, console=console, disable=not console.is_terminal)
+    if console is None:
+        yield from items
+        return
+    with Bar(console, description, total) as bar:
+        for done, item in enumerate(items, start=1):
+            yield item
+            bar.update(done)
 
 
 def visible(text: str) -> str:

@@ -317,7 +317,7 @@ def on_devices(kept_programs):
             return make_mesh(options, jax.devices()[:count] if devices is None else devices)
 
         with kept_programs() if count == 1 else nullcontext(), pytest.MonkeyPatch.context() as patch:
-            for module in ("training.run", "cli.generate", "evaluation.score", "evaluation.insights.sweep"):
+            for module in ("training.run", "decoding.run", "evaluation.score", "evaluation.insights.sweep"):
                 patch.setattr(f"qstar_jax.{module}.make_mesh", make)
             # Measuring the processor and estimating memory take longer than a tiny run.
             patch.setattr("qstar_jax.training.run.peak_flops", lambda devices: 1e12)

@@ -1,6 +1,11 @@
-"""Text that hides or commands is shown."""
+"""Messages, progress, and text of a model on the terminal."""
 
-from qstar_jax.console import one_line, shorten_middle, visible
+import io
+
+import pytest
+from rich.console import Console
+
+from qstar_jax.console import Bar, one_line, say, shorten_middle, track, visible
 
 
 def test_control_and_bidi_characters_are_shown():
@@ -20,3 +25,29 @@ def test_shortening_keeps_both_ends():
     assert shorten_middle("abcdefghij", 10) == "abcdefghij"
     assert shorten_middle("abcdefghij", 5) == "abc […5 characters…] ij"
     assert shorten_middle("abcdefghij", 0) == " […10 characters…] "
+
+
+def console(terminal):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=80)
+
+
+def test_messages_are_printed_as_they_are():
+    out = console(terminal=False)
+    say(out, "[red]path/" + "x" * 100)
+    assert out.file.getvalue() == "[red]path/" + "x" * 100 + "\n"
+    say(None, "nobody reads this")
+
+
+def test_a_bar_counts_items_and_shows_a_note():
+    out = console(terminal=True)
+    with Bar(out, "generating", total=4, done=1) as bar:
+        bar.update(2, "3.0 tokens/s")
+    assert "generating" in (text := out.file.getvalue()) and "2/4" in text and "3.0 tokens/s" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_tracked_items_come_through_and_without_a_terminal_nothing_is_shown(terminal):
+    out = console(terminal)
+    assert list(track(out, "abc", "letters", total=3)) == ["a", "b", "c"]
+    assert ("3/3" in out.file.getvalue()) == terminal
+    assert list(track(None, "abc", "letters", total=3)) == ["a", "b", "c"]

@@ -29,8 +29,8 @@ WIDTH = 64  # prompts are padded to multiples of so many tokens
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer.
+class Generation:
+    """One response, as generations.jsonl records it.
 
     Attributes:
         text: Its text without special tokens, cut before a stop string.
@@ -100,7 +100,7 @@ class Decoder:
 
     def __call__(
         self, prompts: Sequence[np.ndarray], rows: Sequence[int] | None = None, *, fill_to: int = 0
-    ) -> list[list[Answer]]:
+    ) -> list[list[Generation]]:
         """Decodes one batch of prompts.
 
         The first call with a number of prompts, or with longer ones (in steps of 64 tokens), compiles.
@@ -158,13 +158,13 @@ class Decoder:
                 )
         return beam_search(*common, self.method, key=None if self.batched else keys[0], **stopping)
 
-    def _answers(self, found: Responses) -> list[list[Answer]]:
+    def _answers(self, found: Responses) -> list[list[Generation]]:
         rows, width = found.logp.shape
         ranks = range(min(self.options.return_sequences, width))
         answers = [[self._answer(found, row, rank) for rank in ranks] for row in range(rows)]
         return [[a for a in several if a.finish != "none"] or several[:1] for several in answers]
 
-    def _answer(self, found: Responses, row: int, rank: int) -> Answer:
+    def _answer(self, found: Responses, row: int, rank: int) -> Generation:
         tokens = tuple(found.tokens[row, rank, : found.lengths[row, rank]].tolist())
         finish = Finish(int(found.finish[row, rank]))
         logp = _number(found.logp[row, rank])
@@ -172,7 +172,7 @@ class Decoder:
         reward = None
         if self.beta is not None and logp is not None and ref_logp is not None:
             reward = self.beta * (logp - ref_logp)
-        return Answer(
+        return Generation(
             text=self._text(tokens, finish),
             tokens=tokens,
             length=len(tokens),

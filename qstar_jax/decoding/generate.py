@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qstar_jax.config import DecodeOptions
-from qstar_jax.decoding.decoder import Answer, Decoder
+from qstar_jax.decoding.decoder import Decoder, Generation
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.options import check_options, make_objective, make_rejection, method_options, needs_reference
 from qstar_jax.decoding.policies import Ensemble
@@ -105,7 +105,7 @@ def generate(
     *,
     rows: Sequence[int] | None = None,
     **models: Any,
-) -> list[list[Answer]]:
+) -> list[list[Generation]]:
     """Decodes one batch of prompts; for several, `prepare` a decoder once.
 
     Args:

@@ -1,23 +1,23 @@
 """Answers on trial: prompts with the answer to beat, what each way to decode makes of them, and what that is worth."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
 
-from qstar_jax.config import DataOptions, DecodeOptions, GenerateConfig, SweepConfig
+from qstar_jax.config import DataOptions, DecodeOptions, SweepConfig
 from qstar_jax.data.columns import Turns
 from qstar_jax.data.dialogues import text_of
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.loading import Dataset, make_dataset, read_records
 from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import Example, Response
-from qstar_jax.decoding.answers_file import AnswersFile, answer_prompts, prompt_texts, read_answers
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import prepare
+from qstar_jax.decoding.generations_file import GenerationsFile, generate_missing, prompt_texts, read_generations
 from qstar_jax.evaluation.judges import Comparison
 from qstar_jax.evaluation.judges.base import Track, no_track
 from qstar_jax.evaluation.scored import ScoredResponse
@@ -91,8 +91,8 @@ def _plain(turns: Turns) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def open_answers(config: SweepConfig, model: str, options: DecodeOptions, folder: Path) -> AnswersFile:
-    """Finds what was answered in one way; nothing is loaded or written.
+def open_generations(config: SweepConfig, model: str, options: DecodeOptions, folder: Path) -> GenerationsFile:
+    """Opens the file of one way to decode; no model is loaded, and nothing is written.
 
     Args:
         config: The sweep.
@@ -104,23 +104,15 @@ def open_answers(config: SweepConfig, model: str, options: DecodeOptions, folder
         The file.
 
     Raises:
-        InputError: If it holds answers that were made with other settings.
+        InputError: If it holds responses that were made with other settings.
     """
-    return AnswersFile(
-        GenerateConfig(
-            model=model,
-            out=str(folder),
-            batch_size=config.batch_size,
-            decode=options,
-            data=config.data,
-            compute=config.compute,
-            mesh=config.mesh,
-        )
-    )
+    blocks = {"decode": options, "data": config.data, "compute": config.compute, "mesh": config.mesh}
+    settings = {"model": model, "out": str(folder), "pairs": [], "batch_size": config.batch_size}
+    return GenerationsFile(folder, settings | {name: asdict(block) for name, block in blocks.items()})
 
 
 def answer_trials(
-    file: AnswersFile,
+    file: GenerationsFile,
     policy: LoadedModel,
     options: DecodeOptions,
     dataset: Dataset,
@@ -146,11 +138,11 @@ def answer_trials(
     if not texts.keys() <= file.prompts.keys():
         decoder = prepare(policy, options, mesh)
         with file:
-            batches = answer_prompts(decoder, dataset, texts, file, batch_size)
+            batches = generate_missing(decoder, dataset, texts, file, batch_size)
             total = -(-len(examples) // batch_size)
             for _ in track(batches, f"{file.folder.parent.name}, {file.folder.name}", total):
                 pass
-    found = {record["row"]: record for record in read_answers(file.folder)}
+    found = {record["row"]: record for record in read_generations(file.folder)}
     return [found[example.row] for example in examples]
 
 

@@ -165,7 +165,7 @@ def test_a_broken_run_goes_on_where_it_was(whole, tmp_path, one_device_only, dec
     decoded.clear()
     capsys.readouterr()
     assert generate(out, *words, "--batch_size", "3") == 0
-    assert not decoded and "all 11 prompts are answered" in capsys.readouterr().out
+    assert not decoded and "has responses to all 11 prompts" in capsys.readouterr().out
     assert (out / "generations.jsonl").read_bytes() == expected
 
 
@@ -214,12 +214,12 @@ def test_other_settings_do_not_go_on(hf_folder, eval_file, tmp_path, one_device_
     stored["data"]["eval"] = str(other)
     shutil.copytree(tmp_path / "out", tmp_path / "changed")
     (tmp_path / "changed" / "config.yaml").write_text(yaml.safe_dump(stored))
-    assert "answers another prompt in row 0" in refused("--data.eval", other, out="changed")
+    assert "responds to another prompt in row 0" in refused("--data.eval", other, out="changed")
     (tmp_path / "changed" / "config.yaml").unlink()
     assert "no config.yaml beside it" in refused(out="changed")
     (tmp_path / "changed" / "config.yaml").write_text((tmp_path / "out" / "config.yaml").read_text())
     (tmp_path / "changed" / "generations.jsonl").write_text("nonsense\n")
-    assert "a line that is no answer" in refused(out="changed")
+    assert "a line is not a generation" in refused(out="changed")
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def test_answers_of_a_model_that_has_changed_are_not_taken_for_its_own(
 ):
     out, words = tmp_path / "out", ["--model", folder, "--data.eval", eval_file, "--data.max_eval_rows", "2"]
     assert generate(out, *words) == 0
-    assert generate(out, *words) == 0 and "nothing to do: all 2 prompts" in capsys.readouterr().out
+    assert generate(out, *words) == 0 and "responses to all 2 prompts" in capsys.readouterr().out
     kept = (out / "generations.jsonl").read_bytes()
     decoded.clear()
     for change, named in CHANGES.values():
@@ -279,7 +279,7 @@ def test_answers_of_a_model_that_has_changed_are_not_taken_for_its_own(
     # Answers that do not say whose they are, are nobody's; a folder without an answer belongs to whom comes next.
     (out / "generations.identity.json").unlink()
     assert generate(out, *words) == 2
-    assert "nothing says which model made the answers" in capsys.readouterr().err
+    assert "nothing says which model made the responses" in capsys.readouterr().err
     (out / "generations.jsonl").write_bytes(b"")
     assert generate(out, *words) == 0 and len(records(out)) == 2
 
@@ -338,8 +338,8 @@ def test_every_row_has_its_line_and_says_why_it_has_no_answer(
         decoded.clear()
         assert generate(out, *words) == 0
         assert (out / "generations.jsonl").read_bytes() == expected and decoded == batches, kept
-    assert "18 answers: " in capsys.readouterr().out
-    assert generate(out, *words) == 0 and "nothing to do: all 18 prompts" in capsys.readouterr().out
+    assert "18 responses: " in capsys.readouterr().out
+    assert generate(out, *words) == 0 and "responses to all 18 prompts" in capsys.readouterr().out
     # A row that could not be used and can be now is another prompt, and the other way round.
     for row, text in ((1, "w9"), (2, "w0")):
         changed = [json.loads(line) for line in picky_file.read_text().splitlines()]
@@ -351,8 +351,8 @@ def test_every_row_has_its_line_and_says_why_it_has_no_answer(
         settings.write_text(settings.read_text().replace(str(picky_file), str(other)))
         assert generate(copied, *[other if word == picky_file else word for word in words]) == 2
     message = capsys.readouterr().err
-    assert "in row 1: none that can be used there, 'w9" in message
-    assert "in row 2: 'w5" in message and "there, none that can be used now" in message
+    assert "in row 1: no usable prompt then, 'w9" in message
+    assert "in row 2: 'w5" in message and "then, no usable prompt now" in message
 
 
 def test_answers_go_on_with_the_day_on_which_they_were_begun(folder, picky_file, tmp_path, one_device_only, capsys):

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from qstar_jax.cli.main import main
-from qstar_jax.decoding.answers_file import read_answers
+from qstar_jax.decoding.generations_file import read_generations
 from qstar_jax.evaluation.judges.alpaca_eval import read_annotations
 
 pytestmark = pytest.mark.usefixtures("one_device_only")
@@ -48,7 +48,7 @@ def test_every_setting_is_decoded_scored_and_judged(swept, dpo_run):
 def test_figures_are_those_of_the_answers(swept, dpo_run):
     out, _ = swept
     (run,) = record(out)["runs"]
-    answers = read_answers(out / dpo_run.name / "beams-3")
+    answers = read_generations(out / dpo_run.name / "beams-3")
     point = next(p for p in run["points"] if p["width"] == 3)
     assert point["length"]["mean"] == pytest.approx(sum(a["length"] for a in answers) / len(answers))
     assert point["logp"]["mean"] == pytest.approx(sum(a["logp"] for a in answers) / len(answers), abs=1e-4)
@@ -91,7 +91,7 @@ def test_what_was_answered_is_not_answered_again(swept, monkeypatch, dpo_run):
 def test_other_settings_are_refused_in_the_same_folder(swept, capsys):
     out, words = swept
     assert main(["sweep", "--out", str(out), "--max_new_tokens", "7", *map(str, words)]) == 2
-    assert "holds answers with decode.max_new_tokens 6, and it is 7 now" in capsys.readouterr().err
+    assert "holds responses with decode.max_new_tokens 6, and it is 7 now" in capsys.readouterr().err
 
 
 def test_answers_of_another_model_or_to_other_prompts_are_refused_before_any_is_made(
@@ -106,7 +106,7 @@ def test_answers_of_another_model_or_to_other_prompts_are_refused_before_any_is_
     stored["model"]["parameters"] = "0" * 64
     identity.write_text(json.dumps(stored))
     assert sweep(copied, *words) == 2
-    assert "beams-3 holds answers made with model.parameters 000000000000..., and" in capsys.readouterr().err
+    assert "beams-3 holds responses made with model.parameters 000000000000..., and" in capsys.readouterr().err
     # The file of prompts was changed in place: as if the answers had been made with it.
     lines = eval_file.read_text().splitlines(keepends=True)
     other = tmp_path / "other.jsonl"
@@ -115,7 +115,7 @@ def test_answers_of_another_model_or_to_other_prompts_are_refused_before_any_is_
     for settings in copied.glob("*/*/config.yaml"):
         settings.write_text(settings.read_text().replace(str(eval_file), str(other)))
     assert sweep(copied, *[other if word == eval_file else word for word in words]) == 2
-    assert "answers another prompt in row 0" in capsys.readouterr().err
+    assert "responds to another prompt in row 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_several_runs_are_named_apart_and_rows_that_are_not_tried_are_named(dpo_
     assert record(tmp_path / "out")["prompts"] == 2
     assert all(run["unused_rows"] == {"prompt of an earlier row": [1]} for run in found)
     assert "3 rows read, 2 used; 1 dropped: 1 prompt of an earlier row (row 2)" in capsys.readouterr().out
-    lines = read_answers(tmp_path / "out" / "a-run" / "greedy")
+    lines = read_generations(tmp_path / "out" / "a-run" / "greedy")
     assert [(line["row"], line["finish"] == "dropped", line["reason"]) for line in lines] == [
         (0, False, None), (1, True, "prompt of an earlier row"), (2, False, None)
     ]  # fmt: skip

@@ -21,7 +21,7 @@ from rich.console import Console
 from qstar_jax.config import DecodeOptions, SweepConfig
 from qstar_jax.console import say, track
 from qstar_jax.data.dropped import rows_by_reason
-from qstar_jax.decoding.answers_file import AnswersFile, answers_identity, prompt_texts
+from qstar_jax.decoding.generations_file import GenerationsFile, generation_identity, prompt_texts
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation import trials
 from qstar_jax.evaluation.intervals import mean_interval
@@ -195,7 +195,7 @@ def measure_sweep(config: SweepConfig, console: Console) -> dict:
     out, mesh = Path(config.out), make_mesh(config.mesh)
     files = {
         name: {
-            setting: trials.open_answers(config, model, setting.options(config), out / name / setting.folder)
+            setting: trials.open_generations(config, model, setting.options(config), out / name / setting.folder)
             for setting in tried
         }
         for name, model in models.items()
@@ -244,16 +244,16 @@ class _Entry:
 
 
 def _try_model(
-    config: SweepConfig, name: str, model: str, files: dict[Setting, AnswersFile], mesh: Mesh, console: Console
+    config: SweepConfig, name: str, model: str, files: dict[Setting, GenerationsFile], mesh: Mesh, console: Console
 ) -> _Entry:
     """Answers in every way, and scores the answers."""
     policy = load_model(model, config.compute, mesh, config.mesh)
     reference, beta = _reference(config, policy, model, mesh)
-    dates = [file.data.date for file in files.values() if file.data.date]  # what was begun before is gone on with
+    dates = [file.date for file in files.values() if file.date]  # what was begun before is gone on with
     data = replace(config.data, date=dates[0]) if dates else config.data
     own, dataset = trials.read_trials(data, policy)
     say(console, dataset.report(policy.model, config.max_new_tokens))
-    identity, texts = answers_identity(policy), prompt_texts(dataset, policy.tokenizer)
+    identity, texts = generation_identity(policy), prompt_texts(dataset, policy.tokenizer)
     for file in files.values():  # all of them before the first answer
         file.check(identity, texts, dataset.date)
     size, show = config.batch_size, partial(track, console)
