@@ -1,6 +1,6 @@
 """Eight virtual devices, shapes checked while tests run, and a tiny model that every floor shares."""
 
-# ruff: noqa: E402 (what stands before the imports must)
+# ruff: noqa: E402 (the environment must be set before the imports)
 
 import os
 import sys
@@ -10,14 +10,13 @@ from importlib.metadata import version
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # torch's threads wait for each other longer than they work on tiny models
-# Compiling dominates the time of tests; what LLVM would still gain is nothing for arrays of this size.
+# On tiny models torch's threads spend longer waiting for each other than working.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compilation dominates test time, and optimized code gains nothing on arrays this small.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 )
-if version("jax").startswith("0.10."):  # its former code generator takes half as long; jax 0.12 has it no more
+if version("jax").startswith("0.10."):  # the older code generator compiles twice as fast; jax 0.12 dropped it
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # see `kept_programs`
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -39,14 +38,14 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-# Compilers make many objects that stay; Python need not look through them for garbage after every 700 new ones.
+# Compilation creates many long-lived objects; collecting garbage after every 700 new ones would be wasted time.
 gc.set_threshold(100_000)
 
-# The shapes and types that signatures of pure functions promise are checked at every call of the tests. Where an array
-# lies is not: copies on the host of what these functions return hold numpy arrays.
+# Tests check the shapes and dtypes in the signatures of pure functions at every call. Numpy arrays pass too: tests copy
+# results to the host.
 jaxtyping.Array = jax.Array | np.ndarray
-CHECKED = [f"qstar_jax.{name}" for name in ("mdp", "tabular", "logprobs", "losses", "scoring", "decoding")]
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+CHECKED = ("mdp", "tabular", "losses", "models.logprobs", "scoring", "decoding")
+jaxtyping.install_import_hook([f"qstar_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.data.batches import make_batch
@@ -61,12 +60,12 @@ from qstar_jax.store.open import param_shardings
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin that starts the processes
 def pytest_cmdline_main(config):
-    """Tests folders on all cores, at most eight; single files in this process, unless `-n` says otherwise.
+    """Runs folders on all cores (at most eight) and single files in this process, unless `-n` says otherwise.
 
-    Neighbours stay together, so that hardly a fixture of a module or folder is made twice.
+    Work stealing keeps neighbouring tests together, so few module fixtures are built twice.
     """
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
-        return  # a worker must not start workers of its own
+        return  # a worker must not start workers
     option, cores = config.option, min(os.cpu_count() or 1, 8)
     if option.numprocesses is None and not option.usepdb and any(Path(arg).is_dir() for arg in config.args):
         option.numprocesses = cores if cores > 1 else None
@@ -95,7 +94,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items):
-    """Makes all cases of a grid slow but those whose ids its mark `thin` names."""
+    """Marks every case of a grid as slow except those whose ids its mark `thin` names."""
     for item in items:
         if (mark := item.get_closest_marker("thin")) and item.callspec.id not in mark.args:
             item.add_marker(pytest.mark.slow)
@@ -120,9 +119,9 @@ TINY_CONFIG = {
 }
 
 
-def norm_close(found, expected, tolerance: float):
-    """Leaf by leaf, ||found - expected|| <= tolerance * ||expected||; sums in another order round every element."""
-    found, expected = jax.device_get((found, expected))
+def norm_close(actual, expected, tolerance: float):
+    """Asserts ||actual - expected|| <= tolerance * ||expected|| leaf by leaf; reordered sums round every element."""
+    actual, expected = jax.device_get((actual, expected))
 
     def check(path, a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -130,7 +129,7 @@ def norm_close(found, expected, tolerance: float):
         name = jax.tree_util.keystr(path)
         assert difference <= tolerance * size, f"{name}: difference {difference:.3g} of {size:.3g}"
 
-    jax.tree_util.tree_map_with_path(check, found, expected)
+    jax.tree_util.tree_map_with_path(check, actual, expected)
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +171,7 @@ def tiny_params(tiny_model):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """One token a word; BOS is put before prompts, PAD is a token of its own."""
+    """One token per word; prompts begin with BOS, and PAD differs from EOS."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
@@ -193,7 +192,7 @@ def families():
 
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory, tiny_tokenizer):
-    """`family_folder(name, seed=0)`: a tiny model of `tiny_families.FAMILIES`. Nobody may write into it."""
+    """`family_folder(name, seed=0)`: a tiny model of `tiny_families.FAMILIES`. Read-only."""
     pytest.importorskip("torch")
     place = tmp_path_factory.mktemp("families")
 
@@ -241,14 +240,14 @@ def beam_parity():
 
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory, tiny_model, tiny_params, tiny_tokenizer):
-    """The tiny model as a Hugging Face folder. Nobody may write into it."""
+    """The tiny model as a Hugging Face folder. Read-only."""
     folder = tmp_path_factory.mktemp("hf") / "tiny"
     hub.write_folder(folder, tiny_model, tiny_params, tiny_tokenizer, "float32")
     return folder
 
 
 def write_pairs(path, rows: int, seed: int):
-    """Pairs that share no length: prompts of 2 to 6 words, answers of 1 to 8."""
+    """Pairs of varied lengths: prompts of 2 to 6 words, responses of 1 to 8."""
     rng = np.random.default_rng(seed)
 
     def text(low, high):
@@ -267,16 +266,16 @@ def train_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def eval_file(tmp_path_factory):
-    """Eleven pairs in JSON lines: no multiple of any batch here."""
+    """Eleven pairs in JSON lines: not a multiple of any batch size used here."""
     return write_pairs(tmp_path_factory.mktemp("pairs") / "eval.jsonl", rows=11, seed=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
-    """Frees compiled programs before the process has as many memory maps as Linux allows, 65,530 by default.
+    """Frees compiled programs before the process reaches Linux's limit of 65,530 memory maps.
 
-    Each program takes some; where one more is refused, the compiler ends in a segmentation fault. With 20,000 maps a
-    process has three to four gigabytes, and there is one for each core.
+    Each program takes several maps, and the compiler crashes with a segmentation fault when it gets no more. A process
+    with 20,000 maps uses three to four gigabytes, and there is one process per core.
     """
     yield
     maps = Path("/proc/self/maps")
@@ -286,10 +285,10 @@ def room_for_programs():
 
 @pytest.fixture(scope="session")
 def kept_programs(tmp_path_factory):
-    """`with kept_programs():` keeps what is compiled in it, and takes it again: each run compiles its programs anew.
+    """`with kept_programs():` caches the programs compiled inside it, which every run would otherwise compile again.
 
-    For one device only: on a CPU, programs with collectives that come out of JAX's cache can enter these in another
-    order on each device, and wait for each other for ever (jaxlib 0.10.2).
+    For one device only: cached CPU programs can enter their collectives in a different order on each device, and
+    deadlock (jaxlib 0.10.2).
     """
     folder = str(tmp_path_factory.mktemp("programs"))
 
@@ -297,7 +296,7 @@ def kept_programs(tmp_path_factory):
     def keep():
         before = jax.config.jax_compilation_cache_dir
         jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()  # or JAX goes on with what it found at its first compilation
+        compilation_cache.reset_cache()  # or JAX keeps the setting of its first compilation
         try:
             yield
         finally:
@@ -309,7 +308,7 @@ def kept_programs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def on_devices(kept_programs):
-    """`with on_devices(1):` lets runs and verbs see the first device only, which compiles faster; or any number."""
+    """`with on_devices(N):` limits runs and verbs to the first N devices; one compiles fastest."""
 
     @contextmanager
     def see(count):
@@ -319,7 +318,7 @@ def on_devices(kept_programs):
         with kept_programs() if count == 1 else nullcontext(), pytest.MonkeyPatch.context() as patch:
             for module in ("training.run", "decoding.run", "evaluation.score", "evaluation.insights.sweep"):
                 patch.setattr(f"qstar_jax.{module}.make_mesh", make)
-            # Measuring the processor and estimating memory take longer than a tiny run.
+            # Measuring the processor and estimating memory would take longer than a tiny run.
             patch.setattr("qstar_jax.training.run.peak_flops", lambda devices: 1e12)
             patch.setattr("qstar_jax.training.run.estimate", lambda *args, **options: "")
             yield
@@ -335,7 +334,7 @@ def one_device_only(on_devices):
 
 
 def pair_examples(rows, *, seed=0, length=16, response_length=8, answers=2) -> list[Example]:
-    """Random prompts and answers of many lengths; one prompt has one token only."""
+    """Random prompts and responses of many lengths; the first prompt has a single token."""
     rng = np.random.default_rng(seed)
 
     def ids(low, high):

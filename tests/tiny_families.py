@@ -3,9 +3,9 @@
     python tests/tiny_families.py write OUT     writes a folder of each family, and its logits
     python tests/tiny_families.py read FOLDERS  writes the logits of each folder in there, or why there are none
 
-Runs with transformers 4 and 5, so configurations are spelt as both of them read it. Sizes are such that a confusion
-shows: keys and values have fewer heads than queries, heads are not as wide as hidden_size / heads wherever a family
-lets them, windows are shorter than rows, and no constant is a default.
+Runs with transformers 4 and 5, so configurations use spellings that both read. Sizes are chosen to expose mix-ups: keys
+and values have fewer heads than queries, head_dim differs from hidden_size / heads wherever a family allows it, windows
+are shorter than sequences, and no constant is a default.
 """
 
 import json
@@ -26,8 +26,8 @@ class Tiny:
     """A tiny model.
 
     Attributes:
-        config: Its configuration; `model_type` says of which family it is.
-        rewrite: Turns (config.json, tensors) as transformers writes them into those of other files that are about.
+        config: Its configuration; `model_type` names the family.
+        rewrite: Turns (config.json, tensors) as written by transformers into a variant found in the wild.
     """
 
     config: dict[str, Any]
@@ -95,12 +95,12 @@ IMAGES = {"mm_tokens_per_image": 4, "boi_token_index": 64, "eoi_token_index": 65
 
 
 def without_window(config: dict[str, Any], tensors: Tensors):
-    """Files that say nothing of a window, which then is that of the class."""
+    """Leaves out the window, so the default of the class applies."""
     return {name: value for name, value in config.items() if name != "sliding_window"}, tensors
 
 
 def hub_gpt2(config: dict[str, Any], tensors: Tensors):
-    """The hub's first GPT-2: no prefix, and a causal mask for each layer."""
+    """The original GPT-2 on the hub: no prefix, and a causal mask per layer."""
     import torch
 
     tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
@@ -109,7 +109,7 @@ def hub_gpt2(config: dict[str, Any], tensors: Tensors):
 
 
 def hub_pythia(config: dict[str, Any], tensors: Tensors):
-    """The hub's Pythia: causal masks of booleans, and what else transformers once kept."""
+    """Pythia on the hub: boolean causal masks, and other buffers that transformers once stored."""
     import torch
 
     for layer in range(3):
@@ -175,14 +175,14 @@ FAMILIES = {
 
 
 def make(name: str, folder: Path, seed: int = 0):
-    """Writes a model of random numbers, and no tokenizer.
+    """Writes a model with random parameters, without a tokenizer.
 
-    Fresh models of transformers have norms of 1 and biases of 0, which hide the ones that are swapped or lost.
+    Norms and biases are random too: at transformers' initial 1 and 0, swapped or lost ones would go unnoticed.
 
     Args:
         name: One of `FAMILIES`.
-        folder: Where to.
-        seed: Another number makes another model of the same shape.
+        folder: Folder to write.
+        seed: Seed of the parameters.
     """
     import torch
     import transformers
@@ -207,7 +207,7 @@ def make(name: str, folder: Path, seed: int = 0):
 
 
 def open_torch(folder: Path):
-    """Opens a folder with transformers, in float32 and with its plainest attention."""
+    """Opens a folder with transformers in float32 with eager attention."""
     import torch
     import transformers
 
@@ -216,12 +216,12 @@ def open_torch(folder: Path):
 
 
 def rows(count: int = 3, length: int = 24) -> np.ndarray:
-    """Tokens that no family takes for special ones. Shape [count, length]."""
+    """Token ids that are special in no family. Shape [count, length]."""
     return np.random.default_rng(7).integers(3, 60, (count, length))
 
 
 def logits(folder: Path) -> np.ndarray:
-    """What transformers says of `rows()`: logits [N, S, V]."""
+    """Logits of `rows()` by transformers. Shape [N, S, V]."""
     import torch
 
     with torch.no_grad():

@@ -35,7 +35,7 @@ def seconds_of(run: Callable[[], object], rounds: int = 5) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second at which all cores together read memory, from arrays that no cache holds."""
+    """Memory bandwidth of all cores together, in bytes per second, on arrays larger than any cache."""
     cores = len(os.sched_getaffinity(0))
     arrays = [np.ones(2**26, np.float32) for _ in range(cores)]
     with ThreadPoolExecutor(cores) as pool:
@@ -119,8 +119,8 @@ def main(model: str, prompt_tokens: int, new_tokens: int, batch: int, settings: 
         times = {"bytes": bytes_read / bandwidth, "flops": flops / rate}
         return {
             "cache_bytes": nbytes(cache),
-            "bytes_a_step": bytes_read,
-            "flops_a_step": flops,
+            "bytes_per_step": bytes_read,
+            "flops_per_step": flops,
             "matmul_gflops_at_this_shape": rate / 1e9,
             "floor_step_seconds": max(times.values()),
             "bound_by": max(times, key=times.get),

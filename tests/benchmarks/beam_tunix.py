@@ -1,7 +1,7 @@
 """Tunix's sampler as a worker of beam_vs_hf.py (see decode_turns.py).
 
-Runs in an environment of its own (see beam_vs_hf.py). The sampler has no number of samples a prompt: each prompt is
-given several times.
+Runs in an environment of its own (see beam_vs_hf.py). The sampler has no option for samples per prompt, so prompts are
+repeated.
 """
 
 from importlib.metadata import version

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/beam_vs_hf.py --model FOLDER [--prompt_tokens 64] [--beams '[1, 5, 10]'] [--samples 8]
 
-Each library is a process of its own that stays alive; they take turns, several rounds, and medians count. Prompts are
-random tokens of one length, and nothing ends an answer, so that all of them make equally many tokens. Prints JSON: new
-tokens a second (of the best answer of each prompt, or of all samples), peak memory, ratios; whether the answers are the
-same; and of this library how far it is from the limits of the processor. Extra `parity`.
+Each library runs in its own long-lived process; they take turns for several rounds, and medians count. Prompts are
+random tokens of equal length, and no token ends a response, so all libraries generate equally many tokens. Prints
+JSON: new tokens per second (of the best response per prompt, or of all samples), peak memory, ratios, whether the
+responses agree, and how far this library is from the limits of the processor. Extra `parity`.
 
 Tunix has dependencies of its own, so it runs only if asked for, in an environment of its own:
 
@@ -45,7 +45,7 @@ def main(
         new_tokens: Length of each answer.
         batch: Prompts at once.
         beams: Widths of beam search; 1 is greedy decoding.
-        samples: Samples a prompt; 0: none.
+        samples: Samples per prompt; 0: none.
         rounds: Turns of each library.
         libraries: hf, tunix, ours.
         threads: Cores that a library may use.

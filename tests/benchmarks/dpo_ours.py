@@ -58,13 +58,13 @@ def main(
     Args:
         model: Hugging Face folder.
         pairs: The pairs' tokens.
-        batch: Pairs a step.
+        batch: Pairs per step.
         reference: Run at each step, or computed before.
         dtype: Type of activations.
         learning_rate: Of AdamW, constant.
         layout: How prompts and answers share rows.
         row_length: Slots of a packed row; 0 takes those of the longest pair.
-        accumulate: Micro-batches a step.
+        accumulate: Micro-batches per step.
     """
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     examples = read_pairs(pairs)

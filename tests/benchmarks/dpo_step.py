@@ -2,7 +2,7 @@
 
     python tests/benchmarks/dpo_step.py [--model FOLDER] [--pairs 4] [--length 256] [--rounds 3]
 
-Prints JSON. Tokens are random and rows are full, so that every token counted is a token computed.
+Prints JSON. Tokens are random and sequences are full, so every computed token counts.
 """
 
 import json
@@ -59,7 +59,7 @@ def main(
 
     Args:
         model: Hugging Face folder, hub name or run folder; the demo's base model by default.
-        pairs: Pairs a step.
+        pairs: Pairs per step.
         length: Tokens of a row.
         rounds: Rounds, of which the medians count.
         dtype: Type of activations and of the measured matrix products.

@@ -79,7 +79,7 @@ def read_batches(path: str, batch: int) -> list[TrainingInput]:
 
 
 class Trainer(DPOTrainer):
-    """Keeps the losses, which the trainer itself hands out a step late."""
+    """Records the losses, which the trainer reports one step late."""
 
     losses = ()
 
@@ -99,7 +99,7 @@ def main(model: str, pairs: str, batch: int = 4, learning_rate: float = 1e-6):
     Args:
         model: Hugging Face folder of a Llama.
         pairs: The pairs' tokens.
-        batch: Pairs a step.
+        batch: Pairs per step.
         learning_rate: Of AdamW, constant.
     """
     baseline = peak_memory_bytes("VmRSS")

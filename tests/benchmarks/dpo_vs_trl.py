@@ -2,9 +2,9 @@
 
     python tests/benchmarks/dpo_vs_trl.py --model FOLDER [--shape tldr|chat|FILE.jsonl.gz] [--reference live|cached]
 
-Each library is a process of its own that stays alive; they take steps in turn, several rounds, and medians count.
-All of them ask the kernel for huge pages (see worker.py). Prints JSON: pairs and answer-and-prompt tokens a second,
-peak memory, first losses, and the ratios of speed. The model's folder needs config.json and safetensors; a FILE of
+Each library runs in its own long-lived process; they take steps in turn for several rounds, and medians count. All of
+them ask the kernel for huge pages (see worker.py). Prints JSON: pairs per second, tokens of prompts and responses per
+second, peak memory, first losses, and ratios of speed. The model's folder needs config.json and safetensors; a FILE of
 pairs needs its tokenizer too. Extras `parity` and `bench`.
 
 Tunix has dependencies of its own, so it runs only if asked for, in an environment of its own, float32 and live:
@@ -82,8 +82,8 @@ def main(
         model: Hugging Face folder.
         shape: tldr, chat, or a file of pairs.
         reference: A second model at each step, or its log-probabilities computed before.
-        libraries: trl, torch, tunix, ours; behind a slash micro-batches a step, as in ours/4 (not for tunix).
-        batch: Pairs a step.
+        libraries: trl, torch, tunix, ours; behind a slash micro-batches per step, as in ours/4 (not for tunix).
+        batch: Pairs per step.
         steps: Steps a turn.
         rounds: Turns of each library.
         threads: Threads of torch; XLA takes the cores that the process may use.

@@ -152,7 +152,7 @@ class TorchBeams:
     """What `generate` found.
 
     Attributes:
-        given: K hypotheses a prompt, with its own scores.
+        given: K hypotheses per prompt, with its own scores.
         exact: The same with scores from its logits in float64. Torch's float32 log-softmax on CPUs is 7e-6 too high at
             49,152 tokens, always to the same side, which adds up over an answer.
         narrowest: For each prompt, the least gap at which one candidate was taken and another one was not.
