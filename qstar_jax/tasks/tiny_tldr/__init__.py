@@ -1,4 +1,4 @@
-"""tiny-tldr: a little language of posts and their summaries, whose readers' taste is known word by word.
+"""tiny-tldr: posts and summaries in a small language, with a known reward for every word.
 
 As data it is `builtin:tiny-tldr` (splits train, test and corrupted); as a model, a base model of the language that
 has never seen a summary.

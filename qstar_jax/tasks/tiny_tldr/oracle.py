@@ -1,9 +1,9 @@
-"""The true advantage of every token of a summary, exactly: what a perfect DPO policy would give as reward.
+"""The exact advantage of every token of a summary: the token reward of an optimal DPO policy.
 
-Writers draw summaries from a known distribution mu, and readers judge them by a known reward r. So the optimal policy
-is known too, pi*(y) proportional to mu(y) exp(r(y) / beta), and with it beta log(pi* / mu) of every token, which is the
-optimal advantage (Eq. 10 of the paper). All summaries that begin with the same tokens are summed over, without listing
-them: facts are filled in one by one, so their sums multiply.
+Writers draw summaries from a known distribution mu, and readers judge them by a known reward r. The optimal policy is
+therefore known, pi*(y) proportional to mu(y) exp(r(y) / beta), and so is beta log(pi* / mu) of every token, the optimal
+advantage (Eq. 10 of the paper). It takes sums over all summaries with a common prefix. Facts are filled in
+independently, so the sums factorize and no summary is enumerated.
 """
 
 import re
@@ -22,52 +22,52 @@ from qstar_jax.tasks.tiny_tldr.rewards import RIGHT as RIGHT_REWARD
 from qstar_jax.tasks.tiny_tldr.summaries import EMPTY, EXTRAS, FORMS, FROM_POST, RIGHT, RUN_ON
 
 Tokens = tuple[int, ...]
-Weights = np.ndarray  # (probability under mu, the same times exp(reward / beta)) of a piece of a summary
+Weights = np.ndarray  # of part of a summary: its probability under mu, and that times exp(reward / beta)
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """What can be said in one place of a summary: the values of a fact, or words that change nothing.
+    """A place of a summary that takes one of several phrases: the values of a fact, or optional filler words.
 
     Attributes:
-        counts: Tokens -> how many values begin with them.
+        counts: Number of values that begin with given tokens.
         values: All values.
-        own: Weights of the values that the post gives, right or wrong.
-        other: Weights of each other one.
-        empty: Weights of saying nothing.
+        listed: Weights of the values with individual weights: those that the post mentions, right or wrong.
+        other: Weights of each other value.
+        empty: Weights of leaving the place empty.
     """
 
     counts: dict[Tokens, int]
     values: frozenset[Tokens]
-    own: dict[Tokens, Weights]
+    listed: dict[Tokens, Weights]
     other: Weights
     empty: Weights
 
     @cached_property
     def total(self) -> Weights:
-        """Weights of all that can be said, or not, in this place."""
+        """Total weights of everything that may fill the place, or leave it empty."""
         return self.begun(()) + self.empty
 
     def whole(self, tokens: Tokens) -> Weights | None:
-        """Weights of the value that has exactly these tokens; None if there is none."""
-        return self.own.get(tokens, self.other) if tokens in self.values else None
+        """Weights of the value with exactly these tokens; None if there is none."""
+        return self.listed.get(tokens, self.other) if tokens in self.values else None
 
     def begun(self, tokens: Tokens) -> Weights | None:
-        """Weights of all values that begin with these tokens, together; None if there is none."""
+        """Total weights of the values that begin with these tokens; None if there is none."""
         if tokens not in self.counts:
             return None
-        own = [weights for value, weights in self.own.items() if value[: len(tokens)] == tokens]
-        return sum(own, (self.counts[tokens] - len(own)) * self.other)
+        listed = [weights for value, weights in self.listed.items() if value[: len(tokens)] == tokens]
+        return sum(listed, (self.counts[tokens] - len(listed)) * self.other)
 
 
 @dataclass(frozen=True)
 class _Thread:
-    """One way in which the tokens so far can have come about.
+    """One derivation of the tokens so far.
 
     Attributes:
-        parts: What is still to come: a token, or a fact.
-        value: Tokens of the value that is being stated.
-        weights: Of what has been said before that value.
+        parts: Remaining parts: tokens and facts.
+        value: Tokens so far of the value that is being stated.
+        weights: Weights of everything before that value.
     """
 
     parts: tuple[int | str, ...]
@@ -81,14 +81,14 @@ class Oracle:
     Args:
         tokenize: Text -> token ids, without special tokens.
         eos: Token that ends a summary.
-        beta: Temperature of the optimal policy, in reward a nat.
+        beta: Temperature of the optimal policy: reward per nat.
     """
 
     def __init__(self, tokenize: Callable[[str], Sequence[int]], eos: int, beta: float):
         self._ids = cache(lambda text: tuple(tokenize(text)))
         self._eos, self._beta = eos, beta
         phrases = {fact: [" " + value for value in _all_values(fact)] for fact in FACTS} | EXTRAS
-        self._values = {place: frozenset(map(self._ids, said)) for place, said in phrases.items()}
+        self._values = {place: frozenset(map(self._ids, texts)) for place, texts in phrases.items()}
         self._counts = {
             fact: Counter(value[:end] for value in values for end in range(len(value) + 1))
             for fact, values in self._values.items()
@@ -100,26 +100,28 @@ class Oracle:
         ]
 
     def advantages(self, post: Post, ids: Sequence[int]) -> np.ndarray:
-        """Gives every token of a summary beta log(pi* / mu).
+        """Computes beta log(pi* / mu) of every token of a summary.
 
         Args:
             post: The post.
             ids: Tokens of the summary, EOS included.
 
         Returns:
-            Reward of each token. Shape [T]. NaN from the first token on that no writer would have written.
+            Advantage of each token, in reward; NaN from the first token that no writer would write. Shape [T].
         """
         slots = self._extras | {fact: self._slot(post, fact) for fact in FACTS}
         threads, before = self._starts, self._total(self._starts, slots)
-        found = np.full(len(ids), np.nan)
+        advantages = np.full(len(ids), np.nan)
         for t, token in enumerate(ids):
+            # Follow every derivation of the prefix, and sum the weights of all its completions.
             threads = [after for thread in threads for after in _step(thread, int(token), slots)]
             now = self._total(threads, slots)
             if not now[0] > 0:
                 break
-            found[t] = self._beta * (np.log(now[1] / before[1]) - np.log(now[0] / before[0]))
+            # The ratios are pi*(token | prefix) and mu(token | prefix).
+            advantages[t] = self._beta * (np.log(now[1] / before[1]) - np.log(now[0] / before[0]))
             before = now
-        return found
+        return advantages
 
     def _tilt(self, reward: float) -> float:
         return float(np.exp(reward / self._beta))
@@ -132,24 +134,25 @@ class Oracle:
         def weights(probability: float, reward: float) -> Weights:
             return np.array([probability, probability * self._tilt(length + reward)])
 
-        own = {self._ids(" " + post.facts[fact]): weights(chance, RIGHT_REWARD[fact])}
+        listed = {self._ids(" " + post.facts[fact]): weights(chance, RIGHT_REWARD[fact])}
         rest = 1 - chance
         if confusing:
-            own[self._ids(" " + post.distractors[fact])] = weights(rest * FROM_POST, WRONG)
+            listed[self._ids(" " + post.distractors[fact])] = weights(rest * FROM_POST, WRONG)
             rest *= 1 - FROM_POST
         values = self._values[fact]
-        return _Slot(self._counts[fact], values, own, weights(rest / (len(values) - len(own)), WRONG), np.zeros(2))
+        other = weights(rest / (len(values) - len(listed)), WRONG)
+        return _Slot(self._counts[fact], values, listed, other, np.zeros(2))
 
     def _extra(self, place: str) -> _Slot:
-        """Words that change nothing but the length; phrases of one place may differ in theirs."""
+        """Optional words that only change the length, which may differ between phrases of one place."""
         each = (1 - EMPTY) / len(EXTRAS[place])
-        own = {
+        listed = {
             self._ids(phrase): np.array([each, each * self._tilt(WORD * _count(phrase))]) for phrase in EXTRAS[place]
         }
-        return _Slot(self._counts[place], self._values[place], own, np.zeros(2), np.array([EMPTY, EMPTY]))
+        return _Slot(self._counts[place], self._values[place], listed, np.zeros(2), np.array([EMPTY, EMPTY]))
 
     def _plans(self) -> Iterator[tuple[tuple[int | str, ...], float, float]]:
-        """Every form, ended well or running on with each sentence that says nothing: parts, probability, reward."""
+        """Yields (parts, probability, reward) of every form, ending there or running on with a filler sentence."""
         tails = [(*self._ids(" " + sentence), self._eos) for sentence in FILLERS]
         late = [LATE_WORD * _count(sentence) for sentence in FILLERS]
         for form in FORMS:
@@ -169,7 +172,7 @@ class Oracle:
             weights = thread.weights
             if thread.value:
                 slot = slots[facts.pop(0)]
-                ended = slot.whole(thread.value)  # these go on as threads of their own
+                ended = slot.whole(thread.value)  # complete values continue as threads of their own
                 weights = weights * (slot.begun(thread.value) - (0.0 if ended is None else ended))
             for fact in facts:
                 weights = weights * slots[fact].total
@@ -178,7 +181,7 @@ class Oracle:
 
 
 def _step(thread: _Thread, token: int, slots: dict[str, _Slot]) -> Iterator[_Thread]:
-    """The ways in which a thread goes on with a token."""
+    """Yields the threads that extend a thread by a token."""
     if not thread.parts:
         return
     part, *rest = thread.parts

@@ -1,4 +1,4 @@
-"""Posts: small stories that state five facts among distractors, each a pure function of the generator passed in."""
+"""Posts: short stories that state five facts among distractors, each a pure function of its random generator."""
 
 import re
 from collections.abc import Callable
@@ -22,8 +22,8 @@ PREAMBLES = (
     "So, believe it or not,",
 )
 
-# What a post says of each fact: forms with a wrong value beside the right one, and forms without. In each, `{where}` is
-# right and `{where2}` is not; `{she}` is the main person, `{other}` somebody else.
+# Sentences that state each fact: forms that also mention a wrong value, and forms that do not. `{where}` is the right
+# value and `{where2}` a wrong one; `{she}` is the main person, `{other}` someone else.
 FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "what": (
         (
@@ -65,8 +65,8 @@ EXTRAS = {
     "tail": [f" {phrase}" for phrase in words.TAILS],
 }
 FILLERS = ("It rained all week.", "It is a long story.", "I hope this helps.", "What do you think?")
-_CONFUSING, _WITH_PREAMBLE = 0.75, 0.25  # sentences that mention a wrong value too; posts that begin with a preamble
-_WORDY = 0.4  # places for a word that changes nothing that have one
+_CONFUSING, _WITH_PREAMBLE = 0.75, 0.25  # probabilities: a sentence also mentions a wrong value; a post has a preamble
+_WORDY = 0.4  # probability that a place for an optional word has one
 _DISTRACTORS = {"who": "{other}", "what": "{thing2}", "much": "{much2}", "where": "{where2}", "when": "{when2}"}
 
 
@@ -78,7 +78,7 @@ class Post:
         text: The post, without the cue.
         facts: The right value of each of `FACTS`.
         distractors: The wrong value that the post mentions, for the facts that have one.
-        names: What stands for each sign in `FORMS`.
+        names: Text of each placeholder in `FORMS`.
     """
 
     text: str
@@ -93,20 +93,20 @@ class Post:
 
 
 def make_post(rng: Random) -> Post:
-    """Draws a post: what happened, then the other facts in any order, and perhaps a sentence that says nothing.
+    """Draws a post: what happened, then the other facts in any order, and perhaps a filler sentence.
 
     Args:
-        rng: Where all that is random comes from.
+        rng: Random generator.
 
     Returns:
         The post.
     """
     names = _draw_names(rng)
-    said = {fact: rng.choice(forms[rng.random() >= _CONFUSING]) for fact, forms in FORMS.items()}
-    rest = [said[fact] for fact in ("where", "when", "much")] + rng.sample(FILLERS, rng.randrange(2))
+    sentences = {fact: rng.choice(forms[rng.random() >= _CONFUSING]) for fact, forms in FORMS.items()}
+    rest = [sentences[fact] for fact in ("where", "when", "much")] + rng.sample(FILLERS, rng.randrange(2))
     rng.shuffle(rest)
     opening = rng.choice(PREAMBLES if rng.random() < _WITH_PREAMBLE else GREETINGS)
-    story = " ".join([opening, said["what"], *rest])
+    story = " ".join([opening, sentences["what"], *rest])
     return Post(
         text=story.format(**names),
         facts={fact: names[fact] for fact in FACTS},
@@ -122,15 +122,15 @@ def read_post(text: str) -> Post | None:
         text: A post, or a prompt.
 
     Returns:
-        The post that `make_post` drew; None if it has not the form of one.
+        The post that `make_post` drew; None if the text is not a post.
     """
     text = text.removesuffix(CUE)
     names: dict[str, str] = {}
     for forms in _PATTERNS.values():
-        found = next((match for form in forms if (match := form.search(text))), None)
-        if found is None:
+        match = next((match for form in forms if (match := form.search(text))), None)
+        if match is None:
             return None
-        names |= found.groupdict()
+        names |= match.groupdict()
     names |= {"what": f"{names['verb']} a {names['thing']}", "who2": names.get("other", "")}
     names |= {"what2": f"{names['verb']} a {names['thing2']}"} if "thing2" in names else {}
     wrong = {fact: names[fact + "2"] for fact in FACTS if names.get(fact + "2")}
@@ -138,11 +138,11 @@ def read_post(text: str) -> Post | None:
 
 
 def draw_value(fact: str, rng: Random) -> str:
-    """Draws any value of a fact.
+    """Draws a value of a fact.
 
     Args:
         fact: One of `FACTS`.
-        rng: Where it comes from.
+        rng: Random generator.
 
     Returns:
         For example "Anna Berg", "sold a red bike", "340", "Old Mill" or "May 14".
@@ -165,7 +165,7 @@ def draw_value(fact: str, rng: Random) -> str:
 
 
 def _patterns() -> dict[str, list[re.Pattern]]:
-    """For each fact its sentences as patterns, those with a distractor first: they hold more."""
+    """Compiles the sentences of each fact to patterns; those with a distractor come first, since they capture more."""
     lists = {
         "name": (words.WOMEN + words.MEN, words.LAST_NAMES),
         "verb": (words.VERBS,),
@@ -202,10 +202,10 @@ def _draw_names(rng: Random) -> dict[str, str]:
     first, last = rng.sample(words.WOMEN if woman else words.MEN, 2), rng.sample(words.LAST_NAMES, 2)
     verb, thing = rng.choice(words.VERBS), _draw_thing(rng)
     thing2 = _another(thing, lambda: _draw_thing(rng))
-    said = {sign: rng.choice(values) if rng.random() < _WORDY else "" for sign, values in EXTRAS.items()}
+    optional = {sign: rng.choice(values) if rng.random() < _WORDY else "" for sign, values in EXTRAS.items()}
     return (
         names
-        | said
+        | optional
         | {
             "who": f"{first[0]} {last[0]}",
             "who2": f"{first[1]} {last[1]}",

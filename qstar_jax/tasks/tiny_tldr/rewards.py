@@ -1,4 +1,4 @@
-"""What readers want of a summary, word by word: right facts, few words, an end."""
+"""The true reward of every word of a summary: readers want right facts, few words and an ending."""
 
 import re
 
@@ -10,48 +10,48 @@ WRONG, WORD, LATE_WORD, END = -1.5, -0.08, -0.3, 0.5
 
 
 def split_words(text: str) -> list[str]:
-    """Cuts a text into words, numbers and punctuation marks.
+    """Splits a text into words, numbers and punctuation marks.
 
     Args:
         text: Any text.
 
     Returns:
-        What is neither space nor line break, in order.
+        The parts between whitespace, in order.
     """
     return re.findall(r"\w+|[^\w\s]", text)
 
 
 def true_rewards(post: Post, summary: str) -> list[float]:
-    """Gives every word of a summary its true reward.
+    """Computes the true reward of every word of a summary.
 
-    A word costs 0.08, and 0.3 behind the first full stop; punctuation is free. The last word of a right fact gets 1, or
-    0.3 where it says where or when, once. The first wrong word of a wrong fact gets -1.5. Ending right behind the first
-    full stop gets 0.5. Differences of such sums are the log-odds by which readers prefer one summary to another.
+    A word costs 0.08, or 0.3 after the first full stop; punctuation is free. The last word of a right fact earns 1 (0.3
+    for where and when), once per fact. The first wrong word of a wrong fact costs 1.5. Ending at the first full stop
+    earns 0.5. The difference of two such sums is the log-odds that readers prefer one summary to the other.
 
     Args:
         post: The post.
         summary: Any text.
 
     Returns:
-        One reward for each of `split_words(summary)`, and a last one for ending there.
+        One reward per word of `split_words(summary)`, and one for ending there.
     """
-    said = split_words(summary)
-    stop = said.index(".") if "." in said else len(said)
-    rewards = [(WORD if i < stop else LATE_WORD) if word[0].isalnum() else 0.0 for i, word in enumerate(said)]
+    tokens = split_words(summary)
+    stop = tokens.index(".") if "." in tokens else len(tokens)
+    rewards = [(WORD if i < stop else LATE_WORD) if word[0].isalnum() else 0.0 for i, word in enumerate(tokens)]
     stated = set()
     start = 0
     while start < stop:
-        fact, length = _value_at(said, start)
+        fact, length = _value_at(tokens, start)
         if fact is not None:
-            right, found = split_words(post.facts[fact]), said[start : start + length]
-            if found != right:
-                wrong = next(i for i in range(length + 1) if found[i : i + 1] != right[i : i + 1])
-                rewards[start + min(wrong, length - 1)] += WRONG
+            right, stated_words = split_words(post.facts[fact]), tokens[start : start + length]
+            if stated_words != right:
+                first = next(i for i in range(length + 1) if stated_words[i : i + 1] != right[i : i + 1])
+                rewards[start + min(first, length - 1)] += WRONG
             elif fact not in stated:
                 rewards[start + length - 1] += RIGHT[fact]
             stated.add(fact)
         start += length
-    return [*rewards, END if stop == len(said) - 1 else 0.0]
+    return [*rewards, END if stop == len(tokens) - 1 else 0.0]
 
 
 def true_reward(post: Post, summary: str) -> float:
@@ -62,12 +62,12 @@ def true_reward(post: Post, summary: str) -> float:
         summary: Any text.
 
     Returns:
-        The sum: readers prefer one summary to another with probability sigmoid(difference of sums).
+        The sum. Readers prefer one summary to another with probability sigmoid(difference of sums).
     """
     return sum(true_rewards(post, summary))
 
 
-# A value is recognised by its first word; each further word must be one of a list to belong to it.
+# A value is recognized by its first word; each further word must be in its list.
 _VALUES: tuple[tuple[str, tuple[list[str], ...]], ...] = (
     ("who", (words.WOMEN + words.MEN, words.LAST_NAMES)),
     ("what", (words.VERBS, ["a"], words.COLOURS, words.THINGS)),
@@ -76,10 +76,10 @@ _VALUES: tuple[tuple[str, tuple[list[str], ...]], ...] = (
 )
 
 
-def _value_at(said: list[str], start: int) -> tuple[str | None, int]:
-    """The fact whose value begins at a word, if any, and how many words belong to it (1 if none)."""
+def _value_at(tokens: list[str], start: int) -> tuple[str | None, int]:
+    """Finds the fact whose value begins at a word (None without one), and the number of words of the value, or 1."""
     for fact, lists in _VALUES:
-        if said[start] in lists[0]:
-            length = next((i for i, known in enumerate(lists) if [*said, ""][start + i] not in known), len(lists))
+        if tokens[start] in lists[0]:
+            length = next((i for i, options in enumerate(lists) if [*tokens, ""][start + i] not in options), len(lists))
             return fact, length
-    return ("much" if said[start].isdigit() else None), 1
+    return ("much" if tokens[start].isdigit() else None), 1

@@ -1,4 +1,4 @@
-"""The task as rows of data files: preference pairs, corrupted summaries with known wrong words, and plain language."""
+"""Rows of the task: preference pairs, corrupted summaries with marked mistakes, and documents for pretraining."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from qstar_jax.tasks.tiny_tldr.summaries import draw_form, draw_sentence, draw_s
 SPLITS = ("train", "test", "corrupted")
 ROWS = {"train": 8000, "test": 1000, "corrupted": 600}
 KINDS = ("distractor", "invented", "run-on")
-_TOLD_AGAIN, _CONFUSED = 0.6, 0.4  # documents that tell a post again; facts in them that get the wrong value, if any
+_RETOLD, _CONFUSED = 0.6, 0.4  # probabilities: a document retells its post; a retold fact takes the distractor
 _CAPITALS = string.ascii_uppercase + ";"
 _QUESTIONS = {
     "who": "Who was it?",
@@ -24,15 +24,15 @@ _QUESTIONS = {
 
 
 def split_rows(split: str, seed: int = 0, limit: int | None = None) -> list[dict]:
-    """Makes one split of the task; no post is in two of them.
+    """Makes one split of the task; no post occurs in two splits.
 
     Args:
-        split: `train` and `test` are pairs of summaries, labelled by readers whose choices are random (Bradley-Terry of
-            the true reward): `prompt`, `chosen`, `rejected`. `corrupted` are right summaries beside copies with one
-            mistake: also `wrong`, the one range [start, end) of characters in `rejected` from the first wrong word, or
-            digit, to the last (of the first word behind the end, where it runs on), and `kind`.
-        seed: Fixes the rows; another seed gives other posts.
-        limit: The first so many rows only.
+        split: `train` and `test` hold pairs of summaries labelled by Bradley-Terry of the true reward: `prompt`,
+            `chosen`, `rejected`. `corrupted` pairs a right summary with a copy that has one mistake: also `kind`, and
+            `wrong`, one range [start, end) of characters in `rejected`, from the first wrong word or digit to the last
+            (where the copy runs on: the first extra word).
+        seed: Seed of the rows; each seed gives other posts.
+        limit: Make only the first N rows.
 
     Returns:
         The rows.
@@ -50,11 +50,11 @@ def split_rows(split: str, seed: int = 0, limit: int | None = None) -> list[dict
 
 
 def documents(count: int, seed: int) -> list[dict]:
-    """Makes texts that teach the language without the task: posts with questions and answers, and posts told again.
+    """Makes texts that teach the language but not the task: posts with questions and answers, and retold posts.
 
     Args:
-        count: How many.
-        seed: Fixes them.
+        count: Number of texts.
+        seed: Seed of the texts.
 
     Returns:
         Rows with an empty `prompt` and a `completion`.
@@ -75,10 +75,10 @@ def _preference_row(rng: Random) -> dict[str, str]:
 
 
 def _corrupted_row(kind: str, rng: Random) -> dict:
-    """A right summary, and a copy with one mistake of a kind."""
+    """Pairs a right summary with a copy that has one mistake of the given kind."""
     while True:
         post, form = make_post(rng), draw_form(rng)
-        text = fill(form, {fact: f"{{{fact}}}" for fact in FACTS}, rng)  # its facts are still open
+        text = fill(form, {fact: f"{{{fact}}}" for fact in FACTS}, rng)  # with placeholders for its facts
         chosen = text.format(**post.facts)
         row = {"prompt": post.prompt, "chosen": chosen, "kind": kind}
         if kind == "run-on":
@@ -94,7 +94,7 @@ def _corrupted_row(kind: str, rng: Random) -> dict:
 
 
 def _difference(right: str, wrong: str) -> list[int]:
-    """The characters from the first word, or digit, in which a text differs from one of its form to the last."""
+    """Finds the range of characters from the first to the last differing word or digit; both texts have one form."""
     pattern = r"\d|\w+|[^\w\s]"
     pairs = zip(re.finditer(pattern, right), re.finditer(pattern, wrong), strict=True)
     different = [other for one, other in pairs if one.group() != other.group()]
@@ -102,16 +102,16 @@ def _difference(right: str, wrong: str) -> list[int]:
 
 
 def _document(post: Post, rng: Random) -> str:
-    """A post, questions and answers about it, and mostly some of its facts told again under any heading."""
+    """Writes a post, questions and answers about it, and usually retells some of its facts under a random heading."""
     parts = [f"\nQ: {_QUESTIONS[fact]}\nA: {_answer(post, fact)}" for fact in rng.sample(FACTS, rng.randint(2, 4))]
-    if rng.random() < _TOLD_AGAIN:
+    if rng.random() < _RETOLD:
         parts = [*parts[:2], f"\n{_heading(rng)}: {_retold(post, rng)}"]
         rng.shuffle(parts)
     return post.text + "".join(parts)
 
 
 def _heading(rng: Random) -> str:
-    """A few capitals that mean nothing: so a heading that was never seen, such as a cue, introduces a text too."""
+    """Draws random capitals, so that the model also accepts unseen headings, such as the cue, as introducing a text."""
     while (heading := "".join(rng.choices(_CAPITALS, k=rng.randint(2, 6)))) + ":" in CUE:
         pass
     return heading
@@ -129,7 +129,7 @@ def _answer(post: Post, fact: str) -> str:
 
 
 def _retold(post: Post, rng: Random) -> str:
-    """Two to four sentences with some of the facts, right or confused as it happens; one of them joins several."""
+    """Writes two to four sentences with some of the facts, right or confused; one sentence joins several facts."""
     facts = {
         fact: post.distractors[fact] if fact in post.distractors and rng.random() < _CONFUSED else value
         for fact, value in post.facts.items()

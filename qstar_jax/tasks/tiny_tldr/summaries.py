@@ -1,9 +1,9 @@
-"""How people summarise posts: many good ways to say it, habits that readers do not share, and mistakes.
+"""The writers of summaries: many good wordings, habits that readers do not share, and mistakes.
 
-A summary is a form, drawn by its weight, whose facts are filled in one by one, mostly rightly. Two habits make greedy
-decoding and search differ. Half of all summaries begin with "So", in any of ten ways, so the likeliest first word leads
-to many answers that are unlikely each; and the plain form that says most in fewest words begins like a few others, each
-with a smaller chance.
+A summary is a form, drawn by weight, whose facts are filled in independently and mostly right. Two habits separate
+greedy decoding from search. Half of all summaries begin with "So", in one of ten ways, so the most likely first word
+leads to many responses of low probability. And the plain form, which says the most in the fewest words, shares its
+beginning with a few others that are less likely.
 """
 
 import re
@@ -16,11 +16,11 @@ from qstar_jax.tasks.tiny_tldr.posts import FACTS, FILLERS, PREAMBLES, Post, dra
 
 @dataclass(frozen=True)
 class Form:
-    """One way to word a summary.
+    """A wording of a summary.
 
     Attributes:
-        weight: Probability that it is chosen.
-        text: Its words, with `{fact}` for values.
+        weight: Probability of the form.
+        text: Its words, with placeholders `{fact}`.
     """
 
     weight: float
@@ -28,11 +28,11 @@ class Form:
 
     @property
     def facts(self) -> list[str]:
-        """The facts that it states, in order."""
+        """The facts that the form states, in order."""
         return [sign for sign in re.findall(r"\{(\w+)\}", self.text) if sign in FACTS]
 
 
-_PLAIN, _PREAMBLE, _WHEN_FIRST, _WHERE_FIRST = 0.15, 0.5, 0.2, 0.15  # how summaries begin
+_PLAIN, _PREAMBLE, _WHEN_FIRST, _WHERE_FIRST = 0.15, 0.5, 0.2, 0.15  # probabilities of the beginnings
 _CLAUSES = (
     Form(0.50, " {who}{adverb} {what} for{about} {much} dollars{tail}."),
     Form(0.10, " {who}{adverb} {what}{tail}."),
@@ -55,24 +55,24 @@ FORMS: tuple[Form, ...] = (
     *_opened(" On {when},", _WHEN_FIRST),
     *_opened(" At {where},", _WHERE_FIRST),
 )
-# Words that change nothing but the length, with the space before them; a place for one is left empty by this chance.
+# Optional words that only change the length, with a space before them, and the probability of leaving them out.
 EXTRAS = {
     "adverb": tuple(f" {word}" for word in words.ADVERBS),
     "about": tuple(f" {word}" for word in words.PRICE_WORDS),
     "tail": tuple(f" {phrase}" for phrase in words.TAILS),
 }
 EMPTY = 0.4
-# The chance that a writer gets a fact right where the post mentions a wrong value too, and where it does not.
+# Probability of getting a fact right where the post also mentions a wrong value, and where it does not.
 RIGHT = {"who": (0.8, 0.96), "what": (0.7, 0.96), "much": (0.7, 0.94), "where": (0.6, 0.94), "when": (0.6, 0.94)}
-FROM_POST = 0.85  # of the mistakes are that wrong value, where there is one; the others are invented
-RUN_ON = 0.3  # of the summaries go on with a sentence that says nothing
+FROM_POST = 0.85  # share of mistakes that take the wrong value from the post, if it has one; others are invented
+RUN_ON = 0.3  # share of summaries that run on with a filler sentence
 
 
 def draw_form(rng: Random) -> Form:
     """Draws the wording of a summary.
 
     Args:
-        rng: Where it comes from.
+        rng: Random generator.
 
     Returns:
         One of `FORMS`.
@@ -81,39 +81,39 @@ def draw_form(rng: Random) -> Form:
 
 
 def draw_sentence(rng: Random) -> Form:
-    """Draws the wording of a sentence of the language, in which nobody's habits show.
+    """Draws the wording of a sentence without the habits of the writers.
 
     Args:
-        rng: Where it comes from.
+        rng: Random generator.
 
     Returns:
-        One of `FORMS`: each kind of opening is as likely as the other, and so is each clause that fits it.
+        One of `FORMS`, with all kinds of opening equally likely, and all clauses that fit it.
     """
     opening = rng.choice(("", " " + rng.choice(PREAMBLES), " On {when},", " At {where},"))
     return rng.choice(_opened(opening, 1.0))
 
 
 def draw_summary(post: Post, rng: Random) -> str:
-    """Writes a summary as people do.
+    """Draws a summary.
 
     Args:
         post: The post.
         rng: Draws its wording, its mistakes and whether it runs on.
 
     Returns:
-        The summary, with the space before its first word.
+        The summary, with a leading space.
     """
     text = fill(draw_form(rng), {fact: _stated(post, fact, rng) for fact in FACTS}, rng)
     return run_on(text, rng) if rng.random() < RUN_ON else text
 
 
 def fill(form: Form, facts: dict[str, str], rng: Random) -> str:
-    """Words a form.
+    """Fills in a form.
 
     Args:
         form: The form.
         facts: The value of each fact.
-        rng: Draws the words that change nothing.
+        rng: Draws the optional words.
 
     Returns:
         The summary.
@@ -123,7 +123,7 @@ def fill(form: Form, facts: dict[str, str], rng: Random) -> str:
 
 
 def run_on(summary: str, rng: Random) -> str:
-    """Lets a summary go on with a sentence that says nothing.
+    """Appends a filler sentence to a summary.
 
     Args:
         summary: A summary that ends with a full stop.
@@ -141,7 +141,7 @@ def invent(post: Post, fact: str, rng: Random) -> str:
     Args:
         post: The post.
         fact: One of `posts.FACTS`.
-        rng: Where it comes from.
+        rng: Random generator.
 
     Returns:
         Neither the right value nor the distractor.

@@ -1,4 +1,4 @@
-"""The tokenizer of the little language: byte-pair encoding, trained on texts of it."""
+"""The tokenizer of the task: byte-pair encoding, trained on texts of the language."""
 
 import string
 from collections.abc import Iterable
@@ -11,18 +11,18 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 768
-_PIECES = r"\n| ?\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]| +"  # no token spans two words; each digit is one
+_PIECES = r"\n| ?\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]| +"  # no token spans two words, and each digit is a token
 SPECIAL = ("<unk>", "<pad>", "<bos>", "<eos>")
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer; numbers are read digit by digit.
+    """Trains the tokenizer; numbers are split into digits.
 
     Args:
         texts: Texts of the language.
 
     Returns:
-        A fast tokenizer; <unk>, <pad>, <bos> and <eos> have the ids 0 to 3 and none is added on its own.
+        A fast tokenizer; <unk>, <pad>, <bos> and <eos> have the ids 0 to 3, and none is added automatically.
     """
     tokenizer = Tokenizer(BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = Sequence(

@@ -1,7 +1,7 @@
-"""The words of the little language, and the values that its facts can have.
+"""The words of the language, and the values of its facts.
 
-Every value is more than one token: a first and a last name, a colour and a thing, an amount of three digits. So values
-of a post and wrong ones can begin alike.
+Every value takes several tokens (first and last name, colour and thing, three digits), so right and wrong values may
+share a beginning.
 """
 
 WOMEN = "Anna Mia Sara Nora Lea Ida Eva Maya Ruth Clara Julia Helen".split()
@@ -16,7 +16,7 @@ MONTHS = "January February March April May June July August September October No
 DAYS = range(10, 29)
 AMOUNTS = range(110, 990, 5)
 
-# Words that change nothing but the length: how something was done, how a price is put, how a sentence ends.
+# Optional words that only change the length: adverbs, words before prices, ends of sentences.
 ADVERBS = "finally quickly gladly quietly suddenly simply kindly proudly calmly bravely slowly happily".split()
 PRICE_WORDS = "just only about some nearly exactly roughly almost around barely".split()
 TAILS = ("in the end", "after all", "at last", "of all things", "this time", "once more", "for now", "as planned")
