@@ -12,7 +12,9 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from qstar_jax import __version__, config
-from qstar_jax.config.paths import check_places
+from qstar_jax.cli.help import HelpFormatter
+from qstar_jax.config.paths import check_paths
+from qstar_jax.config.variants import drop_unread_defaults
 from qstar_jax.errors import InputError
 
 # verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called
@@ -70,7 +72,10 @@ def build_parser() -> Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     set_loader("yaml", _load_value, (yaml.YAMLError,))
     parser = Parser(
-        allow_abbrev=False, prog="qstar", description="Train, read and search a language model as a Q-function."
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,  # that of all verbs
+        prog="qstar",
+        description="Train, read and search a language model as a Q-function.",
     )
     parser.add_argument("--version", action="version", version=f"qstar_jax {__version__}")
     verbs = parser.add_subcommands(dest="verb", required=True)
@@ -80,18 +85,25 @@ def build_parser() -> Parser:
 
 
 def _load_value(text: str) -> Any:
-    """Reads a value as JSON if it is that, else as YAML, to which the two escapes of an emoji in JSON mean nothing."""
+    """Reads a file or the value of a flag.
+
+    It is read as JSON if it is that, else as YAML, which does not know the surrogate pairs by which JSON writes emojis.
+    """
     try:
-        return json.loads(text) if text.lstrip().startswith(("[", "{", '"')) else _load_yaml(text)
+        value = json.loads(text) if text.lstrip().startswith(("[", "{", '"')) else _load_yaml(text)
     except json.JSONDecodeError:
-        return _load_yaml(text)
+        value = _load_yaml(text)
+    for name, block in config.VARIANT_BLOCKS.items():
+        if isinstance(value, dict) and isinstance(value.get(name), dict):
+            value[name] = drop_unread_defaults(value[name], block)
+    return value
 
 
 def _is_flag(options: type, name: str) -> bool:
     for part in name.split("."):
         options = getattr(options, "__dataclass_fields__", {}).get(part)
         options = options and options.type
-    return options is bool
+    return options in (bool, bool | None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that torch is missing is as it should be
     try:
         options = _options(parser, parsed)
-        check_places(options)
+        check_paths(options)
         importlib.import_module(f"qstar_jax.cli.{parsed.verb}").run(options)
     except InputError as error:
         print(f"qstar {parsed.verb}: {error}", file=sys.stderr)

@@ -1,24 +1,25 @@
-"""Comparing the settings of two runs, so that one goes on only with what it began with."""
+"""Comparing the options of two runs, so that a run goes on only with those it began with."""
 
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from qstar_jax.config.data import DataOptions
+from qstar_jax.config import VARIANT_BLOCKS, DataOptions
+from qstar_jax.config.variants import filled_in
 
 
 def keep_date(options: DataOptions, stored: dict) -> DataOptions:
-    """Takes over the date that chat templates were told when something was begun, where the options name none.
+    """Takes over the date that chat templates were told when a run or folder was begun, unless the options name one.
 
     Args:
-        options: Those of now.
+        options: Options of today.
         stored: All options of then, as nested dictionaries.
     """
     return options if options.date is not None else replace(options, date=(stored.get("data") or {}).get("date"))
 
 
 def first_difference(stored: dict, given: dict, free: Collection[str] = ()) -> tuple[str, Any, Any] | None:
-    """Finds the first option whose value differs.
+    """Finds the first option whose value differs; an option that is not given has the default of its variant.
 
     Args:
         stored: Options as nested dictionaries.
@@ -28,12 +29,18 @@ def first_difference(stored: dict, given: dict, free: Collection[str] = ()) -> t
     Returns:
         Dotted name, stored value, given value; None where an option is missing. None if all are equal.
     """
-    stored, given = _flatten(stored), _flatten(given)
+    stored, given = _flatten(_complete(stored)), _flatten(_complete(given))
     for name in sorted(stored.keys() | given.keys()):
         is_free = any(name == option or name.startswith(option + ".") for option in free)
         if not is_free and stored.get(name) != given.get(name):
             return name, stored.get(name), given.get(name)
     return None
+
+
+def _complete(tree: dict) -> dict:
+    """Fills in defaults; versions that stored those of options which the variant does not read are compared as well."""
+    blocks = {name: block for name, block in VARIANT_BLOCKS.items() if isinstance(tree.get(name), dict)}
+    return tree | {name: tree[name] | filled_in(tree[name], block) for name, block in blocks.items()}
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:

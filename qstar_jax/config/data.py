@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qstar_jax.config.variants import path
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -44,8 +46,8 @@ class DataOptions:
         max_eval_rows: Use the first so many rows of `eval` only.
     """
 
-    train: str = ""
-    eval: str | None = None
+    train: str = path("")
+    eval: str | None = path(None)
     train_split: str = "train"
     eval_split: str = "test"
     prompt: str = "prompt"
@@ -55,7 +57,7 @@ class DataOptions:
     tools: str | None = "tools"
     system: str | None = "system"
     as_chat: bool = False
-    chat_template: str | None = None
+    chat_template: str | None = path(None)
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     date: str | None = None
     repeated_prompt: Literal["remove", "keep"] = "remove"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from qstar_jax.config.compute import ComputeOptions, MeshOptions
 from qstar_jax.config.data import DataOptions
 from qstar_jax.config.judge import JudgeOptions
+from qstar_jax.config.variants import path
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class SweepConfig:
             that are not tried stand in sweep.json (`unused_rows`), by reason, counted from 0.
     """
 
-    model: list[str] | str
-    out: str
-    reference: str | None = None
+    model: list[str] | str = path()
+    out: str = path()
+    reference: str | None = path(None)
     beta: float | None = None
     widths: list[int] = field(default_factory=lambda: [2, 3, 5, 7, 10, 20])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -63,9 +64,9 @@ class DeclineConfig:
         without_sft: Folder of a DPO run on the same data that did not.
     """
 
-    out: str
-    with_sft: str | None = None
-    without_sft: str | None = None
+    out: str = path()
+    with_sft: str | None = path(None)
+    without_sft: str | None = path(None)
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ class ReportConfig:
         show: How many rows of `credit` to colour on the page.
     """
 
-    out: str
-    credit: str | None = None
-    sweep: str | None = None
-    decline: str | None = None
+    out: str = path()
+    credit: str | None = path(None)
+    sweep: str | None = path(None)
+    decline: str | None = path(None)
     title: str = "Your language model is a Q-function"
     show: int = 6
 
@@ -99,6 +100,6 @@ class DemoConfig:
         seed: Of the task's posts and of the order of the rows.
     """
 
-    out: str = "runs/demo"
+    out: str = path("runs/demo")
     from_scratch: bool = False
     seed: int = 0

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from qstar_jax.config.variants import path
+
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -69,6 +71,6 @@ class ReferenceOptions:
     """
 
     mode: Literal["auto", "live", "cached", "adapter", "none"] = "auto"
-    cache: str | None = None
+    cache: str | None = path(None)
     sync_every: int = 0
     sync_mix: float = 1.0

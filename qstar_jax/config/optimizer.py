@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from qstar_jax.config.variants import option, selector
+
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """The optimizer, behind global-norm clipping. Options that are not set take the optimizer's own default.
+    """The optimizer, behind global-norm clipping. Brackets name the optimizers that read an option; others refuse it.
 
     Args:
         name: adamw, lion, adafactor, or rmsprop (the paper's code base).
@@ -14,20 +16,20 @@ class OptimizerOptions:
         warmup_steps: Steps of linear warm-up.
         schedule: What follows the warm-up.
         weight_decay: Decoupled decay of matrices: of neither norms nor biases.
-        beta1: adamw, lion: decay of the first moment (0.9).
-        beta2: adamw, lion: decay of the second moment (0.999; lion 0.99).
-        eps: adamw, rmsprop: added to the denominator (1e-8).
-        decay: rmsprop: decay of the squares (0.99); adafactor: exponent of its decay (0.8).
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the denominator.
+        decay: Decay of the squared gradients; for adafactor, the exponent of its schedule.
         max_grad_norm: Gradients are scaled down to this global norm; 0 switches clipping off.
     """
 
-    name: Literal["adamw", "lion", "adafactor", "rmsprop"] = "adamw"
+    name: Literal["adamw", "lion", "adafactor", "rmsprop"] = selector("adamw")
     learning_rate: float = 1e-6
     warmup_steps: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     weight_decay: float = 0.0
-    beta1: float | None = None
-    beta2: float | None = None
-    eps: float | None = None
-    decay: float | None = None
+    beta1: float | None = option({"adamw": 0.9, "lion": 0.9}, bounds="[0, 1)")
+    beta2: float | None = option({"adamw": 0.999, "lion": 0.99}, bounds="[0, 1)")
+    eps: float | None = option({"adamw": 1e-8, "rmsprop": 1e-8}, bounds="[0, inf)")
+    decay: float | None = option({"rmsprop": 0.99, "adafactor": 0.8}, bounds="[0, 1]")  # rmsprop: torch's
     max_grad_norm: float = 1.0

@@ -1,4 +1,4 @@
-"""Where options say that files lie: on this machine. Addresses elsewhere are refused, or they would be folder names."""
+"""Options that name files lie on this machine. Addresses elsewhere are refused, or they would become folder names."""
 
 import re
 from collections.abc import Iterator
@@ -7,42 +7,20 @@ from typing import Any
 
 from qstar_jax.errors import InputError
 
-# Options that name a file or a folder, or what may be one.
-PLACES = (
-    "model",
-    "out",
-    "reference",
-    "base",
-    "pairs.tuned",
-    "pairs.untuned",
-    "data.train",
-    "data.eval",
-    "data.chat_template",
-    "reference.cache",
-    "judge.model",
-    "judge.reference",
-    "judge.prompt",
-    "judge.cache",
-    "credit",
-    "sweep",
-    "decline",
-    "with_sft",
-    "without_sft",
-)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/.*", re.DOTALL)  # two letters at least: C:/ is a drive
 
 
-def check_places(options: Any):
-    """Refuses addresses such as gs://bucket/run where a path is taken.
+def check_paths(options: Any):
+    """Refuses addresses such as gs://bucket/run where a path is expected.
 
     Args:
         options: Options of a verb.
 
     Raises:
-        InputError: If an option of `PLACES` is one.
+        InputError: If an option that is declared as a path is one.
     """
-    for name, value in _texts(options):
-        if name in PLACES and _ADDRESS.fullmatch(value):
+    for name, value in _paths(options):
+        if _ADDRESS.fullmatch(value):
             scheme = value.partition(":")[0]
             raise InputError(
                 f"--{name} {value}: expected a path on this machine (or a hub name, where models and data are read), "
@@ -50,13 +28,14 @@ def check_places(options: Any):
             )
 
 
-def _texts(options: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted name and value of each text among options; members of a list share the name of the list."""
-    if isinstance(options, str):
-        yield name, options
-    elif isinstance(options, list | tuple):
-        for member in options:
-            yield from _texts(member, name)
-    elif is_dataclass(options):
-        for field in fields(options):
-            yield from _texts(getattr(options, field.name), f"{name}.{field.name}" if name else field.name)
+def _paths(value: Any, name: str = "", is_path: bool = False) -> Iterator[tuple[str, str]]:
+    """Yields dotted name and value of each path among options; the members of a list share its name."""
+    if isinstance(value, str) and is_path:
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for member in value:
+            yield from _paths(member, name, is_path)
+    elif is_dataclass(value):
+        for option in fields(value):
+            dotted = f"{name}.{option.name}" if name else option.name
+            yield from _paths(getattr(value, option.name), dotted, option.metadata.get("path", False))

@@ -6,6 +6,7 @@ from qstar_jax.config.compute import ComputeOptions, MeshOptions
 from qstar_jax.config.data import DataOptions
 from qstar_jax.config.loss import LossOptions, ReferenceOptions
 from qstar_jax.config.optimizer import OptimizerOptions
+from qstar_jax.config.variants import path
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class SftConfig:
             one, begin at step 0.
     """
 
-    model: str
-    out: str
+    model: str = path()
+    out: str = path()
     resume: bool = False
     data: DataOptions = field(default_factory=DataOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -93,8 +94,8 @@ class DpoConfig:
             one, begin at step 0.
     """
 
-    model: str
-    out: str
+    model: str = path()
+    out: str = path()
     resume: bool = False
     data: DataOptions = field(default_factory=DataOptions)
     loss: LossOptions = field(default_factory=LossOptions)

@@ -6,6 +6,7 @@ from typing import Literal
 from qstar_jax.config.compute import ComputeOptions, Dtype, MeshOptions
 from qstar_jax.config.data import DataOptions
 from qstar_jax.config.decode import DecodeOptions
+from qstar_jax.config.variants import path
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class ScoreConfig:
         data: `data.eval` is the file that is scored.
     """
 
-    model: str
-    out: str
-    reference: str | None = None
+    model: str = path()
+    out: str = path()
+    reference: str | None = path(None)
     beta: float | None = None
     answers: Literal["pairs", "single"] = "pairs"
     batch_size: int = 4
@@ -53,8 +54,8 @@ class GuidancePair:
         weight: Of the difference of their log-probabilities.
     """
 
-    tuned: str
-    untuned: str
+    tuned: str = path()
+    untuned: str = path()
     weight: float = 1.0
 
 
@@ -77,10 +78,10 @@ class GenerateConfig:
         batch_size: Prompts decoded at once.
     """
 
-    model: str
-    out: str
+    model: str = path()
+    out: str = path()
     prompt: str | None = None
-    reference: str | None = None
+    reference: str | None = path(None)
     pairs: list[GuidancePair] = field(default_factory=list)
     batch_size: int = 4
     decode: DecodeOptions = field(default_factory=DecodeOptions)
@@ -107,10 +108,10 @@ class ExportConfig:
         mesh: Devices that hold the model meanwhile.
     """
 
-    model: str
-    out: str
+    model: str = path()
+    out: str = path()
     part: Literal["model", "adapter"] = "model"
-    base: str | None = None
+    base: str | None = path(None)
     dtype: Dtype = "float32"
     max_shard_size: str = "5GB"
     mesh: MeshOptions = field(default_factory=MeshOptions)

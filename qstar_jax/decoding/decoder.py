@@ -11,11 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-from qstar_jax.config import DecodeOptions
 from qstar_jax.data.tokenization import check_known
-from qstar_jax.decoding.best_of_n import Rejection, best_of_n
+from qstar_jax.decoding.best_of_n import best_of_n
 from qstar_jax.decoding.objectives import Objective
-from qstar_jax.decoding.options import MethodOptions, draws
+from qstar_jax.decoding.options import DecodePlan
 from qstar_jax.decoding.policies import Policy
 from qstar_jax.decoding.responses import Finish, Responses
 from qstar_jax.decoding.sampling import sample
@@ -70,9 +69,7 @@ class Decoder:
         model: The policy, or an `Ensemble` of it and what else is run.
         params: Parameters, stacked or not.
         tokenizer: The policy's tokenizer.
-        options: The `decode:` block.
-        method: The method's own options.
-        rejection: The rule by which best_of_n gives up samples.
+        plan: What the `decode:` block means.
         objective: What is added up.
         beta: Of the rewards that are reported, if there is a reference.
         stop_strings: Strings that end an answer.
@@ -83,9 +80,7 @@ class Decoder:
     model: Policy
     params: Any
     tokenizer: Any
-    options: DecodeOptions
-    method: MethodOptions
-    rejection: Rejection | None
+    plan: DecodePlan
     objective: Objective
     beta: float | None
     stop_strings: StopStrings | None
@@ -95,8 +90,9 @@ class Decoder:
     @property
     def batched(self) -> bool:
         """Whether prompts are decoded side by side; where one key serves a whole batch, they are not."""
-        own_keys = self.options.method not in ("beam", "mcts") or not draws(self.options)
-        return own_keys and self.options.method != "exact"
+        method = self.plan.block.method
+        has_one_key = method in ("beam", "mcts") and self.plan.samples
+        return not has_one_key and method != "exact"
 
     def __call__(
         self, prompts: Sequence[np.ndarray], rows: Sequence[int] | None = None, *, fill_to: int = 0
@@ -121,7 +117,7 @@ class Decoder:
         rows = list(range(count)) if rows is None else list(rows)
         missing = max(fill_to - count, 0) if self.batched else 0
         padded, lengths = self._padded([*prompts, *prompts[:1] * missing])
-        key = jax.random.key(self.options.seed)
+        key = jax.random.key(self.plan.block.seed or 0)
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.array(rows + rows[:1] * missing))
         # Replicated: rows are few, and beams of one prompt belong together.
         padded, lengths, keys = jax.device_put((padded, lengths, keys), NamedSharding(self.mesh, PartitionSpec()))
@@ -143,24 +139,23 @@ class Decoder:
         common = (self.model, self.params, prompts, lengths)
         shared = {"objective": self.objective}
         stopping = shared | {"stop_strings": self.stop_strings}
-        match self.options.method:
+        plan, options = self.plan, self.plan.method
+        match plan.block.method:
             case "greedy" | "sample":
-                return sample(*common, keys if draws(self.options) else None, self.method, **stopping)
+                return sample(*common, keys if plan.samples else None, options, **stopping)
             case "best_of_n":
-                return best_of_n(*common, keys, self.method, rejection=self.rejection, **stopping)
+                return best_of_n(*common, keys, options, rejection=plan.rejection, **stopping)
             case "chunk":
-                return chunk_beam_search(*common, keys, self.method, **stopping)
+                return chunk_beam_search(*common, keys, options, **stopping)
             case "mcts":
-                return mcts(*common, self.method, key=None if self.batched else keys[0], **shared)[0]
+                return mcts(*common, options, key=None if self.batched else keys[0], **shared)[0]
             case "exact":
-                return exact_search(
-                    self.model, self.params, prompts[0, : int(lengths[0])], **vars(self.method), **shared
-                )
-        return beam_search(*common, self.method, key=None if self.batched else keys[0], **stopping)
+                return exact_search(self.model, self.params, prompts[0, : int(lengths[0])], **vars(options), **shared)
+        return beam_search(*common, options, key=None if self.batched else keys[0], **stopping)
 
     def _answers(self, found: Responses) -> list[list[Generation]]:
         rows, width = found.logp.shape
-        ranks = range(min(self.options.return_sequences, width))
+        ranks = range(min(self.plan.block.return_sequences or 1, width))
         answers = [[self._answer(found, row, rank) for rank in ranks] for row in range(rows)]
         return [[a for a in several if a.finish != "none"] or several[:1] for several in answers]
 
@@ -182,12 +177,12 @@ class Decoder:
             score=_number(found.score[row, rank]),
             finish="none" if finish == Finish.INVALID else finish.name.lower(),
             certified=bool(found.certified[row]) if found.certified is not None and rank == 0 else None,
-            seed=self.options.seed if draws(self.options) else None,
+            seed=self.plan.block.seed if self.plan.samples else None,
         )
 
     def _text(self, tokens: tuple[int, ...], finish: Finish) -> str:
         if finish == Finish.STOP:
-            return text_before_stop(self.options.stop, tokens, self.tokenizer)
+            return text_before_stop(self.plan.block.stop, tokens, self.tokenizer)
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from qstar_jax.config import DecodeOptions
 from qstar_jax.decoding.decoder import Decoder, Generation
 from qstar_jax.decoding.eos import eos_token_ids
-from qstar_jax.decoding.options import check_options, make_objective, make_rejection, method_options, needs_reference
+from qstar_jax.decoding.options import DecodePlan, interpret
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.stop_strings import compile_stop_strings, token_texts
 from qstar_jax.errors import InputError
@@ -37,7 +37,7 @@ class Guide:
 
 def prepare(
     loaded: LoadedModel,
-    options: DecodeOptions,
+    plan: DecodePlan,
     mesh: Mesh,
     *,
     reference: LoadedModel | None = None,
@@ -49,7 +49,7 @@ def prepare(
 
     Args:
         loaded: The policy.
-        options: How to decode.
+        plan: How to decode.
         mesh: Devices of the models.
         reference: Its reference, where the options need one.
         beta: Temperature of rewards, in reward a nat; with a reference only. `options.beta` goes first.
@@ -62,36 +62,34 @@ def prepare(
     Raises:
         InputError: If the options do not go together, or the models do not know the same tokens.
     """
-    check_options(options, len(guides))
-    wanted = needs_reference(options, len(guides))
-    beta = beta if options.beta is None else options.beta
+    block, wanted = plan.block, plan.needs_reference
+    beta = beta if block.beta is None else block.beta
     if wanted != (reference is not None) or (wanted and beta is None):
         raise InputError(
-            f"decode: method {options.method} with objective {options.objective} and report_reference "
-            f"{options.report_reference} needs {'a' if wanted else 'no'} reference{' and beta' if wanted else ''}"
+            f"decode: method {block.method} with objective {block.objective} and report_reference "
+            f"{block.report_reference} needs {'a' if wanted else 'no'} reference{' and beta' if wanted else ''}"
         )
+    # All models must know the same tokens, of which some end a response.
     others = [reference] if wanted else [model for guide in guides for model in (guide.tuned, guide.untuned)]
     for other in others:
-        _check_same_tokens(loaded, other, options.vocabulary)
+        _check_same_tokens(loaded, other, block.vocabulary)
     members = [loaded, *others]
     vocabulary = min(member.model.config.vocab_size for member in members)
-    scored = options.vocabulary or vocabulary
+    scored = block.vocabulary or vocabulary
     eos_ids = eos_token_ids(loaded, scored)
     if not eos_ids:
         raise InputError(f"{loaded.source}: none of the first {scored} tokens ends an answer (eos_token_id)")
-    pieces = token_texts(loaded.tokenizer, scored) if options.delimiters else []
+    delimiter_ids = _delimiter_ids(block.delimiters, loaded.tokenizer, scored, eos_ids) if block.delimiters else ()
     models = [member.model for member in members]
     params = params_for(mesh.devices.flat[0].platform, members, consume=consume)
     return Decoder(
         model=Ensemble(tuple(models)) if others else models[0],
         params=params if others else params[0],
         tokenizer=loaded.tokenizer,
-        options=options,
-        method=method_options(options, eos_ids, _delimiter_ids(options.delimiters, pieces, eos_ids)),
-        rejection=make_rejection(options),
-        objective=make_objective(options, beta, [guide.weight for guide in guides]),
+        plan=plan.with_tokens(eos_ids, delimiter_ids),
+        objective=plan.objective(beta, [guide.weight for guide in guides]),
         beta=beta if wanted else None,
-        stop_strings=compile_stop_strings(options.stop, loaded.tokenizer, scored),
+        stop_strings=compile_stop_strings(block.stop or [], loaded.tokenizer, scored),
         vocabulary=vocabulary,
         mesh=mesh,
     )
@@ -122,7 +120,8 @@ def generate(
     Raises:
         InputError: If the options do not go together.
     """
-    return prepare(loaded, options, mesh, **models)(prompts, rows)
+    plan = interpret(options, len(models.get("guides", ())))
+    return prepare(loaded, plan, mesh, **models)(prompts, rows)
 
 
 def params_for(platform: str, members: Sequence[LoadedModel], *, consume: bool) -> tuple[Any, ...]:
@@ -168,8 +167,11 @@ def _check_same_tokens(loaded: LoadedModel, other: LoadedModel, vocabulary: int 
             )
 
 
-def _delimiter_ids(delimiters: Sequence[str], pieces: list[str], eos_ids: tuple[int, ...]) -> tuple[int, ...]:
-    found = set()
+def _delimiter_ids(
+    delimiters: Sequence[str], tokenizer: Any, vocabulary: int, eos_ids: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Finds the tokens whose text ends with a delimiter."""
+    pieces, found = token_texts(tokenizer, vocabulary), set()
     for delimiter in delimiters:
         ends = {i for i, piece in enumerate(pieces) if delimiter and piece.endswith(delimiter)} - set(eos_ids)
         if not ends:

@@ -1,58 +1,19 @@
-"""The `decode:` block: which method reads which of its options, and what the methods' own options are made of it."""
+"""The `decode:` block, interpreted: which method runs with which options, under which objective."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, fields, replace
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any
 
-from qstar_jax.config import DecodeOptions, Method
+from qstar_jax.config import DecodeOptions
+from qstar_jax.config.variants import check_variant, fill_in
 from qstar_jax.decoding.best_of_n import Rejection
 from qstar_jax.decoding.constraints import Constraints
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, LogitArithmetic, Objective, RegularisedReward
 from qstar_jax.decoding.sampling import SampleOptions
-from qstar_jax.decoding.search.beam_options import BeamOptions, hf_compat, t5x_compat
+from qstar_jax.decoding.search.beam_options import BeamOptions, check_objective, hf_compat, t5x_compat
 from qstar_jax.decoding.search.chunks import ChunkOptions
 from qstar_jax.decoding.search.mcts import MctsOptions
 from qstar_jax.errors import InputError
-
-ALL = get_args(Method)
-DRAWING = ("sample", "best_of_n", "chunk")
-TOKEN_BY_TOKEN = ("greedy", "sample", "beam", "best_of_n", "chunk")
-
-# Option -> the methods that read it, first the one to choose for its sake.
-READERS: dict[str, tuple[str, ...]] = {
-    "method": ALL,
-    "max_new_tokens": ALL,
-    "min_new_tokens": TOKEN_BY_TOKEN,
-    "stop": TOKEN_BY_TOKEN,
-    "repetition_penalty": TOKEN_BY_TOKEN,
-    "no_repeat_ngram_size": TOKEN_BY_TOKEN,
-    "return_sequences": ("sample", "beam", "best_of_n", "chunk", "mcts", "exact"),
-    "seed": ("sample", "beam", "best_of_n", "chunk", "mcts"),
-    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), DRAWING),
-    **dict.fromkeys(("num_samples", "rejection_interval", "rejection_keep"), ("best_of_n",)),
-    "beams": ("beam", "chunk"),
-    **dict.fromkeys(("preset", "eos_rule", "length_rule", "length_penalty", "count_prompt"), ("beam",)),
-    **dict.fromkeys(("early_stopping", "truncated", "groups", "diversity", "stochastic"), ("beam",)),
-    **dict.fromkeys(("chunk_length", "samples", "delimiters"), ("chunk",)),
-    **dict.fromkeys(("num_simulations", "num_actions", "selection"), ("mcts",)),
-    "max_expansions": ("exact",),
-    "objective": ("beam", "best_of_n", "chunk", "mcts"),
-    **dict.fromkeys(("beta", "report_reference", "vocabulary"), ALL),
-}
-
-# What options are that the user has not set; those of BeamOptions and its presets are theirs.
-DEFAULTS: dict[str, Any] = {
-    "temperature": 1.0,
-    "num_samples": 8,
-    "rejection_keep": 0.5,
-    "beams": 4,
-    "chunk_length": 16,
-    "samples": 4,
-    "num_simulations": 64,
-    "num_actions": 8,
-    "selection": "puct",
-    "max_expansions": 10000,
-}
 
 
 @dataclass(frozen=True)
@@ -60,10 +21,10 @@ class ExactOptions:
     """Arguments of `exact_search`.
 
     Attributes:
-        max_new_tokens: Longest answer, EOS included.
-        eos_ids: Tokens that end an answer.
-        n_best: Answers a prompt.
-        max_expansions: Prefixes that are looked at before it gives up.
+        max_new_tokens: Longest response, EOS included.
+        eos_ids: Tokens that end a response.
+        n_best: Responses per prompt.
+        max_expansions: Prefixes to expand before the search ends without proof.
     """
 
     max_new_tokens: int
@@ -83,210 +44,162 @@ class ExactOptions:
 MethodOptions = SampleOptions | BeamOptions | ChunkOptions | MctsOptions | ExactOptions
 
 
-def check_options(options: DecodeOptions, pairs: int = 0):
-    """Refuses what has no meaning or would have no effect, before anything is loaded.
+@dataclass(frozen=True)
+class DecodePlan:
+    """A `decode:` block, interpreted. `interpret` makes it.
+
+    Attributes:
+        block: The block, with the defaults of its method and the name of its objective filled in.
+        method: The method's own options; they know no tokens before `with_tokens`.
+        rejection: The rule by which best_of_n prunes samples; None: never.
+        pairs: How many pairs of models guide the policy.
+    """
+
+    block: DecodeOptions
+    method: MethodOptions
+    rejection: Rejection | None
+    pairs: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether anything is sampled, so that the seed matters."""
+        if isinstance(self.method, MctsOptions):
+            return self.method.policy == "gumbel"
+        if isinstance(self.method, BeamOptions):
+            return self.method.stochastic
+        return isinstance(self.method, SampleOptions | ChunkOptions) and self.method.temperature != 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference runs beside the policy."""
+        return self.block.report_reference or self.block.objective != "likelihood"
+
+    def objective(self, beta: float | None = None, weights: Sequence[float] = ()) -> Objective:
+        """Makes the objective.
+
+        Args:
+            beta: Temperature of the rewards: reward per nat; None without a reference.
+            weights: Weight of each pair of models.
+        """
+        if self.pairs:
+            return LogitArithmetic(tuple(weights), self.block.vocabulary)
+        if self.block.objective == "likelihood":
+            return Likelihood()
+        return ImplicitReward(beta) if self.block.objective == "implicit_reward" else RegularisedReward(beta)
+
+    def with_tokens(self, eos_ids: tuple[int, ...], delimiter_ids: tuple[int, ...] = ()) -> "DecodePlan":
+        """Adds what depends on a model: the tokens that end a response, and those that end a chunk."""
+        tokens = {"eos_ids": eos_ids} | ({"delimiter_ids": delimiter_ids} if delimiter_ids else {})
+        return replace(self, method=replace(self.method, **tokens))
+
+
+def interpret(options: DecodeOptions, pairs: int = 0) -> DecodePlan:
+    """Interprets a block, and refuses what has no meaning or would have no effect, before anything is loaded.
 
     Args:
         options: The block.
         pairs: How many pairs of models guide the policy.
 
-    Raises:
-        InputError: If something is wrong; it begins with "decode: ".
-    """
-    wrong = _not_read(options) or _without_effect(options, pairs) or _wrong_number_of_answers(options)
-    if wrong:
-        raise InputError(f"decode: {wrong}")
-    method_options(options, ())
-    make_rejection(options)
-    wrong = _not_together(options, make_objective(options, 1.0, [1.0] * pairs))
-    if wrong:
-        raise InputError(f"decode: {wrong}")
-
-
-def method_options(
-    options: DecodeOptions, eos_ids: tuple[int, ...], delimiter_ids: tuple[int, ...] = ()
-) -> MethodOptions:
-    """Makes the options that the method's function takes.
-
-    Args:
-        options: The block.
-        eos_ids: Tokens that end an answer.
-        delimiter_ids: Tokens that end a chunk.
+    Returns:
+        What it means.
 
     Raises:
-        InputError: If they do not go together.
+        InputError: If an option is refused; the message begins with "decode: ".
     """
+    check_variant(options, "decode")
+    block = fill_in(options)
+    if block.objective is None or (pairs and options.objective is None):
+        block = replace(block, objective="likelihood")
     try:
-        return _method_options(options, (options.max_new_tokens, eos_ids), delimiter_ids)
+        rejection = None
+        if block.rejection_interval is not None:
+            rejection = Rejection(block.rejection_interval, block.rejection_keep)
+        _check_count(block, rejection)
+        plan = DecodePlan(block, _method_options(block, options), rejection, pairs)
+        _check_effects(plan, options)
+        if isinstance(plan.method, BeamOptions):
+            check_objective(plan.method, plan.objective(1.0, [1.0] * pairs))
     except ValueError as error:
         raise InputError(f"decode: {error}") from error
+    return plan
 
 
-def make_rejection(options: DecodeOptions) -> Rejection | None:
-    """Makes the rule by which best_of_n gives up samples; None where it keeps all.
-
-    Raises:
-        InputError: If its numbers are wrong.
-    """
-    if options.rejection_interval is None:
-        return None
-    try:
-        return Rejection(options.rejection_interval, _value(options, "rejection_keep"))
-    except ValueError as error:
-        raise InputError(f"decode: rejection_interval and rejection_keep: {error}") from error
-
-
-def objective_name(options: DecodeOptions, pairs: int = 0) -> str:
-    """Name of the objective: the one that is set, or the method's own."""
-    return options.objective or ("implicit_reward" if options.method == "best_of_n" and not pairs else "likelihood")
-
-
-def needs_reference(options: DecodeOptions, pairs: int = 0) -> bool:
-    """Whether the reference is run beside the policy."""
-    return options.report_reference or objective_name(options, pairs) != "likelihood"
+def _method_options(block: DecodeOptions, given: DecodeOptions) -> MethodOptions:
+    common: dict[str, Any] = {"max_new_tokens": block.max_new_tokens, "eos_ids": ()}
+    if block.method == "mcts":
+        sizes = (block.num_simulations, block.num_actions, block.selection, block.return_sequences)
+        return MctsOptions(*common.values(), *sizes)
+    if block.method == "exact":
+        return ExactOptions(*common.values(), block.return_sequences, block.max_expansions)
+    common["constraints"] = Constraints(block.min_new_tokens, block.repetition_penalty, block.no_repeat_ngram_size)
+    if block.method == "beam":
+        return _beam_options(block, given, common)
+    if block.method == "greedy":
+        return SampleOptions(**common, temperature=0.0)
+    common |= {name: getattr(block, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    if block.method == "chunk":
+        return ChunkOptions(**common, beams=block.beams, samples=block.samples, chunk_length=block.chunk_length)
+    count = block.num_samples if block.method == "best_of_n" else block.return_sequences
+    return SampleOptions(**common, num_samples=count)
 
 
-def make_objective(options: DecodeOptions, beta: float | None, weights: Sequence[float] = ()) -> Objective:
-    """Makes the objective; with `weights`, that of a policy guided by so many pairs."""
-    if weights:
-        return LogitArithmetic(tuple(weights), options.vocabulary)
-    name = objective_name(options)
-    if name == "likelihood":
-        return Likelihood()
-    return ImplicitReward(beta) if name == "implicit_reward" else RegularisedReward(beta)
-
-
-def draws(options: DecodeOptions) -> bool:
-    """Whether anything is drawn, so that the seed matters."""
-    if options.method in DRAWING:
-        return _value(options, "temperature") != 0
-    return options.stochastic or _value(options, "selection") == "gumbel"
-
-
-def _value(options: DecodeOptions, name: str) -> Any:
-    given = getattr(options, name)
-    return DEFAULTS[name] if given is None else given
-
-
-def _default(option: Field) -> Any:
-    return option.default if option.default_factory is MISSING else option.default_factory()
-
-
-def _not_read(options: DecodeOptions) -> str | None:
-    for option in fields(options):
-        value, readers = getattr(options, option.name), READERS[option.name]
-        if value != _default(option) and options.method not in readers:
-            return (
-                f"{option.name} {value!r} has no effect with method {options.method}; {' and '.join(readers)} "
-                f"{'reads' if len(readers) == 1 else 'read'} it: set --decode.method {readers[0]}"
-            )
-    return None
-
-
-def _without_effect(options: DecodeOptions, pairs: int) -> str | None:
-    if pairs and (objective_name(options, pairs) != "likelihood" or options.report_reference):
-        return (
-            f"pairs of models make a policy of their own, which has no reference; leave out objective "
-            f"{options.objective} and report_reference {options.report_reference}"
-        )
-    if options.vocabulary is not None and not pairs:
-        return f"vocabulary {options.vocabulary} has no effect without pairs of models"
-    if options.vocabulary is not None and options.vocabulary < 1:
-        return f"vocabulary {options.vocabulary} is at least 1 token"
-    if options.beta is not None and not needs_reference(options, pairs):
-        return (
-            f"beta {options.beta} has no effect without a reference; set --decode.report_reference true or an objective"
-        )
-    if options.rejection_keep is not None and options.rejection_interval is None:
-        return f"rejection_keep {options.rejection_keep} has no effect without rejection_interval"
-    if options.seed and not draws(options):
-        needed = {"beam": "stochastic true", "mcts": "selection gumbel"}.get(options.method, "a temperature above 0")
-        return f"seed {options.seed} has no effect, since nothing is drawn; it is read with {needed}"
-    return None
-
-
-def _wrong_number_of_answers(options: DecodeOptions) -> str | None:
-    wanted, found, what = options.return_sequences, 0, ""
-    if wanted < 1:
-        return f"return_sequences {wanted}: expected at least 1"
-    if options.method in ("beam", "chunk"):
-        found, what = _value(options, "beams"), "beams"
-    elif options.method == "best_of_n":
-        rejection = make_rejection(options)
-        found, what = _value(options, "num_samples"), "num_samples"
-        if rejection:
-            stages = rejection.stages(found, options.max_new_tokens)
-            if len(stages) == 1:
-                return (
-                    f"rejection_interval {rejection.interval} and rejection_keep {rejection.keep} drop none of {found} "
-                    f"samples within {options.max_new_tokens} tokens"
-                )
-            found, what = stages[-1][0], "samples that rejection leaves"
-    elif options.method == "mcts":
-        found, what = _value(options, "num_simulations"), "num_simulations"
-    if 1 <= found < wanted:
-        return f"return_sequences {wanted} asks for more answers than there are {what} ({found})"
-    return None
-
-
-def _not_together(options: DecodeOptions, objective: Objective) -> str | None:
-    """What methods say themselves, but only when models are loaded and compiled."""
-    if options.method != "beam":
-        return None
-    made, name = method_options(options, ()), type(objective).__name__
-    if made.length_rule != "none" and not objective.comparable_across_lengths:
-        return (
-            f"length_rule {made.length_rule} with objective {options.objective}: a search for reward and one for "
-            "likelihood differ by a constant, and a constant divided by lengths is none; set length_rule none"
-        )
-    if options.repetition_penalty != 1 and not objective.comparable_across_lengths:
-        return (
-            f"repetition_penalty {options.repetition_penalty} with objective {options.objective}: it scales "
-            "log-probabilities, and a reward near 0 would be no worse for it; use no_repeat_ngram_size"
-        )
-    if made.stochastic and not isinstance(objective, Likelihood):
-        return f"stochastic beams are drawn from one policy, so their objective is Likelihood, not {name}"
-    return None
-
-
-def _method_options(options: DecodeOptions, common: tuple, delimiter_ids: tuple[int, ...]) -> MethodOptions:
-    constraints = Constraints(options.min_new_tokens, options.repetition_penalty, options.no_repeat_ngram_size)
-    drawing = {name: getattr(options, name) for name in ("top_k", "top_p", "min_p")}
-    drawing |= {"temperature": _value(options, "temperature"), "constraints": constraints}
-    match options.method:
-        case "greedy":
-            return SampleOptions(*common, temperature=0.0, constraints=constraints)
-        case "sample":
-            return SampleOptions(*common, options.return_sequences, **drawing)
-        case "best_of_n":
-            return SampleOptions(*common, _value(options, "num_samples"), **drawing)
-        case "chunk":
-            sizes = [_value(options, name) for name in ("beams", "samples", "chunk_length")]
-            return ChunkOptions(*common, *sizes, delimiter_ids, **drawing)
-        case "mcts":
-            sizes = [_value(options, name) for name in ("num_simulations", "num_actions", "selection")]
-            return MctsOptions(*common, *sizes, options.return_sequences)
-        case "exact":
-            return ExactOptions(*common, options.return_sequences, _value(options, "max_expansions"))
-    return _beam_options(options, common, constraints)
-
-
-def _beam_options(options: DecodeOptions, common: tuple, constraints: Constraints) -> BeamOptions:
+def _beam_options(block: DecodeOptions, given: DecodeOptions, common: dict[str, Any]) -> BeamOptions:
+    """A preset is not overridden: of its six options only those that it leaves open may be given beside it."""
     names = ("eos_rule", "length_rule", "length_penalty", "count_prompt", "early_stopping", "truncated")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    given |= {name: getattr(options, name) for name in ("groups", "diversity", "stochastic")}
-    beams = _value(options, "beams")
-    if options.preset == "none":
-        return BeamOptions(beams, *common, constraints=constraints, **given)
-    if options.preset == "hf":
-        free = {name: given[name] for name in ("length_penalty", "early_stopping") if name in given}
-        made = hf_compat(beams, *common, constraints=constraints, **free)
+    own = {name: getattr(given, name) for name in (*names, "groups", "diversity", "stochastic")}
+    own = {name: value for name, value in own.items() if value is not None}
+    if block.preset == "none":
+        return BeamOptions(block.beams, **common, **own)
+    if block.preset == "hf":
+        free = {name: own[name] for name in ("length_penalty", "early_stopping") if name in own}
+        made = hf_compat(block.beams, **common, **free)
     else:
-        free = {"alpha": given["length_penalty"]} if "length_penalty" in given else {}
-        made = replace(t5x_compat(beams, common[0], 0, **free), eos_ids=common[1])
-    given["constraints"] = constraints
-    for name, value in given.items():
-        own = getattr(made, name)
-        if own != value:
-            raise ValueError(f"preset {options.preset} means {name} {own}, not {value}; leave one of the two out")
+        free = {"alpha": own["length_penalty"]} if "length_penalty" in own else {}
+        made = replace(t5x_compat(block.beams, block.max_new_tokens, 0, **free), eos_ids=())
+    for name, value in (own | {"constraints": common["constraints"]}).items():
+        if getattr(made, name) != value:
+            raise ValueError(
+                f"preset {block.preset} means {name} {getattr(made, name)}, not {value}; leave one of the two out"
+            )
     return made
+
+
+def _check_count(block: DecodeOptions, rejection: Rejection | None):
+    """Refuses to return more responses than a method finds."""
+    name = {"beam": "beams", "chunk": "beams", "best_of_n": "num_samples", "mcts": "num_simulations"}.get(block.method)
+    if name is None:
+        return
+    count = getattr(block, name)
+    if rejection:
+        stages = rejection.stages(count, block.max_new_tokens)
+        if len(stages) == 1:
+            raise ValueError(
+                f"rejection_interval {rejection.interval} and rejection_keep {rejection.keep} prune none of {count} "
+                f"samples within {block.max_new_tokens} tokens"
+            )
+        count, name = stages[-1][0], "samples that rejection leaves"
+    if 1 <= count < block.return_sequences:
+        raise ValueError(
+            f"return_sequences {block.return_sequences} asks for more responses than there are {name} ({count})"
+        )
+
+
+def _check_effects(plan: DecodePlan, given: DecodeOptions):
+    """Refuses options that their method reads, but not together with the others."""
+    block = plan.block
+    if plan.pairs and plan.needs_reference:
+        raise ValueError(
+            f"pairs of models make a policy of their own, which has no reference; leave out objective "
+            f"{given.objective} and report_reference {block.report_reference}"
+        )
+    if block.vocabulary is not None and not plan.pairs:
+        raise ValueError(f"vocabulary {block.vocabulary} has no effect without pairs of models")
+    if block.beta is not None and not plan.needs_reference:
+        raise ValueError(
+            f"beta {block.beta} has no effect without a reference; set --decode.report_reference true or an objective"
+        )
+    if given.rejection_keep is not None and plan.rejection is None:
+        raise ValueError(f"rejection_keep {given.rejection_keep} has no effect without rejection_interval")
+    if block.seed and not plan.samples:
+        needed = {"beam": "stochastic true", "mcts": "selection gumbel"}.get(block.method, "a temperature above 0")
+        raise ValueError(f"seed {block.seed} has no effect, since nothing is sampled; it is read with {needed}")

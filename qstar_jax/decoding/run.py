@@ -18,7 +18,7 @@ from qstar_jax.data.preferences import prompt_records
 from qstar_jax.decoding.decoder import Decoder, Generation
 from qstar_jax.decoding.generate import Guide, prepare
 from qstar_jax.decoding.generations_file import GenerationsFile, generate_missing, generation_identity, prompt_texts
-from qstar_jax.decoding.options import check_options, needs_reference
+from qstar_jax.decoding.options import DecodePlan, interpret
 from qstar_jax.errors import InputError
 from qstar_jax.sharding import make_mesh
 from qstar_jax.store import hub
@@ -37,7 +37,7 @@ def generate_file(config: GenerateConfig, console: Console):
     Raises:
         InputError: If options contradict each other, or something that they name cannot be used.
     """
-    _check(config)
+    plan = _check(config)
     file = GenerationsFile(Path(config.out), asdict(config))
     mesh = make_mesh(config.mesh)
     keep_programs()
@@ -49,7 +49,7 @@ def generate_file(config: GenerateConfig, console: Console):
             say(console, f"{config.model}: its generation_config.json asks for {asks}; only --decode options are read")
         dataset = _prompts(replace(config, data=replace(config.data, date=file.date)), policy, console)
         texts = prompt_texts(dataset, policy.tokenizer)
-        others = _other_models(config, policy, load)
+        others = _other_models(config, plan, policy, load)
         file.check(generation_identity(policy, **others), texts, dataset.date)
         rows = [example.row for example in dataset.examples]
         done = sum(row in file.prompts for row in rows)
@@ -58,23 +58,24 @@ def generate_file(config: GenerateConfig, console: Console):
             return
         if done:
             say(console, f"{file.path} has responses to {done} of {len(rows)} prompts; continuing")
-        decoder = prepare(policy, config.decode, mesh, consume=True, **others)
+        decoder = prepare(policy, plan, mesh, consume=True, **others)
         _generate(decoder, dataset, texts, file, config.batch_size, console)
     say(console, f"{file.responses} responses: {file.path}")
 
 
-def _check(config: GenerateConfig):
-    """Refuses what can be seen to be wrong before anything is loaded."""
-    check_options(config.decode, len(config.pairs))
+def _check(config: GenerateConfig) -> DecodePlan:
+    """Interprets the options, and refuses what can be seen to be wrong before anything is loaded."""
+    plan = interpret(config.decode, len(config.pairs))
     if config.batch_size < 1:
         raise InputError(f"--batch_size {config.batch_size}: expected at least 1 prompt per batch")
-    if config.reference and not needs_reference(config.decode, len(config.pairs)):
+    if config.reference and not plan.needs_reference:
         raise InputError(
             f"--reference {config.reference} has no effect with method {config.decode.method} and this objective; set "
             "--decode.report_reference true, or an objective that reads it (--decode.objective implicit_reward)"
         )
     if (config.prompt is None) == (config.data.eval is None):
         raise InputError("give either --prompt TEXT or --data.eval FILE (a file with a prompt column)")
+    return plan
 
 
 def _prompts(config: GenerateConfig, policy: LoadedModel, console: Console) -> Dataset:
@@ -97,11 +98,11 @@ def _prompts(config: GenerateConfig, policy: LoadedModel, console: Console) -> D
 
 
 def _other_models(
-    config: GenerateConfig, policy: LoadedModel, load: Callable[[str | Path], LoadedModel]
+    config: GenerateConfig, plan: DecodePlan, policy: LoadedModel, load: Callable[[str | Path], LoadedModel]
 ) -> dict[str, Any]:
     """Loads what is needed beside the policy, as `prepare` takes it."""
     reference = beta = None
-    if needs_reference(config.decode, len(config.pairs)):
+    if plan.needs_reference:
         reference = open_reference(policy, config.reference, config.model, load)
         beta = find_beta(policy, config.decode.beta, config.model, "--decode.beta")
     guides = [Guide(load(pair.tuned), load(pair.untuned), pair.weight) for pair in config.pairs]

@@ -18,6 +18,7 @@ from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import prepare
 from qstar_jax.decoding.generations_file import GenerationsFile, generate_missing, prompt_texts, read_generations
+from qstar_jax.decoding.options import interpret
 from qstar_jax.evaluation.judges import Comparison
 from qstar_jax.evaluation.judges.base import Track, no_track
 from qstar_jax.evaluation.scored import ScoredResponse
@@ -136,7 +137,7 @@ def answer_trials(
     """
     examples, texts = dataset.examples, prompt_texts(dataset, policy.tokenizer)
     if not texts.keys() <= file.prompts.keys():
-        decoder = prepare(policy, options, mesh)
+        decoder = prepare(policy, interpret(options), mesh)
         with file:
             batches = generate_missing(decoder, dataset, texts, file, batch_size)
             total = -(-len(examples) // batch_size)

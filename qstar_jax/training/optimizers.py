@@ -4,16 +4,8 @@ import jax
 import optax
 
 from qstar_jax.config import OptimizerOptions
-from qstar_jax.errors import InputError
+from qstar_jax.config.variants import check_variant, fill_in
 from qstar_jax.models.causal_lm import Params
-
-# Options that an optimizer has beyond those of all, and their defaults.
-_DEFAULTS: dict[str, dict[str, float]] = {
-    "adamw": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-    "lion": {"beta1": 0.9, "beta2": 0.99},
-    "rmsprop": {"decay": 0.99, "eps": 1e-8},  # torch's, which the paper's code base takes
-    "adafactor": {"decay": 0.8},
-}
 
 
 def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
@@ -50,33 +42,27 @@ def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTrans
         The optax transformation.
 
     Raises:
-        InputError: If an option is set that the optimizer does not have.
+        InputError: If an option is given that the optimizer does not read, or out of range.
     """
-    own = _own_options(options)
-    scale = {
-        "adamw": lambda beta1, beta2, eps: optax.scale_by_adam(beta1, beta2, eps),
-        "lion": lambda beta1, beta2: optax.scale_by_lion(beta1, beta2),
-        "rmsprop": lambda decay, eps: optax.scale_by_rms(decay, eps, eps_in_sqrt=False),
-        "adafactor": lambda decay: optax.chain(
-            optax.scale_by_factored_rms(decay_rate=decay), optax.clip_by_block_rms(1.0)
-        ),
-    }[options.name](**own)
+    check_variant(options, "optimizer")
+    options = fill_in(options)
     return optax.chain(
         optax.clip_by_global_norm(options.max_grad_norm) if options.max_grad_norm else optax.identity(),
-        scale,
+        _scale_gradients(options),
         optax.add_decayed_weights(options.weight_decay, _is_matrix) if options.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate_schedule(options, steps)),
     )
 
 
-def _own_options(options: OptimizerOptions) -> dict[str, float]:
-    known = _DEFAULTS[options.name]
-    given = {name: getattr(options, name) for name in ("beta1", "beta2", "eps", "decay")}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in given.keys() - known.keys():
-        takers = ", ".join(optimizer for optimizer, defaults in _DEFAULTS.items() if name in defaults)
-        raise InputError(f"optimizer {options.name} has no {name} (it belongs to {takers}); it has {', '.join(known)}")
-    return known | given
+def _scale_gradients(options: OptimizerOptions) -> optax.GradientTransformation:
+    match options.name:
+        case "adamw":
+            return optax.scale_by_adam(options.beta1, options.beta2, options.eps)
+        case "lion":
+            return optax.scale_by_lion(options.beta1, options.beta2)
+        case "rmsprop":
+            return optax.scale_by_rms(options.decay, options.eps, eps_in_sqrt=False)
+    return optax.chain(optax.scale_by_factored_rms(decay_rate=options.decay), optax.clip_by_block_rms(1.0))
 
 
 def _is_matrix(params: Params):

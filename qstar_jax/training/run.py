@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from qstar_jax.config import DpoConfig, SftConfig
-from qstar_jax.config.paths import check_places
+from qstar_jax.config.paths import check_paths
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import load_examples
@@ -75,7 +75,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
     began = time.perf_counter()
     is_main = jax.process_index() == 0
     console = (console or Console()) if is_main else Console(quiet=True)
-    check_places(config)
+    check_paths(config)
     out = Path(config.out)
     if not config.data.train:
         raise InputError("--data.train is missing: name a JSONL or Parquet file, or a data set of the hub")

@@ -6,6 +6,8 @@ import yaml
 
 from qstar_jax.cli import main as main_module
 from qstar_jax.cli.main import main
+from qstar_jax.decoding.options import interpret
+from qstar_jax.errors import InputError
 
 
 @pytest.fixture
@@ -73,6 +75,31 @@ def test_a_file_with_options_and_words_that_win_over_it(seen, tmp_path):
     assert main(["dpo", "--config", str(path), "--loss.beta", "0.7", "--out", "other"]) == 0
     config = seen[0]
     assert (config.loss.beta, config.loss.label_smoothing, config.train.steps, config.out) == (0.7, 0.1, 5, "other")
+
+
+GENERATE = ["generate", "--model", "m", "--out", "o"]
+FORMER = "decode: {method: beam, beams: 3, top_k: 0, top_p: 1.0, min_p: 0.0, groups: 1, delimiters: [], seed: 0}\n"
+
+
+def test_a_file_of_an_earlier_version_may_spell_out_defaults_that_are_not_read(seen, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(FORMER)
+    assert main([*GENERATE, "--config", str(path)]) == 0
+    decode = seen[0].decode
+    assert (decode.method, decode.beams, decode.top_p, decode.delimiters, decode.groups) == ("beam", 3, None, None, 1)
+    interpret(decode)
+
+
+def test_a_flag_that_spells_out_a_default_is_given(seen):
+    assert main([*GENERATE, "--decode.method", "beam", "--decode.top_p", "1.0"]) == 0
+    with pytest.raises(InputError, match=r"top_p 1\.0 has no effect with method beam"):
+        interpret(seen[0].decode)
+
+
+@pytest.mark.parametrize("words", [["--decode.stochastic"], ["--decode.stochastic", "true"]])
+def test_flags_of_variants_need_no_value_either(words, seen):
+    assert main([*GENERATE, "--decode.method", "beam", *words]) == 0
+    assert seen[0].decode.stochastic is True
 
 
 def test_print_config_prints_what_config_reads(seen, capsys, tmp_path):

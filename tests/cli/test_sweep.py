@@ -84,7 +84,7 @@ def test_what_was_answered_is_not_answered_again(swept, monkeypatch, dpo_run):
 
     monkeypatch.setattr(trials, "prepare", lambda *args, real=trials.prepare: prepared.append(args[1]) or real(*args))
     assert sweep(out, *words) == 0
-    assert [options.method for options in prepared] == ["greedy"]
+    assert [plan.block.method for plan in prepared] == ["greedy"]
     assert record(out) == before and path.read_text().splitlines(keepends=True) == lines
 
 

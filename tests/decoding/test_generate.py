@@ -3,16 +3,17 @@
 import json
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 import pytest
 
-from qstar_jax.config import ComputeOptions, DecodeOptions, MeshOptions
+from qstar_jax.config import ComputeOptions, DecodeOptions, MeshOptions, Method
+from qstar_jax.config.variants import declarations
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import Guide, generate, params_for, prepare
-from qstar_jax.decoding.options import ALL, READERS
+from qstar_jax.decoding.options import interpret
 from qstar_jax.decoding.responses import Finish
 from qstar_jax.errors import InputError
 from qstar_jax.models.causal_lm import is_unstacked
@@ -94,11 +95,11 @@ def run(loaded, one_device, options, prompts=PROMPTS, other=None, **more):
     return generate(loaded, prompts, options, one_device, **models, **more)
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_answers_of_every_method(method, loaded, other, one_device, next_logp):
     options = block(method, report_reference=True)
     found = run(loaded, one_device, options, other=other)
-    assert len(found) == 2 and all(1 <= len(answers) <= options.return_sequences for answers in found)
+    assert len(found) == 2 and all(1 <= len(answers) <= (options.return_sequences or 1) for answers in found)
     for prompt, answers in zip(PROMPTS, found, strict=True):
         ids = {answer.tokens for answer in answers}
         assert len(ids) == len(answers) or method in ("sample", "best_of_n")
@@ -135,11 +136,11 @@ def test_greedy_takes_the_likeliest_token(loaded, one_device, next_logp):
 
 
 @pytest.mark.thin("sample", "beam")
-@pytest.mark.parametrize("method", READERS["seed"])
+@pytest.mark.parametrize("method", declarations(DecodeOptions)["seed"].defaults)
 def test_answers_depend_on_seed_and_row_and_not_on_the_batch(method, loaded, one_device):
     needed = {"beam": {"stochastic": True}, "mcts": {"selection": "gumbel"}}.get(method, {})
     options = block(method, **_likelihood(method), **needed, report_reference=False)
-    decoder = prepare(loaded, options, one_device)
+    decoder = prepare(loaded, interpret(options), one_device)
 
     def tokens(found):
         return [[answer.tokens for answer in answers] for answers in found]
@@ -189,7 +190,7 @@ def test_a_stop_string_cuts_what_would_have_been_said(loaded, one_device):
     ],
 )
 def test_texts_before_stop_strings(stop, tokens, text, loaded, one_device):
-    decoder = prepare(loaded, block("sample", stop=stop), one_device)
+    decoder = prepare(loaded, interpret(block("sample", stop=stop)), one_device)
     ids = tuple(loaded.tokenizer.convert_tokens_to_ids(tokens.split()))
     assert decoder._text(ids, Finish.STOP).rstrip() == text.rstrip()
     assert decoder._text(ids, Finish.LENGTH) == loaded.tokenizer.decode(ids, skip_special_tokens=True)
@@ -197,13 +198,13 @@ def test_texts_before_stop_strings(stop, tokens, text, loaded, one_device):
 
 def test_delimiters_become_the_tokens_that_end_with_them(loaded, one_device):
     options = block("chunk", delimiters=["5", "w7"])
-    ids = prepare(loaded, options, one_device).method.delimiter_ids
+    ids = prepare(loaded, interpret(options), one_device).plan.method.delimiter_ids
     words = loaded.tokenizer.convert_ids_to_tokens(list(ids))
     assert words == ["w5", "w7", "w15", "w25", "w35", "w45", "w55"]
     plain = run(loaded, one_device, block("chunk", max_new_tokens=6, chunk_length=6))
     assert run(loaded, one_device, block("chunk", max_new_tokens=6, chunk_length=6, delimiters=WORDS)) != plain
     with pytest.raises(InputError, match=r"no token ends with 'w5 w6'"):
-        prepare(loaded, replace(options, delimiters=["w5 w6"]), one_device)
+        prepare(loaded, interpret(replace(options, delimiters=["w5 w6"])), one_device)
 
 
 def test_a_guided_policy_is_the_sum_of_logits(loaded, other, one_device, next_logp):
@@ -260,9 +261,9 @@ def test_a_reference_with_another_tokenizer_is_refused(loaded, other, one_device
     with pytest.raises(InputError, match=r"another tokenizer.*token 7 is 'w4' there, not 'w3'"):
         run(loaded, one_device, block("beam", objective="implicit_reward"), other=stranger)
     with pytest.raises(InputError, match="needs a reference and beta"):
-        prepare(loaded, block("best_of_n"), one_device)
+        prepare(loaded, interpret(block("best_of_n")), one_device)
     with pytest.raises(InputError, match="needs no reference"):
-        prepare(loaded, block("greedy"), one_device, reference=other, beta=0.1)
+        prepare(loaded, interpret(block("greedy")), one_device, reference=other, beta=0.1)
 
 
 def test_the_block_s_own_beta_goes_first(loaded, other, one_device):
@@ -299,14 +300,14 @@ def test_consumed_models_are_freed_and_others_kept(hf_folder, one_device):
     ours = load_model(hf_folder, ComputeOptions(), one_device, MeshOptions())
     expected = generate(ours, PROMPTS, block("greedy"), one_device)
     assert not any(x.is_deleted() for x in jax.tree.leaves(ours.params))
-    decoder = prepare(ours, block("greedy"), one_device, consume=True)
+    decoder = prepare(ours, interpret(block("greedy")), one_device, consume=True)
     assert all(x.is_deleted() for x in jax.tree.leaves(ours.params["layers"]))
     assert decoder(PROMPTS) == expected
 
 
 def test_layers_stay_stacked_where_slices_cost_nothing(hf_folder, one_device):
     loaded = load_model(hf_folder, ComputeOptions(), one_device, MeshOptions())
-    decoder = prepare(loaded, block("greedy"), one_device)
+    decoder = prepare(loaded, interpret(block("greedy")), one_device)
     (kept,) = params_for("tpu", [loaded], consume=True)
     assert kept is loaded.params and not any(x.is_deleted() for x in jax.tree.leaves(kept))
     assert not is_unstacked(kept) and is_unstacked(decoder.params)

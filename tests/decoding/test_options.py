@@ -1,24 +1,63 @@
+import inspect
 import re
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from qstar_jax.config import DecodeOptions
+from qstar_jax.config import DecodeOptions, Method
+from qstar_jax.config.variants import declarations
+from qstar_jax.decoding.constraints import Constraints
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, LogitArithmetic, RegularisedReward
-from qstar_jax.decoding.options import (
-    ALL,
-    DEFAULTS,
-    READERS,
-    check_options,
-    draws,
-    make_objective,
-    make_rejection,
-    method_options,
-    needs_reference,
-)
-from qstar_jax.decoding.search.beam_options import hf_compat, t5x_compat
+from qstar_jax.decoding.options import ExactOptions, interpret
+from qstar_jax.decoding.sampling import SampleOptions
+from qstar_jax.decoding.search.beam_options import BeamOptions, hf_compat, t5x_compat
+from qstar_jax.decoding.search.chunks import ChunkOptions
+from qstar_jax.decoding.search.exact import exact_search
+from qstar_jax.decoding.search.mcts import MctsOptions
 from qstar_jax.errors import InputError
+
+ALL = get_args(Method)
+DECLARED = declarations(DecodeOptions)
+READERS = dict.fromkeys(("max_new_tokens", "beta", "report_reference"), ALL)
+READERS |= {name: tuple(declaration.defaults) for name, declaration in DECLARED.items() if name != "vocabulary"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"beams": 5},
+            "beams 5 has no effect with method greedy; beam and chunk read it: set --decode.method beam, or leave it "
+            "out",
+        ),
+        (
+            {"method": "beam", "temperature": 1.0},
+            "temperature 1.0 has no effect with method beam; sample, best_of_n and chunk read it: set --decode.method "
+            "sample, or leave it out",
+        ),
+        (
+            {"method": "beam", "top_p": 1.0},
+            "top_p 1.0 has no effect with method beam; sample, best_of_n and chunk read it: set --decode.method "
+            "sample, or leave it out",
+        ),
+        (
+            {"method": "mcts", "max_expansions": 10000},
+            "max_expansions 10000 has no effect with method mcts; exact reads it: set --decode.method exact, or leave "
+            "it out",
+        ),
+        (
+            {"method": "bean"},
+            "method 'bean' is unknown; choose from greedy, sample, beam, best_of_n, chunk, mcts, exact",
+        ),
+    ],
+)
+def test_what_is_given_and_not_read_is_refused(options, message):
+    with pytest.raises(InputError) as error:
+        interpret(DecodeOptions(**options))
+    assert str(error.value) == f"decode: {message}"
+
 
 # A value of each option that is not its default, and what else must be set for it to have a meaning.
 EXAMPLES = {
@@ -67,16 +106,9 @@ INSTEAD = {
 LATER = {"stop", "delimiters", "seed", "beta"}  # these meet tokens, keys and models: see test_generate
 
 
-def built(options):
-    """All that is made of a block before there are models."""
-    made = method_options(options, (2,), ())
-    return made, make_rejection(options), make_objective(options, 0.1), needs_reference(options), draws(options)
-
-
 def test_every_option_has_readers_and_an_example():
     names = {option.name for option in fields(DecodeOptions)}
-    assert set(READERS) == names
-    assert set(EXAMPLES) == names - {"method", "vocabulary"}
+    assert set(EXAMPLES) == set(READERS) == names - {"method", "vocabulary"}
     assert {method for readers in READERS.values() for method in readers} == set(ALL)
 
 
@@ -86,10 +118,11 @@ def test_methods_that_do_not_read_an_option_refuse_it(name):
     others = [method for method in ALL if method not in READERS[name]]
     for method in others:
         with pytest.raises(InputError) as error:
-            check_options(DecodeOptions(method=method, **{name: value}))
+            interpret(DecodeOptions(method=method, **{name: value}))
         message = str(error.value)
         assert message.startswith(f"decode: {name} {value!r} has no effect with method {method}; ")
-        assert " and ".join(READERS[name]) in message and f"set --decode.method {READERS[name][0]}" in message
+        assert all(reader in message for reader in READERS[name])
+        assert f"set --decode.method {READERS[name][0]}, or leave it out" in message
     assert others or name in ("max_new_tokens", "beta", "report_reference")
 
 
@@ -101,17 +134,45 @@ def test_methods_that_read_an_option_are_changed_by_it(name):
         if name in INSTEAD:
             plain = replace(plain, **{name: INSTEAD[name]})
         changed = replace(plain, **{name: value})
-        check_options(changed)
+        plan, before = interpret(changed), interpret(plain)
         if name in LATER or (name == "return_sequences" and method not in ("sample", "mcts", "exact")):
             continue
-        assert built(plain) != built(changed), method
+        made = (plan.method, plan.rejection, plan.objective(0.1), plan.needs_reference, plan.samples)
+        assert made != (before.method, before.rejection, before.objective(0.1), before.needs_reference, before.samples)
 
 
-def test_the_help_names_the_values_of_what_is_not_set():
-    for name, value in DEFAULTS.items():
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("sample", SampleOptions), ("beam", BeamOptions), ("chunk", ChunkOptions), ("mcts", MctsOptions)],
+)
+def test_defaults_are_those_of_the_methods_own_options(method, own):
+    defaults = {option.name: option.default for option in fields(own) if option.default is not MISSING}
+    if method == "mcts":
+        defaults["selection"] = defaults.pop("policy")
+    shared = [name for name, declaration in DECLARED.items() if method in declaration.defaults and name in defaults]
+    assert shared
+    for name in shared:
+        assert DECLARED[name].defaults[method] == defaults[name], name
+
+
+def test_defaults_of_constraints_and_of_exact_search():
+    constraints = {option.name: option.default for option in fields(Constraints)}
+    assert constraints == {name: DECLARED[name].defaults["greedy"] for name in constraints}
+    parameters = inspect.signature(exact_search).parameters
+    assert interpret(DecodeOptions(method="exact")).method == ExactOptions(
+        128, (), parameters["n_best"].default, parameters["max_expansions"].default
+    )
+
+
+@pytest.mark.parametrize(("preset", "made"), [("hf", hf_compat(4, 128, ())), ("t5x", t5x_compat(4, 128, 0))])
+def test_the_help_names_what_presets_change(preset, made):
+    plain = BeamOptions(4, 128, ())
+    changed = {option.name for option in fields(made) if getattr(made, option.name) != getattr(plain, option.name)}
+    for name in changed - {"eos_ids"}:
         entry = re.search(rf"\n        {name}: (.*?)(?=\n        \w+: |\Z)", DecodeOptions.__doc__, re.DOTALL).group(1)
-        shown = value if isinstance(value, str | int) else f"{value:g}"
-        assert f"({shown})" in " ".join(entry.split()), name
+        assert preset in entry, name
+    numbers = re.search(r"length_penalty: .*?\(preset hf: (.*?), t5x: (.*?)\)", DecodeOptions.__doc__, re.DOTALL)
+    assert made.length_penalty == float(numbers.group(1 + ["hf", "t5x"].index(preset)))
 
 
 def test_the_readme_s_table_is_the_table():
@@ -124,21 +185,19 @@ def test_the_readme_s_table_is_the_table():
     for method in ALL:
         for other in re.findall(r"those of `(\w+)`", rows[method]):
             named[method] = named[method] - {other} | named[other]
-        read = {name for name, readers in READERS.items() if method in readers and name != "method"}
+        read = {name for name, readers in READERS.items() if method in readers} | {"vocabulary"}
         assert named[method] | set(re.findall(r"`(\w+)`", shared)) == read, method
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"beams": 5}, r"beams 5 has no effect with method greedy.*set --decode.method beam"),
-        ({"temperature": 1.0}, "temperature 1.0.*greedy.*set --decode.method sample"),
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
         ({"min_new_tokens": 200}, "min_new_tokens 200 is above max_new_tokens 128"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
         ({"vocabulary": 5}, "vocabulary 5 has no effect without pairs"),
         ({"beta": 0.1}, "beta 0.1 has no effect without a reference"),
-        ({"method": "sample", "return_sequences": 0}, "return_sequences 0"),
+        ({"method": "sample", "return_sequences": 0}, "return_sequences is 0; expected a number in .1, inf"),
         ({"method": "sample", "temperature": -1.0}, "temperature -1.0"),
         ({"method": "sample", "temperature": float("nan")}, "temperature nan"),
         ({"method": "sample", "temperature": 0.0, "top_k": 5}, "temperature 0 does not sample"),
@@ -147,7 +206,7 @@ def test_the_readme_s_table_is_the_table():
         ({"method": "sample", "top_p": 1.5}, "top_p 1.5"),
         ({"method": "beam", "beams": 0}, "beams 0"),
         ({"method": "beam", "beams": 3, "return_sequences": 4}, "return_sequences 4.*beams .3"),
-        ({"method": "beam", "return_sequences": 0}, "return_sequences 0"),
+        ({"method": "beam", "return_sequences": 0}, "return_sequences is 0; expected a number in .1, inf"),
         ({"method": "beam", "seed": 3}, "seed 3.*stochastic true"),
         ({"method": "beam", "groups": 2}, "groups 2 with diversity 0"),
         ({"method": "beam", "length_penalty": 1.0}, "length_penalty 1.0.*length_rule none"),
@@ -155,20 +214,23 @@ def test_the_readme_s_table_is_the_table():
         ({"method": "beam", "early_stopping": True}, "early_stopping True with eos_rule all"),
         (
             {"method": "beam", "repetition_penalty": 1.2, "objective": "implicit_reward"},
-            "repetition_penalty 1.2 with objective implicit_reward",
+            "repetition_penalty 1.2 with ImplicitReward",
         ),
         (
             {"method": "beam", "length_rule": "hf", "length_penalty": 1.0, "objective": "implicit_reward"},
-            "length_rule hf with objective impl",
+            "length_rule 'hf' with ImplicitReward",
         ),
-        ({"method": "beam", "preset": "hf", "objective": "regularised_reward"}, "length_rule hf with objective reg"),
+        (
+            {"method": "beam", "preset": "hf", "objective": "regularised_reward"},
+            "length_rule 'hf' with Reg",
+        ),
         ({"method": "beam", "stochastic": True, "objective": "implicit_reward"}, "objective is Likelihood"),
         ({"method": "best_of_n", "rejection_keep": 0.5}, "rejection_keep 0.5 has no effect without rejection_interval"),
         ({"method": "best_of_n", "rejection_interval": 0}, "interval 0"),
         ({"method": "best_of_n", "rejection_interval": 1, "rejection_keep": 2.0}, "keep 2.0"),
         (
             {"method": "best_of_n", "num_samples": 4, "rejection_interval": 2, "rejection_keep": 0.9},
-            "rejection_interval 2 and rejection_keep 0.9 drop none of 4 samples",
+            "rejection_interval 2 and rejection_keep 0.9 prune none of 4 samples",
         ),
         ({"method": "best_of_n", "num_samples": 3, "return_sequences": 4}, "return_sequences 4.*num_samples .3"),
         (
@@ -185,14 +247,13 @@ def test_the_readme_s_table_is_the_table():
 )
 def test_what_has_no_meaning_is_refused(options, named):
     with pytest.raises(InputError, match=f"^decode: .*{named}"):
-        check_options(DecodeOptions(**options))
+        interpret(DecodeOptions(**options))
 
 
 def test_presets_are_those_of_the_library():
     def made(**given):
         options = DecodeOptions(method="beam", beams=3, max_new_tokens=9, **given)
-        check_options(options)
-        return method_options(options, (2, 5))
+        return interpret(options).with_tokens((2, 5)).method
 
     assert made(preset="hf") == hf_compat(3, 9, (2, 5))
     assert made(preset="hf", length_penalty=0.0, early_stopping="never") == hf_compat(
@@ -220,23 +281,22 @@ def test_presets_are_those_of_the_library():
 )
 def test_what_a_preset_contradicts_is_refused(preset, given):
     with pytest.raises(InputError, match=f"^decode: preset {preset} means "):
-        check_options(DecodeOptions(method="beam", preset=preset, **given))
+        interpret(DecodeOptions(method="beam", preset=preset, **given))
 
 
 def test_objectives():
     best = DecodeOptions(method="best_of_n")
     beam = DecodeOptions(method="beam")
-    assert make_objective(best, 0.1) == ImplicitReward(0.1) and needs_reference(best)
-    assert make_objective(beam, 0.1) == Likelihood() and not needs_reference(beam)
-    assert make_objective(replace(best, objective="likelihood"), None) == Likelihood()
-    assert make_objective(replace(beam, objective="regularised_reward"), 0.3) == RegularisedReward(0.3)
-    guided = replace(best, vocabulary=7)
-    check_options(guided, pairs=2)
-    assert make_objective(guided, None, [1.0, 0.5]) == LogitArithmetic((1.0, 0.5), 7)
-    assert not needs_reference(guided, pairs=2)
+    assert interpret(best).objective(0.1) == ImplicitReward(0.1) and interpret(best).needs_reference
+    assert interpret(beam).objective(0.1) == Likelihood() and not interpret(beam).needs_reference
+    assert interpret(replace(best, objective="likelihood")).objective() == Likelihood()
+    assert interpret(replace(beam, objective="regularised_reward")).objective(0.3) == RegularisedReward(0.3)
+    guided = interpret(replace(best, vocabulary=7), pairs=2)
+    assert guided.objective(None, [1.0, 0.5]) == LogitArithmetic((1.0, 0.5), 7)
+    assert not guided.needs_reference
 
 
 @pytest.mark.parametrize("given", [{"objective": "implicit_reward"}, {"report_reference": True}, {"vocabulary": 0}])
 def test_pairs_of_models_have_no_reference(given):
-    with pytest.raises(InputError, match=r"^decode: (pairs of models|vocabulary 0 is)"):
-        check_options(DecodeOptions(method="beam", **given), pairs=1)
+    with pytest.raises(InputError, match=r"^decode: (pairs of models|vocabulary is 0; )"):
+        interpret(DecodeOptions(method="beam", **given), pairs=1)

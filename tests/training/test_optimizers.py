@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qstar_jax.config import OptimizerOptions
+from qstar_jax.config.variants import declarations
 from qstar_jax.errors import InputError
 from qstar_jax.training.optimizers import make_optimizer
 
@@ -90,7 +91,47 @@ def test_every_option_changes_the_walk(name, change):
     assert np.abs(walk(name=name, **change)["kernel"] - walk(name=name)["kernel"]).max() > 1e-3
 
 
-@pytest.mark.parametrize(("name", "option"), [("lion", "eps"), ("rmsprop", "beta1"), ("adamw", "decay")])
-def test_an_option_of_another_optimizer_is_refused(name, option):
-    with pytest.raises(InputError, match=rf"optimizer {name} has no {option} \(it belongs to"):
-        make_optimizer(OptimizerOptions(name=name, **{option: 0.5}), 1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"name": "lion", "eps": 1e-8},
+            "eps 1e-08 has no effect with name lion; adamw and rmsprop read it: set --optimizer.name adamw, or leave "
+            "it out",
+        ),
+        (
+            {"name": "rmsprop", "beta1": 0.5},
+            "beta1 0.5 has no effect with name rmsprop; adamw and lion read it: set --optimizer.name adamw, or leave "
+            "it out",
+        ),
+        (
+            {"name": "adamw", "decay": 0.5},
+            "decay 0.5 has no effect with name adamw; rmsprop and adafactor read it: set --optimizer.name rmsprop, or "
+            "leave it out",
+        ),
+        ({"beta2": 1.0}, "beta2 is 1.0; expected a number in [0, 1)"),
+        ({"name": "adam"}, "name 'adam' is unknown; choose from adamw, lion, adafactor, rmsprop"),
+    ],
+)
+def test_an_option_of_another_optimizer_is_refused(options, message):
+    with pytest.raises(InputError) as error:
+        make_optimizer(OptimizerOptions(**options), 1)
+    assert str(error.value) == f"optimizer: {message}"
+
+
+DECLARED = declarations(OptimizerOptions)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "rmsprop", "adafactor"])
+def test_every_option_that_an_optimizer_does_not_read_is_refused(name):
+    unread = [option for option, declaration in DECLARED.items() if name not in declaration.defaults]
+    assert unread
+    for option in unread:
+        with pytest.raises(InputError, match=f"optimizer: {option} 0.5 has no effect with name {name};"):
+            make_optimizer(OptimizerOptions(name=name, **{option: 0.5}), 1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "rmsprop", "adafactor"])
+def test_defaults_are_what_is_used_where_nothing_is_given(name):
+    defaults = {option: d.defaults[name] for option, d in DECLARED.items() if name in d.defaults}
+    jax.tree.map(np.testing.assert_array_equal, walk(name=name), walk(name=name, **defaults))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.policies import Memory, Policy
 from qstar_jax.decoding.responses import Finish, Responses
-from qstar_jax.decoding.search.beam_options import BeamOptions
+from qstar_jax.decoding.search.beam_options import BeamOptions, check_objective
 from qstar_jax.decoding.search.beam_selection import Beams, extensions, is_done, select
 from qstar_jax.decoding.stop_strings import StopStrings
 
@@ -129,18 +129,7 @@ def beam_search(
 
 
 def _check(options: BeamOptions, objective: Objective, key: jax.Array | None):
-    if options.length_rule != "none" and not objective.comparable_across_lengths:
-        raise ValueError(
-            f"length_rule {options.length_rule!r} with {type(objective).__name__}: a search for reward and one for "
-            "likelihood differ by a constant, and a constant divided by lengths is none; use length_rule 'none'"
-        )
-    if options.constraints.repetition_penalty != 1 and not objective.comparable_across_lengths:
-        raise ValueError(
-            f"repetition_penalty {options.constraints.repetition_penalty} with {type(objective).__name__}: it scales "
-            "log-probabilities, and a reward near 0 would be no worse for it; use no_repeat_ngram_size"
-        )
-    if options.stochastic and not isinstance(objective, Likelihood):
-        raise ValueError(f"stochastic beams draw from a policy, so their objective is Likelihood, not {objective}")
+    check_objective(options, objective)
     if options.stochastic != (key is not None):
         raise ValueError("a key is for stochastic beams, and they need one")
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from qstar_jax.decoding.constraints import Constraints
+from qstar_jax.decoding.objectives import Likelihood, Objective
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,32 @@ class BeamOptions:
 def _plain(options: BeamOptions) -> BeamOptions:
     """Beams of the same size without any rule."""
     return BeamOptions(options.beams, options.max_new_tokens, options.eos_ids, reorder=options.reorder)
+
+
+def check_objective(options: BeamOptions, objective: Objective):
+    """Refuses options that have no meaning under an objective.
+
+    Args:
+        options: Options of a search.
+        objective: What it adds up.
+
+    Raises:
+        ValueError: If they do not go together.
+    """
+    name = type(objective).__name__
+    if options.length_rule != "none" and not objective.comparable_across_lengths:
+        raise ValueError(
+            f"length_rule {options.length_rule!r} with {name}: a search for reward and one for likelihood differ by a "
+            "constant, and a constant divided by lengths is none; use length_rule 'none'"
+        )
+    penalty = options.constraints.repetition_penalty
+    if penalty != 1 and not objective.comparable_across_lengths:
+        raise ValueError(
+            f"repetition_penalty {penalty} with {name}: it scales log-probabilities, and a reward near 0 would be no "
+            "worse for it; use no_repeat_ngram_size"
+        )
+    if options.stochastic and not isinstance(objective, Likelihood):
+        raise ValueError(f"stochastic beams draw from a policy, so their objective is Likelihood, not {name}")
 
 
 def hf_compat(

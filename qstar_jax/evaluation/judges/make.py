@@ -45,7 +45,7 @@ def make_judge(
     Raises:
         InputError: If an option has no effect with this kind, is missing or out of range, or names what cannot be used.
     """
-    check_judge(options, true_reward=true_reward is not None)
+    options = check_judge(options, true_reward=true_reward is not None)
     say = no_words if console is None else _sayer(console)
     if options.kind == "llm":
         return _llm(options, say, track)

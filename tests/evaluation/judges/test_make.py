@@ -7,16 +7,11 @@ from rich.console import Console
 pytest.importorskip("openai")
 
 from qstar_jax.config import JudgeOptions
+from qstar_jax.config.variants import declarations
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges import Comparison, LlmJudge, RewardJudge, check_judge, make_judge
-from qstar_jax.evaluation.judges.options import KINDS, READERS
 
 LLM = {"kind": "llm", "model": "rule"}
-
-
-def test_every_option_has_its_readers():
-    assert READERS.keys() == {option.name for option in fields(JudgeOptions)}
-    assert {kind for kinds in READERS.values() for kind in kinds} == set(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -34,11 +29,13 @@ def test_every_option_has_its_readers():
             "model 'm' has no effect with kind true_reward; reward_model and llm read",
         ),
         ({**LLM, "tolerance": 0.1}, "tolerance 0.1 has no effect with kind llm"),
+        ({**LLM, "tolerance": 1e-6}, "tolerance 1e-06 has no effect with kind llm"),
+        ({"model": "m", "temperature": None}, "temperature None has no effect with kind reward_model"),
         ({**LLM, "seed": 1, "both_orders": True}, "seed 1 has no effect with both_orders"),
-        ({**LLM, "concurrency": 0}, "concurrency 0: expected at least 1"),
-        ({**LLM, "temperature": -1.0}, "temperature -1.0: expected at least 0"),
-        ({**LLM, "timeout": 0.0}, "timeout 0.0: expected seconds above 0"),
-        ({"model": "m", "tolerance": float("nan")}, "tolerance nan: expected at least 0"),
+        ({**LLM, "concurrency": 0}, r"concurrency is 0; expected a number in \[1, inf\)"),
+        ({**LLM, "temperature": -1.0}, r"temperature is -1.0; expected a number in \[0, inf\)"),
+        ({**LLM, "timeout": 0.0}, r"timeout is 0.0; expected a number in \(0, inf\)"),
+        ({"model": "m", "tolerance": float("nan")}, r"tolerance is nan; expected a number in \[0, inf\)"),
     ],
 )
 def test_options_that_cannot_be(given, match):
@@ -47,6 +44,33 @@ def test_options_that_cannot_be(given, match):
     assert str(error.value).startswith("judge: ")
     with pytest.raises(InputError, match=match):
         make_judge(JudgeOptions(**given))
+
+
+KINDS = ("true_reward", "reward_model", "llm")
+DECLARED = declarations(JudgeOptions)
+
+
+def test_every_option_has_its_readers():
+    assert DECLARED.keys() | {"kind"} == {option.name for option in fields(JudgeOptions)}
+    assert {kind for declaration in DECLARED.values() for kind in declaration.defaults} == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_that_a_kind_does_not_read_is_refused(kind):
+    unread = [name for name, declaration in DECLARED.items() if kind not in declaration.defaults]
+    assert unread
+    for name in unread:
+        with pytest.raises(InputError, match=f"judge: {name} 1 has no effect with kind {kind};"):
+            check_judge(JudgeOptions(kind=kind, **{name: 1}))
+
+
+def test_defaults_are_filled_in():
+    judge = check_judge(JudgeOptions(**LLM))
+    assert (judge.temperature, judge.max_tokens, judge.prompt, judge.cache, judge.tolerance) == (
+        *(0.0, 256, "tldr"),
+        *(None, None),
+    )
+    assert check_judge(JudgeOptions(**LLM, temperature=None)).temperature is None  # left to the server
 
 
 def test_true_reward():
