@@ -1,4 +1,4 @@
-"""Devices as a mesh (data, fsdp, tensor), and one short rule that cuts every parameter over it."""
+"""The device mesh (data, fsdp, tensor), and one short rule that shards every parameter over it."""
 
 import math
 import os
@@ -12,26 +12,26 @@ from qstar_jax.config import MeshOptions
 from qstar_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
-# The first dimension of whatever belongs to a row of the batch. In the other order XLA (of jax 0.10.2 and 0.12) moves
-# rows to the wrong devices where all three axes are larger than 1: wrong numbers, and no error.
+# Shards the batch dimension. In the order (data, fsdp), XLA (jax 0.10.2 and 0.12) moves examples to the wrong devices
+# when all three axes are larger than 1: wrong numbers, and no error.
 BATCH = PartitionSpec(("fsdp", "data"))
 
 
 def join_processes(options: MeshOptions):
-    """Joins the other processes of a job where `options.multi_process` says so; call it before anything else of JAX."""
+    """Joins the other processes of the job if `options.multi_process` is set; call it before any other JAX function."""
     if not options.multi_process:
         return
-    number = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-    # What is not given, JAX finds out from the cluster; the coordinator's address it reads from the environment itself.
-    jax.distributed.initialize(**{name: int(value) for name, value in number.items() if value is not None})
+    # JAX itself reads the coordinator's address, and detects on a cluster whatever is not set here.
+    settings = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+    jax.distributed.initialize(**{name: int(value) for name, value in settings.items() if value is not None})
 
 
 def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges devices as a (data, fsdp, tensor) mesh of Auto axes.
 
     Args:
-        options: Sizes of the axes; one of them may be -1 and takes the devices that the others leave.
-        devices: Devices to arrange; all of them by default.
+        options: Sizes of the axes; one of them may be -1, to take all remaining devices.
+        devices: Devices to arrange; all by default.
 
     Returns:
         The mesh.
@@ -47,7 +47,7 @@ def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise InputError(
             f"mesh data={options.data}, fsdp={options.fsdp}, tensor={options.tensor} does not fit {len(devices)} "
-            "device(s): the sizes must be positive and multiply to that number (one of them may be -1: what is left)"
+            "device(s): the sizes must be positive and multiply to that number (one may be -1: the remaining devices)"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -61,40 +61,44 @@ def parameter_spec(
     overrides: Mapping[str, Sequence[str | None]] | None = None,
     hints: Mapping[str, Sequence[str | None]] | None = None,
 ) -> PartitionSpec:
-    """Says how one array is cut: the `tensor` axis takes its largest divisible dimension, `fsdp` the next.
+    """Decides how to shard one array: `tensor` shards its largest divisible dimension, `fsdp` the next largest.
 
-    Arrays under a `layers/` path carry the layers stacked in dimension 0, which is scanned over and never cut.
+    Arrays under a `layers/` path have the stacked layers in dimension 0, which is scanned over and never sharded.
 
     Args:
-        path: Names joined by "/", for instance "layers/mlp/up/kernel".
+        path: Names joined by "/", such as "layers/mlp/up/kernel".
         shape: Shape of the array.
         axis_sizes: Size of each mesh axis.
         min_shard_size: Arrays with fewer elements are replicated.
-        overrides: Regular expression searched in `path` -> an axis name or None for each dimension; the first match
-            wins.
-        hints: The same from the model's family: below `overrides`, and passed over where the mesh cannot have them.
+        overrides: Regular expression searched in `path` -> an axis name or None per dimension; the first match wins.
+        hints: The same from the model family: after `overrides`, and ignored where the mesh does not divide the array.
 
     Returns:
-        The specification; dimensions of equal size are taken from the last to the first.
+        The specification; among dimensions of equal size, the last comes first.
 
     Raises:
-        InputError: If an override is no regular expression, has another number of dimensions, names an unknown axis or
-            one axis twice, or does not divide its dimension.
+        InputError: If an override is not a regular expression, has the wrong number of dimensions, names an unknown
+            axis or one axis twice, or does not divide its dimension.
     """
+    # What the user asks for must fit; the hints of the model family may not.
     for pattern, axes in (overrides or {}).items():
         if len(shape) > 0 and _matches(pattern, path):
             if not _fits(axes, shape, axis_sizes):
                 raise InputError(
                     f"mesh.overrides {pattern!r}: {list(axes)} does not fit {path} of shape {tuple(shape)}; expected "
-                    f"one of {', '.join(axis_sizes)} (each at most once) or null for each dimension, whose size the "
-                    f"axis must divide ({dict(axis_sizes)})"
+                    f"one of {', '.join(axis_sizes)} (each at most once) or null per dimension, whose size the axis "
+                    f"must divide ({dict(axis_sizes)})"
                 )
             return PartitionSpec(*axes)
     for pattern, axes in (hints or {}).items():
         if _matches(pattern, path) and _fits(axes, shape, axis_sizes):
             return PartitionSpec(*axes)
+
+    # Sharding a small array costs more communication than it saves memory.
     if math.prod(shape) < min_shard_size:
         return PartitionSpec()
+
+    # Give each axis the largest dimension that is still free and divisible by it.
     spec: list[str | None] = [None] * len(shape)
     first = 1 if re.search(r"(^|/)layers/", path) else 0
     for axis in ("tensor", "fsdp"):
@@ -113,28 +117,28 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def _fits(axes: Sequence[str | None], shape: Sequence[int], axis_sizes: Mapping[str, int]) -> bool:
-    named = [axis for axis in axes if axis is not None]
-    if len(axes) != len(shape) or len(set(named)) != len(named) or not set(named) <= set(axis_sizes):
+    names = [axis for axis in axes if axis is not None]
+    if len(axes) != len(shape) or len(set(names)) != len(names) or not set(names) <= set(axis_sizes):
         return False
     return all(axis is None or dim % axis_sizes[axis] == 0 for axis, dim in zip(axes, shape, strict=True))
 
 
 def tree_shardings(tree, mesh: Mesh, options: MeshOptions = MeshOptions(), family_overrides=None):
-    """Applies `parameter_spec` to a whole tree: parameters, gradients, or an optimizer's state.
+    """Applies `parameter_spec` to a tree: parameters, gradients, or the state of an optimizer.
 
-    An optimizer's moments carry the path of their parameter inside their own, so they are cut like it.
+    The paths of an optimizer's moments contain those of their parameters, so moments are sharded like them.
 
     Args:
         tree: Arrays or `jax.ShapeDtypeStruct`s.
         mesh: The mesh.
         options: `min_shard_size` and the user's overrides.
-        family_overrides: What a model family would like; the user's overrides come first.
+        family_overrides: Hints of the model family; the user's overrides take precedence.
 
     Returns:
         A tree of `NamedSharding`s of the same structure.
     """
 
-    def one(path, leaf):
+    def leaf_sharding(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = parameter_spec(
             name,
@@ -146,11 +150,11 @@ def tree_shardings(tree, mesh: Mesh, options: MeshOptions = MeshOptions(), famil
         )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps the first dimension of an activation cut over the batch axes, where a mesh is set; else does nothing."""
+    """Shards the first dimension of an activation over the batch axes; does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or "data" not in mesh.axis_names:
         return x

@@ -1,4 +1,4 @@
-"""Language models as pure functions of their parameters; one file a family."""
+"""Language models as pure functions of their parameters, one file per family."""
 
 from qstar_jax.models.causal_lm import FAMILIES as FAMILIES
 from qstar_jax.models.causal_lm import CausalLM as CausalLM

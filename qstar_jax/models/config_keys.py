@@ -1,7 +1,7 @@
-"""The keys of a config.json: each is read by a family, known to change no logit, or refused.
+"""Keys of config.json: each is read by a family, known to change no logit, or refused.
 
-A key that is passed over may be a window, a scale or a quantisation, and the model would speak fluently with wrong
-numbers. So there is no list of what is refused: there is one of what is harmless.
+A key that is silently ignored may be a window, a scale or a quantization, and the model would compute fluent but wrong
+numbers. So this module lists the keys that are harmless, not those that are refused.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 from qstar_jax.errors import InputError
 
-# What transformers writes into any config.json and no logit depends on. Dropout is off here, as in TRL's trainers.
+# Keys that transformers writes into any config.json and that change no logit. Dropout is off, as in TRL's trainers.
 HARMLESS = frozenset(
     """
     architectures model_type name_or_path transformers_version torch_dtype dtype use_cache use_return_dict return_dict
@@ -28,9 +28,9 @@ HARMLESS = frozenset(
     gradient_checkpointing output_past predict_special_tokens max_sequence_length n_ctx sliding_window_size
     """.split()
 )
-_NOTHING = (None, False, 0, "", [], {})
+_EMPTY = (None, False, 0, "", [], {})
 
-# transformers' names of activation functions -> those of `block.ACTIVATIONS`
+# Names of activation functions in transformers -> in `block.ACTIVATIONS`
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -46,42 +46,42 @@ _ACTIVATIONS = {
 
 
 def activation_name(activation: str, gelu_tanh: str = "gelu_pytorch_tanh") -> str:
-    """Returns transformers' name of one of our activation functions, of which `gelu_tanh` has several."""
+    """Returns the name in transformers of one of our activation functions; `gelu_tanh` has several."""
     names = {ours: name for name, ours in reversed(_ACTIVATIONS.items())} | {"gelu_tanh": gelu_tanh}
     return names[activation]
 
 
-def check_number(name: str, found: Any):
-    """Refuses what is no number above 0.
+def check_number(name: str, value: Any):
+    """Checks that a value is a positive number.
 
     Raises:
         InputError: If it is not.
     """
-    if type(found) not in (int, float) or not 0 < found < math.inf:
-        raise InputError(f"config.json: {name} is {found!r}; expected a number above 0")
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise InputError(f"config.json: {name} is {value!r}; expected a number above 0")
 
 
 class Keys:
-    """A config.json that remembers what was read of it.
+    """A config.json that tracks which of its keys have been read.
 
-    A key that is missing or null has its default; one without a default must be there.
+    A key that is missing or null takes its default; without a default it is required.
 
     Args:
-        config: The dictionary of the config.json.
+        config: The contents of config.json.
     """
 
     def __init__(self, config: Mapping[str, Any]):
         self.model_type = config.get("model_type")
-        self._config, self._read, self._kept = config, set(), set()
+        self._config, self._read, self._allowed = config, set(), set()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Reads a key as it stands there."""
+        """Reads a key without checking its type."""
         self._read.add(name)
-        found = self._config.get(name)
-        return default if found is None else found
+        value = self._config.get(name)
+        return default if value is None else value
 
-    def says(self, name: str) -> bool:
-        """Whether the key is there, be it as null."""
+    def has(self, name: str) -> bool:
+        """Whether the key is present, even if null."""
         return name in self._config
 
     def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
@@ -90,20 +90,20 @@ class Keys:
         Raises:
             InputError: If it is something else, or missing.
         """
-        found = self._needed(name, default)
-        if type(found) is not int or found < least:
-            raise InputError(f"config.json: {name} is {found!r}; expected a whole number of at least {least}")
-        return found
+        value = self._required(name, default)
+        if type(value) is not int or value < least:
+            raise InputError(f"config.json: {name} is {value!r}; expected a whole number of at least {least}")
+        return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Reads a number above 0.
+        """Reads a positive number.
 
         Raises:
             InputError: If it is something else, or missing.
         """
-        found = self._needed(name, default)
-        check_number(name, found)
-        return found
+        value = self._required(name, default)
+        check_number(name, value)
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         """Reads true or false.
@@ -111,91 +111,92 @@ class Keys:
         Raises:
             InputError: If it is something else.
         """
-        found = self.get(name, default)
-        if type(found) is not bool:
-            raise InputError(f"config.json: {name} is {found!r}; expected true or false")
-        return found
+        value = self.get(name, default)
+        if type(value) is not bool:
+            raise InputError(f"config.json: {name} is {value!r}; expected true or false")
+        return value
 
     def activation(self, name: str, default: str) -> str:
-        """Reads the name of an activation function, and returns ours.
+        """Reads the name of an activation function, and returns our name for it.
 
         Raises:
-            InputError: If it is not known.
+            InputError: If it is unknown.
         """
-        found = self.get(name, default)
-        if not isinstance(found, str) or found not in _ACTIVATIONS:
-            raise InputError(f"config.json: {name} is {found!r}; built are {', '.join(_ACTIVATIONS)}")
-        return _ACTIVATIONS[found]
+        value = self.get(name, default)
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
+            raise InputError(f"config.json: {name} is {value!r}; supported are {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[value]
 
-    def keep(self, name: str):
-        """Lets a key be that changes nothing in this model; it is among `others`."""
-        self._kept.add(name)
+    def allow(self, name: str):
+        """Allows any value of a key that changes nothing in this model; the key is `remaining`."""
+        self._allowed.add(name)
 
-    def only(self, name: str, *values: Any):
-        """Checks a key of a part that is built in one form only; null stands for it too. It is among `others`.
+    def expect(self, name: str, *values: Any):
+        """Checks a key of a feature that is supported with these values (or null) only; the key is `remaining`.
 
         Raises:
-            InputError: If it has another form.
+            InputError: If it has another value.
         """
-        self.keep(name)
-        found = self._config.get(name)
-        if found is not None and found not in values:
-            allowed = " or ".join(map(repr, values))
+        self.allow(name)
+        value = self._config.get(name)
+        if value is not None and value not in values:
+            expected = " or ".join(map(repr, values))
             raise InputError(
-                f"config.json: {name} is {found!r}; {self.model_type} models are built with {allowed} only"
+                f"config.json: {name} is {value!r}; {self.model_type} models are supported with {expected} only"
             )
 
-    def code(self, known: str):
-        """Reads `auto_map` where all code of models that it names is a class that transformers has taken over.
+    def allow_code(self, name: str):
+        """Allows an `auto_map` whose only model class is one that transformers has adopted.
 
         Args:
-            known: The class, as "module.Class".
+            name: The class, as "module.Class".
         """
         auto_map = self._config.get("auto_map")
         if isinstance(auto_map, dict):
             models = [value for entry, value in auto_map.items() if entry.startswith("AutoModel")]
-            if all(str(value).split("--")[-1] == known for value in models):  # it may follow the name of a repository
+            # The class may be prefixed by the name of a repository.
+            if all(str(value).split("--")[-1] == name for value in models):
                 self._read.add("auto_map")
 
-    def others(self) -> dict[str, Any]:
-        """Checks that nothing was passed over that may change numbers.
+    def remaining(self) -> dict[str, Any]:
+        """Checks that no key was ignored that may change numbers.
 
         Returns:
-            The keys that were not read, which a folder that is written from the model has again.
+            The keys that were not read, to be written back with the model.
 
         Raises:
-            InputError: If weights are quantised, code of the model's own is named, or a key that is not known says
-                anything at all.
+            InputError: If weights are quantized, the model brings its own code, or an unknown key is set to anything.
         """
-        left = {name: value for name, value in self._config.items() if name not in self._read}
-        for name, value in left.items():
-            known = name in HARMLESS or name in self._kept or name.startswith("_")
-            if not known and value not in _NOTHING:
+        unread = {name: value for name, value in self._config.items() if name not in self._read}
+        for name, value in unread.items():
+            harmless = name in HARMLESS or name in self._allowed or name.startswith("_")
+            if not harmless and value not in _EMPTY:
                 self._refuse(name, value)
-        return {name: value for name, value in left.items() if name != "auto_map"}  # its code does not go along
+        # auto_map names code that is not copied with the model.
+        return {name: value for name, value in unread.items() if name != "auto_map"}
 
-    def _needed(self, name: str, default: Any) -> Any:
-        found = self.get(name, default)
-        if found is None:
+    def _required(self, name: str, default: Any) -> Any:
+        value = self.get(name, default)
+        if value is None:
             raise InputError(f"config.json: no key {name!r} (found: {', '.join(sorted(self._config))})")
-        return found
+        return value
 
     def _refuse(self, name: str, value: Any):
         if name in ("quantization_config", "compression_config"):
             method = value.get("quant_method") if isinstance(value, dict) else value
             raise InputError(
-                f"config.json: {name} (method {method!r}) says that the weights are quantised; expected float32, "
-                "float16 or bfloat16: name the model from which they were made, or dequantise it with transformers "
+                f"config.json: {name} (method {method!r}) says that the weights are quantized; expected float32, "
+                "float16 or bfloat16: use the original model, or dequantize it with transformers "
                 "(model.dequantize().save_pretrained(FOLDER))"
             )
         if name == "auto_map":
             if not any(entry.startswith("AutoModel") for entry in value):
-                return  # of a tokenizer or a configuration
+                return  # code of a tokenizer or a configuration
             raise InputError(
-                f"config.json: auto_map names code of the model's own ({value}), which is never run, so its numbers "
-                f"may not be those of a {self.model_type} model; remove auto_map if they are"
+                f"config.json: auto_map names the model's own code ({value}), which is never run, so the model may "
+                f"compute other numbers than a {self.model_type} model; remove auto_map if it does not"
             )
         raise InputError(
-            f"config.json: {name} is {value!r}, a key that is not known here for model_type {self.model_type!r} and "
-            "may change numbers; if it does not, remove it from config.json"
+            f"config.json: {name} is {value!r}, an unknown key for model_type {self.model_type!r} that may change "
+            "numbers; if it does not, remove it from config.json"
         )

@@ -1,4 +1,4 @@
-"""What a family is: a way to read a config.json, the way back, and a table of tensors; and what families share."""
+"""A model family reads and writes config.json and lists its tensors; this module has what families share."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from qstar_jax.models.decoder_config import DecoderConfig, LayerKind
 from qstar_jax.models.rope import Rope
 from qstar_jax.models.tensors import Tensor, linear, norm
 
-SLIDING, FULL = "sliding_attention", "full_attention"  # as `layer_types` calls layers with and without a window
+SLIDING, FULL = "sliding_attention", "full_attention"  # values of `layer_types`: with and without a window
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,15 @@ class Family:
     """How Hugging Face stores the models of a family.
 
     Attributes:
-        model_type: As config.json names it.
-        architecture: The class of transformers, for config.json.
-        read: Config.json -> configuration.
-        write: Configuration -> keys of a config.json that `read` and transformers 4 and 5 read.
-        tensors: Configuration -> path of each parameter here -> where it lies in a file.
-        unwrap: Config.json of a model that holds one of the family within it -> that of the inner one; by the
-            model_type of the outer one.
-        ignored: Regular expression of names of tensors that are computed from config.json.
-        outside: Regular expression of names of tensors that are no part of the decoder, in the model that holds it.
-        renamed: Regular expression of other names that tensors have, and what stands in their place.
+        model_type: Name of the family in config.json.
+        architecture: Class name in transformers, for config.json.
+        read: Maps config.json to a configuration.
+        write: Maps a configuration to keys of config.json that `read` and transformers 4 and 5 can read.
+        tensors: Maps a configuration to path of each parameter -> its layout in files.
+        unwrap: model_type of a multimodal model -> function that extracts the decoder's config.json from the whole.
+        ignored: Regular expression of tensor names that are derived from config.json.
+        outside: Regular expression of tensor names outside of the decoder, in multimodal models.
+        renamed: (regular expression, replacement) that turns other names of tensors into those of `tensors`.
     """
 
     model_type: str
@@ -42,7 +41,7 @@ class Family:
     renamed: tuple[str, str] = ("^$", "")
 
     def canonical(self, name: str) -> str | None:
-        """Returns the name by which `tensors` knows a tensor of a file; None for one that it does not read."""
+        """Returns the name of a stored tensor in `tensors`; None if it is not read."""
         if re.search(self.ignored, name) or re.search(self.outside, name):
             return None
         return re.sub(*self.renamed, name)
@@ -58,27 +57,27 @@ def read_shape(
     tied: bool = False,
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Reads the keys that most families name alike.
+    """Reads the keys that most families share.
 
     Args:
         keys: The config.json.
-        context: `max_position_embeddings` where it is missing.
-        kv_heads: `num_key_value_heads` where it is missing; where it is null, and by default, as many as heads.
-        head_dim: Width of a head where none is given; None: hidden_size / heads.
-        eps: `rms_norm_eps` where it is missing.
-        tied: `tie_word_embeddings` where it is missing.
-        sizes: Other sizes where they are missing; by default they must be there.
+        context: Default of `max_position_embeddings`.
+        kv_heads: Default of `num_key_value_heads`; if that is null, or this None, the number of heads.
+        head_dim: Default of `head_dim`; None: hidden_size / heads.
+        eps: Default of `rms_norm_eps`.
+        tied: Default of `tie_word_embeddings`.
+        sizes: Defaults of the other sizes; those without one are required.
 
     Returns:
         Fields of a `DecoderConfig`.
 
     Raises:
-        InputError: If a size is missing or no size, or sizes do not fit each other.
+        InputError: If a size is missing or invalid, or sizes do not match.
     """
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     shape = {name: keys.size(name, (sizes or {}).get(name)) for name in names}
     heads = shape["num_attention_heads"]
-    default = heads if keys.says("num_key_value_heads") or kv_heads is None else kv_heads
+    default = heads if keys.has("num_key_value_heads") or kv_heads is None else kv_heads
     groups = keys.size("num_key_value_heads", default)
     if heads % groups:
         raise InputError(f"config.json: {groups} num_key_value_heads do not divide {heads} num_attention_heads")
@@ -94,15 +93,15 @@ def read_shape(
 
 
 def head_width(keys: Keys, heads: str, width: str) -> int:
-    """Width of a head where the keys of these names alone say it.
+    """Computes the width of a head from the keys with these names.
 
     Raises:
-        InputError: If heads do not divide the model's width.
+        InputError: If the number of heads does not divide the width of the model.
     """
     if keys.size(width) % keys.size(heads):
         raise InputError(
-            f"config.json: {keys.size(heads)} {heads} do not divide {width} {keys.size(width)}, and nothing else says "
-            "how wide a head is"
+            f"config.json: {keys.size(heads)} {heads} do not divide {width} {keys.size(width)}, and no other key sets "
+            "the width of a head"
         )
     return keys.size(width) // keys.size(heads)
 
@@ -115,7 +114,7 @@ def write_shape(config: DecoderConfig) -> dict[str, Any]:
 
 
 def same_layers(keys: Keys, rope: Rope | None, window: int | None = None, key: str = "num_hidden_layers"):
-    """As many layers as a key says, all of one kind."""
+    """Returns equal layers, their number given by `key`."""
     return (LayerKind(rope, window),) * keys.size(key)
 
 
@@ -124,14 +123,14 @@ def read_layer_types(keys: Keys, otherwise: Callable[[int], bool], layers: int |
 
     Args:
         keys: The config.json.
-        otherwise: Says so of a layer (from 0) where `layer_types` does not.
-        layers: `num_hidden_layers` where it is missing; by default it must be there.
+        otherwise: Maps a layer, from 0, to whether it has a window; used without `layer_types`.
+        layers: Default of `num_hidden_layers`; None: required.
 
     Returns:
-        One entry a layer.
+        One entry per layer.
 
     Raises:
-        InputError: If `layer_types` speaks of another number of layers, or of other types.
+        InputError: If `layer_types` has the wrong number of layers, or other types.
     """
     count = keys.size("num_hidden_layers", layers)
     types = keys.get("layer_types")
@@ -145,32 +144,32 @@ def read_layer_types(keys: Keys, otherwise: Callable[[int], bool], layers: int |
 
 
 def read_window(keys: Keys, default: int | None) -> int | None:
-    """Reads `sliding_window`: the default where the key is missing, no window where it is null."""
-    if keys.says("sliding_window") and keys.get("sliding_window") is None:
+    """Reads `sliding_window`: the default if the key is missing, no window if it is null."""
+    if keys.has("sliding_window") and keys.get("sliding_window") is None:
         return None
-    return keys.size("sliding_window", default) if default or keys.says("sliding_window") else None
+    return keys.size("sliding_window", default) if default or keys.has("sliding_window") else None
 
 
 def read_cap(keys: Keys, name: str, default: float | None) -> float | None:
-    """Reads a cap: the default where the key is missing, none where it is null."""
-    if default is None or keys.says(name):
+    """Reads a cap: the default if the key is missing, no cap if it is null."""
+    if default is None or keys.has(name):
         return None if keys.get(name) is None else keys.number(name)
     return default
 
 
 def with_windows(ropes: Sequence[Rope | None], sliding: Sequence[bool], window: int | None) -> tuple[LayerKind, ...]:
-    """Layers some of which have a window.
+    """Returns layers of which some have a window.
 
     Args:
-        ropes: Rotary positions of each.
-        sliding: Which have the window.
+        ropes: Rotary positions of each layer.
+        sliding: Whether each layer has the window.
         window: The window.
 
     Raises:
-        InputError: If there are such layers and no window.
+        InputError: If a layer needs the window and there is none.
     """
     if any(sliding) and window is None:
-        raise InputError(f"config.json: layer_types has {SLIDING}, and sliding_window says that there is no window")
+        raise InputError(f"config.json: layer_types has {SLIDING}, but sliding_window is unset")
     return tuple(LayerKind(rope, window if slides else None) for rope, slides in zip(ropes, sliding, strict=True))
 
 
@@ -182,11 +181,11 @@ def write_windows(config: DecoderConfig) -> dict[str, Any]:
 
 
 def standard_tensors(config: DecoderConfig, norms: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a model that names them as Llama does.
+    """Returns the tensors of a model that uses Llama's names.
 
     Args:
-        config: The model's shape.
-        norms: Our name of each norm of a layer -> the file's; by default those before attention and before the MLP.
+        config: The architecture.
+        norms: Our name of each norm in a layer -> its stored name; by default the norms before attention and MLP.
     """
     layer = "model.layers.{layer}."
     norms = norms or {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}

@@ -1,4 +1,4 @@
-"""From last hidden states to logits: the one thing that log-probabilities, decoding and `CausalLM.logits` read."""
+"""The language-model head, which turns last hidden states into logits for training, scoring and decoding alike."""
 
 from dataclasses import dataclass, field
 
@@ -10,17 +10,17 @@ from jaxtyping import Array, Float, Float32
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Head:
-    """Output vectors of the vocabulary, and what a model does to their products with its hidden states.
+    """Output embedding of the vocabulary, with an optional bias, scale and cap.
 
-    Logits are z = scale * (hidden @ table.T) + bias, and softcap * tanh(z / softcap) where there is a cap. The scale
-    multiplies the product alone, as Granite's 1 / logits_scaling and Cohere's logit_scale do, which have no bias. The
-    policy's logits are the capped ones: they are what Q-values are read from.
+    Logits are z = scale * (hidden @ table.T) + bias, then softcap * tanh(z / softcap) if there is a cap. The scale
+    multiplies the product alone, like Granite's 1 / logits_scaling and Cohere's logit_scale, which have no bias.
+    Q-values are read from the capped logits.
 
     Attributes:
-        table: One output vector a token. Shape [V, D].
-        bias: Added to the scaled product; None: there is none, and no gradient of it. Shape [V].
-        softcap: Bound on the size of a logit; None: there is none.
-        scale: What the product is multiplied by.
+        table: One output vector per token. Shape [V, D].
+        bias: Added to the scaled product; None: no bias, hence no gradient. Shape [V].
+        softcap: Bound on the magnitude of a logit; None: unbounded.
+        scale: Multiplies the product.
     """
 
     table: Float[Array, "V D"]
@@ -29,9 +29,9 @@ class Head:
     scale: float = field(default=1.0, metadata={"static": True})
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float32[Array, "*N V"]:
-        """Computes logits of the tokens that come next, all at once (see `logprobs` for long texts).
+        """Computes next-token logits, all at once (see `logprobs` for long texts).
 
-        Products of bfloat16 inputs accumulate in float32, and everything that follows is float32.
+        bfloat16 inputs accumulate in float32, and everything after the product is float32.
 
         Args:
             hidden: Last hidden states. Shape [..., D].
@@ -39,9 +39,9 @@ class Head:
         Returns:
             Logits. Shape [..., V].
         """
-        # One row a token: a product of matrices, where XLA would transpose three dimensions on a CPU.
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = self.scale * jnp.einsum("nd,vd->nv", rows, self.table, preferred_element_type=jnp.float32)
+        # A plain matrix product: with more dimensions, XLA transposes first on a CPU.
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = self.scale * jnp.einsum("nd,vd->nv", flat, self.table, preferred_element_type=jnp.float32)
         if self.bias is not None:
             logits += self.bias.astype(jnp.float32)
         if self.softcap is not None:

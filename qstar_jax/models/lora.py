@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): x W + scale (x A) B, with A and B trained and W frozen.
 
-Parameters with an adapter are those of the base, and beside each adapted kernel a `lora` with the two matrices; layers
-are stacked along the first axis, as everywhere.
+An adapted model has the parameters of its base plus, next to each adapted kernel, a `lora` dictionary with the two
+matrices; layers are stacked along the first axis.
 """
 
 import math
@@ -21,12 +21,12 @@ _ADAPTER = "lora"  # the name under which flax's LoRALinear keeps its matrices, 
 
 @dataclass(frozen=True)
 class Lora:
-    """Shape of an adapter; hashable.
+    """Configuration of an adapter; hashable.
 
     Attributes:
         rank: Rank of each product A B.
         alpha: The product is scaled by alpha / rank.
-        targets: Linear layers that have one, as most families name them (`q_proj`, ...).
+        targets: Adapted linear layers, by the names most families use (`q_proj`, ...).
         rank_stabilised: Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
@@ -37,11 +37,11 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by."""
+        """Multiplies the product A B."""
         return self.alpha / self._divisor(self.rank)
 
     def alpha_for(self, rank: int) -> float:
-        """The alpha with which matrices of another rank have the same scale."""
+        """Returns the alpha that gives matrices of another rank the same scale."""
         return self.scale * self._divisor(rank)
 
     def _divisor(self, rank: int) -> float:
@@ -49,9 +49,9 @@ class Lora:
 
 
 class LoraLinear(nnx.LoRALinear):
-    """flax's layer with LoRA's scale; the adapter is float32, whatever the base is stored in.
+    """Flax's LoRALinear with a scale; the adapter is float32, whatever the dtype of the base.
 
-    A begins uniform in +-1/sqrt(inputs), as in PEFT, and B at 0, so that the layer begins as its base.
+    A is initialized uniformly in +-1/sqrt(inputs), as in PEFT, and B to 0, so the layer starts equal to its base.
     """
 
     def __init__(self, inputs: int, outputs: int, lora: Lora, *, dtype, rngs: nnx.Rngs, **kwargs):
@@ -74,13 +74,13 @@ class LoraLinear(nnx.LoRALinear):
 
 
 @dataclass(frozen=True)
-class Linears:
-    """How a model's linear layers are made: in its types, and with an adapter where one is asked for.
+class LinearFactory:
+    """Makes the linear layers of a model, with an adapter on the layers that have one.
 
     Attributes:
-        lora: Adapter of the layers that it names; None: plain layers.
-        dtype: Type of the products.
-        param_dtype: Type in which kernels and biases are stored.
+        lora: The adapter; None: plain layers.
+        dtype: Dtype of the products.
+        param_dtype: Dtype of kernels and biases.
     """
 
     lora: Lora | None
@@ -88,7 +88,7 @@ class Linears:
     param_dtype: jnp.dtype
 
     def __call__(self, name: str, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
-        """Makes the layer that adapters call `name`."""
+        """Makes a layer, called `name` in `Lora.targets`."""
         common = {"use_bias": bias, "dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
         if self.lora is not None and name in self.lora.targets:
             return LoraLinear(inputs, outputs, self.lora, **common)
@@ -96,13 +96,13 @@ class Linears:
 
 
 def split_adapter(params: Params) -> tuple[Params, Params]:
-    """Takes parameters apart.
+    """Splits parameters into base and adapter.
 
     Args:
-        params: With or without an adapter.
+        params: Parameters with or without an adapter.
 
     Returns:
-        (base, adapter): two trees over the same paths; the second is empty where there is no adapter.
+        (base, adapter): two trees over the same paths; the second is empty without an adapter.
     """
     base, adapter = {}, {}
     for name, value in params.items():
@@ -118,21 +118,20 @@ def split_adapter(params: Params) -> tuple[Params, Params]:
 
 
 def attach_adapter(base: Params, adapter: Params) -> Params:
-    """Puts together what `split_adapter` took apart."""
-    both = base | adapter
-    inner = {name: attach_adapter(base[name], adapter[name]) for name in adapter if name in base}
-    return both | inner
+    """Inverts `split_adapter`."""
+    merged = {name: attach_adapter(base[name], adapter[name]) for name in adapter if name in base}
+    return base | adapter | merged
 
 
 def merge_adapter(params: Params, lora: Lora) -> Params:
-    """Folds the adapter into its base: W + scale A B, computed in float32.
+    """Merges the adapter into its base: W + scale A B, computed in float32.
 
     Args:
         params: Parameters with an adapter.
-        lora: Its shape.
+        lora: Configuration of the adapter.
 
     Returns:
-        Parameters of the plain model, in the type of the base.
+        Parameters of the plain model, in the dtype of the base.
     """
     merged = {}
     for name, value in params.items():

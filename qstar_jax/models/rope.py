@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864), and the ways in which they are stretched for long contexts."""
+"""Rotary position embeddings (arXiv 2104.09864) and their scalings for long contexts."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from jaxtyping import Array, Float, Int
 
 
 class Scaling(Protocol):
-    """How rotary frequencies are stretched; the fields are named as in config.json."""
+    """Scales rotary frequencies; fields are named as in config.json."""
 
     @property
     def attention_scale(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Multiplies cosines and sines."""
 
     def stretch(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
-        """Returns the stretched frequencies, in radians a token."""
+        """Returns the scaled frequencies, in radians per token."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Divides the low frequencies only, with a smooth passage (Llama 3.1, arXiv 2407.21783).
+    """Divides low frequencies only, with a smooth transition (Llama 3.1, arXiv 2407.21783).
 
     Attributes:
-        factor: The stretch.
-        low_freq_factor: Wavelengths above original_max_position_embeddings / low_freq_factor are stretched fully.
-        high_freq_factor: Those below original_max_position_embeddings / high_freq_factor are left alone.
-        original_max_position_embeddings: Context length before the stretch, in tokens.
+        factor: The scaling factor.
+        low_freq_factor: Wavelengths above original_max_position_embeddings / low_freq_factor are fully scaled.
+        high_freq_factor: Those below original_max_position_embeddings / high_freq_factor are unchanged.
+        original_max_position_embeddings: Context length before scaling, in tokens.
     """
 
     factor: float
@@ -53,7 +53,8 @@ class Llama3:
 
     def stretch(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
         """See `Scaling`."""
-        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)  # in the original context
+        # Interpolate by the number of turns that a frequency makes within the original context.
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         smooth = np.clip(smooth, 0.0, 1.0)
         return (1 - smooth) * frequencies / self.factor + smooth * frequencies
@@ -61,17 +62,18 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Divides frequencies by their number of turns in the original context (arXiv 2309.00071).
+    """Scales frequencies by their number of turns in the original context (YaRN, arXiv 2309.00071).
 
     Attributes:
-        factor: The stretch.
-        original_max_position_embeddings: Context length before the stretch, in tokens.
-        attention_factor: What cosines and sines are multiplied by; None: 0.1 ln(factor) + 1, see `mscale`.
-        beta_fast: Dimensions with more turns are left alone.
-        beta_slow: Dimensions with fewer turns are stretched fully.
-        mscale: With `mscale_all_dim`: the attention factor is (0.1 mscale ln(factor) + 1) over the same of that.
+        factor: The scaling factor.
+        original_max_position_embeddings: Context length before scaling, in tokens.
+        attention_factor: Multiplies cosines and sines; None: 0.1 ln(factor) + 1, but see `mscale`.
+        beta_fast: Dimensions with more turns are unchanged.
+        beta_slow: Dimensions with fewer turns are fully scaled.
+        mscale: If `mscale_all_dim` is set too, the attention factor is the ratio of 0.1 mscale ln(factor) + 1 to
+            0.1 mscale_all_dim ln(factor) + 1.
         mscale_all_dim: See `mscale`.
-        truncate: Whether the bounds between dimensions are rounded outwards.
+        truncate: Whether the bounds of the transition are rounded outwards to whole dimensions.
     """
 
     factor: float
@@ -100,9 +102,11 @@ class Yarn:
         """See `Scaling`."""
         pairs = len(frequencies)
 
-        def dimension(turns: float) -> float:  # whose frequency makes so many turns in the original context
+        # The (fractional) dimension whose frequency makes this many turns within the original context.
+        def dimension(turns: float) -> float:
             return pairs * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
 
+        # Leave dimensions before `low` unchanged, scale those after `high`, and interpolate in between.
         low, high = dimension(self.beta_fast), dimension(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -113,14 +117,14 @@ class Yarn:
 
 @dataclass(frozen=True)
 class LongRope:
-    """Divides each frequency by a number of its own, another one for long texts (arXiv 2402.13753).
+    """Divides each frequency by its own factor, with a second set of factors for long texts (arXiv 2402.13753).
 
     Attributes:
-        short_factor: A divisor for each frequency, for texts of at most `original_max_position_embeddings` tokens.
-        long_factor: The same for longer ones.
-        original_max_position_embeddings: Context length before the stretch, in tokens.
-        factor: The stretch, from which the attention factor follows.
-        attention_factor: What cosines and sines are multiplied by; None: sqrt(1 + ln(factor) / ln(original ...)).
+        short_factor: Divisor of each frequency for texts of at most `original_max_position_embeddings` tokens.
+        long_factor: The same for longer texts.
+        original_max_position_embeddings: Context length before scaling, in tokens.
+        factor: The scaling factor, which determines the default of `attention_factor`.
+        attention_factor: Multiplies cosines and sines; None: sqrt(1 + ln(factor) / ln(original context)).
     """
 
     short_factor: tuple[float, ...]
@@ -139,7 +143,7 @@ class LongRope:
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
 
     def stretch(self, frequencies: np.ndarray, theta: float, long: bool = False) -> np.ndarray:
-        """See `Scaling`; `long` says of which texts."""
+        """See `Scaling`; `long` selects the long factors."""
         return frequencies / np.array(self.long_factor if long else self.short_factor)
 
 
@@ -152,8 +156,8 @@ class Rope:
 
     Attributes:
         theta: Base of the geometric series of frequencies.
-        fraction: Share of a head's dimensions that is rotated, from the first on.
-        scaling: Stretch for long contexts.
+        fraction: Fraction of the dimensions of a head that is rotated, starting with the first.
+        scaling: Scaling for long contexts.
     """
 
     theta: float
@@ -161,14 +165,14 @@ class Rope:
     scaling: Scaling | None = None
 
     def frequencies(self, head_dim: int, long: bool = False) -> np.ndarray:
-        """Rotary frequencies in radians a token, one for each pair of dimensions.
+        """Computes the rotary frequencies in radians per token, one for each pair of dimensions.
 
         Args:
             head_dim: Width of a head.
             long: Whether texts are longer than longrope's original context.
 
         Returns:
-            Frequencies, float64. Shape [F], half of the dimensions that are rotated.
+            Float64 frequencies. Shape [F], where F is half of the number of rotated dimensions.
         """
         rotated = int(head_dim * self.fraction)
         frequencies = self.theta ** -(np.arange(0, rotated, 2) / rotated)
@@ -181,12 +185,12 @@ Rotation = tuple[Float[Array, "B S F"], Float[Array, "B S F"]]  # cosines and si
 
 
 def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"], long: bool = False) -> Rotation:
-    """Cosines and sines of positions, float32; they carry the scaling's attention factor.
+    """Computes float32 cosines and sines of positions, including the attention factor of the scaling.
 
     Args:
-        rope: Frequencies and stretch.
+        rope: Frequencies and scaling.
         head_dim: Width of a head.
-        positions: In tokens. Shape [B, S].
+        positions: Positions in tokens. Shape [B, S].
         long: Whether texts are longer than longrope's original context.
 
     Returns:
@@ -198,15 +202,16 @@ def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"], long: bool
     return (cos, sin) if scale == 1 else (scale * cos, scale * sin)
 
 
-def no_rotation(like: Rotation) -> Rotation:
-    """What leaves vectors as they are, exactly."""
+def identity_rotation(like: Rotation) -> Rotation:
+    """Returns the rotation that leaves vectors exactly as they are."""
     return jnp.ones_like(like[0]), jnp.zeros_like(like[1])
 
 
 def rotate(x: Float[Array, "B S H D"], rotation: Rotation) -> Float[Array, "B S H D"]:
-    """Rotates dimension i of each head with i + F, as Hugging Face stores them; dimensions from 2 F on stay."""
-    cos, sin = (part[:, :, None] for part in rotation)
+    """Rotates dimensions i and i + F of each head, the layout of Hugging Face; dimensions from 2 F on are unchanged."""
+    cos, sin = (factor[:, :, None] for factor in rotation)
     width = 2 * cos.shape[-1]
+    # Rotate in float32: bfloat16 would lose the low frequencies at large positions.
     left, right = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
     return rotated if width == x.shape[-1] else jnp.concatenate([rotated, x[..., width:]], axis=-1)

@@ -1,4 +1,4 @@
-"""Rotary positions in config.json, as transformers 5 writes them (`rope_parameters`) and as earlier versions did."""
+"""Rotary positions in config.json, in the format of transformers 5 (`rope_parameters`) and in older formats."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -20,46 +20,46 @@ def read_rope(
     original: int | None = None,
     aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> Rope:
-    """Reads the rotary positions of a model whose layers all have the same.
+    """Reads the rotary positions of a model in which all layers share them.
 
     Args:
         keys: The config.json.
-        theta: The base where none is given.
-        theta_keys: Older keys of the base, beside `rope_scaling`.
-        fraction: The share of rotated dimensions where none is given.
-        fraction_keys: Older keys of that share; none: the family rotates all of them, always.
-        original: The context before a stretch where none is given; None: `max_position_embeddings`.
-        aliases: Other names of types of scaling.
+        theta: Default base.
+        theta_keys: Older keys of the base, at the top level.
+        fraction: Default fraction of rotated dimensions.
+        fraction_keys: Older keys of that fraction; empty: the family always rotates all dimensions.
+        original: Default of the context before scaling; None: `max_position_embeddings`.
+        aliases: Other names of scaling types.
 
     Raises:
-        InputError: If the older and the newer keys contradict each other, or the scaling is not known, lacks a
-            parameter or has one too many.
+        InputError: If older and newer keys contradict each other, or the scaling is unknown, lacks a parameter or has
+            an unknown one.
     """
     old, new = (rope_dictionary(keys, name, aliases) for name in ("rope_scaling", "rope_parameters"))
-    found = merged(old, new, "rope_scaling", "rope_parameters")
-    share = _one(found, "partial_rotary_factor", keys, fraction_keys or ("partial_rotary_factor",), fraction)
+    parameters = merge_formats(old, new, "rope_scaling", "rope_parameters")
+    share = _pop_value(parameters, "partial_rotary_factor", keys, fraction_keys or ("partial_rotary_factor",), fraction)
     if share != 1 and not fraction_keys:
         raise InputError(
             f"config.json: partial_rotary_factor is {share!r}; {keys.model_type} models rotate all dimensions of a head"
         )
-    base = _one(found, "rope_theta", keys, theta_keys, theta)
-    return make_rope(keys, found, theta=base, fraction=share, original=original)
+    base = _pop_value(parameters, "rope_theta", keys, theta_keys, theta)
+    return make_rope(keys, parameters, theta=base, fraction=share, original=original)
 
 
 def make_rope(
     keys: Keys, parameters: Mapping[str, Any], *, theta: float, fraction: float = 1.0, original: int | None = None
 ) -> Rope:
-    """Makes rotary positions of a dictionary such as `rope_dictionary` returns.
+    """Makes rotary positions from a dictionary returned by `rope_dictionary`.
 
     Args:
-        keys: The config.json, for what its other keys say of contexts.
-        parameters: The dictionary; a theta of its own goes first.
+        keys: The config.json, whose other keys determine context lengths.
+        parameters: The dictionary; its `rope_theta` takes precedence over `theta`.
         theta: The base.
-        fraction: The share of rotated dimensions.
+        fraction: Fraction of rotated dimensions.
         original: See `read_rope`.
 
     Raises:
-        InputError: If the scaling is not known, lacks a parameter or has one too many.
+        InputError: If the scaling is unknown, lacks a parameter or has an unknown one.
     """
     parameters = dict(parameters)
     theta = parameters.pop("rope_theta", theta)
@@ -73,7 +73,7 @@ def make_rope(
 def write_rope(
     rope: Rope, *, theta_keys: Sequence[str] = ("rope_theta",), fraction_keys: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Returns the keys of config.json that `read_rope` reads, in the older form and in that of transformers 5."""
+    """Returns the keys that `read_rope` reads, in the older format and in that of transformers 5."""
     scaling = scaling_keys(rope.scaling)
     new = (scaling or {"rope_type": "default"}) | {"rope_theta": rope.theta}
     if fraction_keys:
@@ -83,28 +83,28 @@ def write_rope(
 
 
 def scaling_keys(scaling: Scaling | None) -> dict[str, Any] | None:
-    """Returns a scaling as the dictionary that config.json holds."""
+    """Returns a scaling in the format of config.json."""
     if scaling is None:
         return None
-    kind = next(kind for kind, known in SCALINGS.items() if isinstance(scaling, known))
+    kind = next(kind for kind, cls in SCALINGS.items() if isinstance(scaling, cls))
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(scaling).items()}
     return {"rope_type": kind} | {name: value for name, value in values.items() if value is not None}
 
 
 def rope_dictionary(keys: Keys, name: str, aliases: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
-    """Reads `rope_scaling` or `rope_parameters` without what is null; empty where there is none.
+    """Reads `rope_scaling` or `rope_parameters` without its null values; empty if the key is missing.
 
     Raises:
-        InputError: If it is no object.
+        InputError: If it is not an object.
     """
-    found = keys.get(name)
-    if found is None:
+    value = keys.get(name)
+    if value is None:
         return {}
-    if not isinstance(found, dict):
-        raise InputError(f"config.json: {name} is {found!r}; expected an object such as {{'rope_type': 'default'}}")
-    rope = {key: value for key, value in found.items() if value is not None}
-    older = rope.pop("type", None)  # the name that `rope_type` had before transformers 4.45
-    kind = rope.get("rope_type", older)
+    if not isinstance(value, dict):
+        raise InputError(f"config.json: {name} is {value!r}; expected an object such as {{'rope_type': 'default'}}")
+    rope = {key: value for key, value in value.items() if value is not None}
+    old_type = rope.pop("type", None)  # the name of `rope_type` before transformers 4.45
+    kind = rope.get("rope_type", old_type)
     if kind is None:
         return rope
     if not isinstance(kind, str):
@@ -112,8 +112,8 @@ def rope_dictionary(keys: Keys, name: str, aliases: Mapping[str, str] = MappingP
     return rope | {"rope_type": aliases.get(kind, kind)}
 
 
-def merged(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> dict[str, Any]:
-    """One dictionary of two that say the same in an older and a newer form.
+def merge_formats(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> dict[str, Any]:
+    """Merges the dictionaries of the older and the newer format.
 
     Raises:
         InputError: If they contradict each other.
@@ -123,14 +123,14 @@ def merged(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: st
     return old | new
 
 
-def _one(found: dict[str, Any], name: str, keys: Keys, older: Sequence[str], default: float) -> Any:
-    """A value that stands inside `rope_parameters`, or under an older key, or in several places the same."""
-    places = {name + " inside rope_parameters": found.pop(name, None)} | {key: keys.get(key) for key in older}
-    told = {place: value for place, value in places.items() if value is not None}
-    if len(set(map(repr, map(_as_float, told.values())))) > 1:
-        said = ", ".join(f"{place} {value!r}" for place, value in told.items())
-        raise InputError(f"config.json: {said} differ; keep one of them")
-    return next(iter(told.values()), default)
+def _pop_value(parameters: dict[str, Any], name: str, keys: Keys, old_keys: Sequence[str], default: float) -> Any:
+    """Takes a value out of `rope_parameters`, or reads it from older keys; all that are set must agree."""
+    places = {name + " inside rope_parameters": parameters.pop(name, None)} | {key: keys.get(key) for key in old_keys}
+    values = {place: value for place, value in places.items() if value is not None}
+    if len(set(map(repr, map(_as_float, values.values())))) > 1:
+        listing = ", ".join(f"{place} {value!r}" for place, value in values.items())
+        raise InputError(f"config.json: {listing} differ; keep one of them")
+    return next(iter(values.values()), default)
 
 
 def _as_float(value: Any) -> Any:
@@ -140,58 +140,60 @@ def _as_float(value: Any) -> Any:
 def _scaling(parameters: dict[str, Any], keys: Keys, original: int | None) -> Scaling | None:
     kind = parameters.pop("rope_type", "default")
     if kind != "default" and kind not in SCALINGS:
-        known = ", ".join(SCALINGS)
-        raise InputError(f"config.json: rotary scaling of type {kind!r}; expected default, {known}")
+        raise InputError(f"config.json: rotary scaling of type {kind!r}; expected default, {', '.join(SCALINGS)}")
+
+    # Fill in the defaults of transformers. Default and linear scaling do not use the original context.
     if kind in ("default", "linear"):
-        # What they were stretched from is written down, and used by nobody.
         parameters.pop("original_max_position_embeddings", None)
     else:
-        _complete(parameters, kind, keys, original)
-    wanted = {} if kind == "default" else {field.name: field for field in fields(SCALINGS[kind])}
-    missing = [name for name, field in wanted.items() if field.default is MISSING and name not in parameters]
+        _add_defaults(parameters, kind, keys, original)
+
+    # The parameters must be exactly the fields of the class.
+    expected = {} if kind == "default" else {field.name: field for field in fields(SCALINGS[kind])}
+    missing = [name for name, field in expected.items() if field.default is MISSING and name not in parameters]
     if missing:
         raise InputError(f"config.json: rotary scaling of type {kind!r} has no {missing[0]} (found: {parameters})")
-    unknown = parameters.keys() - wanted.keys()
+    unknown = parameters.keys() - expected.keys()
     if unknown:
         name = min(unknown)
         raise InputError(
-            f"config.json: rotary scaling of type {kind!r} has {name} {parameters[name]!r}, which is not built here "
-            f"(it has {', '.join(wanted) or 'no parameters'})"
+            f"config.json: rotary scaling of type {kind!r} has {name} {parameters[name]!r}, which is not supported "
+            f"(supported: {', '.join(expected) or 'no parameters'})"
         )
-    return None if kind == "default" else SCALINGS[kind](**{name: _value(name, x) for name, x in parameters.items()})
+    return None if kind == "default" else SCALINGS[kind](**{name: _checked(name, x) for name, x in parameters.items()})
 
 
-def _complete(parameters: dict[str, Any], kind: str, keys: Keys, original: int | None):
-    """Adds what transformers takes for parameters that are not there."""
+def _add_defaults(parameters: dict[str, Any], kind: str, keys: Keys, original: int | None):
+    """Adds missing parameters as transformers does."""
     name = "original_max_position_embeddings"
-    inside, beside = parameters.get(name), keys.get(name)
-    if None not in (inside, beside) and inside != beside:
-        raise InputError(f"config.json: {name} is {beside!r}, and {inside!r} in the rotary scaling; keep one of them")
-    given = [value for value in (inside, beside, original) if value is not None]
-    parameters[name] = given[0] if given else keys.size("max_position_embeddings")
+    inside, outside = parameters.get(name), keys.get(name)
+    if None not in (inside, outside) and inside != outside:
+        raise InputError(f"config.json: {name} is {outside!r}, but {inside!r} in the rotary scaling; keep one of them")
+    values = [value for value in (inside, outside, original) if value is not None]
+    parameters[name] = values[0] if values else keys.size("max_position_embeddings")
     if kind in ("yarn", "longrope") and "factor" not in parameters:
         check_number(name, parameters[name])
         parameters["factor"] = keys.size("max_position_embeddings") / parameters[name]
 
 
-def _value(name: str, found: Any) -> Any:
-    if name.endswith("_factor") and isinstance(found, list):
-        for number in found:
+def _checked(name: str, value: Any) -> Any:
+    if name.endswith("_factor") and isinstance(value, list):
+        for number in value:
             check_number(name, number)
-        return tuple(map(float, found))
+        return tuple(map(float, value))
     if name == "truncate":
-        if type(found) is not bool:
-            raise InputError(f"config.json: truncate is {found!r}; expected true or false")
-        return found
-    check_number(name, found)
-    return found
+        if type(value) is not bool:
+            raise InputError(f"config.json: truncate is {value!r}; expected true or false")
+        return value
+    check_number(name, value)
+    return value
 
 
 def check_widths(rope: Rope, head_dim: int):
-    """Refuses rotary positions that do not fit the heads.
+    """Checks that rotary positions fit the heads.
 
     Raises:
-        InputError: If an odd number of dimensions is rotated, or a list of factors has another length.
+        InputError: If an odd number of dimensions is rotated, or a list of factors has the wrong length.
     """
     rotated = int(head_dim * rope.fraction)
     if rotated < 2 or rotated % 2:

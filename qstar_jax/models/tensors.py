@@ -1,7 +1,7 @@
-"""Where a parameter lies in a Hugging Face file: a table that reader, writer and PEFT share.
+"""Layout of parameters in Hugging Face files, shared by the reader, the writer and PEFT.
 
-Every layout is a pair of inverse functions: `Tensor.read` takes a parameter, or a device's piece of it, out of a stored
-tensor, and `join` makes the stored tensor of all the parameters that lie in it.
+Each layout has two inverse functions: `Tensor.read` slices a parameter, or one device's shard of it, out of a stored
+tensor, and `join` assembles a stored tensor from the parameters in it.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the outputs of a fused layer: the outputs `start` to `stop` of each of `groups` groups of `size`.
+    """Part of the outputs of a fused layer: outputs `start` to `stop` of each of `groups` groups of `size` outputs.
 
     Attributes:
-        start: First output in a group.
-        stop: The one behind the last.
-        size: Outputs of a group.
-        groups: How many groups there are; 1 where the parts simply follow each other.
+        start: First output in each group.
+        stop: End of the outputs in each group, exclusive.
+        size: Outputs per group.
+        groups: Number of groups; 1 where the parts are simply concatenated.
     """
 
     start: int
@@ -28,22 +28,22 @@ class Part:
 
     @property
     def outputs(self) -> int:
-        """How many outputs the fused layer has."""
+        """Number of outputs of the fused layer."""
         return self.groups * self.size
 
-    def rows(self) -> np.ndarray:
-        """Indices of the part's outputs among those of the fused layer, ascending."""
+    def indices(self) -> np.ndarray:
+        """Returns the indices of these outputs among those of the fused layer, ascending."""
         return np.arange(self.outputs).reshape(self.groups, self.size)[:, self.start : self.stop].ravel()
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Place and layout of a parameter.
+    """Name and layout of a stored parameter.
 
     Attributes:
-        name: The tensor's name. "{layer}" stands for one tensor a layer; here they are stacked along the first axis.
-        transposed: Whether it is stored as [outputs, inputs], as torch does it; kernels are [inputs, outputs] here.
-        part: Which outputs are the parameter's, where several parameters are stored in one tensor.
+        name: Name of the tensor; "{layer}" stands for one tensor per layer, which are stacked along the first axis.
+        transposed: Whether it is stored as [outputs, inputs], as in torch; kernels are [inputs, outputs] here.
+        part: The outputs that belong to the parameter, if several parameters share the tensor.
     """
 
     name: str
@@ -52,77 +52,77 @@ class Tensor:
 
     @property
     def in_layers(self) -> bool:
-        """Whether there is one for each layer."""
+        """Whether there is one tensor per layer."""
         return "{layer}" in self.name
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the stored tensor, from the parameter's (in one layer)."""
+        """Returns the shape of the stored tensor, given that of the parameter (of one layer)."""
         if self.part is not None:
             shape = (*shape[:-1], self.part.outputs)
         return shape[::-1] if self.transposed else shape
 
     def read(self, stored, index: tuple[slice, ...]) -> np.ndarray:
-        """Takes a piece of the parameter out of the stored tensor.
+        """Reads a slice of the parameter from the stored tensor.
 
         Args:
-            stored: The tensor, or what reads its bytes when it is indexed with slices.
-            index: The piece, as slices with a start and a stop along the parameter's axes.
+            stored: The tensor, or an object that reads its bytes when indexed with slices.
+            index: Slices with a start and a stop along the axes of the parameter.
 
         Returns:
-            The piece.
+            The slice.
         """
         if self.part is None:
-            return self._sliced(stored, index)
-        rows = self.part.rows()[index[-1]]
-        # Files are read in whole ranges: what lies between a part's rows is read, and dropped here.
-        first, last = (rows[0], rows[-1] + 1) if len(rows) else (0, 0)
-        return self._sliced(stored, (*index[:-1], slice(int(first), int(last))))[..., rows - first]
+            return self._slice(stored, index)
+        # Files are read in whole ranges: read what lies between the outputs of the part too, and drop it.
+        outputs = self.part.indices()[index[-1]]
+        first, last = (outputs[0], outputs[-1] + 1) if len(outputs) else (0, 0)
+        return self._slice(stored, (*index[:-1], slice(int(first), int(last))))[..., outputs - first]
 
-    def _sliced(self, stored, index: tuple[slice, ...]) -> np.ndarray:
+    def _slice(self, stored, index: tuple[slice, ...]) -> np.ndarray:
         return stored[index[::-1]].T if self.transposed else stored[index]
 
 
 def join(parts: Sequence[tuple[Tensor, np.ndarray]]) -> np.ndarray:
-    """Makes a stored tensor of all parameters that lie in it.
+    """Assembles a stored tensor from all parameters in it.
 
     Args:
-        parts: Each with its place; all have the same name.
+        parts: (layout, parameter) pairs, all with the same tensor name.
 
     Returns:
-        The tensor as it lies in a file, contiguous.
+        The tensor as stored, contiguous.
     """
     tensor, value = parts[0]
     if tensor.part is not None:
         value = np.empty((*value.shape[:-1], tensor.part.outputs), value.dtype)
-        for other, own in parts:
-            value[..., other.part.rows()] = own
+        for layout, parameter in parts:
+            value[..., layout.part.indices()] = parameter
     return np.ascontiguousarray(value.T if tensor.transposed else value)
 
 
 def linear(path: str, name: str, bias: bool, *, part: Part | None = None, transposed: bool = True) -> dict[str, Tensor]:
-    """The tensors of a linear layer.
+    """Returns the tensors of a linear layer.
 
     Args:
-        path: Of its parameters here.
-        name: Of the layer in the file.
+        path: Path of its parameters.
+        name: Name of the layer in the file.
         bias: Whether it has a bias.
-        part: Of a fused layer.
-        transposed: False for GPT-2's layers, which are stored as [inputs, outputs].
+        part: Its part of a fused layer.
+        transposed: False for the layers of GPT-2, which are stored as [inputs, outputs].
     """
-    found = {f"{path}/kernel": Tensor(f"{name}.weight", transposed, part)}
-    return found | ({f"{path}/bias": Tensor(f"{name}.bias", part=part)} if bias else {})
+    tensors = {f"{path}/kernel": Tensor(f"{name}.weight", transposed, part)}
+    return tensors | ({f"{path}/bias": Tensor(f"{name}.bias", part=part)} if bias else {})
 
 
 def norm(path: str, name: str, bias: bool = False) -> dict[str, Tensor]:
-    """The tensors of a norm; arguments as those of `linear`."""
+    """Returns the tensors of a norm; arguments as for `linear`."""
     return {f"{path}/scale": Tensor(f"{name}.weight")} | ({f"{path}/bias": Tensor(f"{name}.bias")} if bias else {})
 
 
 def fused(*sizes: int) -> list[Part]:
-    """The parts of a fused layer whose outputs simply follow each other.
+    """Returns the parts of a fused layer that concatenates its outputs.
 
     Args:
-        *sizes: Outputs of each part.
+        *sizes: Number of outputs of each part.
     """
     ends = np.cumsum(sizes).tolist()
     return [Part(stop - size, stop, ends[-1]) for size, stop in zip(sizes, ends, strict=True)]

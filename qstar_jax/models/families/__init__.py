@@ -1,6 +1,6 @@
-"""Families of decoders, one short file each: a `FAMILY` that says how Hugging Face stores its models.
+"""Model families, one short file each, whose `FAMILY` describes how Hugging Face stores its models.
 
-To add one, add a file; the network, reader, writer and adapters need to know nothing of it.
+To add a family, add a file; the network, the reader, the writer and the adapters need no change.
 """
 
 import pkgutil
@@ -11,5 +11,5 @@ from qstar_jax.models.family import Family
 # model_type of config.json -> the family
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (import_module(f"{__name__}.{found.name}").FAMILY for found in pkgutil.iter_modules(__path__))
+    for family in (import_module(f"{__name__}.{module.name}").FAMILY for module in pkgutil.iter_modules(__path__))
 }

@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and behind each part, a window in every other layer, caps of scores and logits."""
+"""Gemma 2: norms before and after attention and MLP, a window in every other layer, caps on scores and logits."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from qstar_jax.models.family import (
 from qstar_jax.models.rope_keys import read_rope, write_rope
 from qstar_jax.models.tensors import Tensor
 
-# Gemma calls the norm of what attention gives as Llama calls the norm of what the MLP takes.
+# post_attention_layernorm is the norm after attention here, but the norm before the MLP in Llama.
 _NORMS = {
     "attention_norm": "input_layernorm",
     "attention_out_norm": "post_attention_layernorm",
@@ -28,7 +28,7 @@ _NORMS = {
 
 
 def tensors(config: DecoderConfig) -> dict[str, Tensor]:
-    """The tensors of Gemma 2 and 3."""
+    """Returns the tensors of Gemma 2 and 3."""
     return standard_tensors(config, _NORMS)
 
 
@@ -37,7 +37,7 @@ def _read(keys: Keys) -> DecoderConfig:
     return DecoderConfig(
         **read_common(keys, context=8192, kv_heads=4),
         layers=with_windows([rope] * len(sliding), sliding, read_window(keys, 4096)),
-        norm_places="sandwich",
+        norm_placement="sandwich",
         activation=read_activation(keys),
         attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
         score_softcap=read_cap(keys, "attn_logit_softcapping", 50.0),
@@ -46,7 +46,7 @@ def _read(keys: Keys) -> DecoderConfig:
 
 
 def write_common(config: DecoderConfig) -> dict[str, Any]:
-    """The keys that Gemma 2 and 3 share."""
+    """Returns the keys that Gemma 2 and 3 share."""
     return (
         write_shape(config)
         | write_windows(config)
@@ -61,7 +61,7 @@ def write_common(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _whole(number: float) -> float | int:
-    """A number that is whole but for rounding as such: transformers 5 takes no other."""
+    """Rounds a number that is whole up to rounding errors: transformers 5 accepts whole numbers only."""
     return round(number) if abs(number - round(number)) < 1e-6 else number
 
 

@@ -1,4 +1,4 @@
-"""Gemma 3: local layers with a window and rotary positions of their own; of multimodal folders the text's decoder."""
+"""Gemma 3, or the decoder of a multimodal one: local layers have a window and their own rotary positions."""
 
 from typing import Any
 
@@ -9,26 +9,27 @@ from qstar_jax.models.families.gemma import read_activation, read_common
 from qstar_jax.models.families.gemma2 import tensors, write_common
 from qstar_jax.models.family import FULL, SLIDING, Family, read_cap, read_layer_types, read_window, with_windows
 from qstar_jax.models.rope import Rope
-from qstar_jax.models.rope_keys import make_rope, merged, rope_dictionary, scaling_keys, write_rope
+from qstar_jax.models.rope_keys import make_rope, merge_formats, rope_dictionary, scaling_keys, write_rope
 
-# Multimodal folders leave out of `text_config` whatever is as in transformers' class.
+# Multimodal folders omit from `text_config` whatever equals the defaults of transformers.
 _SIZES = {"vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8}
 _LAYERS = 26
 
 
 def _ropes(keys: Keys) -> dict[str, Rope]:
-    """Rotary positions by type of layer; the older keys scale those of full layers only."""
+    """Reads rotary positions by type of layer; the older keys scale those of full layers only."""
     new = keys.get("rope_parameters") or {}
     if not isinstance(new, dict) or not set(new) <= {SLIDING, FULL}:
         raise InputError(f"config.json: rope_parameters is {new!r}; expected an object with {SLIDING} and {FULL}")
     inner = {kind: rope_dictionary(Keys(new), kind) for kind in (SLIDING, FULL)}
-    inner[FULL] = merged(rope_dictionary(keys, "rope_scaling"), inner[FULL], "rope_scaling", f"rope_parameters.{FULL}")
+    old_scaling = rope_dictionary(keys, "rope_scaling")
+    inner[FULL] = merge_formats(old_scaling, inner[FULL], "rope_scaling", f"rope_parameters.{FULL}")
     thetas = {SLIDING: ("rope_local_base_freq", 10_000.0), FULL: ("rope_theta", 1_000_000.0)}
     ropes = {}
     for kind, (name, default) in thetas.items():
         theta = keys.number(name, inner[kind].get("rope_theta", default))
         if inner[kind].get("rope_theta", theta) != theta:
-            raise InputError(f"config.json: {name} is {theta!r}, and rope_parameters say otherwise; keep one of them")
+            raise InputError(f"config.json: {name} is {theta!r} and differs from rope_parameters; keep one of them")
         ropes[kind] = make_rope(keys, inner[kind], theta=theta)
     return ropes
 
@@ -41,11 +42,11 @@ def _layers(keys: Keys) -> tuple[LayerKind, ...]:
 
 
 def _read(keys: Keys) -> DecoderConfig:
-    keys.only("attn_logit_softcapping", None)  # transformers has the key, and never caps the scores
+    keys.expect("attn_logit_softcapping", None)  # transformers has the key, but never caps the scores
     return DecoderConfig(
         **read_common(keys, context=131_072, kv_heads=4, sizes=_SIZES),
         layers=_layers(keys),
-        norm_places="sandwich",
+        norm_placement="sandwich",
         qk_norm="head",
         activation=read_activation(keys),
         attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
@@ -65,7 +66,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The text's part of a multimodal config.json; what the outer one says of it too must be the same."""
+    """Extracts the decoder's part of a multimodal config.json; keys at both levels must agree."""
     keys = Keys(config)
     inner = keys.get("text_config")
     if not isinstance(inner, dict) or inner.get("model_type", "gemma3_text") != "gemma3_text":
@@ -74,8 +75,8 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
         keys.get(name)
     tied = keys.flag("tie_word_embeddings", True)
     if inner.get("tie_word_embeddings", tied) is not tied:
-        raise InputError("config.json: tie_word_embeddings is one thing, and another in text_config; keep one of them")
-    return keys.others() | {"tie_word_embeddings": tied} | inner | {"model_type": "gemma3_text"}
+        raise InputError("config.json: tie_word_embeddings differs from that in text_config; keep one of them")
+    return keys.remaining() | {"tie_word_embeddings": tied} | inner | {"model_type": "gemma3_text"}
 
 
 FAMILY = Family(
@@ -87,6 +88,6 @@ FAMILY = Family(
     unwrap={"gemma3": _text_config},
     ignored=r"(^|\.)rotary_emb(_local)?\.inv_freq$",
     outside=r"^(model\.)?(vision_tower|multi_modal_projector)\.",
-    # Versions of transformers wrap the decoder as language_model.model.* or as model.language_model.*
+    # Depending on its version, transformers stores the decoder as language_model.model.* or model.language_model.*
     renamed=(r"^(?:language_model\.(?=(?:model|lm_head)\.)|(model\.)language_model\.)", r"\1"),
 )

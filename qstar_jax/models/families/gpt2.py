@@ -10,10 +10,10 @@ from qstar_jax.models.tensors import Tensor, fused, linear, norm
 
 
 def _read(keys: Keys) -> DecoderConfig:
-    keys.only("scale_attn_weights", True)
-    keys.only("scale_attn_by_inverse_layer_idx", False)
-    keys.only("reorder_and_upcast_attn", False)
-    keys.only("add_cross_attention", False)
+    keys.expect("scale_attn_weights", True)
+    keys.expect("scale_attn_by_inverse_layer_idx", False)
+    keys.expect("reorder_and_upcast_attn", False)
+    keys.expect("add_cross_attention", False)
     heads, width = keys.size("n_head"), keys.size("n_embd")
     return DecoderConfig(
         vocab_size=keys.size("vocab_size"),
@@ -75,6 +75,6 @@ FAMILY = Family(
     _read,
     _write,
     _tensors,
-    ignored=r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$",  # masks of older files
-    renamed=(r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),  # the hub's files have no prefix
+    ignored=r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$",  # masks in older files
+    renamed=(r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),  # files on the Hub have no prefix
 )

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia, which the paper trains: parallel residuals, LayerNorm, a quarter of each head rotated."""
+"""GPT-NeoX and Pythia (the paper's model): parallel residuals, LayerNorm, a quarter of each head rotated."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def _tensors(config: DecoderConfig) -> dict[str, Tensor]:
     tensors |= norm("norm", "gpt_neox.final_layer_norm", bias=True)
     tensors |= norm("layers/attention_norm", layer + "input_layernorm", bias=True)
     tensors |= norm("layers/mlp_norm", layer + "post_attention_layernorm", bias=True)
-    for number, part in enumerate("qkv"):  # each head's query, key and value lie together
+    for number, part in enumerate("qkv"):  # query, key and value of a head are adjacent
         place = Part(number * width, (number + 1) * width, 3 * width, groups=config.num_attention_heads)
         name = layer + "attention.query_key_value"
         tensors |= linear(f"layers/attention/{part}", name, config.qkv_bias, part=place)
@@ -77,7 +77,6 @@ FAMILY = Family(
     _read,
     _write,
     _tensors,
-    # Masks that older files hold.
-    ignored=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
+    ignored=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",  # masks in older files
     renamed=(r"^lm_head\.", "embed_out."),
 )

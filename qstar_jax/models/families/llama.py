@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1 and 3.2, SmolLM and SmolLM2, TinyLlama, DeepSeek's dense distillates, and many more."""
+"""Llama 2, 3, 3.1 and 3.2, SmolLM and SmolLM2, TinyLlama, the dense DeepSeek distillations, and many more."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from qstar_jax.models.rope_keys import read_rope, write_rope
 
 
 def _read(keys: Keys) -> DecoderConfig:
-    keys.only("rope_interleaved", False)  # of SmolLM2
-    keys.only("activation", "swiglu")  # of Falcon 3, beside hidden_act, which alone is read
+    keys.expect("rope_interleaved", False)  # SmolLM2
+    keys.expect("activation", "swiglu")  # Falcon 3; only hidden_act is read
     bias = keys.flag("attention_bias", False)
     return DecoderConfig(
         **read_shape(keys, context=2048),
@@ -23,9 +23,9 @@ def _read(keys: Keys) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    own = {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}
-    own |= {"hidden_act": activation_name(config.activation)}
-    return write_shape(config) | write_rope(config.layers[0].rope) | own
+    keys = {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}
+    keys |= {"hidden_act": activation_name(config.activation)}
+    return write_shape(config) | write_rope(config.layers[0].rope) | keys
 
 
 FAMILY = Family("llama", "LlamaForCausalLM", _read, _write, standard_tensors)

@@ -1,4 +1,4 @@
-"""Mistral 7B, whose first version has a window, Nemo and Small."""
+"""Mistral 7B (with a window in its first version), Nemo and Small."""
 
 from typing import Any
 
@@ -9,18 +9,17 @@ from qstar_jax.models.rope_keys import read_rope, write_rope
 
 
 def _read(keys: Keys) -> DecoderConfig:
-    window = read_window(keys, 4096)  # where the key is missing, there is one
     return DecoderConfig(
         **read_shape(keys, context=131_072, kv_heads=8),
-        layers=same_layers(keys, read_rope(keys, theta=10_000.0), window),
+        layers=same_layers(keys, read_rope(keys, theta=10_000.0), read_window(keys, 4096)),
         activation=keys.activation("hidden_act", "silu"),
     )
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
     kind = config.layers[0]
-    own = {"hidden_act": activation_name(config.activation), "sliding_window": kind.window}
-    return write_shape(config) | write_rope(kind.rope) | own
+    keys = {"hidden_act": activation_name(config.activation), "sliding_window": kind.window}
+    return write_shape(config) | write_rope(kind.rope) | keys
 
 
 FAMILY = Family("mistral", "MistralForCausalLM", _read, _write, standard_tensors)

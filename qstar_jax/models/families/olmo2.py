@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind attention and MLP, not before them, and norms of all queries and of all keys together."""
+"""OLMo 2: norms after attention and MLP instead of before, and norms over all queries and over all keys."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def _read(keys: Keys) -> DecoderConfig:
     return DecoderConfig(
         **read_shape(keys, context=2048, eps=1e-5),
         layers=same_layers(keys, read_rope(keys, theta=10_000.0)),
-        norm_places="post",
+        norm_placement="post",
         qk_norm="all",
         activation=keys.activation("hidden_act", "silu"),
         qkv_bias=bias,
@@ -25,8 +25,8 @@ def _read(keys: Keys) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    own = {"hidden_act": activation_name(config.activation), "attention_bias": config.o_bias}
-    return write_shape(config) | write_rope(config.layers[0].rope) | own
+    keys = {"hidden_act": activation_name(config.activation), "attention_bias": config.o_bias}
+    return write_shape(config) | write_rope(config.layers[0].rope) | keys
 
 
 def _tensors(config: DecoderConfig) -> dict[str, Tensor]:

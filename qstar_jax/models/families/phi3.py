@@ -1,4 +1,4 @@
-"""Phi 3, 3.5 and 4: fused layers, longrope, and Phi 4 mini's heads of which a part is rotated."""
+"""Phi 3, 3.5 and 4: fused layers, longrope, and partially rotated heads in Phi 4 mini."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ def _read(keys: Keys) -> DecoderConfig:
         theta=10_000.0,
         fraction_keys=_FRACTION,
         original=_CONTEXT,
-        aliases={"su": "longrope", "yarn": "longrope"},  # names that its first files had for it
+        aliases={"su": "longrope", "yarn": "longrope"},  # names in the first files
     )
-    keys.keep("original_max_position_embeddings")  # which longrope alone reads
-    keys.code("modeling_phi3.Phi3ForCausalLM")
-    for name in ("full_attn_mod", "interpolate_factor"):  # of Phi 4 mini
-        keys.only(name, 1)
+    keys.allow("original_max_position_embeddings")  # used by longrope only
+    keys.allow_code("modeling_phi3.Phi3ForCausalLM")
+    for name in ("full_attn_mod", "interpolate_factor"):  # Phi 4 mini
+        keys.expect(name, 1)
     return DecoderConfig(
         **read_shape(keys, context=_CONTEXT, eps=1e-5),
         layers=same_layers(keys, rope, read_window(keys, None)),
@@ -39,11 +39,11 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         context = scaling.original_max_position_embeddings
         keys["original_max_position_embeddings"] = context
         if scaling.attention_factor is None and scaling.factor == config.max_position_embeddings / context:
-            # transformers 4 refuses more than these three keys; with any other factor, it had better do so.
+            # transformers 4 accepts these three keys only; it must refuse any other factor.
             lists = {name: keys["rope_scaling"][name] for name in ("short_factor", "long_factor")}
             keys["rope_scaling"] = {"type": "longrope", **lists}
-    own = {"hidden_act": activation_name(config.activation), "sliding_window": kind.window}
-    return write_shape(config) | keys | own
+    keys |= {"hidden_act": activation_name(config.activation), "sliding_window": kind.window}
+    return write_shape(config) | keys
 
 
 def _tensors(config: DecoderConfig) -> dict[str, Tensor]:

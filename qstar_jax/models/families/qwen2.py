@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: biases of queries, keys and values, and a window from some layer on where one is asked for."""
+"""Qwen 2 and 2.5: biases on queries, keys and values, and optionally a window from some layer on."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from qstar_jax.models.rope_keys import read_rope, write_rope
 
 
 def read_layers(keys: Keys) -> tuple[LayerKind, ...]:
-    """The layers of Qwen 2 and 3."""
+    """Reads the layers of Qwen 2 and 3."""
     window, first = read_window(keys, 4096), keys.size("max_window_layers", 28, least=0)
     if not keys.flag("use_sliding_window", False):
         window = None
@@ -27,7 +27,7 @@ def read_layers(keys: Keys) -> tuple[LayerKind, ...]:
 
 
 def write_layers(config: DecoderConfig) -> dict[str, Any]:
-    """The keys that `read_layers` reads."""
+    """Returns the keys that `read_layers` reads."""
     sliding = [kind.window is not None for kind in config.layers]
     full = next((layer for layer, slides in enumerate(sliding) if slides), len(sliding))
     windows = {"use_sliding_window": any(sliding), "max_window_layers": full}

@@ -1,4 +1,4 @@
-"""Qwen 3 without experts: Qwen 2 with norms of queries and keys in place of biases."""
+"""Qwen 3 without experts: Qwen 2 with norms on queries and keys instead of biases."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ def _read(keys: Keys) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    own = {"hidden_act": activation_name(config.activation), "attention_bias": config.o_bias}
-    return write_shape(config) | write_layers(config) | own
+    keys = {"hidden_act": activation_name(config.activation), "attention_bias": config.o_bias}
+    return write_shape(config) | write_layers(config) | keys
 
 
 FAMILY = Family("qwen3", "Qwen3ForCausalLM", _read, _write, standard_tensors)

@@ -20,14 +20,14 @@ from qstar_jax.models.rope_keys import read_rope, write_rope
 
 def _layers(keys: Keys) -> tuple[LayerKind, ...]:
     count, rotary = keys.size("num_hidden_layers"), keys.get("no_rope_layers")
-    keys.keep("no_rope_layer_interval")  # unless:
+    keys.allow("no_rope_layer_interval")  # a default of no_rope_layers
     if rotary is None:
         interval = keys.size("no_rope_layer_interval", 4)
         rotary = [int((layer + 1) % interval != 0) for layer in range(count)]
     if not isinstance(rotary, list) or len(rotary) < count or any(one not in (0, 1) for one in rotary):
         raise InputError(
-            f"config.json: no_rope_layers is {rotary!r}; expected a list of 1 (rotary positions) and 0 (none) for each "
-            f"of {count} layers"
+            f"config.json: no_rope_layers is {rotary!r}; expected a list with 1 (rotary positions) or 0 (none) for "
+            f"each of {count} layers"
         )
     window = read_window(keys, None)
     if not keys.flag("use_sliding_window", False):
@@ -52,7 +52,7 @@ def _read(keys: Keys) -> DecoderConfig:
 def _write(config: DecoderConfig) -> dict[str, Any]:
     rope = next(filter(None, config.ropes), None)
     if rope is None:
-        raise InputError("a smollm3 model has rotary positions in some layer")
+        raise InputError("a smollm3 model must have rotary positions in at least one layer")
     return (
         write_shape(config)
         | write_rope(rope)
