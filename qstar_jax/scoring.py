@@ -10,7 +10,7 @@ from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.logprobs import token_logprobs, top_logprobs
 from qstar_jax.models.lora import split_adapter
-from qstar_jax.models.masks import RowMask
+from qstar_jax.models.masks import PackedMask
 
 
 def response_logprobs(
@@ -81,6 +81,6 @@ def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, bat
 
 def _scored_states(model: CausalLM, params: Params, batch: Batch) -> Float[Array, "N K D"]:
     """Hidden states of the slots whose next token is scored, whatever the layout of the rows."""
-    mask = RowMask(blocks=batch.blocks, branches=batch.branches)
+    mask = PackedMask(blocks=batch.blocks, branches=batch.branches)
     hidden = model.hidden_states(params, batch.tokens, batch.positions, mask)
     return jnp.take_along_axis(hidden, batch.slots[..., None], axis=1)

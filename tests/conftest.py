@@ -32,6 +32,7 @@ from functools import cache
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -397,3 +398,16 @@ def respond() -> Callable[..., ScoredResponse]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def left_padded():
+    """Function of lengths [B] and S: positions and causal mask of sequences padded at their beginning."""
+
+    def layout(lengths, length):
+        slots, start = jnp.arange(length), length - lengths[:, None]
+        causal = slots[None, :] <= slots[:, None]
+        visible = (slots >= start)[:, None, :] | jnp.eye(length, dtype=bool)  # padding sees itself only
+        return jnp.maximum(slots - start, 0), causal[None] & visible
+
+    return layout

@@ -45,8 +45,8 @@ def wpo_weights(
     Args:
         logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
         mask: True at the answers' tokens. Shape [..., 2, T].
-        log_sum_sq: log sum_a pi(a | s_t)^2 = logsumexp(2 log pi), in nats (`logprobs.token_statistics`), which aligns
-            the weights: a token that the policy samples then weighs 1 on average; None: not aligned. Shape [..., 2, T].
+        log_sum_sq: log sum_a pi(a | s_t)^2 = logsumexp(2 log pi), in nats, which aligns the weights: a
+            token sampled by the policy then weighs 1 on average; None: not aligned. Shape [..., 2, T].
 
     Returns:
         Weights, cut off from the gradient. Shape [...].

@@ -38,4 +38,4 @@ def test_positions_that_are_learned_end(words, short, eval_file, tmp_path, one_d
     words = [names.get(word, word) for word in words]
     assert main([*words, "--model", str(short), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "and the model was made for 4 (max_position_embeddings); it has no positions beyond" in said
+    assert "tokens exceed the model's context of 4 (max_position_embeddings); it has no positions beyond" in said

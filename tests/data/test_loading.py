@@ -48,7 +48,7 @@ def test_rows_beyond_the_positions_of_a_model_are_reported(tmp_path, plain_token
     assert (data.longest(), data.longest(9)) == (3 + 4, 3 + 9)
     model = CausalLM.from_hf(tiny_config | {"max_position_embeddings": 7})
     assert data.report(model) == data.summary
-    warning = f"warning: {data.source}, longest prompt and answer: 8 tokens, and the model was made for 7"
+    warning = f"warning: {data.source}, longest prompt and answer: 8 tokens exceed the model's context of 7"
     assert data.report(model, 5).startswith(f"{data.summary}\n{warning}")
 
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qstar_jax.config import MeshOptions
 from qstar_jax.models.attention import masked_attention
 from qstar_jax.models.flash_attention import flash_attention
-from qstar_jax.models.masks import RowMask, sees
+from qstar_jax.models.masks import PackedMask, visible
 from qstar_jax.sharding import BATCH, make_mesh
 
 LENGTH, HEADS, GROUPS, WIDTH = 150, 4, 2, 8  # two tiles and two blocks, the second ones short
@@ -99,7 +99,7 @@ def expected(scale, softcap):
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def layers_of(way, scale, softcap, q, k, v, slope, blocks, branches, positions, windows):
     """Outputs and gradients of a scan over layers, each with a window of its own."""
-    mask = RowMask(blocks, branches)
+    mask = PackedMask(blocks, branches)
     attend = WAYS[way](mask=mask, positions=positions, scale=scale, softcap=softcap)
 
     def run(q, k, v):
@@ -125,8 +125,8 @@ def found(way, scale, softcap, dtype=jnp.float32):
 
 
 def test_distance_is_of_positions_and_not_of_slots():
-    slots, ids = np.arange(LENGTH), RowMask(*map(jnp.asarray, (BLOCKS, BRANCHES))).ids(jnp.asarray(POSITIONS))
-    within = partial(sees, (slots[:, None], *ids[..., None]), (slots, *ids[..., None, :]))
+    slots, ids = np.arange(LENGTH), PackedMask(*map(jnp.asarray, (BLOCKS, BRANCHES))).ids(jnp.asarray(POSITIONS))
+    within = partial(visible, (slots[:, None], *ids[..., None]), (slots, *ids[..., None, :]))
     for window in WINDOWS:
         np.testing.assert_array_equal(within(window), seen_by(BLOCKS, BRANCHES, POSITIONS, window))
     mask = within(4)

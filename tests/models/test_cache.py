@@ -14,7 +14,7 @@ ROWS, TOKENS, HEADS, GROUPS, PROMPT, POOL, WIDTH = 2, 3, 4, 2, 5, 10, 8
 def test_decoding_attends_to_prompt_and_own_path_and_reads_no_part_of_the_pool_that_is_empty(
     monkeypatch, part, parts, used, scale, softcap
 ):
-    monkeypatch.setattr(cache, "PART", part)
+    monkeypatch.setattr(cache, "MIN_CHUNK", part)
     rng = np.random.default_rng(used)
     q = rng.normal(size=(ROWS, TOKENS, HEADS, WIDTH)).astype(np.float32)
     keys, values = rng.normal(size=(2, ROWS, GROUPS, PROMPT + POOL, WIDTH)).astype(np.float32)

@@ -10,7 +10,7 @@ import pytest
 from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
-from qstar_jax.models.masks import left_padded, right_padded
+from qstar_jax.models.masks import right_padded
 
 # Compiled once a model and shape, whichever tests they serve.
 logits_of = jax.jit(CausalLM.logits, static_argnums=0)
@@ -120,7 +120,7 @@ def test_unstacking_keeps_every_weight(tiny_model, tiny_params):
 
 
 @pytest.mark.parametrize("rubbish", [0, 59])
-def test_padding_on_either_side_changes_no_valid_position(tiny_model, tiny_params, tokens, rubbish):
+def test_padding_on_either_side_changes_no_valid_position(tiny_model, tiny_params, tokens, rubbish, left_padded):
     lengths, width = np.array([7, 1, 10]), 10
     rows = [jnp.asarray(tokens[i : i + 1, :n]) for i, n in enumerate(lengths)]
     right, left = np.full((3, width), rubbish), np.full((3, width), rubbish)
@@ -198,8 +198,8 @@ def test_models_are_hashable_and_equal_by_value(tiny_config, tiny_model):
 
 def test_lengths_beyond_the_positions(tiny_model):
     assert tiny_model.check_length(256, "rows") is None
-    said = tiny_model.check_length(1257, "rows")
-    assert said.startswith("warning: rows: 1,257 tokens, and the model was made for 256")
+    warning = tiny_model.check_length(1257, "rows")
+    assert warning.startswith("warning: rows: 1,257 tokens exceed the model's context of 256")
     learned = replace(tiny_model, config=replace(tiny_model.config, learned_positions=True))
     assert learned.check_length(256, "rows") is None
     with pytest.raises(InputError, match=r"rows: 257 tokens.*256.*no positions beyond"):

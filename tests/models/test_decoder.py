@@ -23,7 +23,7 @@ OTHERS = {
     "layers": (LOCAL, LOCAL, LayerKind()),
     "norm": "layer",
     "norm_eps": 0.1,
-    "norm_places": "sandwich",
+    "norm_placement": "sandwich",
     "parallel_residual": True,
     "qk_norm": "head",
     "activation": "gelu",
@@ -149,7 +149,7 @@ def test_longrope_is_not_guessed():
     np.testing.assert_array_equal(found("auto", 8), found("short", 8))
     assert np.abs(found("long", 8) - found("short", 8)).max() > 1e-2
     assert np.isfinite(found("long", 9)).all()
-    with pytest.raises(InputError, match=r"compute\.longrope auto.*more than 8 tokens, and in 9 slots"):
+    with pytest.raises(InputError, match=r"compute\.longrope auto.*more than 8 tokens, and 9 slots"):
         CausalLM("llama", config).logits(params, TOKENS)
     with pytest.raises(InputError, match=r"compute\.longrope auto.*more than 8 tokens, and in 12 slots"):
         prefill(CausalLM("llama", config), params, TOKENS[:, :6], jnp.array([6, 6]), 6)

@@ -45,9 +45,9 @@ QUANTISED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 
 
 @pytest.mark.parametrize("family", ONE_EACH)
-def test_quantised_folders_and_unknown_keys_are_refused(family, families):
+def test_quantized_folders_and_unknown_keys_are_refused(family, families):
     config = families.FAMILIES[family].config
-    with pytest.raises(InputError, match=r"method 'gptq'.*quantised.*dequantise"):
+    with pytest.raises(InputError, match=r"method 'gptq'.*quantized.*dequantize"):
         CausalLM.from_hf(config | QUANTISED)
     with pytest.raises(InputError, match=rf"attention_sink_scale is 2\.0, .*model_type '{config['model_type']}'"):
         CausalLM.from_hf(config | {"attention_sink_scale": 2.0})
@@ -104,16 +104,16 @@ SLIDES, FULL = "sliding_attention", "full_attention"
         ),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma2", {"layer_types": [SLIDES, FULL]}, r"layer_types is .*expected 3 \(num_hidden_layers\)"),
-        ("gemma2", {"sliding_window": None}, "layer_types has sliding_attention, and sliding_window says"),
+        ("gemma2", {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is unset"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping is 50\.0"),
         ("gemma3", {"layer_types": [SLIDES, "chunked_attention"] * 2}, "chunked_attention.*expected 4"),
         ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters is .*expected an object with"),
-        ("gemma3", {"rope_parameters": {FULL: {"rope_theta": 5.0}}}, r"rope_theta is 700\.0, and rope_parameters say"),
+        ("gemma3", {"rope_parameters": {FULL: {"rope_theta": 5.0}}}, r"rope_theta is 700\.0 and differs from rope_parameters"),
         ("gemma3_images", {"text_config": None}, "text_config is None; expected the configuration of"),
         ("gemma3_images", {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, "keep one"),
         ("qwen2_window", {"layer_types": [FULL]}, "layer_types is"),
-        ("qwen2", {"layer_types": [FULL, SLIDES, FULL]}, "layer_types has sliding_attention, and sliding_window says"),
+        ("qwen2", {"layer_types": [FULL, SLIDES, FULL]}, "layer_types has sliding_attention, but sliding_window is unset"),
         ("qwen3", {"attention_bias": 1}, "attention_bias is 1; expected true or false"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0; expected a whole number"),
         ("mistral", {"layer_types": [SLIDES] * 3}, "layer_types is"),
@@ -130,7 +130,7 @@ SLIDES, FULL = "sliding_attention", "full_attention"
         ("llama", {"hidden_act": "laplace"}, "hidden_act is 'laplace'"),
         ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; expected a number above 0"),
         ("llama", {"model_type": ["llama"]}, r"unknown architecture, model_type \['llama'\]"),
-        ("llama3_tied", {"original_max_position_embeddings": 7}, "original_max_position_embeddings is 7, and"),
+        ("llama3_tied", {"original_max_position_embeddings": 7}, "original_max_position_embeddings is 7, but"),
         ("qwen2_window", {"max_window_layers": "2"}, "max_window_layers is '2'; expected a whole number of at least 0"),
         ("qwen2_window", {"layer_types": [[FULL]] * 4}, "layer_types is"),
         ("smollm3", {"no_rope_layers": [[1]] * 4}, "no_rope_layers is"),
@@ -156,12 +156,12 @@ LLAMA3 = {
     [
         ({"model_type": "mamba", "architectures": ["MambaLM"]}, r"model_type 'mamba'.*MambaLM.*known: .*llama"),
         ({"model_type": None}, r"model_type None"),
-        ({"hidden_act": "mish"}, "hidden_act is 'mish'; built are silu"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'; supported are silu"),
         ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "'ntk'; expected default, linear, llama3, yarn"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}}, "has no high_freq_factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 0.7}}, r"has mscale 0\.7, which is not built"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 0.7}}, r"has mscale 0\.7, which is not supported"),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
@@ -174,9 +174,9 @@ LLAMA3 = {
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; expected a number above 0"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or false"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected an object"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "method 'gptq'.*quantised.*dequantise"),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map names code"),
-        ({"sliding_window": 4096}, "sliding_window is 4096, a key that is not known"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "method 'gptq'.*quantized.*dequantize"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map names the model's own code"),
+        ({"sliding_window": 4096}, "sliding_window is 4096, an unknown key"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30\.0"),
         ({"embedding_multiplier": 12.0}, r"embedding_multiplier is 12\.0"),

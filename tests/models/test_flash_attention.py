@@ -20,7 +20,7 @@ from qstar_jax.models import attention
 from qstar_jax.models.attention import blockwise_attention, dense_attention, masked_attention
 from qstar_jax.models.decoder_config import LayerKind
 from qstar_jax.models.flash_attention import _reach, flash_attention
-from qstar_jax.models.masks import RowMask
+from qstar_jax.models.masks import PackedMask
 from qstar_jax.models.rope import Rope
 from qstar_jax.sharding import AXES, make_mesh
 
@@ -40,7 +40,7 @@ WINDOWS_AND_CAP = {  # of a model of two layers
 SHAPE = (150, 4, 2, 8)  # of most tests, as each shape is compiled anew: two tiles, the second one short
 
 
-def packed_mask(length: int, rows: int = 4) -> RowMask:
+def packed_mask(length: int, rows: int = 4) -> PackedMask:
     """Rows of three blocks with two or three branches each, cut elsewhere in every row; 1/16 and more is padding."""
     blocks, branches = np.full((rows, length), -1), np.zeros((rows, length), int)
     for row in range(rows):
@@ -50,21 +50,21 @@ def packed_mask(length: int, rows: int = 4) -> RowMask:
             answers = np.linspace(start + (stop - start) // 3, stop, 3 + (block + row) % 2).astype(int)
             for answer, (a, b) in enumerate(pairwise(answers)):
                 branches[row, a:b] = answer + 1
-    return RowMask(jnp.asarray(blocks), jnp.asarray(branches))
+    return PackedMask(jnp.asarray(blocks), jnp.asarray(branches))
 
 
-def scattered_mask(length: int, rows: int = 4) -> RowMask:
+def scattered_mask(length: int, rows: int = 4) -> PackedMask:
     """Blocks and branches in no order at all."""
     rng = np.random.default_rng(1)
-    return RowMask(*(jnp.asarray(rng.integers(low, 3, (rows, length))) for low in (-1, 0)))
+    return PackedMask(*(jnp.asarray(rng.integers(low, 3, (rows, length))) for low in (-1, 0)))
 
 
-def one_block(length: int, rows: int = 4) -> RowMask:
+def one_block(length: int, rows: int = 4) -> PackedMask:
     """Plain causal rows."""
-    return RowMask(*jnp.zeros((2, rows, length), int))
+    return PackedMask(*jnp.zeros((2, rows, length), int))
 
 
-def positions_of(mask: RowMask) -> jax.Array:
+def positions_of(mask: PackedMask) -> jax.Array:
     """Places in blocks, where each branch goes on from what its block shares; 0 in padding. Shape [B, S]."""
     before = jnp.tril(jnp.ones((mask.blocks.shape[1],) * 2, bool), -1)
     return jnp.where(mask.blocks < 0, 0, (mask.dense() & before).sum(-1))
@@ -231,14 +231,14 @@ def test_the_kernels_compile_for_tpus():
         from jax.sharding import NamedSharding, PartitionSpec as P
         from qstar_jax.config import MeshOptions
         from qstar_jax.models.flash_attention import flash_attention
-        from qstar_jax.models.masks import RowMask
+        from qstar_jax.models.masks import PackedMask
         from qstar_jax.sharding import BATCH, make_mesh
 
         devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
         def step(window, softcap, q, k, v, dout, blocks, branches):
             form = {"positions": blocks, "scale": q.shape[-1] ** -0.5, "interpret": False}
-            attend = partial(flash_attention, mask=RowMask(blocks, branches), window=window, softcap=softcap, **form)
+            attend = partial(flash_attention, mask=PackedMask(blocks, branches), window=window, softcap=softcap, **form)
             out, pull_back = jax.vjp(attend, q, k, v)
             return out, pull_back(dout)
 
@@ -275,18 +275,18 @@ def test_the_kernels_compile_for_tpus():
 
 def test_what_cannot_be_computed_is_said():
     x, mask = arrays(16, 2, 1, 8), packed_mask(16)
-    with pytest.raises(InputError, match=r"for TPUs, and JAX runs on cpu here; set compute\.attention to blockwise"):
+    with pytest.raises(InputError, match=r"need a TPU, and JAX runs on cpu; set compute\.attention to blockwise"):
         plainly(*x, mask)
     with pytest.raises(InputError, match="block_size is 100"):
         plainly(*x, mask, block_size=100, interpret=True)
     with (
         jax.set_mesh(make_mesh(MeshOptions(data=4, fsdp=2))),
-        pytest.raises(InputError, match=r"4 rows cannot be cut over mesh\.data \* mesh\.fsdp = 8 devices"),
+        pytest.raises(InputError, match=r"4 sequences cannot be sharded over mesh\.data \* mesh\.fsdp = 8 devices"),
     ):
         interpreted(*x, mask)
     with (
         jax.set_mesh(make_mesh(MeshOptions(data=1, tensor=2), jax.devices()[:2])),
-        pytest.raises(InputError, match=r"2 heads in 1 groups cannot be cut over mesh\.tensor = 2"),
+        pytest.raises(InputError, match=r"2 heads in 1 groups cannot be sharded over mesh\.tensor = 2"),
     ):
         interpreted(*x, mask)
 

@@ -123,7 +123,7 @@ def test_targets_by_the_names_of_a_family(model_type, targets, meant):
     """A fused layer, or a name of several, stands for all that are meant."""
     model = CausalLM.from_hf({"model_type": model_type, **OTHERS[model_type]})
     assert model.with_lora(2, 2.0, targets).lora.targets == meant
-    with pytest.raises(InputError, match=r"some of q_proj, .*down_proj, (qkv_proj|query_key_value|c_attn), .*'roj'"):
+    with pytest.raises(InputError, match=r"among q_proj, .*down_proj, (qkv_proj|query_key_value|c_attn), .*'roj'"):
         model.with_lora(2, 2.0, [*targets, "roj"])
 
 
@@ -132,7 +132,7 @@ def test_targets_by_the_names_of_a_family(model_type, targets, meant):
     [
         (0, None, r"whole number of at least 1 \(found: 0\)"),
         (1.5, None, r"found: 1\.5"),
-        (2, ["query"], r"some of q_proj, .*found: 'query'"),
+        (2, ["query"], r"among q_proj, .*found: 'query'"),
         (2, [], r"found: none at all"),
     ],
 )

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.models.rope import Linear, Llama3, LongRope, Rope, Yarn, no_rotation, rotate, rotation
+from qstar_jax.models.rope import Linear, Llama3, LongRope, Rope, Yarn, identity_rotation, rotate, rotation
 from qstar_jax.models.rope_keys import scaling_keys
 
 HEAD_DIM, CONTEXT = 16, 32
@@ -62,7 +62,7 @@ def test_pairs_turn_like_complex_numbers(fraction):
     np.testing.assert_array_equal(found[..., 2 * half :], x[..., 2 * half :])
 
 
-def test_no_rotation_changes_nothing_at_all():
+def test_the_identity_rotation_changes_nothing():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, HEAD_DIM)), jnp.float32)
     some = rotation(Rope(100.0), HEAD_DIM, jnp.broadcast_to(jnp.arange(5), (2, 5)))
-    np.testing.assert_array_equal(rotate(x, no_rotation(some)), x)
+    np.testing.assert_array_equal(rotate(x, identity_rotation(some)), x)

@@ -10,7 +10,7 @@ import pytest
 
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.decoding import SampleOptions, sample
-from qstar_jax.models.masks import left_padded, right_padded
+from qstar_jax.models.masks import right_padded
 from qstar_jax.store.open import load_model
 
 FOLDER = os.environ.get("QSTAR_REAL_MODEL", "")
@@ -69,7 +69,7 @@ def test_prompts_have_different_lengths(prompts):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_logits_of_padded_batches_equal_those_of_torch(side, ours, prompts, expected):
+def test_logits_of_padded_batches_equal_those_of_torch(side, ours, prompts, expected, left_padded):
     lengths = np.array([len(prompt) for prompt in prompts])
     width = int(lengths.max())
     starts = width - lengths if side == "left" else 0 * lengths

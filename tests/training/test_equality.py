@@ -16,8 +16,8 @@ from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Response
 from qstar_jax.models import attention
-from qstar_jax.models.attention import _attend_row_by_row, _attend_side_by_side, blockwise_attention, scores_of
-from qstar_jax.models.masks import RowMask, sees
+from qstar_jax.models.attention import _attend_batched, _attend_sequentially, blockwise_attention, scale_and_cap
+from qstar_jax.models.masks import PackedMask, visible
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.objectives import dpo_loss_fn, sft_loss_fn
@@ -91,20 +91,20 @@ def test_attention_by_blocks_of_long_rows(one_device):
     q, k, v = (jnp.asarray(rng.normal(size=(2, 37, heads, 8)), jnp.float32) for heads in (4, 2, 2))
     blocks = jnp.asarray(np.repeat([[0, 1, -1]], 2, 0).repeat([18, 15, 4], axis=1))
     branches = jnp.asarray(np.repeat([[0, 1, 2, 0, 1, 0]], 2, 0).repeat([9, 5, 4, 9, 6, 4], axis=1))
-    mask = RowMask(blocks, branches)
+    mask = PackedMask(blocks, branches)
 
     def total(attend, q, k, v):
         out = attend(q, k, v)
         return (jnp.where(blocks[..., None, None] >= 0, out, 0.0) ** 2).sum(), out
 
-    score = partial(scores_of, scale=8**-0.5, softcap=None)
+    score = partial(scale_and_cap, scale=8**-0.5, softcap=None)
 
     def dense(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, mask=mask.dense()[:, None])
 
     ways = {
-        way: lambda q, k, v, blockwise=blockwise: blockwise(q, k, v, mask.ids(blocks), sees, score, 8)
-        for way, blockwise in (("rows", _attend_row_by_row), ("sides", _attend_side_by_side))
+        way: lambda q, k, v, blockwise=blockwise: blockwise(q, k, v, mask.ids(blocks), visible, score, 8)
+        for way, blockwise in (("rows", _attend_sequentially), ("sides", _attend_batched))
     }
     gradient = jax.jit(jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
     expected = gradient(dense, q, k, v)
@@ -115,13 +115,13 @@ def test_attention_by_blocks_of_long_rows(one_device):
 
 def test_the_faster_way_is_taken_on_one_device_only(one_device, monkeypatch):
     taken = []
-    for name in ("_attend_row_by_row", "_attend_side_by_side"):
+    for name in ("_attend_sequentially", "_attend_batched"):
         monkeypatch.setattr(attention, name, lambda q, *rest, name=name: taken.append(name) or q)
-    x, mask = jnp.zeros((8, 4, 2, 8)), RowMask(*jnp.zeros((2, 8, 4), int))
+    x, mask = jnp.zeros((8, 4, 2, 8)), PackedMask(*jnp.zeros((2, 8, 4), int))
     for mesh in (one_device, make_mesh(MeshOptions(data=8))):
         with jax.set_mesh(mesh):
             blockwise_attention(x, x, x, mask, positions=mask.blocks, scale=1.0)
-    assert taken == ["_attend_row_by_row", "_attend_side_by_side"]
+    assert taken == ["_attend_sequentially", "_attend_batched"]
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

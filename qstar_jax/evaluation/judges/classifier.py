@@ -23,7 +23,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.models.masks import RowMask
+from qstar_jax.models.masks import PackedMask
 from qstar_jax.sharding import BATCH
 from qstar_jax.store import hub
 from qstar_jax.store.hub.reader import TensorFiles
@@ -182,7 +182,7 @@ def _scores(
 ) -> Float[Array, " B"]:
     slots = jnp.arange(tokens.shape[1])
     positions = jnp.broadcast_to(slots, tokens.shape)
-    mask = RowMask(jnp.where(slots < lengths[:, None], 0, -1), jnp.zeros_like(tokens))
+    mask = PackedMask(jnp.where(slots < lengths[:, None], 0, -1), jnp.zeros_like(tokens))
     hidden = model.hidden_states(params, tokens, positions, mask)
     pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return pooled.astype(jnp.float32) @ head

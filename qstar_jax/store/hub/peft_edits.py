@@ -48,7 +48,7 @@ class Edit:
     def of_weight(self, part: Part) -> "Edit":
         """What becomes of a part of a fused weight: `right` is shared, and of the others each has its outputs' rows."""
         cut = {name: getattr(self, name) for name in ("value", "left", "lengths")}
-        cut = {name: array[part.rows()] for name, array in cut.items() if array is not None}
+        cut = {name: array[part.indices()] for name, array in cut.items() if array is not None}
         return Edit(**cut, right=self.right)
 
     def of_bias(self, part: Part | None) -> "Edit":

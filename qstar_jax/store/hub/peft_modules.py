@@ -74,4 +74,4 @@ def modules_of(model: CausalLM) -> dict[str, Module]:
 
 def rows_of(part: Part | None) -> np.ndarray | slice:
     """Indices of a part's outputs among those of its module; a slice of all for the whole."""
-    return slice(None) if part is None else part.rows()
+    return slice(None) if part is None else part.indices()
