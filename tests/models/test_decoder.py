@@ -151,7 +151,7 @@ def test_longrope_is_not_guessed():
     assert np.isfinite(found("long", 9)).all()
     with pytest.raises(InputError, match=r"compute\.longrope auto.*more than 8 tokens, and 9 slots"):
         CausalLM("llama", config).logits(params, TOKENS)
-    with pytest.raises(InputError, match=r"compute\.longrope auto.*more than 8 tokens, and in 12 slots"):
+    with pytest.raises(InputError, match=r"compute\.longrope auto.*more than 8 tokens, and 12 slots"):
         prefill(CausalLM("llama", config), params, TOKENS[:, :6], jnp.array([6, 6]), 6)
     for choice in ("auto", "short"):
         with pytest.raises(InputError, match=r"rows: 9 tokens; beyond 8 .* set compute\.longrope to long"):
