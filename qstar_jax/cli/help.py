@@ -1,6 +1,9 @@
 """The help of options that only some variants read, generated from their declarations."""
 
+import ast
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
@@ -14,13 +17,40 @@ class HelpFormatter(DefaultHelpFormatter):
 
     def _expand_help(self, action: Any) -> str:
         text = super()._expand_help(action)
-        name, _, option = action.dest.partition(".")
-        block = VARIANT_BLOCKS.get(name)
-        declaration = declarations(block).get(option) if block else None
-        if declaration is None or not declaration.defaults:
+        block, _, option = action.dest.partition(".")
+        defaults, variants = _defaults(block)
+        if not defaults.get(option):
             return text
-        text = text.rpartition("default: ")[0] + f"default: {shown_default(declaration.defaults)})"
-        return f"{shown_readers(declaration.defaults, select(block)[1])}{text}"
+        text = text.rpartition("default: ")[0] + f"default: {shown_default(defaults[option])})"
+        return f"{shown_readers(defaults[option], variants)}{text}"
+
+
+def _defaults(block: str) -> tuple[Mapping[str, Mapping[str, Any]], Sequence[str]]:
+    """Option -> variant -> default, and the variants of a block; empty for blocks without variants."""
+    if block == "loss":
+        defaults = loss_defaults()
+        return defaults, list(dict.fromkeys(loss for readers in defaults.values() for loss in readers))
+    if block not in VARIANT_BLOCKS:
+        return {}, ()
+    declared = declarations(VARIANT_BLOCKS[block])
+    return {name: declaration.defaults for name, declaration in declared.items()}, select(VARIANT_BLOCKS[block])[1]
+
+
+@cache
+def loss_defaults() -> dict[str, dict[str, Any]]:
+    """Option -> loss -> default, read from the source of the losses: importing them would import JAX."""
+    defaults: dict[str, dict[str, Any]] = {}
+    for path in sorted((Path(__file__).parents[1] / "losses").glob("*.py")):
+        for function in ast.parse(path.read_text(encoding="utf-8")).body:
+            if (
+                isinstance(function, ast.FunctionDef)
+                and function.returns
+                and "Metrics]" in ast.unparse(function.returns)
+            ):
+                for option, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+                    value = default.id if isinstance(default, ast.Name) else ast.literal_eval(default)
+                    defaults.setdefault(option.arg, {})[function.name] = value
+    return defaults
 
 
 def shown_readers(defaults: Mapping[str, Any], variants: Sequence[str]) -> str:

@@ -3,57 +3,56 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from qstar_jax.config.variants import path
+from qstar_jax.config.variants import option, path
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The preference loss: a name and the options that this loss has; one that it does not have is an error.
+    """The preference loss. Brackets name the losses that read an option; others refuse it.
 
-    Each option that is not set takes the loss's own default. `qstar_jax.losses` has formulas, papers and defaults.
+    Readers and defaults are those of the functions in `qstar_jax.losses`, where formulas and papers are.
 
     Args:
         name: sigmoid (DPO), sigmoid_norm, robust, hinge, ipo, ipo_sum, exo_pair, discopop, dpop, dpo_shift, nca_pair,
-            bco_pair, sppo_hard, apo_zero, apo_down, implicit_prm, aot, aot_unpaired, plackett_luce; without a reference
-            sft, simpo, cpo, orpo, cpl; or a list of them.
-        weights: Weight of each loss in a list; 1 each where it is not set.
-        beta: Temperature, in nats of reward a nat of log-ratio; what it scales is in each loss's formula (sigmoid:
-            0.1).
+            bco_pair, sppo_hard, apo_zero, apo_down, implicit_prm, aot, aot_unpaired, plackett_luce (on pairs the same
+            as sigmoid); without a reference sft, simpo, cpo, orpo, cpl; or a list of them for a weighted sum.
+        weights: Weight of each loss in a list; null: 1 each.
+        beta: Temperature: reward per nat of log-ratio; each loss's formula says what it scales.
         label_smoothing: Probability that a label is flipped (sigmoid: conservative DPO).
-        divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence to the reference.
-        divergence_alpha: Order of alpha_divergence.
-        ld_alpha: LD-DPO: weight of tokens beyond the shorter answer's length.
-        tau: discopop: width of the blend.
-        penalty: dpop: price of a nat by which the chosen answer falls below the reference.
-        shift: dpo_shift: weight of the rejected answer.
-        gamma: simpo: margin of reward.
-        nll_weight: cpo: weight of the chosen answer's negative log-likelihood.
-        odds_weight: orpo: weight of the odds ratio.
-        normalize: sft, cpo, orpo: how the negative log-likelihood is averaged: batch_tokens, answer_tokens or none.
-        bias: cpl: weight of the rejected segment.
-        discount: cpl: discount a token.
-        bc_weight: cpl: weight of behaviour cloning.
-        bc_data: cpl: what is cloned: all or chosen.
+        divergence: Divergence from the reference.
+        divergence_alpha: Order of alpha_divergence; null: 0.5.
+        ld_alpha: LD-DPO: weight of the tokens beyond the length of the shorter response; null: 1.
+        tau: Width of the blend.
+        penalty: Price per nat by which the chosen response falls below the reference.
+        shift: Weight of the rejected response.
+        gamma: Margin of the reward.
+        nll_weight: Weight of the negative log-likelihood of the chosen response.
+        odds_weight: Weight of the odds ratio.
+        normalize: How the negative log-likelihood is averaged.
+        bias: Weight of the rejected segment.
+        discount: Discount per token.
+        bc_weight: Weight of behaviour cloning.
+        bc_data: Which responses are cloned.
     """
 
     name: list[str] | str = "sigmoid"
     weights: list[float] | None = None
-    beta: float | None = None
-    label_smoothing: float | None = None
-    divergence: str | None = None
-    divergence_alpha: float | None = None
-    ld_alpha: float | None = None
-    tau: float | None = None
-    penalty: float | None = None
-    shift: float | None = None
-    gamma: float | None = None
-    nll_weight: float | None = None
-    odds_weight: float | None = None
-    normalize: Literal["batch_tokens", "answer_tokens", "none"] | None = None
-    bias: float | None = None
-    discount: float | None = None
-    bc_weight: float | None = None
-    bc_data: Literal["all", "chosen"] | None = None
+    beta: float | None = option(bounds="(0, inf)")
+    label_smoothing: float | None = option(bounds="[0, 0.5)")
+    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] | None = option()
+    divergence_alpha: float | None = option(bounds="(-inf, inf)")
+    ld_alpha: float | None = option(bounds="[0, 1]")
+    tau: float | None = option(bounds="(0, inf)")
+    penalty: float | None = option(bounds="[0, inf)")
+    shift: float | None = option(bounds="(0, 1]")
+    gamma: float | None = option(bounds="(-inf, inf)")
+    nll_weight: float | None = option(bounds="[0, inf)")
+    odds_weight: float | None = option(bounds="[0, inf)")
+    normalize: Literal["batch_tokens", "answer_tokens", "none"] | None = option()
+    bias: float | None = option(bounds="(0, 1]")
+    discount: float | None = option(bounds="(0, 1]")
+    bc_weight: float | None = option(bounds="[0, inf)")
+    bc_data: Literal["all", "chosen"] | None = option()
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@ import re
 
 import pytest
 
-from qstar_jax.cli.help import shown_default, shown_readers
+from qstar_jax.cli.help import loss_defaults, shown_default, shown_readers
 from qstar_jax.cli.main import main
-from qstar_jax.config import VARIANT_BLOCKS
+from qstar_jax.config import VARIANT_BLOCKS, LossOptions
 from qstar_jax.config.variants import declarations
+from qstar_jax.losses import LOSSES
+from qstar_jax.losses.registry import DECLARED
 
 
 def entry(verb, option, capsys):
@@ -28,6 +30,10 @@ def entry(verb, option, capsys):
         ("generate", "decode.rejection_interval", "default: null)"),
         ("sweep", "judge.temperature", "[llm] "),
         ("sweep", "judge.temperature", "default: 0.0)"),
+        ("dpo", "loss.tau", "TAU [discopop] Width of the blend. (type: float | null, default: 0.05)"),
+        ("dpo", "loss.beta", "[all but sft, orpo] "),
+        ("dpo", "loss.beta", "default: 0.1; dpop: 0.3; implicit_prm: 0.05; simpo: 2.0)"),
+        ("dpo", "loss.normalize", "default: batch_tokens)"),
         ("dpo", "optimizer.beta2", "[adamw, lion] "),
         ("dpo", "optimizer.beta2", "default: 0.999; lion: 0.99)"),
     ],
@@ -44,6 +50,17 @@ def test_the_help_of_every_option_follows_from_its_declaration(verb, block, caps
     for name, declaration in declarations(VARIANT_BLOCKS[block]).items():
         explained = text.split(f" --{block}.{name}", 1)[1]
         assert explained.split("default: ", 1)[1].startswith(f"{shown_default(declaration.defaults)})")
+
+
+def test_losses_are_explained_by_their_signatures():
+    declared = {option: dict(declaration.defaults) for option, declaration in DECLARED.items()}
+    declared.pop("divergence_alpha")  # not in the signatures, where divergences are functions
+    assert loss_defaults() == declared
+
+
+def test_the_help_names_the_losses_that_can_be_trained():
+    named = re.search(r"name: (.*?)\n +weights:", LossOptions.__doc__, re.DOTALL).group(1)
+    assert set(re.findall(r"\w+", named)) & LOSSES.keys() == LOSSES.keys() - {"kto", "tdpo1", "tdpo2", "tgdpo"}
 
 
 def test_readers_are_named_by_the_shorter_list():

@@ -1,6 +1,7 @@
 import math
 import re
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 from qstar_jax import losses
+from qstar_jax.config import LossOptions
+from qstar_jax.config.variants import declarations
 from qstar_jax.errors import InputError
-from qstar_jax.losses import make_loss
-from qstar_jax.losses.registry import option_names
+from qstar_jax.losses import make_loss, reference_free
+from qstar_jax.losses.registry import DECLARED, defaults
 
 READS = {
     "sigmoid sigmoid_norm robust hinge ipo ipo_sum exo_pair discopop dpop dpo_shift": "log_ratios",
@@ -162,7 +165,7 @@ def test_divergences_by_name():
 
 
 def test_none_is_the_default():
-    nothing = dict.fromkeys(option_names())
+    nothing = dict.fromkeys(DECLARED)
     for name in losses.LOSSES:
         assert make_loss(name, **nothing) == make_loss(name)
     loss = make_loss("cpl", **(nothing | {"bias": 0.9}))
@@ -225,19 +228,28 @@ REFUSED = [
     ((["sft", "sigmoid"], {"weights": [1.0]}), r"1 weights are given for 2 losses \(sft, sigmoid\)"),
     (("sigmoid", {"weights": [1.0, 1.0]}), r"2 weights are given for 1 losses"),
     (("sigmoid", {"weights": []}), r"0 weights are given"),
-    (("sigmoid", {"tau": 0.1}), r"sigmoid does not use 'tau'; it belongs to discopop; sigmoid takes beta, label_smoo"),
-    (("sigmoid", {"gamma": 0.1}), r"it belongs to simpo;"),
-    (("sft", {"beta": 0.1}), r"sft does not use 'beta'; it belongs to sigmoid, .*; sft takes normalize"),
-    (("kto", {"label_smoothing": 0.1}), r"belongs to sigmoid, robust, exo_pair, aot, aot_unpaired, simpo, cpo;"),
-    ((["sft", "sigmoid"], {"penalty": 1.0}), r"sft \+ sigmoid does not use 'penalty'; it belongs to dpop; sft \+ sig"),
-    (("sigmoid", {"label_smoothin": 0.1}), r"does not use 'label_smoothin', did you mean label_smoothing\?"),
-    (("sigmoid", {"zzz": 0.1}), r"does not use 'zzz'; sigmoid takes"),
+    (
+        ("sigmoid", {"tau": 0.1}),
+        r"tau 0.1 has no effect with name sigmoid; discopop reads it: set --loss.name disc",
+    ),
+    (("sigmoid", {"gamma": 0.1}), r"; simpo reads it: set --loss.name simpo, or leave"),
+    (
+        ("sft", {"beta": 0.1}),
+        r"beta 0.1 has no effect with name sft; sigmoid, .* and plackett_luce read it: set",
+    ),
+    (("kto", {"label_smoothing": 0.1}), r"; sigmoid, robust, exo_pair, aot, aot_unpaired, simpo and cpo read it"),
+    ((["sft", "sigmoid"], {"penalty": 1.0}), r"penalty 1.0 has no effect with name sft \+ sigmoid; dpop reads it"),
+    (
+        ("sigmoid", {"label_smoothin": 0.1}),
+        r"'label_smoothin' is unknown, did you mean label_smoothing\?; sigmoid reads",
+    ),
+    (("sigmoid", {"zzz": 0.1}), r"'zzz' is unknown; sigmoid reads beta"),
     (("exo_pair", {"label_smoothing": 0.0}), r"exo_pair: label_smoothing is 0, .* infinite; 1e-3 is usual"),
     ((["sigmoid", "exo_pair"], {"label_smoothing": 0}), r"exo_pair: label_smoothing is 0"),
     (("sigmoid", {"divergence": "kl"}), r"divergence 'kl' is unknown; choose from reverse_kl, forward_kl, js_div"),
     (("sigmoid", {"divergence_alpha": 0.3}), r"is the order of alpha_divergence; the divergence is reverse_kl"),
     (("sigmoid", {"divergence": "js_divergence", "divergence_alpha": 0.3}), r"the divergence is js_divergence"),
-    (("dpop", {"divergence": "js_divergence"}), r"does not use 'divergence'; it belongs to sigmoid, "),
+    (("dpop", {"divergence": "js_divergence"}), r"divergence 'js_divergence' has no effect with name dpop; sigmoid, "),
     (("simpo", {"ld_alpha": 0.5}), r"ld_alpha weighs log-ratios to a reference, and simpo has no reference"),
     ((["sft", "cpl"], {"ld_alpha": 0.5}), r"sft \+ cpl has no reference"),
     (("kto", {"ld_alpha": 0.5}), r"compares the lengths of two answers, and kto does not read pairs"),
@@ -275,14 +287,47 @@ BAD_VALUES = {
 def test_numbers_out_of_range(option):
     name, interval, values = BAD_VALUES[option]
     for value in [*values, math.nan, math.inf, "0.1", True, [0.1]]:
-        expected = re.escape(f"{name}: {option} is {value!r}; expected a number in {interval}")
+        expected = re.escape(f"loss: {option} is {value!r}; expected a number in {interval}")
         with pytest.raises(InputError, match=expected):
             make_loss(name, **{option: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dpop", {"beta": 0.3, "penalty": 50.0}),
+        ("sft", {"normalize": "batch_tokens"}),
+        ("ipo", {"beta": 0.1, "divergence": "reverse_kl", "divergence_alpha": None}),
+        ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
+    ],
+)
+def test_defaults_are_those_of_the_signature(name, expected):
+    assert defaults(name) == expected
+    assert {option: d.defaults[name] for option, d in DECLARED.items() if name in d.defaults} == expected
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_option_that_a_loss_does_not_read_is_refused(name):
+    unread = [option for option, declaration in DECLARED.items() if name not in declaration.defaults]
+    assert unread
+    for option in unread:
+        with pytest.raises(InputError, match=f"loss: {option} 0.25 has no effect with name {name};"):
+            make_loss(name, **{option: 0.25})
+
+
+def test_the_command_line_knows_every_option_and_limit_of_losses_that_it_can_train():
+    research = {"alpha", "desirable_weight", "undesirable_weight"}
+    assert DECLARED.keys() - research == declarations(LossOptions).keys() - {"ld_alpha"}
+    numbers = DECLARED.keys() - {"divergence", "normalize", "bc_data"}
+    assert numbers == {option for option, declaration in DECLARED.items() if declaration.bounds}
+    assert DECLARED["normalize"].choices == get_args(reference_free.Normalization)
+    assert DECLARED["bc_data"].choices == get_args(reference_free.Cloned)
+    assert DECLARED["divergence"].choices == tuple(losses.DIVERGENCES)
+
+
 def test_ld_alpha_out_of_range():
     for value in (-0.1, 1.1, math.nan):
-        with pytest.raises(InputError, match=r"sigmoid: ld_alpha is .*; expected a number in \[0, 1\]"):
+        with pytest.raises(InputError, match=r"loss: ld_alpha is .*; expected a number in \[0, 1\]"):
             make_loss("sigmoid", ld_alpha=value)
 
 

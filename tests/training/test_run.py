@@ -564,7 +564,7 @@ def test_micro_batches_of_a_loss_that_looks_at_its_batch_are_refused(make_config
 
 
 def test_a_loss_that_cannot_be_made_is_refused_before_anything_is_read(make_config, tiny_train, tmp_path):
-    with pytest.raises(InputError, match=r"hinge does not use 'gamma'"):
+    with pytest.raises(InputError, match=r"gamma 1.0 has no effect with name hinge; simpo reads it"):
         tiny_train(replace(make_config(tmp_path / "run", loss=LossOptions(name="hinge", gamma=1.0)), model="nowhere"))
 
 
