@@ -13,8 +13,8 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 
 from qstar_jax import __version__, config
 from qstar_jax.cli.help import HelpFormatter
+from qstar_jax.config.compare import drop_unread_defaults
 from qstar_jax.config.paths import check_paths
-from qstar_jax.config.variants import drop_unread_defaults
 from qstar_jax.errors import InputError
 
 # verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called
@@ -93,10 +93,7 @@ def _load_value(text: str) -> Any:
         value = json.loads(text) if text.lstrip().startswith(("[", "{", '"')) else _load_yaml(text)
     except json.JSONDecodeError:
         value = _load_yaml(text)
-    for name, block in config.VARIANT_BLOCKS.items():
-        if isinstance(value, dict) and isinstance(value.get(name), dict):
-            value[name] = drop_unread_defaults(value[name], block)
-    return value
+    return drop_unread_defaults(value) if isinstance(value, dict) else value
 
 
 def _is_flag(options: type, name: str) -> bool:

@@ -1,11 +1,37 @@
-"""Comparing the options of two runs, so that a run goes on only with those it began with."""
+"""Options in files: reading those that earlier versions wrote, and comparing them with those of today."""
 
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from qstar_jax.config import VARIANT_BLOCKS, DataOptions
-from qstar_jax.config.variants import filled_in
+from qstar_jax.config.variants import declarations, filled_in, selected
+
+
+def drop_unread_defaults(tree: dict) -> dict:
+    """Drops options that a block's variant does not read if they have their default: config.yaml may spell out all.
+
+    Args:
+        tree: Options as nested dictionaries.
+
+    Returns:
+        The others. What differs from its default stays, and is refused later.
+    """
+
+    def is_spelled_out(name: str, value: Any, variant: str, block: type) -> bool:
+        declaration = declarations(block).get(name)
+        if declaration is None or variant in declaration.defaults:
+            return False
+        return all(default == value for default in declaration.defaults.values())
+
+    return tree | {
+        name: {
+            option: value
+            for option, value in tree[name].items()
+            if not is_spelled_out(option, value, selected(tree[name], block), block)
+        }
+        for name, block in _variant_blocks(tree).items()
+    }
 
 
 def keep_date(options: DataOptions, stored: dict) -> DataOptions:
@@ -39,8 +65,11 @@ def first_difference(stored: dict, given: dict, free: Collection[str] = ()) -> t
 
 def _complete(tree: dict) -> dict:
     """Fills in defaults; versions that stored those of options which the variant does not read are compared as well."""
-    blocks = {name: block for name, block in VARIANT_BLOCKS.items() if isinstance(tree.get(name), dict)}
-    return tree | {name: tree[name] | filled_in(tree[name], block) for name, block in blocks.items()}
+    return tree | {name: tree[name] | filled_in(tree[name], block) for name, block in _variant_blocks(tree).items()}
+
+
+def _variant_blocks(tree: dict) -> dict[str, type]:
+    return {name: block for name, block in VARIANT_BLOCKS.items() if isinstance(tree.get(name), dict)}
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:

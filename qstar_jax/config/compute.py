@@ -8,20 +8,20 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """Numbers and memory.
+    """Dtypes and rematerialization.
 
     Args:
-        param_dtype: Type in which parameters (and optimizer moments) are stored; float32 with `dtype` bfloat16 trains
-            float32 masters by bfloat16 products.
-        dtype: Type of activations and matrix products; log-softmax, sums over tokens and losses are float32 always.
+        param_dtype: Dtype in which parameters and optimizer moments are stored; float32 with `dtype` bfloat16 trains
+            float32 master weights with bfloat16 matrix products.
+        dtype: Dtype of activations and matrix products; log-softmax, sums over tokens and losses are always float32.
         remat: What the backward pass recomputes instead of keeping it: `none`; `dots`, all but matrix products;
-            `attention`, all but what attention has read; `full`, each layer.
-        attention: Of training and scoring. `dense` computes the scores of whole rows at once; `blockwise` those of 128
-            queries at a time, and again in the backward pass, for long rows; `flash` is a kernel for TPUs whose scores
-            never leave the processor; `auto` is flash on a TPU, else blockwise.
-        longrope: Which rotary frequencies a model with longrope (Phi 3) has: those for texts that fit the context
-            before its stretch (`short`), or those for longer ones (`long`), for all texts alike; `auto` is short where
-            no row is longer than that context, and refuses to guess where one is.
+            `attention`, all but the inputs of attention; `full`, every layer.
+        attention: Attention in training and scoring. `dense` computes all scores of a sequence at once; `blockwise`
+            those of 128 queries at a time, and again in the backward pass, for long sequences; `flash` is a TPU kernel
+            whose scores never leave the processor; `auto` is flash on a TPU, else blockwise.
+        longrope: Which rotary frequencies a model with longrope (Phi 3) uses, for all texts alike: those for texts that
+            fit its original context (`short`), or those for longer ones (`long`); `auto` is short if no sequence is
+            longer than that context, and refuses to guess otherwise.
     """
 
     param_dtype: Dtype = "float32"
@@ -33,16 +33,16 @@ class ComputeOptions:
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """How devices are arranged and parameters are cut.
+    """How devices are arranged and parameters are sharded.
 
     Args:
-        data: Devices along the axis that replicates parameters and splits the batch; -1 takes what is left.
-        fsdp: Devices along the axis that splits both parameters and batch.
-        tensor: Devices along the axis that splits parameters only (tensor parallelism).
+        data: Devices along the axis that replicates parameters and shards the batch; -1 takes all that are left.
+        fsdp: Devices along the axis that shards both parameters and batch.
+        tensor: Devices along the axis that shards parameters only (tensor parallelism).
         min_shard_size: Arrays with fewer elements are replicated.
         overrides: Regular expression on a parameter's path -> one axis name (or null) for each of its dimensions.
-        multi_process: Join the other processes of this job. Slurm, Open MPI, Kubernetes and TPU pods are recognised;
-            elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who.
+        multi_process: Join the other processes of this job. Slurm, Open MPI, Kubernetes and TPU pods are recognized;
+            elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
 
     data: int = -1

@@ -11,39 +11,38 @@ class DataOptions:
     """Where examples come from and how they become tokens.
 
     Args:
-        train: JSONL or a JSON array (.jsonl, .json, also .gz), Parquet, or a data-set name on the hub.
-        eval: Held-out examples, in any of the same forms; none: no evaluation.
-        train_split: Split to take when `train` is a hub name.
-        eval_split: Split to take when `eval` is a hub name.
-        prompt: Column of the prompt (text or chat messages); may be missing in files of whole dialogues.
-        chosen: Column of the preferred answer.
-        rejected: Column of the other answer.
-        completion: Column of the answer in files for supervised fine-tuning; where it is missing, `chosen` is used.
+        train: JSONL or a JSON array (.jsonl, .json, also .gz), Parquet, or a dataset name on the hub.
+        eval: Held-out examples, in any of the same forms; null: no evaluation.
+        train_split: Split to read if `train` is a hub name.
+        eval_split: Split to read if `eval` is a hub name.
+        prompt: Column of the prompt (text or chat messages); files of whole dialogues need none.
+        chosen: Column of the preferred response.
+        rejected: Column of the other response.
+        completion: Column of the response in files for supervised fine-tuning; if it is missing, `chosen` is read.
         tools: Column of the tools that the chat template shows to the model (a list of JSON schemas, or a JSON string
-            of one), in files that have it; null leaves it out.
-        system: Column of the system message, in files that have it; it goes before the prompt's messages; null leaves
-            it out.
+            of one), in files that have it; null ignores it.
+        system: Column of the system message, in files that have it; it goes before the prompt's messages; null ignores
+            it.
         as_chat: Wrap a plain-text prompt as a user's message and apply the tokenizer's chat template.
-        chat_template: Name of one of the tokenizer's chat templates, or a file that holds one (Jinja); not set: the
+        chat_template: Name of one of the tokenizer's chat templates, or a file that holds one (Jinja); null: the
             tokenizer's default, or `tool_use` for dialogues with tools. A run's tokenizer keeps the choice as its
             default.
         chat_template_kwargs: Further variables that the chat template reads, such as {"enable_thinking": false}.
-        date: Day (such as 2026-01-31) that chat templates print as today's; not set: the day on which the run or
-            folder was begun, which is kept with it.
-        repeated_prompt: What to do where most answers of a file begin with their prompt: `remove` takes it off them,
-            `keep` leaves it there, to be learnt and scored with the rest.
-        bad_rows: What becomes of rows that cannot be used: a missing column, a null, broken JSON, an empty answer,
-            messages that the chat template refuses, and the like. `drop` leaves them out and says so, but stops if
-            they are more than a tenth of the file; `stop` stops at the first. Pairs of equal answers are always
-            left out.
-        max_length: Longest prompt and answer together; a longer answer loses its end, and its EOS.
+        date: Day (such as 2026-01-31) that chat templates print as today's; null: the day on which the run or folder
+            was begun, which is stored with it.
+        repeated_prompt: What to do if most responses of a file begin with their prompt: `remove` removes it, `keep`
+            keeps it, to be learned and scored with the rest.
+        bad_rows: What to do with rows that cannot be used: a missing column, a null, broken JSON, an empty response,
+            messages that the chat template refuses, and the like. `drop` drops and reports them, but stops if they are
+            more than a tenth of the file; `stop` stops at the first. Pairs of equal responses are always dropped.
+        max_length: Longest prompt and response together; a longer response is truncated and loses its EOS.
         max_prompt_length: Longest prompt; a longer one loses its beginning.
-        layout: How prompts and answers share rows in training: `packed` computes a prompt once for all its answers, and
-            puts several prompts into a row; `shared` gives each prompt a row; `plain` repeats the prompt for every
-            answer.
-        row_length: Slots of a row where examples are packed; 0 takes those of the longest example.
-        max_train_rows: Use the first so many rows of `train` only.
-        max_eval_rows: Use the first so many rows of `eval` only.
+        layout: How prompts and responses share sequences in training: `packed` computes a prompt once for all its
+            responses, and packs several prompts into a sequence; `shared` gives each prompt a sequence; `plain` repeats
+            the prompt for every response.
+        row_length: Slots of a packed sequence; 0: the length of the longest example.
+        max_train_rows: Read only the first N rows of `train`.
+        max_eval_rows: Read only the first N rows of `eval`.
     """
 
     train: str = path("")

@@ -10,30 +10,31 @@ from qstar_jax.config.variants import path
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The paper's second insight, measured: win rate, length and reward of answers against the width of beam search.
+    """The paper's second insight, measured: win rate, length and reward of responses by the width of beam search.
 
-    Each prompt of `data.eval` is answered with one beam (sampled, and greedy) and with wider ones. A judge compares
-    each answer with the one in the file (column `completion`, or `chosen`). Answers are kept, and the same command goes
-    on where it was broken off.
+    Each prompt of `data.eval` gets responses with one beam (sampled, and greedy) and with wider ones. A judge compares
+    each with the response in the file (column `completion`, or `chosen`). Responses are kept, and the same command
+    continues an interrupted sweep.
 
     Args:
-        model: Folder of a DPO run, or a list of several (of other betas, say), which are drawn as one curve each; the
-            first is the one that a report's verdict speaks of.
-        out: Folder for sweep.json, sweep.png, comparisons.jsonl and the answers.
-        reference: Folder or hub name of the reference; a DPO run carries its own.
-        beta: Temperature of the implicit rewards; a DPO run carries its own.
-        widths: Beams; a width of 1, sampled and greedy, is always tried too.
-        seeds: Of the samples: each prompt is sampled once with each of them.
-        temperature: Of the samples; the paper's is 1.
-        top_k: Samples are drawn among the so many likeliest tokens; the paper's is 50.
-        max_new_tokens: Longest answer, EOS included.
-        stop: Strings that end an answer; its text is cut before them.
-        batch_size: Prompts decoded, or scored, at once.
-        export: Also write the answers and verdicts in alpaca_eval's format, one folder a setting under
+        model: Folder of a DPO run, or a list of several (of other betas, say), each of which becomes a curve; a
+            report's verdict is about the first.
+        out: Folder for sweep.json, sweep.png, comparisons.jsonl and the responses.
+        reference: Folder or hub name of the reference; a DPO run brings its own.
+        beta: Temperature of the implicit rewards: reward per nat; a DPO run brings its own.
+        widths: Numbers of beams; a width of 1, sampled and greedy, is always tried too.
+        seeds: Seeds for sampling: each prompt is sampled once with each of them.
+        temperature: Temperature for sampling; the paper's is 1.
+        top_k: Sample from the k most likely tokens; the paper's is 50.
+        max_new_tokens: Longest response, EOS included.
+        stop: Strings that end a response; its text is truncated before them.
+        batch_size: Prompts decoded, or responses scored, at once.
+        export: Also write the responses and verdicts in alpaca_eval's format, one folder per setting under
             `out`/alpaca_eval.
-        judge: Who decides which of two answers is better.
-        data: `data.eval` is the file of prompts; where several rows have one prompt, the first of them counts. Rows
-            that are not tried stand in sweep.json (`unused_rows`), by reason, counted from 0.
+        judge: Who decides which of two responses is better. Brackets name the kinds that read an option; others refuse
+            it.
+        data: `data.eval` is the file of prompts; if several rows have the same prompt, the first of them counts.
+            sweep.json lists the rows that are not tried (`unused_rows`), by reason, counted from 0.
     """
 
     model: list[str] | str = path()
@@ -56,11 +57,11 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class DeclineConfig:
-    """The paper's third insight, from the metrics of real runs: do rewards of chosen answers fall in training?
+    """The paper's third insight, from the metrics of real runs: do rewards of chosen responses fall in training?
 
     Args:
         out: Folder for decline.json and decline.png.
-        with_sft: Folder of a DPO run that began from a model fitted to the chosen answers.
+        with_sft: Folder of a DPO run that began from a model fine-tuned on the chosen responses.
         without_sft: Folder of a DPO run on the same data that did not.
     """
 
@@ -79,7 +80,7 @@ class ReportConfig:
         sweep: Folder that `qstar sweep` wrote.
         decline: Folder that `qstar decline` wrote.
         title: Heading of the page.
-        show: How many rows of `credit` to colour on the page.
+        show: Number of rows of `credit` to colour on the page.
     """
 
     out: str = path()
@@ -92,12 +93,12 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The paper's insights in minutes, on two CPU cores, offline: a small summarisation task with a known reward.
+    """The paper's insights in minutes, on two CPU cores, offline: a small summarization task with a known reward.
 
     Args:
         out: Folder for report.html, summary.json, and the runs.
-        from_scratch: First pretrain the base model again instead of taking the one in the package.
-        seed: Of the task's posts and of the order of the rows.
+        from_scratch: Pretrain the base model first instead of reading the one in the package.
+        seed: Seed of the task's posts and of the order of the rows.
     """
 
     out: str = path("runs/demo")

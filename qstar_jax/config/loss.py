@@ -63,8 +63,8 @@ class ReferenceOptions:
         mode: `live` holds a second copy of the parameters and runs it at each step; `cached` computes its
             log-probabilities once, keeps them on disk for this and later runs, and holds no copy; `adapter` runs the
             policy without its adapter (`lora.rank`); `none` is for losses without a reference. `auto` is none for
-            those, adapter where there is one, else live.
-        cache: Folder of the caches; by default under the user's cache folder.
+            those, adapter if there is one, else live.
+        cache: Folder of the caches; null: below the user's cache folder.
         sync_every: Steps after which a live reference moves towards the policy (TR-DPO, arXiv 2404.09656); 0: never.
         sync_mix: Weight of the policy in the moved reference; 1 replaces it.
     """

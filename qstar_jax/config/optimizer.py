@@ -12,15 +12,15 @@ class OptimizerOptions:
 
     Args:
         name: adamw, lion, adafactor, or rmsprop (the paper's code base).
-        learning_rate: Peak rate.
+        learning_rate: Peak learning rate.
         warmup_steps: Steps of linear warm-up.
-        schedule: What follows the warm-up.
-        weight_decay: Decoupled decay of matrices: of neither norms nor biases.
+        schedule: Schedule after the warm-up.
+        weight_decay: Decoupled weight decay of matrices; norms and biases do not decay.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the denominator.
         decay: Decay of the squared gradients; for adafactor, the exponent of its schedule.
-        max_grad_norm: Gradients are scaled down to this global norm; 0 switches clipping off.
+        max_grad_norm: Gradients are scaled down to this global norm; 0: no clipping.
     """
 
     name: Literal["adamw", "lion", "adafactor", "rmsprop"] = selector("adamw")

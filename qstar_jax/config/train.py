@@ -11,14 +11,14 @@ from qstar_jax.config.variants import path
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Low-rank adapters (LoRA): only they are trained, and the base is stored in `compute.param_dtype`, frozen.
+    """Low-rank adapters (LoRA): only they are trained; the base is frozen and stored in `compute.param_dtype`.
 
     Args:
         rank: Rank of the adapters, which are float32; 0 trains all parameters.
-        alpha: The adapter's product is scaled by alpha / rank; not set: 2 * rank.
-        targets: Linear layers that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, in any
-            family (without gate_proj where the MLP has no gate); or as the files of the model call them (c_attn,
-            attn.c_proj, qkv_proj, query_key_value, ...), where a fused layer stands for all its parts. Not set: all.
+        alpha: The adapter's product is scaled by alpha / rank; null: 2 * rank.
+        targets: Linear layers with an adapter: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, in any
+            family (without gate_proj if the MLP has no gate); or their names in the files of the model (c_attn,
+            attn.c_proj, qkv_proj, query_key_value, ...), where a fused layer stands for all its parts. null: all.
     """
 
     rank: int = 0
@@ -28,22 +28,21 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The length and rhythm of a run.
+    """Steps, batch size and intervals.
 
     Args:
-        steps: Optimizer steps; 0 goes once through the training rows.
-        batch_size: Rows of the file (pairs, for DPO) a step, over all devices, hosts and micro-batches.
-        accumulate: Micro-batches into which a step's rows are cut, to be computed one after the other; the gradient is
-            that of the whole batch.
-        eval_batch_size: The same for evaluation; 0 takes `batch_size`.
-        seed: Fixes the order of the rows.
+        steps: Optimizer steps; 0: one epoch.
+        batch_size: Rows of the file (pairs, for DPO) per step, over all devices, hosts and micro-batches.
+        accumulate: Micro-batches per step, computed one after the other; the gradient is that of the whole batch.
+        eval_batch_size: Rows per batch of an evaluation; 0: `batch_size`.
+        seed: Seed of the order of the rows.
         log_every: Steps between lines of metrics.
-        eval_every: Steps between evaluations; 0 evaluates at the start and at the end only.
-        save_every: Steps between checkpoints; 0 saves at the end only.
-        keep_checkpoints: How many of the newest checkpoints are kept.
-        reference_samples: Losses with a reference that does not move: answers drawn from the reference before step 0,
-            whose rewards are logged at each evaluation and tell an ordinary fall of chosen rewards from a bad one; 0
-            for none. A run that goes on keeps those it began with, or takes 0.
+        eval_every: Steps between evaluations; 0: only at the start and at the end.
+        save_every: Steps between checkpoints; 0: only at the end.
+        keep_checkpoints: Number of the newest checkpoints to keep.
+        reference_samples: Responses sampled before step 0 from a reference that does not move. Their rewards are logged
+            at each evaluation and tell an ordinary fall of chosen rewards from a harmful one; 0: none. A resumed run
+            keeps those it began with, or takes 0.
     """
 
     steps: int = 0
@@ -60,14 +59,14 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Supervised fine-tuning on answers: the usual step before DPO.
+    """Supervised fine-tuning on responses: the usual step before DPO.
 
     Args:
-        model: Hugging Face folder, hub name, or an earlier run's folder.
+        model: Hugging Face folder, hub name, or folder of an earlier run.
         out: Folder of the run: config.yaml, metrics.jsonl, curves.png, checkpoints/, summary.json; with an adapter
             also base/.
-        resume: Go on from the newest checkpoint in `out`, with the options and data that the run began with; without
-            one, begin at step 0.
+        resume: Continue from the newest checkpoint in `out`, with the options and data that the run began with; without
+            a checkpoint, begin at step 0.
     """
 
     model: str = path()
@@ -86,12 +85,12 @@ class DpoConfig:
     """Training on preference pairs, by DPO unless another loss is named: log-ratios become a token-level reward.
 
     Args:
-        model: Hugging Face folder, hub name, or an earlier run's folder; also the frozen reference, if the loss has
+        model: Hugging Face folder, hub name, or folder of an earlier run; also the frozen reference, if the loss has
             one.
         out: Folder of the run: config.yaml, metrics.jsonl, curves.png, checkpoints/, summary.json; reference/, or with
             an adapter base/.
-        resume: Go on from the newest checkpoint in `out`, with the options and data that the run began with; without
-            one, begin at step 0.
+        resume: Continue from the newest checkpoint in `out`, with the options and data that the run began with; without
+            a checkpoint, begin at step 0.
     """
 
     model: str = path()

@@ -161,7 +161,7 @@ def fill_in(options: Block) -> Block:
 
 def filled_in(values: Mapping[str, Any], block: type) -> dict[str, Any]:
     """What `fill_in` changes in the values of a block; options that the variant does not read are None."""
-    variant = variant_of(values, block)
+    variant = selected(values, block)
     return {
         name: declaration.defaults.get(variant)
         for name, declaration in declarations(block).items()
@@ -169,26 +169,7 @@ def filled_in(values: Mapping[str, Any], block: type) -> dict[str, Any]:
     }
 
 
-def drop_unread_defaults(values: Mapping[str, Any], block: type) -> dict[str, Any]:
-    """Drops options that a block's variant does not read if they have their default: files may spell out everything.
-
-    Args:
-        values: The block as it stands in a file, such as the config.yaml of an earlier version.
-        block: Its class.
-
-    Returns:
-        The rest of the block.
-    """
-    variant, declared = variant_of(values, block), declarations(block)
-
-    def is_spelled_out(name: str) -> bool:
-        defaults = declared[name].defaults if name in declared else {variant: None}
-        return variant not in defaults and all(default == values[name] for default in defaults.values())
-
-    return {name: value for name, value in values.items() if not is_spelled_out(name)}
-
-
-def variant_of(values: Mapping[str, Any], block: type) -> str:
+def selected(values: Mapping[str, Any], block: type) -> str:
     """The variant that the values of a block select."""
     name, _ = select(block)
     return values.get(name, block.__dataclass_fields__[name].default)

@@ -11,22 +11,23 @@ from qstar_jax.config.variants import path
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """The reward that a preference-trained model gives to each token of each answer.
+    """The reward that a preference-trained model gives to each token of each response.
 
     Args:
         model: Folder of a DPO run (or of one of its checkpoints), a Hugging Face folder, or a hub name.
         out: Folder for scores.jsonl, scores.identity.json and heatmap.html; they replace those of an earlier run there.
-        reference: Folder or hub name of the reference; a DPO run carries its own.
-        beta: Temperature of the rewards; a DPO run carries its own.
-        answers: `pairs` scores chosen and rejected, `single` the one answer of each row (column `completion`).
+        reference: Folder or hub name of the reference; a DPO run brings its own.
+        beta: Temperature of the rewards: reward per nat; a DPO run brings its own.
+        answers: `pairs` scores chosen and rejected responses, `single` the one response of each row (column
+            `completion`).
         batch_size: Rows scored at once.
-        show: How many rows to colour in the terminal and on the page.
-        alternatives: How many of the policy's likeliest tokens to show beside each token of these rows.
-        wrong: Column that marks what is wrong in an answer (in rejected ones, of pairs): a list of [start, end)
-            character ranges, or of texts that occur in it once. How well low rewards find these tokens goes to
+        show: Number of rows to colour in the terminal and on the page.
+        alternatives: Number of the policy's most likely tokens to show beside each token of these rows.
+        wrong: Column that marks the mistakes of a response (of the rejected one, for pairs): a list of [start, end)
+            character ranges, or of texts that occur in it once. How well low rewards find these tokens is written to
             credit.json.
-        kind: Column that names the kind of a mistake, where there are several.
-        data: `data.eval` is the file that is scored.
+        kind: Column that names the kind of each mistake, if there are several.
+        data: `data.eval` is the file to score.
     """
 
     model: str = path()
@@ -46,12 +47,12 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class GuidancePair:
-    """A model before and after tuning, whose difference is added to another one.
+    """A model before and after tuning, whose difference guides another model.
 
     Args:
         tuned: Folder or hub name.
         untuned: Folder or hub name.
-        weight: Of the difference of their log-probabilities.
+        weight: Weight of the difference of their log-probabilities.
     """
 
     tuned: str = path()
@@ -61,21 +62,21 @@ class GuidancePair:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Answers to prompts: greedy, sampled, searched for, or chosen by reward.
+    """Responses to prompts: greedy, sampled, searched for, or chosen by reward.
 
-    Answers are written batch by batch. The same command goes on where it was broken off.
+    Responses are written batch by batch. The same command continues an interrupted run.
 
     Args:
         model: Folder of a run (or of one of its checkpoints), a Hugging Face folder, or a hub name.
-        out: Folder for generations.jsonl, generations.identity.json and config.yaml. Answers already there are kept if
-            the same settings, prompts and models made them; otherwise the verb refuses to mix them.
-        prompt: One prompt, given here; otherwise `data.eval` is a file with a prompt column.
-        reference: Folder or hub name of the reference, for objectives of reward and `decode.report_reference`; a DPO
-            run carries its own.
+        out: Folder for generations.jsonl, generations.identity.json and config.yaml. Responses in it are kept if the
+            same settings, prompts and models made them; otherwise the verb refuses to mix them.
+        prompt: A single prompt; otherwise `data.eval` is a file with a prompt column.
+        reference: Folder or hub name of the reference, for objectives that read rewards and
+            `decode.report_reference`; a DPO run brings its own.
         pairs: Models whose differences guide `model`: the sum of its log-probabilities and of weight * (tuned -
             untuned) is decoded (proxy tuning, emulated fine-tuning, DeRa). Each is {tuned: ..., untuned: ..., weight:
             ...}.
-        batch_size: Prompts decoded at once.
+        batch_size: Prompts per batch.
     """
 
     model: str = path()
@@ -97,15 +98,15 @@ class ExportConfig:
     Args:
         model: Folder of a run (or of one of its checkpoints), or anything else that the other verbs open.
         out: Folder to write; it must not hold a model yet.
-        part: `model` writes the whole model, an adapter merged into it; `adapter` writes the adapter of a run alone, in
-            PEFT's format.
-        base: What the adapter's file names as its base; by default the folder or hub name that the run began from.
-        dtype: Type of the stored tensors of a model; an adapter is float32.
+        part: `model` writes the whole model, with an adapter merged into it; `adapter` writes only the adapter of a
+            run, in PEFT's format.
+        base: Base that the adapter's file names; null: the folder or hub name that the run began from.
+        dtype: Dtype of the stored tensors of a model; an adapter is float32.
         max_shard_size: Largest size of a file of weights, such as 5GB or 500MB (a KB is 1,000 bytes). A larger model is
-            cut into several files with an index; a tensor that is larger has a file of its own. The default is that of
+            sharded into several files with an index; a tensor that is larger has its own file. The default is that of
             huggingface_hub, not the 50GB of transformers 5: export holds one such file in memory beside the model, and
             a broken download loses no more than that.
-        mesh: Devices that hold the model meanwhile.
+        mesh: Devices that hold the model during the export.
     """
 
     model: str = path()

@@ -3,7 +3,7 @@ from dataclasses import asdict
 import pytest
 
 from qstar_jax.config import DecodeOptions, JudgeOptions, OptimizerOptions
-from qstar_jax.config.compare import first_difference
+from qstar_jax.config.compare import drop_unread_defaults, first_difference
 from qstar_jax.config.variants import declarations
 
 # What earlier versions stored where nothing was given.
@@ -55,3 +55,17 @@ def test_a_default_that_is_spelled_out_is_no_difference_and_another_value_is_one
     stored = {"optimizer": asdict(OptimizerOptions())}
     assert first_difference(stored, {"optimizer": asdict(OptimizerOptions(beta1=0.9))}) is None
     assert first_difference(stored, {"optimizer": asdict(OptimizerOptions(beta1=0.8))}) == ("optimizer.beta1", 0.9, 0.8)
+
+
+def test_defaults_that_a_file_spells_out_are_dropped_only_where_they_are_not_read():
+    decode = {"method": "beam", "beams": 4, "top_p": 1.0, "top_k": 3, "max_new_tokens": 128}
+    tree = {"out": "o", "decode": decode, "judge": {"kind": "llm", "tolerance": 1e-6, "seed": 0}}
+    assert drop_unread_defaults(tree) == {
+        "out": "o",
+        "decode": {"method": "beam", "beams": 4, "top_k": 3, "max_new_tokens": 128},
+        "judge": {"kind": "llm", "seed": 0},
+    }
+    assert drop_unread_defaults({"decode": {"top_p": 1.0, "top_k": 5}}) == {"decode": {"top_k": 5}}  # greedy
+    # Its methods have different defaults, so a flag that selects another one must find it.
+    assert drop_unread_defaults({"decode": {"objective": "likelihood"}}) == {"decode": {"objective": "likelihood"}}
+    assert drop_unread_defaults({"decode": "a file"}) == {"decode": "a file"}

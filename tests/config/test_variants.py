@@ -3,7 +3,7 @@ from typing import Literal
 
 import pytest
 
-from qstar_jax.config.variants import check_variant, drop_unread_defaults, fill_in, filled_in, option, selector
+from qstar_jax.config.variants import check_variant, fill_in, filled_in, option, selector
 from qstar_jax.errors import InputError
 
 
@@ -65,11 +65,3 @@ def test_defaults_of_the_variant_are_filled_in():
 def test_stored_options_are_filled_in_and_unread_ones_are_left_out():
     stored = {"name": "onion", "salt": None, "bread": "rye", "basil": False}
     assert stored | filled_in(stored, Soup) == stored | {"salt": 2.0, "basil": None, "seconds": None}
-
-
-def test_defaults_that_a_file_spells_out_are_dropped_only_where_they_are_not_read():
-    stored = {"name": "onion", "basil": False, "bread": "white", "bowls": 1, "seconds": 8.0}
-    assert drop_unread_defaults(stored, Soup) == {"name": "onion", "bread": "white", "bowls": 1, "seconds": 8.0}
-    assert drop_unread_defaults({"basil": True, "seconds": 9.0}, Soup) == {"basil": True}
-    # Its variants have different defaults, so a flag that selects another one must find it.
-    assert drop_unread_defaults({"name": "miso", "salt": 1.0}, Soup) == {"name": "miso", "salt": 1.0}
