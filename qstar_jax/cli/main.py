@@ -17,14 +17,14 @@ from qstar_jax.config.compare import drop_unread_defaults
 from qstar_jax.config.paths import check_paths
 from qstar_jax.errors import InputError
 
-# verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called
+# Verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called.
 VERBS: dict[str, tuple[type, str]] = {
     "demo": (config.DemoConfig, "show the paper's insights on a small task, offline, in minutes"),
-    "sft": (config.SftConfig, "fine-tune on answers"),
+    "sft": (config.SftConfig, "fine-tune on responses"),
     "dpo": (config.DpoConfig, "train on preference pairs"),
-    "score": (config.ScoreConfig, "give every token of every answer its reward"),
-    "generate": (config.GenerateConfig, "answer prompts: greedy, sampled, searched for, or chosen by reward"),
-    "sweep": (config.SweepConfig, "measure what wider beams are worth: win rate, length and reward"),
+    "score": (config.ScoreConfig, "score every token of every response by its reward"),
+    "generate": (config.GenerateConfig, "generate responses: greedy, sampled, searched for, or chosen by reward"),
+    "sweep": (config.SweepConfig, "measure wider beams: win rate, length and reward"),
     "decline": (config.DeclineConfig, "show how implicit rewards moved in real runs"),
     "report": (config.ReportConfig, "put what score, sweep and decline have measured on one page"),
     "export": (config.ExportConfig, "write a run's model, or its adapter, as a Hugging Face folder"),
@@ -113,12 +113,12 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0, 2 for wrong usage or input, 1 for a failure.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # notebooks put other objects in their place
-            stream.reconfigure(errors="backslashreplace")  # a model's text must not crash a poor terminal
+        if hasattr(stream, "reconfigure"):  # notebooks replace them by other objects
+            stream.reconfigure(errors="backslashreplace")  # a model's text must not crash a terminal
     parser = build_parser()
     parsed = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that torch is missing is as it should be
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that torch is missing
     try:
         options = _options(parser, parsed)
         check_paths(options)

@@ -1,4 +1,4 @@
-"""From batches of prompts to answers, by the method that a `decode:` block names."""
+"""Decodes batches of prompts, by the method that a `decode:` block selects."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from qstar_jax.decoding.search.exact import exact_search
 from qstar_jax.decoding.search.mcts import mcts
 from qstar_jax.decoding.stop_strings import StopStrings, text_before_stop
 
-WIDTH = 64  # prompts are padded to multiples of so many tokens
+WIDTH = 64  # prompts are padded to multiples of this many tokens
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Generation:
     """One response, as generations.jsonl records it.
 
     Attributes:
-        text: Its text without special tokens, cut before a stop string.
+        text: Its text without special tokens, truncated before a stop string.
         tokens: Its token ids, EOS and stop string included.
-        length: How many.
-        logp: Sum of log pi over these tokens, in nats; of the guided policy where pairs of models guide it.
+        length: Number of its tokens.
+        logp: Sum of log pi over its tokens, in nats; under the guided policy if pairs of models guide it.
         ref_logp: The same under the reference, or under the unguided model; None without one.
         reward: Implicit reward beta * (logp - ref_logp); None without a reference.
-        score: What was compared.
-        finish: eos, length, stop; none where the method has found no answer.
-        certified: Whether it is proven to be the best of all; None where nothing can be proven.
-        seed: Seed of what was drawn; None where nothing was.
+        score: What the search maximizes.
+        finish: eos, length or stop; none if the method found no response.
+        certified: Whether it is proven to be the best of all; None if nothing can be proven.
+        seed: Seed of the sampling; None if nothing was sampled.
     """
 
     text: str
@@ -57,24 +57,24 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its own end."""
+        """Whether it ended by itself, not at the limit."""
         return self.finish in ("eos", "stop")
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Everything that stays the same from batch to batch. `prepare` makes it.
+    """A function of batches of prompts, with all that stays the same between them. `prepare` makes it.
 
     Attributes:
-        model: The policy, or an `Ensemble` of it and what else is run.
+        model: The policy, or an `Ensemble` of it and the models that run beside it.
         params: Parameters, stacked or not.
         tokenizer: The policy's tokenizer.
-        plan: What the `decode:` block means.
-        objective: What is added up.
-        beta: Of the rewards that are reported, if there is a reference.
-        stop_strings: Strings that end an answer.
-        vocabulary: Tokens that all models know.
-        mesh: Devices.
+        plan: The `decode:` block, interpreted.
+        objective: What the method maximizes.
+        beta: Temperature of the reported rewards: reward per nat; None without a reference.
+        stop_strings: Strings that end a response.
+        vocabulary: Number of tokens that all models know.
+        mesh: Devices of the models.
     """
 
     model: Policy
@@ -89,7 +89,7 @@ class Decoder:
 
     @property
     def batched(self) -> bool:
-        """Whether prompts are decoded side by side; where one key serves a whole batch, they are not."""
+        """Whether a batch of prompts is decoded at once: not by methods with one key per batch, nor by exact search."""
         method = self.plan.block.method
         has_one_key = method in ("beam", "mcts") and self.plan.samples
         return not has_one_key and method != "exact"
@@ -99,16 +99,16 @@ class Decoder:
     ) -> list[list[Generation]]:
         """Decodes one batch of prompts.
 
-        The first call with a number of prompts, or with longer ones (in steps of 64 tokens), compiles.
+        The first call with a new number of prompts, or with longer prompts (in steps of 64 tokens), compiles.
 
         Args:
             prompts: Token ids of each prompt, at least one each.
-            rows: A number of each prompt, from which its key is made: answers do not depend on the batch. By default
-                they are counted from 0.
-            fill_to: Compute as many rows as this, so that the program of full batches serves the last one too.
+            rows: Number of each prompt, from which its key is derived, so that responses do not depend on the batch. By
+                default they are counted from 0.
+            fill_to: Pad the batch to this many prompts, so that the last batch runs the program of full ones.
 
         Returns:
-            Answers to each prompt, the best first where there is a search; at least one, if only to say "none".
+            Responses to each prompt, best first after a search; at least one, whose finish may be "none".
 
         Raises:
             InputError: If a prompt has a token that one of the models does not know.
@@ -116,18 +116,19 @@ class Decoder:
         count = len(prompts)
         rows = list(range(count)) if rows is None else list(rows)
         missing = max(fill_to - count, 0) if self.batched else 0
-        padded, lengths = self._padded([*prompts, *prompts[:1] * missing])
+        # Pad the batch, and derive a key from each row.
+        padded, lengths = self._pad([*prompts, *prompts[:1] * missing])
         key = jax.random.key(self.plan.block.seed or 0)
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.array(rows + rows[:1] * missing))
-        # Replicated: rows are few, and beams of one prompt belong together.
+        # Replicate: prompts are few, and beams of one prompt belong together.
         padded, lengths, keys = jax.device_put((padded, lengths, keys), NamedSharding(self.mesh, PartitionSpec()))
         if self.batched:
-            found = [self._search(padded, lengths, keys)]
+            parts = [self._search(padded, lengths, keys)]
         else:
-            found = [self._search(padded[i : i + 1], lengths[i : i + 1], keys[i : i + 1]) for i in range(count)]
-        return [answers for part in jax.device_get(found) for answers in self._answers(part)][:count]
+            parts = [self._search(padded[i : i + 1], lengths[i : i + 1], keys[i : i + 1]) for i in range(count)]
+        return [responses for part in jax.device_get(parts) for responses in self._generations(part)][:count]
 
-    def _padded(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         padded = np.zeros((len(prompts), -(-int(lengths.max()) // WIDTH) * WIDTH), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
@@ -153,17 +154,17 @@ class Decoder:
                 return exact_search(self.model, self.params, prompts[0, : int(lengths[0])], **vars(options), **shared)
         return beam_search(*common, options, key=None if self.batched else keys[0], **stopping)
 
-    def _answers(self, found: Responses) -> list[list[Generation]]:
-        rows, width = found.logp.shape
+    def _generations(self, responses: Responses) -> list[list[Generation]]:
+        count, width = responses.logp.shape
         ranks = range(min(self.plan.block.return_sequences or 1, width))
-        answers = [[self._answer(found, row, rank) for rank in ranks] for row in range(rows)]
-        return [[a for a in several if a.finish != "none"] or several[:1] for several in answers]
+        ranked = [[self._generation(responses, i, rank) for rank in ranks] for i in range(count)]
+        return [[one for one in several if one.finish != "none"] or several[:1] for several in ranked]
 
-    def _answer(self, found: Responses, row: int, rank: int) -> Generation:
-        tokens = tuple(found.tokens[row, rank, : found.lengths[row, rank]].tolist())
-        finish = Finish(int(found.finish[row, rank]))
-        logp = _number(found.logp[row, rank])
-        ref_logp = None if found.ref_logp is None else _number(found.ref_logp[row, rank])
+    def _generation(self, responses: Responses, i: int, rank: int) -> Generation:
+        tokens = tuple(responses.tokens[i, rank, : responses.lengths[i, rank]].tolist())
+        finish = Finish(int(responses.finish[i, rank]))
+        logp = _finite(responses.logp[i, rank])
+        ref_logp = None if responses.ref_logp is None else _finite(responses.ref_logp[i, rank])
         reward = None
         if self.beta is not None and logp is not None and ref_logp is not None:
             reward = self.beta * (logp - ref_logp)
@@ -174,9 +175,9 @@ class Decoder:
             logp=logp,
             ref_logp=ref_logp,
             reward=reward,
-            score=_number(found.score[row, rank]),
+            score=_finite(responses.score[i, rank]),
             finish="none" if finish == Finish.INVALID else finish.name.lower(),
-            certified=bool(found.certified[row]) if found.certified is not None and rank == 0 else None,
+            certified=bool(responses.certified[i]) if responses.certified is not None and rank == 0 else None,
             seed=self.plan.block.seed if self.plan.samples else None,
         )
 
@@ -186,6 +187,6 @@ class Decoder:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _number(x: np.generic) -> float | None:
-    """A number as JSON knows them."""
+def _finite(x: np.generic) -> float | None:
+    """A number for JSON, which has no infinities."""
     return float(x) if math.isfinite(x) else None

@@ -1,4 +1,4 @@
-"""Models, tokens and options of a `decode:` block brought together; prompts as token ids in, answers as text out."""
+"""From models and a `decode:` block to a decoder: prompts as token ids in, responses as text out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ class Guide:
     """A model before and after tuning; the difference of their log-probabilities guides a policy.
 
     Attributes:
-        tuned: The tuned model.
-        untuned: The model that it was.
-        weight: Of the difference.
+        tuned: The model after tuning.
+        untuned: The model before.
+        weight: Weight of the difference.
     """
 
     tuned: LoadedModel
@@ -45,22 +45,22 @@ def prepare(
     guides: Sequence[Guide] = (),
     consume: bool = False,
 ) -> Decoder:
-    """Brings models and options together.
+    """Makes a decoder of models and options.
 
     Args:
         loaded: The policy.
         plan: How to decode.
         mesh: Devices of the models.
-        reference: Its reference, where the options need one.
-        beta: Temperature of rewards, in reward a nat; with a reference only. `options.beta` goes first.
+        reference: Its reference, if the plan needs one.
+        beta: Temperature of the rewards: reward per nat; only with a reference. The block's own `beta` wins.
         guides: Pairs of models that guide the policy.
-        consume: Free the layers of the models as they were loaded, where decoding reads another layout.
+        consume: Free the layers of the models as they were loaded, if decoding reads another layout.
 
     Returns:
-        A function of prompts.
+        The decoder, a function of prompts.
 
     Raises:
-        InputError: If the options do not go together, or the models do not know the same tokens.
+        InputError: If reference or beta are missing or not needed, or the models do not know the same tokens.
     """
     block, wanted = plan.block, plan.needs_reference
     beta = beta if block.beta is None else block.beta
@@ -78,7 +78,7 @@ def prepare(
     scored = block.vocabulary or vocabulary
     eos_ids = eos_token_ids(loaded, scored)
     if not eos_ids:
-        raise InputError(f"{loaded.source}: none of the first {scored} tokens ends an answer (eos_token_id)")
+        raise InputError(f"{loaded.source}: none of the first {scored} tokens ends a response (eos_token_id)")
     delimiter_ids = _delimiter_ids(block.delimiters, loaded.tokenizer, scored, eos_ids) if block.delimiters else ()
     models = [member.model for member in members]
     params = params_for(mesh.devices.flat[0].platform, members, consume=consume)
@@ -115,7 +115,7 @@ def generate(
         **models: `reference`, `beta` and `guides` of `prepare`.
 
     Returns:
-        `options.return_sequences` answers a prompt, or as many as there are; the best first where there is a search.
+        `options.return_sequences` responses per prompt, or as many as there are; best first after a search.
 
     Raises:
         InputError: If the options do not go together.
@@ -125,20 +125,20 @@ def generate(
 
 
 def params_for(platform: str, members: Sequence[LoadedModel], *, consume: bool) -> tuple[Any, ...]:
-    """Parameters in the layout that decodes best on a platform; those that come several times are the same arrays.
+    """Returns parameters in the layout that decodes best on a platform; members that share theirs still do.
 
-    On CPUs that is one dictionary a layer, as XLA copies each slice of a stack there. A TPU reads slices in place, and
-    its compiler takes 20 to 40 s for a stack of 30 layers, but more than ten minutes for 30 separate ones.
+    On CPUs that is one dictionary per layer, as XLA copies each slice of a stack there. A TPU reads slices in place,
+    and its compiler takes 20 to 40 s for a stack of 30 layers, but more than ten minutes for 30 separate ones.
     """
     if platform != "cpu":
         return tuple(member.params for member in members)
-    done = {}
+    unstacked = {}
     for member in members:
-        if id(member.params) not in done:
-            done[id(member.params)] = _unstack(member.model, member.params)
-            if consume and not is_unstacked(member.params):  # what is not in a stack has been passed through
+        if id(member.params) not in unstacked:
+            unstacked[id(member.params)] = _unstack(member.model, member.params)
+            if consume and not is_unstacked(member.params):  # otherwise these arrays are the result
                 jax.tree.map(lambda x: x.delete(), member.params["layers"])
-    return tuple(done[id(member.params)] for member in members)
+    return tuple(unstacked[id(member.params)] for member in members)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -159,11 +159,11 @@ def _check_same_tokens(loaded: LoadedModel, other: LoadedModel, vocabulary: int 
         )
     ids = list(range(vocabulary or sizes[0]))
     tokens = [member.tokenizer.convert_ids_to_tokens(ids) for member in (loaded, other)]
-    for i, own, others in zip(ids, *tokens, strict=True):
-        if own != others:
+    for i, token, other_token in zip(ids, *tokens, strict=True):
+        if token != other_token:
             raise InputError(
-                f"{other.source} has another tokenizer than {loaded.source}: token {i} is {others!r} there, not "
-                f"{own!r}; models that are compared token by token need the same"
+                f"{other.source} has another tokenizer than {loaded.source}: token {i} is {other_token!r} there, not "
+                f"{token!r}; models that are compared token by token need the same"
             )
 
 
@@ -171,13 +171,13 @@ def _delimiter_ids(
     delimiters: Sequence[str], tokenizer: Any, vocabulary: int, eos_ids: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Finds the tokens whose text ends with a delimiter."""
-    pieces, found = token_texts(tokenizer, vocabulary), set()
+    texts, delimiter_ids = token_texts(tokenizer, vocabulary), set()
     for delimiter in delimiters:
-        ends = {i for i, piece in enumerate(pieces) if delimiter and piece.endswith(delimiter)} - set(eos_ids)
+        ends = {i for i, text in enumerate(texts) if delimiter and text.endswith(delimiter)} - set(eos_ids)
         if not ends:
             raise InputError(
-                f"decode: delimiters: no token ends with {delimiter!r}; a chunk ends behind one token, so name a short "
+                f"decode: delimiters: no token ends with {delimiter!r}; a chunk ends after one token, so name a short "
                 "string, such as a line break"
             )
-        found |= ends
-    return tuple(sorted(found))
+        delimiter_ids |= ends
+    return tuple(sorted(delimiter_ids))

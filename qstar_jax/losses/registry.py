@@ -53,7 +53,7 @@ def make_loss(
         name: A name in `LOSSES`, or several for a weighted sum (MPO is `["sigmoid", "bco_pair", "sft"]` with weights
             0.8, 0.2 and 1).
         weights: Weight of each of several losses; None: 1 each.
-        ld_alpha: LD-DPO's weight of tokens beyond the shorter answer's length.
+        ld_alpha: LD-DPO: weight of the tokens beyond the length of the shorter response.
         wpo: Weight pairs as WPO does.
         **options: Options of the losses by name; each goes to every loss that reads it. None: the loss's default.
             `divergence` is a name in `DIVERGENCES`, `divergence_alpha` the order of `alpha_divergence`.
@@ -98,6 +98,7 @@ def _check_terms(terms: tuple[str, ...], weights: Sequence[float] | None):
 
 
 def _check_together(loss: PreferenceLoss, given: Mapping[str, Any]):
+    """Refuses options and losses that exclude each other."""
     names = " + ".join(loss.terms)
     if "exo_pair" in loss.terms and given.get("label_smoothing") == 0:
         raise InputError("exo_pair: label_smoothing is 0, where its divergence is infinite; 1e-3 is usual")
@@ -107,10 +108,8 @@ def _check_together(loss: PreferenceLoss, given: Mapping[str, Any]):
     if loss.ld_alpha is not None and not any(has_reference(term) for term in loss.terms):
         raise InputError(f"ld_alpha weighs log-ratios to a reference, and {names} has no reference")
     if loss.ld_alpha is not None and {"kto", "implicit_prm", "plackett_luce"} & {*loss.terms}:
-        raise InputError(f"ld_alpha compares the lengths of two answers, and {names} does not read pairs")
+        raise InputError(f"ld_alpha compares the lengths of two responses, and {names} does not read pairs")
     if loss.wpo and "plackett_luce" in loss.terms:
         raise InputError("wpo weighs pairs, and plackett_luce reads rankings")
     if loss.wpo and any(term.startswith("aot") for term in loss.terms):
-        raise InputError(
-            "wpo weighs pairs, and aot sorts margins over the batch, so that its rows are no pairs any more"
-        )
+        raise InputError("wpo weighs pairs, and aot sorts margins over the batch, so that its rows are no longer pairs")

@@ -9,14 +9,14 @@ from qstar_jax.models.causal_lm import Params
 
 
 def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
-    """Linear warm-up, then the chosen schedule down to 0 at the end of the run.
+    """Makes the schedule: linear warm-up, then the chosen schedule down to 0 at the end of the run.
 
     Args:
-        options: Peak rate, warm-up and kind.
-        steps: Length of the run.
+        options: Peak rate, warm-up and schedule.
+        steps: Optimizer steps of the run.
 
     Returns:
-        Rate as a function of the number of steps done.
+        Learning rate as a function of the number of steps taken.
     """
     peak, warmup = options.learning_rate, options.warmup_steps
     after = max(steps - warmup, 1)
@@ -32,11 +32,11 @@ def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Sched
 
 
 def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
-    """Builds the optimizer behind global-norm clipping; weight decay is decoupled in all of them.
+    """Makes the optimizer, behind global-norm clipping; weight decay is always decoupled.
 
     Args:
-        options: Its name and options; those that are not set take the optimizer's own default.
-        steps: Length of the run, for the schedule.
+        options: Its name and options; those that are not given take the optimizer's default.
+        steps: Optimizer steps of the run, for the schedule.
 
     Returns:
         The optax transformation.
@@ -66,7 +66,7 @@ def _scale_gradients(options: OptimizerOptions) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: Params):
-    """Which parameters decay: all but norms and biases, which a stack of layers gives two dimensions as well."""
+    """Selects the parameters that decay: all but norms and biases, which are matrices too in a stack of layers."""
 
     def is_matrix(path, _) -> bool:
         *parents, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")

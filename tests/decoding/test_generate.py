@@ -238,7 +238,7 @@ def test_a_vocabulary_that_is_cut(loaded, other, make_loaded, one_device):
     assert max(token for answers in narrow for answer in answers for token in answer.tokens) < 10
     with pytest.raises(InputError, match="vocabulary 61 is larger"):
         generate(loaded, PROMPTS, block("greedy", vocabulary=61), one_device, guides=guides)
-    with pytest.raises(InputError, match="none of the first 2 tokens ends an answer"):
+    with pytest.raises(InputError, match="none of the first 2 tokens ends a response"):
         generate(loaded, PROMPTS, block("greedy", vocabulary=2), one_device, guides=guides)
     with pytest.raises(InputError, match=r"a prompt: the token None has id 62, and one of the models knows 60 tokens"):
         generate(

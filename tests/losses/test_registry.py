@@ -252,7 +252,7 @@ REFUSED = [
     (("dpop", {"divergence": "js_divergence"}), r"divergence 'js_divergence' has no effect with name dpop; sigmoid, "),
     (("simpo", {"ld_alpha": 0.5}), r"ld_alpha weighs log-ratios to a reference, and simpo has no reference"),
     ((["sft", "cpl"], {"ld_alpha": 0.5}), r"sft \+ cpl has no reference"),
-    (("kto", {"ld_alpha": 0.5}), r"compares the lengths of two answers, and kto does not read pairs"),
+    (("kto", {"ld_alpha": 0.5}), r"compares the lengths of two responses, and kto does not read pairs"),
     (("plackett_luce", {"ld_alpha": 0.5}), r"plackett_luce does not read pairs"),
     ((["sigmoid", "implicit_prm"], {"ld_alpha": 0.5}), r"does not read pairs"),
     (("aot", {"wpo": True}), r"wpo weighs pairs, and aot sorts margins"),
