@@ -25,17 +25,138 @@ from jaxtyping import Array, Bool, Float, Int, ScalarLike
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenScores:
-    """What a policy and its reference say of each response token, in nats.
+    """What a policy and its reference assign to each response token: the record that everything else reads.
+
+    Values where `mask` is False change neither results nor gradients; per-token results are 0 there.
 
     Attributes:
-        logp: log pi(a_t | s_t) of the chosen token. Shape [..., T].
-        ref_logp: log pi_ref(a_t | s_t). Shape [..., T].
-        logz: log-normaliser logsumexp(z(s_t)) of the policy's logits. Shape [..., T].
+        logp: log pi(a_t | s_t) of the chosen token, in nats. Shape [..., T].
+        ref_logp: log pi_ref(a_t | s_t), in nats; None without a reference. Shape [..., T].
+        logz: Log-normalizer logsumexp(z(s_t)) of the policy's logits, in nats; None where only log-probabilities are
+            known. Shape [..., T].
+        mask: True at response tokens. Shape [..., T].
     """
 
     logp: Float[Array, "*B T"]
-    ref_logp: Float[Array, "*B T"]
-    logz: Float[Array, "*B T"]
+    ref_logp: Float[Array, "*B T"] | None
+    logz: Float[Array, "*B T"] | None
+    mask: Bool[Array, "*B T"]
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: Float[Array, "*B T V"],
+        ref_logits: Float[Array, "*B T V"] | None,
+        tokens: Int[Array, "*B T"],
+        mask: Bool[Array, "*B T"],
+    ) -> "TokenScores":
+        """Scores given tokens from whole logits.
+
+        For research code and small models: training and scoring go through `logprobs.token_logprobs`, which never holds
+        the logits of all positions.
+
+        Args:
+            logits: Logits of the policy at the states in which the tokens were chosen. Shape [..., T, V].
+            ref_logits: Logits of the reference, or None without one. Shape [..., T, V].
+            tokens: The tokens a_t. Shape [..., T].
+            mask: True at response tokens; labels such as -100 may stand elsewhere. Shape [..., T].
+
+        Returns:
+            Scores in nats, float32 or more. Shape [..., T] each.
+        """
+        logp, logz = _chosen_logp(logits, tokens, mask)
+        ref_logp = None
+        if ref_logits is not None:
+            chex.assert_equal_shape([logits, ref_logits])
+            ref_logp, _ = _chosen_logp(ref_logits, tokens, mask)
+        return cls(logp=logp, ref_logp=ref_logp, logz=logz, mask=mask)
+
+    def log_ratios(self) -> Float[Array, "*B T"]:
+        """Log-ratios log pi - log pi_ref, in nats. Shape [..., T]; raises ValueError without a reference."""
+        # Both operands are masked before the subtraction: an infinity under the mask would make the gradient NaN.
+        return _masked(self.logp, self.mask) - _masked(self.known("ref_logp"), self.mask)
+
+    def rewards(self, beta: ScalarLike) -> Float[Array, "*B T"]:
+        """Token rewards r(s_t, a_t) = beta * (log pi - log pi_ref), the member of the reward class that DPO learns.
+
+        They are also the advantages of the KL convention: for the optimal policy they equal r + V*(s_{t+1}) - V*(s_t).
+
+        Args:
+            beta: Temperature: reward per nat.
+
+        Returns:
+            Rewards. Shape [..., T].
+
+        Raises:
+            ValueError: If there is no reference.
+
+        References:
+            arXiv 2404.12358, Eq. 10 and 11.
+        """
+        return beta * self.log_ratios()
+
+    def returns(self, beta: ScalarLike) -> Float[Array, "*B"]:
+        """Return of each response: the sum of its token rewards, which preferences compare (Eq. 8 and 9).
+
+        For the optimal policy it equals the sum of the true rewards less V*(s_0), the same for all responses to one
+        prompt.
+
+        Args:
+            beta: Temperature: reward per nat.
+
+        Returns:
+            Returns. Shape [...].
+
+        Raises:
+            ValueError: If there is no reference.
+        """
+        return self.rewards(beta).sum(-1)
+
+    def v(self, beta: ScalarLike) -> Float[Array, "*B T"]:
+        """Soft values V(s_t) = beta * logsumexp(z(s_t)) of the states in which the tokens were chosen (Eq. 6).
+
+        Args:
+            beta: Temperature: reward per nat.
+
+        Returns:
+            Values, known up to a potential. Shape [..., T].
+
+        Raises:
+            ValueError: If there are no log-normalizers.
+        """
+        return beta * _masked(self.known("logz"), self.mask)
+
+    def q(self, beta: ScalarLike) -> Float[Array, "*B T"]:
+        """Soft Q-values Q(s_t, a_t) = beta * (log pi + logz) = beta * z of the chosen tokens (Eq. 5).
+
+        Args:
+            beta: Temperature: reward per nat.
+
+        Returns:
+            Q-values in the paper's convention, known up to a potential. Shape [..., T].
+
+        Raises:
+            ValueError: If there are no log-normalizers.
+        """
+        return beta * (_masked(self.logp, self.mask) + _masked(self.known("logz"), self.mask))
+
+    def advantages(self, beta: ScalarLike) -> Float[Array, "*B T"]:
+        """Advantages Q - V = beta * log pi in the paper's convention, where Q contains beta * log pi_ref.
+
+        Args:
+            beta: Temperature: reward per nat.
+
+        Returns:
+            Advantages, at most 0. Shape [..., T]. In the KL convention the advantages are `rewards`.
+        """
+        return beta * _masked(self.logp, self.mask)
+
+    def known(self, name: str) -> Float[Array, "*B T"]:
+        """The field `name`; raises ValueError with the remedy where it is None."""
+        if (values := getattr(self, name)) is None:
+            fix = "score with a reference model" if name == "ref_logp" else "score with `scoring.score_tokens`"
+            raise ValueError(f"these TokenScores have no {name}; {fix}, or pass {name} when you make them")
+        return values
 
 
 @jax.tree_util.register_dataclass
@@ -74,16 +195,7 @@ def token_scores(
     Returns:
         Scores in nats, float32 or more. Shape [..., T] each.
     """
-    logits, ref_logits = _masked_logits(logits, ref_logits, mask)
-    chex.assert_equal_shape([tokens, mask])
-    tokens = jnp.where(mask, tokens, 0)[..., None]
-
-    def scores(logits):
-        logz = jax.nn.logsumexp(logits, axis=-1)
-        return jnp.take_along_axis(logits, tokens, axis=-1)[..., 0] - logz, logz
-
-    (logp, logz), (ref_logp, _) = scores(logits), scores(ref_logits)
-    return TokenScores(*(_masked(x, mask) for x in (logp, ref_logp, logz)))
+    return TokenScores.from_logits(logits, ref_logits, tokens, mask)
 
 
 def log_ratios(
@@ -505,21 +617,30 @@ def _final_values(
     return jnp.where(truncated, final_values, 0.0)
 
 
-def _masked_logits(
-    logits: Float[Array, "*B T V"], ref_logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]
-) -> tuple[Float[Array, "*B T V"], Float[Array, "*B T V"]]:
-    chex.assert_equal_shape([logits, ref_logits])
+def _masked_logits(logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T V"]:
     chex.assert_shape(mask, logits.shape[:-1])
     # At least float32: log-ratios of bfloat16 log-probabilities are mostly rounding.
-    logits, ref_logits = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (logits, ref_logits))
-    return jnp.where(mask[..., None], logits, 0.0), jnp.where(mask[..., None], ref_logits, 0.0)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return jnp.where(mask[..., None], logits, 0.0)
+
+
+def _chosen_logp(
+    logits: Float[Array, "*B T V"], tokens: Int[Array, "*B T"], mask: Bool[Array, "*B T"]
+) -> tuple[Float[Array, "*B T"], Float[Array, "*B T"]]:
+    """(log-probability of each token, log-normalizer of its state), 0 where `mask` is False."""
+    chex.assert_equal_shape([tokens, mask])
+    logits = _masked_logits(logits, mask)
+    logz = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, jnp.where(mask, tokens, 0)[..., None], axis=-1)[..., 0]
+    return _masked(chosen - logz, mask), _masked(logz, mask)
 
 
 def _divergence(
     logits: Float[Array, "*B T V"], other: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]
 ) -> Float[Array, "*B T"]:
     """KL(softmax(logits) || softmax(other)) as sum_a p log(p / q) + q - p, whose terms are all at least 0."""
-    logp, logq = (jax.nn.log_softmax(x) for x in _masked_logits(logits, other, mask))
+    chex.assert_equal_shape([logits, other])
+    logp, logq = (jax.nn.log_softmax(_masked_logits(x, mask)) for x in (logits, other))
     p, q = jnp.exp(logp), jnp.exp(logq)
     possible = p > 0
     difference = jnp.where(possible, logp, 0.0) - jnp.where(possible, logq, 0.0)

@@ -1,5 +1,7 @@
 """From a batch of answers to what a model says of each of their tokens."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -53,6 +55,21 @@ def response_alternatives(
     return tuple(x.reshape(-1, count)[batch.index] for x in found)
 
 
+def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
+    """Scores responses under the policy alone, in one pass: what losses without a reference read.
+
+    Args:
+        model: The model.
+        params: The policy's parameters.
+        batch: B prompts with R responses each.
+
+    Returns:
+        Scores of shape [B, R, T] without `ref_logp`.
+    """
+    logp, logz = response_logprobs(model, params, batch)
+    return TokenScores(logp, None, logz, batch.response_mask)
+
+
 def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, batch: Batch) -> TokenScores:
     """Policy and reference side by side: everything that rewards, values and losses are made of.
 
@@ -71,12 +88,11 @@ def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, bat
     """
     if ref_params is None and batch.ref_logp is None and model.lora is None:
         raise ValueError("no reference: expected ref_params, a batch with ref_logp, or a model with an adapter")
-    logp, logz = response_logprobs(model, params, batch)
-    ref_logp = batch.ref_logp
+    scores, ref_logp = score_policy(model, params, batch), batch.ref_logp
     if ref_logp is None:
         base = split_adapter(params)[0] if ref_params is None else ref_params
         ref_logp, _ = response_logprobs(model.base, base, batch)
-    return TokenScores(logp=logp, ref_logp=jax.lax.stop_gradient(ref_logp), logz=logz)
+    return replace(scores, ref_logp=jax.lax.stop_gradient(ref_logp))
 
 
 def _scored_states(model: CausalLM, params: Params, batch: Batch) -> Float[Array, "N K D"]:

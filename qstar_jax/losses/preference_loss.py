@@ -6,17 +6,18 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from qstar_jax.losses.answers import LossMetrics
 from qstar_jax.losses.catalog import LOSSES, has_reference, needed_arrays, optional_arrays
 from qstar_jax.losses.divergences import DIVERGENCES, alpha_divergence
 from qstar_jax.losses.weighting import desensitize_length, wpo_weights
+from qstar_jax.mdp import TokenScores
 
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """One loss, or a weighted sum of several, with its options bound: `loss(log_ratios=..., mask=...)`.
+    """One loss, or a weighted sum of several, with its options bound: `loss(scores)`.
 
     Attributes:
         terms: Names of the losses.
@@ -39,9 +40,14 @@ class PreferenceLoss:
 
     @cached_property
     def arrays(self) -> frozenset[str]:
-        """Names of the arrays that must be passed."""
+        """Names of the arrays that the losses read."""
         needed = {name for term in self.terms for name in needed_arrays(term)}
         return frozenset(needed | ({"logp", "log_sum_sq"} if self.wpo else set()))
+
+    @property
+    def extra_arrays(self) -> frozenset[str]:
+        """Names of the arrays that must be passed beside the scores of a batch of pairs."""
+        return self.arrays - {"log_ratios", "logp", "ref_logp", "mask", "labels"}
 
     @property
     def uses_reference(self) -> bool:
@@ -70,8 +76,9 @@ class PreferenceLoss:
         if not all(has_reference(term) for term in self.terms) or self.wpo:
             return None
         zeros = jnp.zeros((1, 2, 1))
-        arrays = {"mask": zeros == 0, "labels": jnp.array([[True, False]]), "baseline": jnp.zeros(())}
-        return float(self(**{name: arrays.get(name, zeros) for name in self.arrays})[0][0])
+        scores = TokenScores(logp=zeros, ref_logp=zeros, logz=None, mask=zeros == 0)
+        extra = {name: jnp.zeros(()) if name == "baseline" else zeros for name in self.extra_arrays}
+        return float(self(scores, **extra)[0][0])
 
     def __str__(self) -> str:
         """The losses, their weights and options, as they would be called."""
@@ -85,39 +92,53 @@ class PreferenceLoss:
         behind = [f"ld_alpha={self.ld_alpha}"] * (self.ld_alpha is not None) + ["wpo"] * self.wpo
         return ", ".join([" + ".join(calls), *behind])
 
-    def __call__(self, **arrays: Shaped[Array, "..."]) -> tuple[Float[Array, "*B"], LossMetrics]:
+    def __call__(
+        self, scores: TokenScores, *, labels: Bool[Array, "*B R"] | None = None, **arrays: Shaped[Array, "..."]
+    ) -> tuple[Float[Array, "*B"], LossMetrics]:
         """Computes the loss of each pair.
 
         Args:
-            **arrays: What `self.arrays` names, in the shapes of the losses' docstrings; answers are [..., R, T]. Losses
-                of single answers take the pair's [..., 2, T] and `labels` [..., 2], and are averaged over the two.
+            scores: Scores of the responses, chosen first (or best first). Shape [..., R, T].
+            labels: Whether each response is desirable, for losses that judge single responses, which are averaged over
+                the pair; None: the first is, the others are not. Shape [..., R].
+            **arrays: What `self.extra_arrays` names, in the shapes of the losses' docstrings.
 
         Returns:
             The loss, shape [...], and the metrics of the first term with a reference (or of the first).
 
         Raises:
             TypeError: If arrays are missing, or given and not used.
+            ValueError: If a loss reads a reference, and the scores have none.
         """
         optional = {name for term in self.terms for name in optional_arrays(term)}
-        if not self.arrays <= arrays.keys() <= self.arrays | optional:
-            raise TypeError(f"{' + '.join(self.terms)} takes {sorted(self.arrays)}; got {sorted(arrays)}")
+        if not self.extra_arrays <= arrays.keys() <= self.extra_arrays | optional:
+            name, needs = " + ".join(self.terms), sorted(self.extra_arrays)
+            raise TypeError(f"{name} takes {needs or 'no arrays'} beside the scores; got {sorted(arrays)}")
+        arrays |= {"mask": scores.mask, "labels": labels}
+        if labels is None:
+            arrays["labels"] = jnp.broadcast_to(jnp.arange(scores.mask.shape[-2]) == 0, scores.mask.shape[:-1])
         total, records = 0.0, []
         for name, weight, options in zip(self.terms, self.weights, self.options, strict=True):
-            loss, metrics = LOSSES[name](**self._read(name, arrays), **_bind_divergence(options))
+            loss, metrics = LOSSES[name](**self._read(name, scores, arrays), **_bind_divergence(options))
             if "labels" in needed_arrays(name):
                 loss = loss.mean(-1)
             total = total + weight * loss
             records.append(metrics)
         if self.wpo:
-            total = total * wpo_weights(arrays["logp"], arrays["mask"], arrays["log_sum_sq"])
+            total = total * wpo_weights(scores.logp, scores.mask, arrays["log_sum_sq"])
         return total, records[self._main]
 
-    def _read(self, name: str, arrays: dict[str, Array]) -> dict[str, Array]:
-        own = {array: arrays[array] for array in (*needed_arrays(name), *optional_arrays(name)) if array in arrays}
-        if self.ld_alpha is not None and own.keys() & {"log_ratios", "ref_logp"}:
-            for array in own.keys() & {"log_ratios", "logp", "ref_logp"}:
-                own[array] = desensitize_length(own[array], own["mask"], ld_alpha=self.ld_alpha)
-        return own
+    def _read(self, name: str, scores: TokenScores, arrays: dict[str, Array]) -> dict[str, Array]:
+        """The arguments of one term, tokens beyond the shorter response weighted where `ld_alpha` asks for it."""
+        needed = needed_arrays(name)
+        read = {array: arrays[array] for array in (*needed, *optional_arrays(name)) if array in arrays}
+        read |= {array: scores.known(array) for array in ("logp", "ref_logp") if array in needed}
+        if "log_ratios" in needed:
+            read["log_ratios"] = scores.log_ratios()
+        if self.ld_alpha is not None and has_reference(name):
+            for array in read.keys() & {"log_ratios", "logp", "ref_logp"}:
+                read[array] = desensitize_length(read[array], scores.mask, ld_alpha=self.ld_alpha)
+        return read
 
 
 def _bind_divergence(options: Mapping[str, Any]) -> dict[str, Any]:

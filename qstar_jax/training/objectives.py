@@ -11,19 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qstar_jax import losses, mdp
+from qstar_jax import losses
 from qstar_jax.config import LossOptions
 from qstar_jax.data.batches import Batch
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.scoring import response_logprobs, score_tokens
+from qstar_jax.scoring import response_logprobs, score_policy, score_tokens
 from qstar_jax.training.metrics import Metrics
 
 LossFn = Callable[[Params, Params | None, Batch], tuple[Float[Array, ""], Metrics]]
-
-# What a batch of pairs, the policy and its reference give a loss to read.
-_BATCH_ARRAYS = frozenset({"log_ratios", "logp", "ref_logp", "mask", "labels"})
 
 
 def sft_loss_fn(model: CausalLM) -> LossFn:
@@ -60,10 +57,9 @@ def preference_loss(options: LossOptions) -> losses.PreferenceLoss:
         InputError: If the options do not make a loss, or one that needs arrays which a training batch cannot give.
     """
     loss = losses.make_loss(**asdict(options))
-    unknown = sorted(loss.arrays - _BATCH_ARRAYS)
-    if unknown:
+    if loss.extra_arrays:
         raise InputError(
-            f"loss.name {loss} needs {', '.join(unknown)}, which a batch of pairs does not give; "
+            f"loss.name {loss} needs {', '.join(sorted(loss.extra_arrays))}, which a batch of pairs does not give; "
             "call it from a training loop of your own (qstar_jax.losses), or choose another loss"
         )
     return loss
@@ -102,18 +98,15 @@ def dpo_loss_fn(model: CausalLM, options: LossOptions) -> LossFn:
     loss = preference_loss(options)
 
     def loss_fn(params: Params, ref_params: Params | None, batch: Batch):
-        # Rows that only fill up count as empty, for losses that look at the whole batch.
-        mask = batch.response_mask & (batch.weights > 0)[:, None, None]
-        arrays = {"mask": mask, "labels": jnp.broadcast_to(jnp.array([True, False]), mask.shape[:2])}
         if loss.uses_reference:
             scores = score_tokens(model, params, ref_params, batch)
-            ratios = mdp.log_ratios(scores.logp, scores.ref_logp, mask)
-            arrays |= {"logp": scores.logp, "ref_logp": scores.ref_logp, "log_ratios": ratios}
         else:
-            arrays["logp"], _ = response_logprobs(model, params, batch)
-        values, record = loss(**{name: arrays[name] for name in loss.arrays})
+            scores = score_policy(model, params, batch)
+        # Examples that only fill up the batch count as empty, for losses that look at all of it.
+        scores = replace(scores, mask=scores.mask & (batch.weights > 0)[:, None, None])
+        values, record = loss(scores)
         pairs = batch.weights.sum()
-        logps = jax.lax.stop_gradient(arrays["logp"]).sum(-1)
+        logps = jax.lax.stop_gradient(scores.logp).sum(-1)
         by_pair = {
             "loss": values,
             "rewards/chosen": record.rewards[:, 0],

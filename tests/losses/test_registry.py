@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from typing import get_args
 
@@ -14,6 +15,7 @@ from qstar_jax.config.variants import declarations
 from qstar_jax.errors import InputError
 from qstar_jax.losses import make_loss, reference_free
 from qstar_jax.losses.registry import DECLARED, defaults
+from qstar_jax.mdp import TokenScores
 
 READS = {
     "sigmoid sigmoid_norm robust hinge ipo ipo_sum exo_pair discopop dpop dpo_shift": "log_ratios",
@@ -43,10 +45,16 @@ EVERYTHING = {
     "baseline": jnp.float32(0.3),
 }
 MASK = EVERYTHING["mask"]
+SCORES = TokenScores(LOGP, REF, None, MASK)
+
+
+def extras(loss):
+    return {name: EVERYTHING[name] for name in loss.extra_arrays}
 
 
 def call(loss, **changed):
-    return loss(**{name: (EVERYTHING | changed)[name] for name in loss.arrays})
+    scores = replace(SCORES, **{name: changed.pop(name) for name in ("logp", "ref_logp") if name in changed})
+    return loss(scores, **{"labels": EVERYTHING["labels"]} | extras(loss) | changed)
 
 
 def direct(name, **options):
@@ -85,13 +93,27 @@ def test_a_loss_by_name_is_the_function(name):
 
 def test_missing_and_extra_arrays():
     loss = make_loss("tdpo1")
-    log_ratios, kl = EVERYTHING["log_ratios"], EVERYTHING["kl"]
-    with pytest.raises(TypeError, match=r"tdpo1 takes \['kl', 'log_ratios', 'mask'\]; got \['log_ratios', 'mask'\]"):
-        loss(log_ratios=log_ratios, mask=MASK)
-    with pytest.raises(TypeError, match=r"got \['kl', 'log_ratios', 'logp', 'mask'\]"):
-        loss(log_ratios=log_ratios, mask=MASK, kl=kl, logp=LOGP)
-    with pytest.raises(TypeError, match=r"got \[\]"):
-        loss()
+    with pytest.raises(TypeError, match=r"tdpo1 takes \['kl'\] beside the scores; got \[\]"):
+        loss(SCORES)
+    with pytest.raises(TypeError, match=r"got \['baseline', 'kl'\]"):
+        loss(SCORES, kl=-KL, baseline=jnp.float32(0.3))
+    with pytest.raises(TypeError, match=r"sigmoid takes no arrays beside the scores; got \['kl'\]"):
+        make_loss("sigmoid")(SCORES, kl=-KL)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "aot", ["sft", "kto"]])
+def test_scores_without_a_reference_are_refused(name):
+    loss = make_loss(name)
+    with pytest.raises(ValueError, match="no ref_logp; score with a reference model"):
+        loss(replace(SCORES, ref_logp=None), **extras(loss))
+
+
+def test_the_first_response_is_the_desirable_one_unless_labels_say_otherwise():
+    chosen_first = jnp.broadcast_to(jnp.array([True, False]), SHAPE[:2])
+    for name in ("kto", "implicit_prm"):
+        loss = make_loss(name)
+        np.testing.assert_array_equal(loss(SCORES, **extras(loss))[0], call(loss, labels=chosen_first)[0])
+        assert np.abs(call(loss, labels=~chosen_first)[0] - call(loss, labels=chosen_first)[0]).max() > 1e-3
 
 
 def test_a_mixture_is_the_weighted_sum_of_its_parts():
@@ -109,10 +131,9 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts():
 
 
 def test_places_of_a_ranking_may_be_left_open():
-    log_ratios, mask = EVERYTHING["log_ratios"], MASK
-    present = jnp.ones(mask.shape[:2], bool).at[0, 1].set(False)
-    loss, metrics = make_loss("plackett_luce")(log_ratios=log_ratios, mask=mask, present=present)
-    np.testing.assert_array_equal(loss, losses.plackett_luce(log_ratios, mask, present)[0])
+    present = jnp.ones(SHAPE[:2], bool).at[0, 1].set(False)
+    loss, metrics = make_loss("plackett_luce")(SCORES, present=present)
+    np.testing.assert_array_equal(loss, losses.plackett_luce(EVERYTHING["log_ratios"], MASK, present)[0])
     assert loss[0] == 0 and metrics.rewards[0, 1] == 0
 
 
@@ -128,7 +149,7 @@ def test_ld_alpha_weighs_tokens_of_policy_and_reference(name):
         shared = min(MASK[row].sum(-1))
         for answer in range(2):
             weights[row, answer, np.cumsum(MASK[row, answer]) > shared] = 0.4
-    weighed = {array: EVERYTHING[array] * weights for array in ("log_ratios", "logp", "ref_logp")}
+    weighed = {array: EVERYTHING[array] * weights for array in ("logp", "ref_logp")}
     found = call(make_loss(name, ld_alpha=0.4))[0]
     np.testing.assert_allclose(found, call(make_loss(name), **weighed)[0], rtol=1e-5)
     assert np.abs(found - call(make_loss(name))[0]).max() > 1e-3
@@ -150,7 +171,10 @@ def test_wpo_multiplies_the_loss(name):
 
 
 def test_no_gradient_flows_through_the_weights_of_wpo():
-    grad = jax.grad(lambda x: call(make_loss("sigmoid", wpo=True), logp=x)[0].sum())(LOGP)
+    def loss(shift):  # of both models, which moves the weights and no log-ratio
+        return call(make_loss("sigmoid", wpo=True), logp=LOGP + shift, ref_logp=REF + shift)[0].sum()
+
+    grad = jax.grad(loss)(jnp.zeros(SHAPE))
     np.testing.assert_array_equal(grad, 0)
 
 
@@ -188,12 +212,11 @@ def test_losses_that_look_at_their_batch_say_so(name):
 
 def test_under_jit_grad_and_vmap():
     loss = make_loss(["sigmoid", "sft"], weights=[1.0, 0.5], normalize="answer_tokens", wpo=True, ld_alpha=0.3)
-    arrays = {name: EVERYTHING[name] for name in loss.arrays}
-    expected = loss(**arrays)[0]
-    np.testing.assert_allclose(jax.jit(lambda x: loss(**x)[0])(arrays), expected, rtol=1e-5)
-    np.testing.assert_allclose(jax.vmap(lambda x: loss(**x)[0])(arrays), expected, rtol=1e-5)
-    grads = jax.grad(lambda x: loss(**(arrays | x))[0].sum())({"log_ratios": arrays["log_ratios"]})
-    assert np.abs(grads["log_ratios"]).max() > 1e-3
+    expected = loss(SCORES, **extras(loss))[0]
+    np.testing.assert_allclose(jax.jit(lambda x, y: loss(x, **y)[0])(SCORES, extras(loss)), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(lambda x, y: loss(x, **y)[0])(SCORES, extras(loss)), expected, rtol=1e-5)
+    grad = jax.grad(lambda ref: loss(replace(SCORES, ref_logp=ref), **extras(loss))[0].sum())(REF)
+    assert np.abs(grad).max() > 1e-3
 
 
 def test_loss_at_reference():
@@ -208,9 +231,10 @@ def test_loss_at_reference():
 
 @pytest.mark.parametrize("name", [name for name in ARRAYS if name not in REFERENCE_FREE])
 def test_loss_at_reference_is_what_the_loss_says_there(name):
-    at_reference = {"log_ratios": LOGP * 0, "ref_logp": LOGP, "kl": KL * 0, "baseline": jnp.float32(0.0)}
-    at_reference["labels"] = jnp.broadcast_to(jnp.array([True, False]), SHAPE[:2])
-    found = call(make_loss(name), **at_reference)[0]
+    at_reference = {"ref_logp": LOGP, "labels": jnp.broadcast_to(jnp.array([True, False]), SHAPE[:2])}
+    zeros = {"kl": KL * 0, "baseline": jnp.float32(0.0)}
+    loss = make_loss(name)
+    found = call(loss, **at_reference, **{array: zeros[array] for array in loss.extra_arrays & zeros.keys()})[0]
     np.testing.assert_allclose(found, make_loss(name).loss_at_reference, rtol=1e-6)
 
 
@@ -364,5 +388,4 @@ def test_refuses_what_cannot_be_computed(name, options):
 
 def test_can_be_compiled_as_it_is():
     loss = make_loss("sigmoid")
-    arrays = {name: EVERYTHING[name] for name in loss.arrays}
-    np.testing.assert_allclose(jax.jit(loss)(**arrays)[0], loss(**arrays)[0], rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(loss)(SCORES)[0], loss(SCORES)[0], rtol=1e-6)

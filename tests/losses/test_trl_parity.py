@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qstar_jax import losses
+from qstar_jax.mdp import TokenScores
 
 spec = importlib.util.spec_from_file_location("trl_runner", Path(__file__).with_name("trl_runner.py"))
 runner = importlib.util.module_from_spec(spec)
@@ -47,16 +48,14 @@ def run_ours(case, batch):
         ref_logp = jnp.zeros_like(arrays["logp"]) if case.trainer == "cpo" else arrays["ref_logp"]
         unpaired = case.settings.get("loss_type") == "apo_zero_unpaired"
         known = {
-            "ref_logp": jnp.where(mask, ref_logp, -RUBBISH),
             "log_sum_sq": jnp.where(mask, arrays["log_sum_sq"], RUBBISH),
-            "mask": mask,
-            "labels": arrays["labels"],
             "baseline": jnp.zeros(()) if unpaired else losses.kto_baseline(kl_ratios, kl_mask),
         }
 
         def evaluate(logp):
-            every = known | {"logp": logp, "log_ratios": logp - known["ref_logp"]}
-            values, metrics = loss(**{name: every[name] for name in loss.arrays})
+            scores = TokenScores(logp, jnp.where(mask, ref_logp, -RUBBISH), None, mask)
+            extra = {name: known[name] for name in loss.extra_arrays}
+            values, metrics = loss(scores, labels=arrays["labels"], **extra)
             return values.mean(), (values, metrics)
 
         dirty = jnp.where(mask, arrays["logp"], RUBBISH)
