@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import DefaultHelpFormatter
 
 from qstar_jax.config import VARIANT_BLOCKS
-from qstar_jax.config.variants import declarations, select
+from qstar_jax.config.variants import declarations, variants_of
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -33,7 +33,7 @@ def _defaults(block: str) -> tuple[Mapping[str, Mapping[str, Any]], Sequence[str
     if block not in VARIANT_BLOCKS:
         return {}, ()
     declared = declarations(VARIANT_BLOCKS[block])
-    return {name: declaration.defaults for name, declaration in declared.items()}, select(VARIANT_BLOCKS[block])[1]
+    return {name: declaration.defaults for name, declaration in declared.items()}, variants_of(VARIANT_BLOCKS[block])[1]
 
 
 @cache

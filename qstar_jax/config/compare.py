@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from qstar_jax.config import VARIANT_BLOCKS, DataOptions
-from qstar_jax.config.variants import declarations, filled_in, selected
+from qstar_jax.config.variants import declarations, filled_in, variant_of
 
 
 def drop_unread_defaults(tree: dict) -> dict:
@@ -15,23 +15,21 @@ def drop_unread_defaults(tree: dict) -> dict:
         tree: Options as nested dictionaries.
 
     Returns:
-        The others. What differs from its default stays, and is refused later.
+        The others. An option that is not read and differs from its default stays, and is refused later.
     """
+    blocks = _variant_blocks(tree)
+    return tree | {name: _drop_unread_defaults(tree[name], block) for name, block in blocks.items()}
 
-    def is_spelled_out(name: str, value: Any, variant: str, block: type) -> bool:
-        declaration = declarations(block).get(name)
-        if declaration is None or variant in declaration.defaults:
-            return False
-        return all(default == value for default in declaration.defaults.values())
 
-    return tree | {
-        name: {
-            option: value
-            for option, value in tree[name].items()
-            if not is_spelled_out(option, value, selected(tree[name], block), block)
-        }
-        for name, block in _variant_blocks(tree).items()
-    }
+def _drop_unread_defaults(values: dict, block: type) -> dict:
+    variant, declared = variant_of(values, block), declarations(block)
+
+    def is_needed(name: str, value: Any) -> bool:
+        if name not in declared or variant in declared[name].defaults:
+            return True
+        return any(default != value for default in declared[name].defaults.values())
+
+    return {name: value for name, value in values.items() if is_needed(name, value)}
 
 
 def keep_date(options: DataOptions, stored: dict) -> DataOptions:

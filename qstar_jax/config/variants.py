@@ -80,7 +80,7 @@ def declarations(block: type) -> dict[str, Declaration]:
 
 
 @cache
-def select(block: type) -> tuple[str, tuple[str, ...]]:
+def variants_of(block: type) -> tuple[str, tuple[str, ...]]:
     """The option of a block that selects its variant, and the variants."""
     name = next(option.name for option in fields(block) if "selects" in option.metadata)
     return name, _choices(get_type_hints(block)[name])
@@ -96,7 +96,8 @@ def check_variant(options: Any, block: str):
     Raises:
         InputError: If one is; it names the option, its value, the variant, who reads it, and the flag to set.
     """
-    declared, (name, variants) = declarations(type(options)), select(type(options))
+    declared = declarations(type(options))
+    name, variants = variants_of(type(options))
     variant = getattr(options, name)
     check_value(name, variant, Declaration({}, choices=variants), block)
     given = {option: getattr(options, option) for option in declared}
@@ -104,19 +105,19 @@ def check_variant(options: Any, block: str):
     check_given(given, (variant,), declared, f"{block}.{name}")
 
 
-def check_given(given: Mapping[str, Any], variants: Sequence[str], declared: Mapping[str, Declaration], selected: str):
+def check_given(given: Mapping[str, Any], variants: Sequence[str], declared: Mapping[str, Declaration], flag: str):
     """Refuses options that none of several variants reads, and values out of range.
 
     Args:
         given: Option -> value, of those that were given.
         variants: Variants that are combined, such as the losses of a mixture.
         declared: Declarations of all options of the block.
-        selected: Dotted name of the option that selects the variants.
+        flag: Dotted name of the option that selects the variants, such as "loss.name".
 
     Raises:
         InputError: If one is.
     """
-    block, _, name = selected.partition(".")
+    block, _, name = flag.partition(".")
     for option, value in given.items():
         if option not in declared:
             read = [o for o, declaration in declared.items() if declaration.defaults.keys() & set(variants)]
@@ -128,7 +129,7 @@ def check_given(given: Mapping[str, Any], variants: Sequence[str], declared: Map
         if not set(readers) & set(variants):
             raise InputError(
                 f"{block}: {option} {value!r} has no effect with {name} {' + '.join(variants)}; "
-                f"{_list(readers)} {'reads' if len(readers) == 1 else 'read'} it: set --{selected} {readers[0]}, or "
+                f"{_list(readers)} {'reads' if len(readers) == 1 else 'read'} it: set --{flag} {readers[0]}, or "
                 "leave it out"
             )
         check_value(option, value, declared[option], block)
@@ -161,7 +162,7 @@ def fill_in(options: Block) -> Block:
 
 def filled_in(values: Mapping[str, Any], block: type) -> dict[str, Any]:
     """What `fill_in` changes in the values of a block; options that the variant does not read are None."""
-    variant = selected(values, block)
+    variant = variant_of(values, block)
     return {
         name: declaration.defaults.get(variant)
         for name, declaration in declarations(block).items()
@@ -169,10 +170,10 @@ def filled_in(values: Mapping[str, Any], block: type) -> dict[str, Any]:
     }
 
 
-def selected(values: Mapping[str, Any], block: type) -> str:
+def variant_of(values: Mapping[str, Any], block: type) -> str:
     """The variant that the values of a block select."""
-    name, _ = select(block)
-    return values.get(name, block.__dataclass_fields__[name].default)
+    name, _ = variants_of(block)
+    return str(values.get(name, block.__dataclass_fields__[name].default))
 
 
 def inside(value: Any, interval: str) -> bool:
@@ -192,6 +193,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _list(words: Sequence[str]) -> str:
+    """Lists words as in "a, b and c"."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 

@@ -69,3 +69,4 @@ def test_defaults_that_a_file_spells_out_are_dropped_only_where_they_are_not_rea
     # Its methods have different defaults, so a flag that selects another one must find it.
     assert drop_unread_defaults({"decode": {"objective": "likelihood"}}) == {"decode": {"objective": "likelihood"}}
     assert drop_unread_defaults({"decode": "a file"}) == {"decode": "a file"}
+    assert drop_unread_defaults({"decode": {"method": ["beam"], "top_k": 3}})["decode"]["method"] == ["beam"]
