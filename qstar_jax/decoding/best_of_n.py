@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from qstar_jax.decoding.drawing import SampleOptions
 from qstar_jax.decoding.objectives import Objective
 from qstar_jax.decoding.policies import Policy
 from qstar_jax.decoding.responses import Responses
-from qstar_jax.decoding.rollouts import Roller, Rollout
+from qstar_jax.decoding.sampler import Sampler, SamplingState
+from qstar_jax.decoding.sampling import SampleOptions
 from qstar_jax.decoding.stop_strings import StopStrings
 
 
@@ -89,23 +89,25 @@ def best_of_n(
     References:
         arXiv 2404.12358, Eq. 10 summed along a prefix; arXiv 2410.20290.
     """
-    roller = Roller(model, params, prompts, prompt_lengths, options, objective, stop_strings)
-    samples, room = options.num_samples, options.max_new_tokens
-    stages = rejection.stages(samples, room) if rejection else [(samples, room)]
-    state = roller.start(keys, samples, (stages[0][1] - 1) * samples)
+    sampler = Sampler(model, params, prompts, prompt_lengths, options, objective, stop_strings)
+    samples, max_new_tokens = options.num_samples, options.max_new_tokens
+    stages = rejection.stages(samples, max_new_tokens) if rejection else [(samples, max_new_tokens)]
+    state = sampler.start(keys, samples, (stages[0][1] - 1) * samples)
     length = 1  # tokens drawn; all but the last are in the pool
     for count, end in stages:
+        # Prune the worst samples, and make a pool for those that stay.
         if count < samples:
-            state = _best(state, count, length - 1, end - 1)
-        state = roller.run(state, end - length, draw=length, slot=(length - 1) * count)
+            state = _prune(state, count, length - 1, end - 1)
+        # Draw up to the end of the stage.
+        state = sampler.run(state, end - length, draw=length, slot=(length - 1) * count)
         samples, length = count, end
-    return state.samples.best(samples).responses()
+    return state.partial.best(samples).responses()
 
 
-def _best(state: Rollout, count: int, written: int, needed: int) -> Rollout:
-    """The best samples in their old order, with a pool of `needed` tokens each, of which some are written."""
+def _prune(state: SamplingState, count: int, written: int, needed: int) -> SamplingState:
+    """Keeps the best samples in their old order, with a pool of `needed` tokens each, of which some are written."""
     samples = state.path.shape[1]
-    chosen = jnp.sort(jax.lax.top_k(state.samples.worth, count)[1], axis=1)
+    chosen = jnp.sort(jax.lax.top_k(state.partial.score, count)[1], axis=1)
     step = jnp.arange(needed)
     slots = jnp.minimum(step, max(written - 1, 0))[:, None] * samples + chosen[:, None]
     return state.pick(chosen, slots.reshape(len(chosen), -1), jnp.repeat(step < written, count))

@@ -17,7 +17,7 @@ from qstar_jax.decoding.objectives import Objective
 from qstar_jax.decoding.options import DecodePlan
 from qstar_jax.decoding.policies import Policy
 from qstar_jax.decoding.responses import Finish, Responses
-from qstar_jax.decoding.sampling import sample
+from qstar_jax.decoding.sampler import sample
 from qstar_jax.decoding.search.beam import beam_search
 from qstar_jax.decoding.search.chunks import chunk_beam_search
 from qstar_jax.decoding.search.exact import exact_search

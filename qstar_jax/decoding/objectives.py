@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qstar_jax.decoding.policies import Logits
 
@@ -21,7 +21,7 @@ from qstar_jax.decoding.policies import Logits
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepScores:
-    """Numbers of every possible next token, float32 or better.
+    """Scores of every possible next token, float32 or better; of one token each where V is left out.
 
     Attributes:
         score: What a search adds up. Shape [..., V].
@@ -35,6 +35,10 @@ class StepScores:
     value: Float[Array, "*B V"] | None
     logp: Float[Array, "*B V"]
     ref_logp: Float[Array, "*B V"] | None
+
+    def at(self, token: Int[Array, "*B"]) -> "StepScores":
+        """Scores of one token each, shape [...]."""
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, token[..., None], axis=-1)[..., 0], self)
 
 
 @runtime_checkable

@@ -1,55 +1,110 @@
-"""Sampling, and greedy decoding as its limit."""
+"""How one token is drawn: temperature, the restrictions of the distribution, and a key of its own for every draw."""
 
-from functools import partial
-from typing import Any
+import math
+from dataclasses import dataclass
 
 import jax
-from jaxtyping import Array, Int, Key
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
-from qstar_jax.decoding.drawing import SampleOptions as SampleOptions
-from qstar_jax.decoding.drawing import restrict as restrict
-from qstar_jax.decoding.objectives import Likelihood, Objective
-from qstar_jax.decoding.policies import Policy
-from qstar_jax.decoding.responses import Responses
-from qstar_jax.decoding.rollouts import Roller
-from qstar_jax.decoding.stop_strings import StopStrings
+from qstar_jax.decoding.constraints import Constraints
 
 
-@partial(jax.jit, static_argnames=("model", "options", "objective"))
-def sample(
-    model: Policy,
-    params: Any,
-    prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, " B"],
-    keys: Key[Array, " B"] | None,
-    options: SampleOptions,
-    *,
-    objective: Objective = Likelihood(),
-    stop_strings: StopStrings | None = None,
-) -> Responses:
-    """Draws answers token by token; the prompt is computed once for all samples of it.
+@dataclass(frozen=True)
+class SampleOptions:
+    """How answers are drawn.
 
-    Token t of sample n of prompt b is drawn with the key `fold_in(fold_in(keys[b], n), t)`. So a prompt's samples
-    depend neither on the batch that it is in, nor on padding, nor on how many samples are asked for.
+    Attributes:
+        max_new_tokens: Longest answer T, EOS included.
+        eos_ids: Tokens that end an answer.
+        num_samples: Answers a prompt, N.
+        temperature: Divides log pi before a token is drawn; 0 takes the likeliest token, of equals the lowest id.
+        top_k: See `restrict`.
+        top_p: See `restrict`.
+        min_p: See `restrict`.
+        constraints: Repetition and shortest length. They change log pi before the temperature does; transformers
+            changes raw logits, which differs for the repetition penalty.
+    """
+
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    num_samples: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    constraints: Constraints = Constraints()
+
+    def __post_init__(self):
+        """Refuses what has no meaning or would have no effect."""
+        wrong = None
+        if self.max_new_tokens < 1 or self.num_samples < 1:
+            wrong = f"max_new_tokens {self.max_new_tokens} and num_samples {self.num_samples} are at least 1"
+        elif not 0 <= self.temperature < math.inf:
+            wrong = f"temperature {self.temperature} is a number of at least 0"
+        elif self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            wrong = (
+                f"top_k {self.top_k} is at least 0, top_p {self.top_p} above 0 and at most 1, min_p {self.min_p} "
+                "between 0 and 1"
+            )
+        elif self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
+            wrong = "top_k, top_p and min_p restrict sampling, and temperature 0 does not sample; set a temperature"
+        elif self.temperature == 0 and self.num_samples > 1:
+            wrong = f"temperature 0 gives the same answer {self.num_samples} times; set a temperature, or one sample"
+        elif self.constraints.min_new_tokens > self.max_new_tokens:
+            wrong = f"min_new_tokens {self.constraints.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
+        elif any(eos < 0 for eos in self.eos_ids):
+            wrong = f"eos_ids {self.eos_ids} are token ids, from 0 on"
+        if wrong:
+            raise ValueError(wrong)
+
+    def draw(self, logp: Float[Array, "B N V"], keys: Key[Array, "B N"] | None) -> Int[Array, "B N"]:
+        """One token for each path; any token where none is possible."""
+        if self.temperature == 0:
+            return jnp.argmax(logp, axis=-1).astype(jnp.int32)
+        logits = restrict(logp / self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        return jax.vmap(jax.vmap(jax.random.categorical))(keys, logits).astype(jnp.int32)
+
+
+def restrict(
+    logits: Float[Array, "*B V"], *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Float[Array, "*B V"]:
+    """Sets the logits of unlikely tokens to -inf. At least the likeliest token stays.
+
+    Sums of probabilities are taken in float32 whatever the logits are: in bfloat16 the sum over a large vocabulary
+    stops growing before it reaches top_p.
 
     Args:
-        model: A policy; an `Ensemble` where the objective reads several.
-        params: Its parameters; for speed, those that `model.unstack` returns.
-        prompts: Right-padded token ids. Shape [B, P].
-        prompt_lengths: Tokens of each prompt, at least 1. Shape [B].
-        keys: A `jax.random.key` for each prompt; may be None at temperature 0. Shape [B].
-        options: How tokens are drawn.
-        objective: Its `logp` is the policy that tokens are drawn from, `LogitArithmetic`'s is the combined one; its
-            sum is reported as the score. All that is reported is of the policy at temperature 1 and unrestricted.
-        stop_strings: Strings that end an answer.
+        logits: Logits at the sampling temperature. Shape [..., V].
+        top_k: Keep the so many likeliest tokens; 0 keeps all. Ties go to the lower id.
+        top_p: Of these, keep the fewest whose probabilities reach this sum; 1 keeps all (arXiv 1904.09751).
+        min_p: Of these, keep those that have at least this fraction of the likeliest one's probability; 0 keeps all
+            (arXiv 2407.01082).
 
     Returns:
-        N answers of each prompt in the order in which they were drawn; INVALID where constraints left no token.
-
-    Raises:
-        ValueError: If there are no keys to draw with.
+        Logits, float32 or better. Shape [..., V].
     """
-    roller = Roller(model, params, prompts, prompt_lengths, options, objective, stop_strings)
-    steps, count = options.max_new_tokens - 1, options.num_samples
-    state = roller.start(keys, count, steps * count)
-    return roller.run(state, steps, draw=1, slot=0).samples.responses()
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    kept = jnp.ones(logits.shape, bool)
+    if 0 < top_k < logits.shape[-1] or top_p < 1:
+        kept = _nucleus(logits, top_k, top_p)
+    if min_p > 0:
+        kept &= logits >= logits.max(-1, keepdims=True) + math.log(min_p)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _nucleus(logits: Float[Array, "*B V"], top_k: int, top_p: float) -> Array:
+    """Whether a token is among the top k and, of these, the top p. Sorts values alone, which is the cheap kind."""
+    vocabulary = logits.shape[-1]
+    ranked = jax.lax.top_k(logits, min(top_k or vocabulary, vocabulary))[0]
+    count = jnp.full(logits.shape[:-1], ranked.shape[-1])
+    if top_p < 1:
+        highest = ranked[..., :1]
+        weights = jnp.exp(ranked - jnp.where(highest > -jnp.inf, highest, 0.0))  # not normalised: exact where they are
+        reached = jnp.cumsum(weights, axis=-1)
+        needed = reached[..., :-1] < top_p * reached[..., -1:]
+        count = 1 + jnp.cumprod(needed, axis=-1).sum(-1)
+    threshold = jnp.take_along_axis(ranked, count[..., None] - 1, axis=-1)
+    above, ties = logits > threshold, logits == threshold
+    places = count - above.sum(-1)
+    return above | (ties & (jnp.cumsum(ties, axis=-1) <= places[..., None]))

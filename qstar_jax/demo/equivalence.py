@@ -193,7 +193,7 @@ def compare_trees(problems: Problems, policy: Literal["puct", "gumbel"], simulat
         equal, error = variant is None or variant.equal, None
         if equal:
             predicted = 0.0 if variant is None else _values_of_nodes(problems, tree)
-            error = _largest(tree.values - likelihood[1].values - predicted, tree.visits > 0)
+            error = _largest(tree.node_values - likelihood[1].node_values - predicted, tree.node_visits > 0)
         rows.append(_comparison(policy, name, same, equal, error))
     return rows
 
@@ -276,20 +276,19 @@ def _same_answers(one: Responses, other: Responses) -> np.ndarray:
 
 
 def _same_trees(one: Tree, other: Tree) -> np.ndarray:
-    names = ("parents", "actions", "tokens", "visits")
+    names = ("parents", "action_from_parent", "node_visits")
     pairs = [(getattr(one, name), getattr(other, name)) for name in names]
-    pairs += [(getattr(one.edges, name), getattr(other.edges, name)) for name in ("tokens", "children", "visits")]
+    pairs += [(getattr(one.children, name), getattr(other.children, name)) for name in ("tokens", "index", "visits")]
     return _rows_equal(*pairs)
 
 
 def _values_of_nodes(problems: Problems, tree: Tree) -> np.ndarray:
-    """V* of the state of every node [B, N]; parents come before their children."""
-    states, row = np.zeros(tree.parents.shape, int), np.arange(len(tree.parents))
-    for node in range(1, tree.parents.shape[1]):
-        there = tree.parents[:, node] >= 0
-        parent = states[row, np.where(there, tree.parents[:, node], 0)]
-        states[:, node] = np.where(there, problems.tree.children[parent, tree.tokens[:, node]], 0)
-    return np.asarray(problems.values)[row[:, None], states]
+    """V* of the state of every node [B, N]."""
+    states = np.zeros(tree.parents.shape, int)
+    for t in range(problems.tree.depth):
+        next_states = problems.tree.children[states, tree.prefixes.tokens[..., t]]
+        states = np.where(t < tree.prefixes.lengths, next_states, states)
+    return np.asarray(problems.values)[np.arange(len(states))[:, None], states]
 
 
 def _largest(difference: np.ndarray, where: np.ndarray) -> float:

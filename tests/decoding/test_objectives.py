@@ -150,12 +150,8 @@ def test_reports_of_a_search_with_a_reference(search, pair, history_next, read_a
     assert np.abs(found.logp - found.ref_logp).min() > 1e-3
 
 
-@pytest.mark.thin("ancestry")
-@pytest.mark.parametrize("reorder", ["ancestry", "gather"])
-def test_policies_that_are_combined_are_searched_like_one(
-    reorder, search, pair, history_next, plain_beam_search, read_answers
-):
-    weights, options, others = (0.7, -0.4), replace(OPTIONS, reorder=reorder), 0
+def test_policies_that_are_combined_are_searched_like_one(search, pair, history_next, plain_beam_search, read_answers):
+    weights, options, others = (0.7, -0.4), OPTIONS, 0
     for seed in range(0, 20, 5):
         policy = pair(*range(seed, seed + 5))
         found = search(policy, options, objective=LogitArithmetic(weights))

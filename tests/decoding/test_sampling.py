@@ -10,7 +10,7 @@ from qstar_jax.decoding.constraints import Constraints
 from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, LogitArithmetic
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.responses import Finish
-from qstar_jax.decoding.rollouts import Roller
+from qstar_jax.decoding.sampler import Sampler
 from qstar_jax.decoding.sampling import restrict
 from qstar_jax.decoding.stop_strings import StopStrings
 
@@ -396,13 +396,13 @@ class Counting:
 def test_the_loop_ends_with_the_last_sample():
     prompts, lengths = padded([[2], [4]], width=1)
     options = SampleOptions(9, EOS)
-    roller = Roller(Counting(), None, prompts, lengths, options, Likelihood())
-    state = roller.run(roller.start(row_keys(2), 3, 8 * 3), 8, draw=1, slot=0)
-    assert state.samples.length.tolist() == [[2] * 3, [4] * 3]
+    sampler = Sampler(Counting(), None, prompts, lengths, options, Likelihood())
+    state = sampler.run(sampler.start(row_keys(2), 3, 8 * 3), 8, draw=1, slot=0)
+    assert state.partial.lengths.tolist() == [[2] * 3, [4] * 3]
     assert state.memory.count == 3  # tokens before the last one of the longest
     # A pass over the last token is never made, and none at all for answers of one token.
-    roller = replace(roller, prompts=jnp.ones_like(prompts))
-    assert roller.run(roller.start(row_keys(2), 3, 8 * 3), 8, draw=1, slot=0).memory.count == 0
+    sampler = replace(sampler, prompts=jnp.ones_like(prompts))
+    assert sampler.run(sampler.start(row_keys(2), 3, 8 * 3), 8, draw=1, slot=0).memory.count == 0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ One loop serves likelihood and reward-guided search, diverse and stochastic beam
 tokens stay in the slots in which they were made, and an ancestry table says which of them each beam goes through.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
-from qstar_jax.decoding.policies import Memory, Policy
-from qstar_jax.decoding.responses import Finish, Responses
+from qstar_jax.decoding.partial import Partial
+from qstar_jax.decoding.policies import Policy
+from qstar_jax.decoding.responses import Responses
 from qstar_jax.decoding.search.beam_options import BeamOptions, check_objective
-from qstar_jax.decoding.search.beam_selection import Beams, extensions, is_done, select
+from qstar_jax.decoding.search.beam_selection import Selection, extensions, is_done, select
 from qstar_jax.decoding.stop_strings import StopStrings
 
 BLOCK = 4  # most steps between two looks at whether every row is done
@@ -24,16 +26,23 @@ BLOCK = 4  # most steps between two looks at whether every row is done
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Search:
-    """The loop's state: `live` beams with the scores of their next tokens, `ended` ones, and what has been given up."""
+class _Beams:
+    """The state of a search, beside keys and values.
 
-    live: Beams
-    ended: Beams
+    Attributes:
+        live: Beams that grow, K per prompt in G groups. Shapes [B, K, ...].
+        ended: The best finished responses. Shapes [B, K, ...].
+        closed: Groups whose search is over. Shape [B, G].
+        pruned: The best score that was pruned. Shape [B].
+        ancestry: Which of the K slots of each step a live beam goes through; -1 for none. Shape [B, K, T].
+        key: Key of the noise of stochastic beams.
+    """
+
+    live: Partial
+    ended: Partial
     closed: Bool[Array, "B G"]
     pruned: Float[Array, " B"]
     ancestry: Int[Array, "B K T"]
-    step: StepScores
-    memory: Memory
     key: jax.Array
 
 
@@ -76,26 +85,15 @@ def beam_search(
     References:
         arXiv 2404.12358, Eq. 12 and 13.
     """
-    _check(options, objective, key)
-    rows, beams, room = prompts.shape[0], options.beams, options.max_new_tokens
-    logits, memory = model.prefill(params, prompts, prompt_lengths, room * beams)
-    step = objective(jax.tree.map(lambda x: jnp.repeat(x[:, None], beams, axis=1), logits))
-    dtype = step.score.dtype
-    live = Beams.empty(rows, beams, room, stop_strings.count if stop_strings else 0, dtype)
-    # All beams of a group start from the same prompt: one of them is live, or each answer would be found many times.
-    first = jnp.arange(beams) % (beams // options.groups) == 0
-    live = replace(live, key=jnp.where(first, jnp.zeros_like(live.key), live.key), valid=live.valid | first)
-    state = _Search(
-        live=live,
-        ended=Beams.empty(rows, beams, room, live.stop.shape[-1], dtype),
-        closed=jnp.zeros((rows, options.groups), bool),
-        pruned=jnp.full(rows, -jnp.inf, dtype),
-        ancestry=jnp.full((rows, beams, room), -1, jnp.int32),
-        step=step,
-        memory=memory,
-        key=jax.random.key(0) if key is None else key,
-    )
+    check_objective(options, objective)
+    if options.stochastic != (key is not None):
+        raise ValueError("a key is for stochastic beams, and they need one")
+    count, max_new_tokens = options.beams, options.max_new_tokens
 
+    # Read the prompts. All beams of a group start from the same prompt, so only one of them is live.
+    logits, memory = model.prefill(params, prompts, prompt_lengths, max_new_tokens * count)
+    step = objective(jax.tree.map(lambda x: jnp.repeat(x[:, None], count, axis=1), logits))
+    beams = _start(step, options, stop_strings, key)
     choose = partial(
         _choose,
         prompts=prompts,
@@ -105,37 +103,58 @@ def beam_search(
         stop_strings=stop_strings,
     )
 
-    def advance(state: _Search, t: Array) -> tuple[_Search, None]:
-        """Chooses the live beams' next tokens, t of them being before these, and runs them."""
-        state = choose(state, t)
-        path = (state.ancestry[..., None] == jnp.arange(beams)).reshape(rows, beams, -1)
-        tokens = jax.lax.dynamic_index_in_dim(state.live.tokens, t, axis=2, keepdims=False)
-        logits, memory = model.extend(params, state.memory, tokens, path, t * beams)
-        return replace(state, step=objective(logits), memory=memory), None
+    # Whether all rows are done is looked at once per block of steps, as the host waits for it. Blocks have no branches:
+    # XLA copies what passes through them, and keys and values are most of the memory. So steps behind the end of the
+    # last row, or behind the limit, are run all the same, and change nothing.
+    block = block_size(max_new_tokens)
+
+    def advance(carry, t):
+        beams, step, memory = carry
+        chosen = choose(beams, step, t)
+        if max_new_tokens % block:
+            # Past the limit, the last tokens are run once more, into the same slots.
+            chosen = jax.tree.map(lambda new, old: jnp.where(t < max_new_tokens, new, old), chosen, beams)
+            t = jnp.minimum(t, max_new_tokens - 1)
+        path = (chosen.ancestry[..., None] == jnp.arange(count)).reshape(len(prompts), count, -1)
+        tokens = jax.lax.dynamic_index_in_dim(chosen.live.tokens, t, axis=2, keepdims=False)
+        # The limit's tokens are run for nothing: a first choice outside the loop would have to be compiled once more.
+        logits, memory = model.extend(params, memory, tokens, path, t * count)
+        return (chosen, objective(logits), memory), None
 
     def advance_block(carry):
         state, t = carry
-        state, _ = jax.lax.scan(advance, state, t + jnp.arange(block))
-        return state, t + block
+        return jax.lax.scan(advance, state, t + jnp.arange(block))[0], t + block
 
-    # No branches inside: XLA copies what passes through them, and keys and values are most of the memory. So blocks
-    # must come out even, and what follows the end of the last row is harmless. That the last tokens are run for nothing
-    # costs less than a first choice outside of the loop, which would be compiled once more.
-    block = max(size for size in range(1, BLOCK + 1) if room % size == 0)
-    state, _ = jax.lax.while_loop(
-        lambda carry: (carry[1] < room) & ~carry[0].closed.all(), advance_block, (state, jnp.int32(0))
+    def unfinished(carry):
+        (beams, _, _), t = carry
+        return (t < max_new_tokens) & ~beams.closed.all()
+
+    (beams, _, _), _ = jax.lax.while_loop(unfinished, advance_block, ((beams, step, memory), jnp.int32(0)))
+    return _responses(beams, prompt_lengths, options, objective)
+
+
+def block_size(steps: int) -> int:
+    """Steps per block: as many as `BLOCK` if they come out even, else as many as waste least, a single step at most."""
+    return min(range(min(BLOCK, steps), min(2, steps) - 1, -1), key=lambda size: -steps % size)
+
+
+def _start(step: StepScores, options: BeamOptions, stop_strings: StopStrings | None, key: jax.Array | None) -> _Beams:
+    """Beams without a token, of which the first of each group is live."""
+    start = Partial.start(step, options.max_new_tokens, stop_strings)
+    rows, beams = start.lengths.shape
+    return _Beams(
+        live=start.without(jnp.arange(beams)[None] % (beams // options.groups) > 0),
+        ended=start.without(start.exists),
+        closed=jnp.zeros((rows, options.groups), bool),
+        pruned=jnp.full(rows, -jnp.inf, start.score.dtype),
+        ancestry=jnp.full((rows, beams, options.max_new_tokens), -1, jnp.int32),
+        key=jax.random.key(0) if key is None else key,
     )
-    return _result(state, prompt_lengths, options, objective, has_reference=step.ref_logp is not None)
-
-
-def _check(options: BeamOptions, objective: Objective, key: jax.Array | None):
-    check_objective(options, objective)
-    if options.stochastic != (key is not None):
-        raise ValueError("a key is for stochastic beams, and they need one")
 
 
 def _choose(
-    state: _Search,
+    beams: _Beams,
+    step: StepScores,
     t: Array,
     *,
     prompts: Array,
@@ -143,87 +162,91 @@ def _choose(
     options: BeamOptions,
     monotone: bool,
     stop_strings: StopStrings | None,
-) -> _Search:
-    """One step of selection: new live and ended beams, and through which slots the live ones go."""
-    live, width = state.live, options.beams // options.groups
-    token_scores = options.constraints.apply(state.step.score, live.tokens, t, prompts, prompt_lengths, options.eos_ids)
-    key, noise = jax.random.split(state.key)
-    said = jnp.zeros((*prompts.shape[:1], 1, token_scores.shape[-1]), token_scores.dtype)
-    parts, parents, pruned = [], [], state.pruned
+) -> _Beams:
+    """Chooses the next token of every live beam, and the slots through which it goes."""
+    key, noise = jax.random.split(beams.key)
+    score = options.constraints.apply(step.score, beams.live.tokens, t, prompts, prompt_lengths, options.eos_ids)
+    step = replace(step, score=score)
+    selections, closed, pruned = [], [], beams.pruned
+    chosen_before = jnp.zeros((len(prompts), 1, score.shape[-1]), score.dtype)
     for g in range(options.groups):
-        own = slice(g * width, (g + 1) * width)
-        cut = partial(jax.tree.map, lambda x, own=own: x[:, own])
-        candidates = extensions(cut(live), token_scores[:, own], cut(state.step), options, noise)
+        # Extend the group's beams. Tokens that earlier groups have chosen cost `diversity` each.
+        live, ended, group_step = (_group(x, g, options) for x in (beams.live, beams.ended, step))
+        candidates = extensions(live, group_step, options, noise)
         if g:
-            candidates = replace(candidates, rank=candidates.key - options.diversity * said)
-        new, ended, parent, given_up = select(
-            cut(live), cut(state.ended), state.closed[:, g], candidates, t, prompt_lengths, options, stop_strings
-        )
+            candidates = replace(candidates, rank=candidates.score - options.diversity * chosen_before)
+
+        # Choose its new live beams and finished responses.
+        was_closed = beams.closed[:, g]
+        selection = select(live, ended, was_closed, candidates, t, prompt_lengths, options, stop_strings)
         if options.groups > 1:
-            chosen = jax.lax.dynamic_index_in_dim(new.tokens, t, axis=2, keepdims=False)
-            saying = new.valid & ~state.closed[:, g, None]
-            hits = jnp.where(saying[..., None], jax.nn.one_hot(chosen, said.shape[-1], dtype=said.dtype), 0)
-            said = said + hits.sum(1, keepdims=True)
-        closed = state.closed[:, g] | is_done(new, ended, t, prompt_lengths, options, monotone)
-        parts.append((new, ended, closed))
-        parents.append(g * width + parent)
-        given_up = jnp.maximum(given_up, jnp.where(closed, new.key.max(-1), -jnp.inf))
-        pruned = jnp.maximum(pruned, jnp.where(state.closed[:, g], -jnp.inf, given_up))
-    lives, endeds, closeds = zip(*parts, strict=True)
-    ancestry, memory = _follow(state.ancestry, state.memory, jnp.concatenate(parents, axis=1), t, options)
-    return replace(
-        state,
-        live=lives[0].joined(*lives[1:]),
-        ended=endeds[0].joined(*endeds[1:]),
-        closed=jnp.stack(closeds, axis=1),
+            chosen_before += _token_counts(selection.live, t, ~was_closed, score)
+
+        # Close the group if nothing better can come; what is live then is pruned.
+        now_closed = was_closed | is_done(selection.live, selection.ended, t, prompt_lengths, options, monotone)
+        pruned_now = jnp.where(now_closed, selection.live.score.max(-1), -jnp.inf)
+        pruned_now = jnp.where(was_closed, -jnp.inf, jnp.maximum(pruned_now, selection.pruned))
+        pruned = jnp.maximum(pruned, pruned_now)
+        selections.append(selection)
+        closed.append(now_closed)
+    return _Beams(
+        live=_joined(s.live for s in selections),
+        ended=_joined(s.ended for s in selections),
+        closed=jnp.stack(closed, axis=1),
         pruned=pruned,
-        ancestry=ancestry,
-        memory=memory,
+        ancestry=_descend(beams.ancestry, selections, t),
         key=key,
     )
 
 
-def _follow(
-    ancestry: Int[Array, "B K T"], memory: Memory, parents: Int[Array, "B K"], t: Array, options: BeamOptions
-) -> tuple[Int[Array, "B K T"], Memory]:
-    """Beams go on from their parents: their slots are taken over, or, for `gather`, the contents are moved."""
-    rows, beams, room = ancestry.shape
-    if options.reorder == "gather":
-        memory = memory.reorder((jnp.arange(room)[:, None] * beams + parents[:, None]).reshape(rows, -1))
-        parents = jnp.broadcast_to(jnp.arange(beams), parents.shape)
+def _group(x: Any, g: int, options: BeamOptions) -> Any:
+    """Of arrays [B, K, ...], the beams of one group."""
+    width = options.beams // options.groups
+    return jax.tree.map(lambda x: x[:, g * width : (g + 1) * width], x)
+
+
+def _joined(groups: Iterable[Partial]) -> Partial:
+    first, *others = groups
+    return first.joined(*others)
+
+
+def _token_counts(live: Partial, t: Array, open_rows: Bool[Array, " B"], score: Array) -> Float[Array, "B 1 V"]:
+    """How many live beams of open rows have each token at step t."""
+    tokens = jax.lax.dynamic_index_in_dim(live.tokens, t, axis=2, keepdims=False)
+    counted = (live.exists & open_rows[:, None])[..., None]
+    hits = jnp.where(counted, jax.nn.one_hot(tokens, score.shape[-1], dtype=score.dtype), 0)
+    return hits.sum(1, keepdims=True)
+
+
+def _descend(ancestry: Int[Array, "B K T"], selections: list[Selection], t: Array) -> Int[Array, "B K T"]:
+    """Every beam goes through its parent's slots, and its own at step t."""
+    beams = ancestry.shape[1]
+    width = beams // len(selections)
+    parents = jnp.concatenate([g * width + s.parents for g, s in enumerate(selections)], axis=1)
     ancestry = jnp.take_along_axis(ancestry, parents[..., None], axis=1)
-    return ancestry.at[:, :, t].set(jnp.arange(beams, dtype=jnp.int32)), memory
+    return ancestry.at[:, :, t].set(jnp.arange(beams, dtype=jnp.int32))
 
 
-def _result(
-    state: _Search, prompt_lengths: Array, options: BeamOptions, objective: Objective, has_reference: bool
-) -> Responses:
-    live, ended = state.live, state.ended
-    width, room = options.beams // options.groups, options.max_new_tokens
-    live = replace(live, key=options.normalised(live.key, room, prompt_lengths))
-    # Live beams of a row that is done have been given up already.
-    unused = jnp.repeat(state.closed, width, axis=1)
-    dropped = jnp.zeros(live.key.shape, bool)
+def _responses(beams: _Beams, prompt_lengths: Array, options: BeamOptions, objective: Objective) -> Responses:
+    """The best responses of all groups, finished ones and those that ran into the limit."""
+    width = options.beams // options.groups
+
+    # Live beams of closed groups were pruned. Others ran into the limit; with `drop`, they count only where none ended.
+    unused = beams.closed
+    dropped = jnp.zeros_like(unused)
     if options.truncated == "drop":
-        dropped = jnp.repeat(ended.valid.reshape(*state.closed.shape, width).any(-1), width, axis=1)
-    live = live.void_where(unused | dropped)
-    groups = [
-        jax.tree.map(lambda x, own=slice(g * width, (g + 1) * width): x[:, own], (ended, live))
-        for g in range(options.groups)
-    ]
-    parts = [ended.joined(live).best(width) for ended, live in groups]
-    best = parts[0].joined(*parts[1:]).best(options.beams)
+        dropped = beams.ended.exists.reshape(*unused.shape, width).any(-1)
+    unused, dropped = (jnp.repeat(x, width, axis=1) for x in (unused | dropped, dropped))
+    score = options.normalised(beams.live.score, options.max_new_tokens, prompt_lengths)
+    live = replace(beams.live, score=score).without(unused)
+
+    # The best K of each group, then of all groups.
+    groups = [_group(beams.ended, g, options).joined(_group(live, g, options)) for g in range(options.groups)]
+    best = _joined(group.best(width) for group in groups).best(options.beams)
+
+    # The first response is proven to be the best if all that was pruned had a lower score, as scores can only fall.
     certified = None
     if objective.monotone and options.length_rule == "none" and options.groups == 1 and not options.stochastic:
-        given_up = jnp.maximum(state.pruned, jnp.where(dropped, state.live.key, -jnp.inf).max(-1))
-        certified = best.valid[:, 0] & (best.key[:, 0] >= given_up)
-    length = jnp.where(best.valid, best.length, 0)
-    return Responses(
-        tokens=jnp.where(jnp.arange(room) < length[..., None], best.tokens, 0),
-        lengths=length,
-        logp=jnp.where(best.valid, best.logp, -jnp.inf),
-        ref_logp=jnp.where(best.valid, best.ref_logp, -jnp.inf) if has_reference else None,
-        score=best.key,
-        finish=jnp.where(best.valid, best.finish, Finish.INVALID),
-        certified=certified,
-    )
+        pruned = jnp.maximum(beams.pruned, jnp.where(dropped, beams.live.score, -jnp.inf).max(-1))
+        certified = best.exists[:, 0] & (best.score[:, 0] >= pruned)
+    return best.responses(certified)

@@ -35,8 +35,6 @@ class BeamOptions:
             it counts for the choice alone, not in the score (arXiv 1610.02424).
         stochastic: Stochastic beam search: K answers drawn without replacement from the policy (arXiv 1903.06059); the
             score is the perturbed log-probability.
-        reorder: `ancestry` leaves keys and values where they are; `gather` moves them after every step, which is
-            slower and does the same.
     """
 
     beams: int
@@ -52,7 +50,6 @@ class BeamOptions:
     groups: int = 1
     diversity: float = 0.0
     stochastic: bool = False
-    reorder: Literal["ancestry", "gather"] = "ancestry"
 
     def __post_init__(self):
         """Refuses what has no meaning or would have no effect."""
@@ -91,7 +88,7 @@ class BeamOptions:
 
 def _plain(options: BeamOptions) -> BeamOptions:
     """Beams of the same size without any rule."""
-    return BeamOptions(options.beams, options.max_new_tokens, options.eos_ids, reorder=options.reorder)
+    return BeamOptions(options.beams, options.max_new_tokens, options.eos_ids)
 
 
 def check_objective(options: BeamOptions, objective: Objective):

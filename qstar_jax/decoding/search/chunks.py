@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 from qstar_jax.decoding.constraints import Constraints
-from qstar_jax.decoding.drawing import SampleOptions
 from qstar_jax.decoding.objectives import Objective
+from qstar_jax.decoding.partial import Partial, take_rows
 from qstar_jax.decoding.policies import Policy
-from qstar_jax.decoding.responses import Finish, Responses
-from qstar_jax.decoding.rollouts import Roller, Rollout
-from qstar_jax.decoding.samples import Samples, take_rows
+from qstar_jax.decoding.responses import Responses
+from qstar_jax.decoding.sampler import Sampler, SamplingState
+from qstar_jax.decoding.sampling import SampleOptions
 from qstar_jax.decoding.stop_strings import StopStrings
 
 
@@ -122,57 +122,63 @@ def chunk_beam_search(
     References:
         arXiv 2405.19262, without the copies of finished answers that its program makes.
     """
-    roller = Roller(
+    sampler = Sampler(
         model, params, prompts, prompt_lengths, options.sampling, objective, stop_strings, options.delimiter_ids
     )
     beams, rows, chunk_length = options.beams, options.beams * options.samples, options.chunk_length
     # The pool: the tokens of the beams, position by position, then those of the present chunk.
     history = (options.max_new_tokens - 1) * beams
-    state = roller.start(keys, rows, history + min(chunk_length, options.max_new_tokens) * rows)
-    ended = state.samples.without(jnp.ones_like(state.samples.paused)).best(beams)
+    state = sampler.start(keys, rows, history + min(chunk_length, options.max_new_tokens) * rows)
+    finished = state.partial.without(state.partial.exists).best(beams)
 
-    def one(carry):
-        state, ended, chunk = carry
-        drawn = jnp.where(chunk == 0, 1, 0)  # the prompt has given the first token
-        state = roller.run(state, chunk_length - drawn, chunk * chunk_length + drawn, history)
-        ended = _distinct(ended.joined(state.samples.without(state.samples.growing))).best(beams)
-        live = _distinct(state.samples.without(~state.samples.growing))
-        worth, best = jax.lax.top_k(live.worth, beams)
-        count = (worth > -jnp.inf).sum(-1)
+    def search_chunk(carry):
+        state, finished, chunk = carry
+        # Draw a chunk for every row; the prompt has given the first token of the first chunk.
+        drawn = jnp.where(chunk == 0, 1, 0)
+        state = sampler.run(state, chunk_length - drawn, chunk * chunk_length + drawn, history)
+        partial = state.partial
+        # Responses that have finished compete with those that finished earlier.
+        finished = _distinct(finished.joined(partial.without(partial.growing))).best(beams)
+        # The best distinct prefixes continue, unless nothing that can become of them is good enough.
+        growing = _distinct(partial.without(~partial.growing))
+        scores, best = jax.lax.top_k(growing.score, beams)
+        count = (scores > -jnp.inf).sum(-1)
         done = count == 0
         if objective.monotone:
-            done |= worth[:, 0] <= ended.worth[:, -1]
-        return _continued(state, best, count, done), ended, chunk + 1
+            done |= scores[:, 0] <= finished.score[:, -1]
+        return _continue(state, best, count, done), finished, chunk + 1
 
-    def going(carry):
+    def unfinished(carry):
         state, _, chunk = carry
-        return (chunk == 0) | state.samples.growing.any()
+        return (chunk == 0) | state.partial.growing.any()
 
-    _, ended, _ = jax.lax.while_loop(going, one, (state, ended, jnp.int32(0)))
-    return ended.responses()
+    _, finished, _ = jax.lax.while_loop(unfinished, search_chunk, (state, finished, jnp.int32(0)))
+    return finished.responses()
 
 
-def _distinct(samples: Samples) -> Samples:
-    """The samples without repetitions of earlier ones."""
-    valid = samples.finish != Finish.INVALID
-    same = (samples.tokens[:, :, None] == samples.tokens[:, None]).all(-1)
-    same &= (samples.length[:, :, None] == samples.length[:, None]) & valid[:, None]
+def _distinct(partial: Partial) -> Partial:
+    """The responses without repetitions of earlier ones."""
+    same = (partial.tokens[:, :, None] == partial.tokens[:, None]).all(-1)
+    same &= (partial.lengths[:, :, None] == partial.lengths[:, None]) & partial.exists[:, None]
     earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
-    return samples.without((same & earlier).any(-1))
+    return partial.without((same & earlier).any(-1))
 
 
-def _continued(state: Rollout, best: Int[Array, "B W"], count: Int[Array, " B"], done: Bool[Array, " B"]) -> Rollout:
-    """Gives all rows to the first `count` of the best prefixes in turn, and moves their tokens to the pool's front."""
+def _continue(
+    state: SamplingState, best: Int[Array, "B W"], count: Int[Array, " B"], done: Bool[Array, " B"]
+) -> SamplingState:
+    """Continues the first `count` of the best prefixes in all rows, in turn; their tokens move to the pool's front."""
     beams, (_, rows, size) = best.shape[1], state.path.shape
     rank = jnp.arange(rows) % jnp.maximum(count, 1)[:, None]
     parents = jnp.take_along_axis(best, rank, axis=1)
-    positions = state.samples.tokens.shape[-1] - 1
-    # A path's slots are in the order of its tokens.
+    # A path's slots are in the order of its tokens: find the slots of each beam, position by position.
+    positions = state.partial.tokens.shape[-1] - 1
     order = jnp.argsort(~take_rows(state.path, best), axis=-1, stable=True)[..., :positions]
     slots = jnp.pad(order.swapaxes(1, 2).reshape(len(best), -1), ((0, 0), (0, size - positions * beams)))
+    # Slot s of the new pool belongs to beam s % W.
     slot = jnp.arange(size)
-    own = (slot % beams == rank[..., None]) & (slot < positions * beams)
-    picked = state.pick(parents, slots, own)
-    samples = replace(picked.samples, paused=jnp.zeros_like(picked.samples.paused)).without(done[:, None])
-    # Keys belong to rows, or siblings would say the same.
-    return replace(picked, samples=samples, keys=state.keys)
+    filled = (slot % beams == rank[..., None]) & (slot < positions * beams)
+    picked = state.pick(parents, slots, filled)
+    # Keys belong to rows, or siblings would draw the same tokens.
+    partial = picked.partial.without(done[:, None])
+    return replace(picked, partial=partial, paused=jnp.zeros_like(picked.paused), keys=state.keys)

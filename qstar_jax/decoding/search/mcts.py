@@ -1,8 +1,9 @@
-"""Monte-Carlo tree search over tokens, one tree a prompt, under any objective.
+"""Monte-Carlo tree search over tokens, one tree per prompt, under any objective.
 
-Every simulation walks down a tree, adds one node, and hands what it found back up. A node is one token in the pool of
-the policy's memory, and its past is a mask, so a tree costs the keys and values of its nodes and no more. The end of an
-answer is never made a node: its value is known, and is handed up again whenever a simulation comes by.
+Each simulation has the phases of mctx: `simulate` descends to an action that leads to no node, `expand` makes the node,
+`backward` updates values on the way back to the root. A node is one token in the pool of the policy's memory, and its
+past is a mask, so a tree costs the keys and values of its nodes and no more. The end of a response never becomes a
+node: its value is known, and is backed up again whenever a simulation comes by.
 """
 
 from dataclasses import dataclass, replace
@@ -13,22 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.decoding.objectives import Likelihood, Objective
+from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
+from qstar_jax.decoding.partial import Partial
 from qstar_jax.decoding.policies import Policy
 from qstar_jax.decoding.responses import Responses
-from qstar_jax.decoding.search.tree import (
-    COMPLETE,
-    DEAD_END,
-    UNVISITED,
-    Edges,
-    Tree,
-    edges_of,
-    gumbel_interior,
-    gumbel_root,
-    halving_schedule,
-    puct,
-)
-from qstar_jax.decoding.search.tree_responses import complete_answers, is_end, with_greedy
+from qstar_jax.decoding.sampler import Sampler
+from qstar_jax.decoding.sampling import SampleOptions
+from qstar_jax.decoding.search.action_selection import gumbel_interior, gumbel_root, halving_schedule, puct
+from qstar_jax.decoding.search.tree import COMPLETE, DEAD_END, NO_PARENT, UNVISITED, Children, Tree
+from qstar_jax.decoding.search.tree_responses import complete_responses, finish_greedily
 
 
 @dataclass(frozen=True)
@@ -130,151 +124,218 @@ def mcts(
     noisy = options.policy == "gumbel" and options.gumbel_scale > 0
     if noisy != (key is not None):
         raise ValueError("a key is for policy 'gumbel' with a gumbel_scale above 0, which needs one")
-    rows, simulations = prompts.shape[0], options.num_simulations
-    logits, memory = model.prefill(params, prompts, prompt_lengths, simulations)
-    tree = _plant(edges_of(objective(logits), options.num_actions), root_values, simulations)
-    if noisy:
-        noise = jax.random.gumbel(key, tree.gumbel.shape, tree.gumbel.dtype)
-        tree = replace(tree, gumbel=options.gumbel_scale * noise)
-    schedule = [halving_schedule(m, simulations) for m in range(options.considered + 1)]
-    schedule = jnp.array(schedule, jnp.int32) if options.policy == "gumbel" else None
-    row = jnp.arange(rows)
+    num_simulations = options.num_simulations
+    batch_range = jnp.arange(len(prompts))
 
-    def simulate(carry):
-        tree, memory, sim = carry
-        parent, action, path = _walk(tree, options, schedule)
-        token = tree.edges.tokens[row, parent, action]
-        path = (path | (jnp.arange(simulations) == sim))[:, None]
-        logits, memory = model.extend(params, memory, token[:, None], path, sim)
-        step = jax.tree.map(lambda x: x[:, 0], objective(logits))
-        tree = _grow(tree, parent, action, sim + 1, edges_of(step, options.num_actions), options)
-        return tree, memory, sim + 1
+    # Evaluate the roots, and allocate all nodes.
+    logits, memory = model.prefill(params, prompts, prompt_lengths, num_simulations)
+    root = objective(logits)
+    tree = instantiate_tree_from_root(root, root_values, options)
+    if noisy:
+        noise = jax.random.gumbel(key, tree.root_gumbel.shape, tree.root_gumbel.dtype)
+        tree = replace(tree, root_gumbel=options.gumbel_scale * noise)
+    schedule = None
+    if options.policy == "gumbel":
+        considered = range(options.considered + 1)
+        schedule = jnp.array([halving_schedule(m, num_simulations) for m in considered], jnp.int32)
+
+    def body(carry):
+        tree, memory, simulation = carry
+        active = tree.unvisited > 0
+        # A node first expanded on simulation i has node index i + 1, and its token lies in slot i of the pool.
+        parent_index, action, path = simulate(tree, options, schedule)
+        token = tree.children.tokens[batch_range, parent_index, action]
+        path = (path | (jnp.arange(num_simulations) == simulation))[:, None]
+        logits, memory = model.extend(params, memory, token[:, None], path, simulation)
+        children = Children.of_step(jax.tree.map(lambda x: x[:, 0], objective(logits)), options.num_actions)
+        tree = expand(tree, parent_index, action, simulation + 1, children, active, options.eos_ids)
+        tree = backward(tree, parent_index, action, active)
+        return tree, memory, simulation + 1
 
     def unfinished(carry):
-        tree, _, sim = carry
-        return (sim < simulations) & (tree.unvisited > 0).any()
+        tree, _, simulation = carry
+        return (simulation < num_simulations) & (tree.unvisited > 0).any()
 
-    tree, memory, _ = jax.lax.while_loop(unfinished, simulate, (tree, memory, jnp.int32(0)))
-    ending = {"room": options.max_new_tokens, "eos_ids": options.eos_ids}
-    found = complete_answers(tree, count=options.n_best or simulations, **ending)
-    return with_greedy(found, tree, model, params, memory, objective, **ending), tree
+    tree, memory, _ = jax.lax.while_loop(unfinished, body, (tree, memory, jnp.int32(0)))
+
+    # Rank the responses whose end was visited; where there are none, finish the most visited path.
+    count = options.n_best or num_simulations
+    complete = complete_responses(tree, count, options.eos_ids)
+    greedy = SampleOptions(options.max_new_tokens, options.eos_ids, temperature=0.0)
+    sampler = Sampler(model, params, prompts, prompt_lengths, greedy, objective)
+    finished = finish_greedily(tree, ~complete.exists.any(-1), sampler, memory)
+    return finished.joined(complete).best(count).responses(), tree
 
 
-def _plant(root: Edges, root_values: Array | None, simulations: int) -> Tree:
-    """Trees of a root each, with room for as many nodes as there are simulations."""
-    rows = len(root.tokens)
+def instantiate_tree_from_root(root: StepScores, root_values: Array | None, options: MctsOptions) -> Tree:
+    """Makes trees of a root each, with space for as many nodes as there are simulations.
 
-    def first_of_many(x: Array, void=0) -> Array:
-        return jnp.full((rows, simulations + 1, *x.shape[1:]), void, x.dtype).at[:, 0].set(x)
+    Args:
+        root: Scores of the tokens that follow each prompt. Shape [B, V].
+        root_values: Value of each prompt; 0 by default. Shape [B].
+        options: Sizes.
+    """
 
-    number, sums = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, root.rewards.dtype)
-    value = sums if root_values is None else root_values.astype(sums.dtype)
+    def allocate(x: Array, fill: int = 0) -> Array:
+        return jnp.full((len(x), options.num_simulations + 1, *x.shape[1:]), fill, x.dtype).at[:, 0].set(x)
+
+    children = Children.of_step(root, options.num_actions)
+    prefix = Partial.start(jax.tree.map(lambda x: x[:, None], root), options.max_new_tokens)
+    zeros, no_parent = jnp.zeros_like(children.rewards[:, 0]), jnp.full(len(children.tokens), NO_PARENT, jnp.int32)
+    value = zeros if root_values is None else root_values.astype(zeros.dtype)
     return Tree(
-        parents=first_of_many(number - 1, -1),
-        actions=first_of_many(number - 1, -1),
-        tokens=first_of_many(number),
-        depths=first_of_many(number),
-        visits=first_of_many(number + 1),
-        values=first_of_many(value),
-        raw_values=first_of_many(value),
-        scores=first_of_many(sums),
-        logps=first_of_many(jnp.zeros_like(root.logp[:, 0])),
-        ref_logps=None if root.ref_logp is None else first_of_many(jnp.zeros_like(root.ref_logp[:, 0])),
-        edges=replace(jax.tree.map(first_of_many, root), children=first_of_many(root.children, UNVISITED)),
-        unvisited=root.valid.sum(-1).astype(jnp.int32),
-        gumbel=jnp.zeros_like(root.priors),
+        node_visits=allocate(jnp.ones_like(no_parent)),
+        raw_values=allocate(value),
+        node_values=allocate(value),
+        parents=allocate(no_parent, NO_PARENT),
+        action_from_parent=allocate(no_parent, NO_PARENT),
+        children=replace(jax.tree.map(allocate, children), index=allocate(children.index, UNVISITED)),
+        prefixes=jax.tree.map(lambda x: allocate(x[:, 0]), prefix),
+        unvisited=children.valid.sum(-1).astype(jnp.int32),
+        root_gumbel=jnp.zeros_like(children.prior_logits),
     )
 
 
-def _walk(
-    tree: Tree, options: MctsOptions, schedule: Array | None
+def simulate(
+    tree: Tree, options: MctsOptions, schedule: Int[Array, "C N"] | None
 ) -> tuple[Int[Array, " B"], Int[Array, " B"], Bool[Array, "B M"]]:
-    """From the root to an edge that leads to no node: its parent, its number, and the pool's slots on the way."""
-    rows, nodes = tree.parents.shape
-    row = jnp.arange(rows)
+    """Traverses each tree from the root to an action that leads to no node.
+
+    Args:
+        tree: Trees.
+        options: Rule of selection.
+        schedule: See `gumbel_root`.
+
+    Returns:
+        (parent_index, action, path): the node reached and its action, shape [B]; and the pool's slots of the nodes on
+        the way, shape [B, M].
+    """
+    rows, num_nodes = tree.parents.shape
+    batch_range = jnp.arange(rows)
     scaling = {"value_scale": options.value_scale, "visit_init": options.visit_init}
 
-    def choose(node: Array) -> Array:
-        view = tree.view(node)
+    def select_action(node_index: Array) -> Array:
+        node = tree.at(node_index)
         if options.policy == "puct":
-            return puct(view, pb_c_init=options.pb_c_init, pb_c_base=options.pb_c_base)
-        at_root = gumbel_root(view, tree.gumbel, schedule, **scaling)
-        return jnp.where(node == 0, at_root, gumbel_interior(view, **scaling))
+            return puct(node, pb_c_init=options.pb_c_init, pb_c_base=options.pb_c_base)
+        at_root = gumbel_root(node, tree.root_gumbel, schedule, **scaling)
+        return jnp.where(node_index == 0, at_root, gumbel_interior(node, **scaling))
 
-    def down(carry):
-        node, action, path, _ = carry
-        child = tree.edges.children[row, node, action]
-        going = child >= 0
-        node = jnp.where(going, child, node)
+    def descend(carry):
+        node_index, action, path = carry
+        next_node_index = tree.children.index[batch_range, node_index, action]
+        is_continuing = next_node_index >= 0
+        node_index = jnp.where(is_continuing, next_node_index, node_index)
         # Node i lies in slot i - 1.
-        path |= going[:, None] & (jnp.arange(nodes - 1) == node[:, None] - 1)
-        action = jnp.where(going, choose(node), action)
-        return node, action, path, (tree.edges.children[row, node, action] >= 0).any()
+        path |= is_continuing[:, None] & (jnp.arange(num_nodes - 1) == node_index[:, None] - 1)
+        return node_index, jnp.where(is_continuing, select_action(node_index), action), path
+
+    def is_continuing(carry):
+        node_index, action, _ = carry
+        return (tree.children.index[batch_range, node_index, action] >= 0).any()
 
     root = jnp.zeros(rows, jnp.int32)
-    action = choose(root)
-    start = (root, action, jnp.zeros((rows, nodes - 1), bool), (tree.edges.children[row, root, action] >= 0).any())
-    return jax.lax.while_loop(lambda carry: carry[-1], down, start)[:3]
+    start = (root, select_action(root), jnp.zeros((rows, num_nodes - 1), bool))
+    return jax.lax.while_loop(is_continuing, descend, start)
 
 
-def _grow(
-    tree: Tree, parent: Int[Array, " B"], action: Int[Array, " B"], new: Array, own: Edges, options: MctsOptions
+def expand(
+    tree: Tree,
+    parent_index: Int[Array, " B"],
+    action: Int[Array, " B"],
+    next_node_index: Int[Array, ""],
+    children: Children,
+    active: Bool[Array, " B"],
+    eos_ids: tuple[int, ...],
 ) -> Tree:
-    """Makes node `new` at the end of an edge where there is to be one, and hands the edge's value up."""
-    row = jnp.arange(len(parent))
-    edge = jax.tree.map(lambda x: x[row, parent, action], tree.edges)
-    growing = tree.unvisited > 0
-    fresh = growing & (edge.children == UNVISITED)
-    ends = is_end(edge.tokens, tree.depths[row, parent] + 1, options.max_new_tokens, options.eos_ids)
-    made = fresh & ~ends
-    able = own.valid.any(-1)
+    """Makes a node behind an unvisited action, unless a response ends there.
 
-    def put(x: Array, value: Array) -> Array:
-        there = made.reshape(-1, *[1] * (value.ndim - 1))
-        return x.at[:, new].set(jnp.where(there, value, x[:, new]))
+    Args:
+        tree: Trees.
+        parent_index: The node from which the action is expanded. Shape [B].
+        action: The action. Shape [B].
+        next_node_index: The node to make, in all trees.
+        children: Its children. Shape [B, A].
+        active: Trees that are not exhausted. Shape [B].
+        eos_ids: Tokens that end a response.
+    """
+    batch_range = jnp.arange(len(parent_index))
+    edge = jax.tree.map(lambda x: x[batch_range, parent_index, action], tree.children)
+    is_new = active & (edge.index == UNVISITED)
 
-    child = jnp.where(ends, COMPLETE, jnp.where(able, new, DEAD_END))
-    edges = jax.tree.map(put, tree.edges, own)
-    edges = replace(edges, children=edges.children.at[row, parent, action].set(jnp.where(fresh, child, edge.children)))
-    after = own.valid.sum(-1).astype(jnp.int32)
-    ref_logps = None
-    if tree.ref_logps is not None:
-        ref_logps = put(tree.ref_logps, tree.ref_logps[row, parent] + edge.ref_logp)
-    tree = replace(
+    # Append the action's token to the parent's tokens: either a response ends with it, or there is a new node.
+    edges = jax.tree.map(lambda x: x[:, None], edge)
+    prefix = tree.prefixes.take(parent_index[:, None])
+    prefix = prefix.append(edges.tokens, edges.scores, is_new[:, None], eos_ids=eos_ids)
+    ends = ~prefix.growing[:, 0]
+    is_node = is_new & ~ends
+
+    def update(x: Array, value: Array) -> Array:
+        mask = is_node.reshape(-1, *[1] * (value.ndim - 1))
+        return x.at[:, next_node_index].set(jnp.where(mask, value, x[:, next_node_index]))
+
+    # Let the action lead there.
+    leads_to = jnp.where(ends, COMPLETE, jnp.where(children.valid.any(-1), next_node_index, DEAD_END))
+    leads_to = jnp.where(is_new, leads_to, edge.index)
+    new_children = jax.tree.map(update, tree.children, children)
+    index = new_children.index.at[batch_range, parent_index, action].set(leads_to)
+    num_children = children.valid.sum(-1).astype(jnp.int32)
+    return replace(
         tree,
-        parents=put(tree.parents, parent),
-        actions=put(tree.actions, action),
-        tokens=put(tree.tokens, edge.tokens),
-        depths=put(tree.depths, tree.depths[row, parent] + 1),
-        visits=put(tree.visits, jnp.ones_like(parent)),
-        values=put(tree.values, edge.values),
-        raw_values=put(tree.raw_values, edge.values),
-        scores=put(tree.scores, tree.scores[row, parent] + edge.rewards),
-        logps=put(tree.logps, tree.logps[row, parent] + edge.logp),
-        ref_logps=ref_logps,
-        edges=edges,
-        unvisited=tree.unvisited - fresh + jnp.where(made, after, 0),
+        node_visits=update(tree.node_visits, jnp.ones_like(parent_index)),
+        raw_values=update(tree.raw_values, edge.values),
+        node_values=update(tree.node_values, edge.values),
+        parents=update(tree.parents, parent_index),
+        action_from_parent=update(tree.action_from_parent, action),
+        children=replace(new_children, index=index),
+        prefixes=jax.tree.map(lambda x, new: update(x, new[:, 0]), tree.prefixes, prefix),
+        unvisited=tree.unvisited - is_new + jnp.where(is_node, num_children, 0),
     )
-    return _hand_up(tree, parent, action, edge.values, growing)
 
 
-def _hand_up(tree: Tree, node: Array, action: Array, value: Array, growing: Bool[Array, " B"]) -> Tree:
-    """Adds rewards on the way to the root, and takes each sum into the mean of the node that it has reached."""
-    row = jnp.arange(len(node))
+def backward(tree: Tree, parent_index: Int[Array, " B"], action: Int[Array, " B"], active: Bool[Array, " B"]) -> Tree:
+    """Goes up from an action to the root, and updates visits and values on the way.
 
-    def up(carry):
-        values, visits, edge_visits, node, action, value, going = carry
-        value = tree.edges.rewards[row, node, action] + value
-        count = visits[row, node].astype(value.dtype)
-        mean = (values[row, node] * count + value) / (count + 1)
-        values = values.at[row, node].set(jnp.where(going, mean, values[row, node]))
-        visits = visits.at[row, node].add(going)
-        edge_visits = edge_visits.at[row, node, action].add(going)
-        going &= node > 0
-        # Rows that are done stay at the root, where nothing is added.
-        action, node = (jnp.where(going, x[row, node], 0) for x in (tree.actions, tree.parents))
-        return values, visits, edge_visits, node, action, value, going
+    Args:
+        tree: Trees.
+        parent_index: The node whose action was visited. Shape [B].
+        action: The action. Shape [B].
+        active: Trees that are updated. Shape [B].
+    """
+    batch_range = jnp.arange(len(parent_index))
 
-    start = (tree.values, tree.visits, tree.edges.visits, node, action, value, growing)
-    values, visits, edge_visits, *_ = jax.lax.while_loop(lambda carry: carry[-1].any(), up, start)
-    return replace(tree, values=values, visits=visits, edges=replace(tree.edges, visits=edge_visits))
+    def update(x: Array, value: Array, where: Array, *index: Array) -> Array:
+        index = (batch_range, *index)
+        return x.at[index].set(jnp.where(where, value, x[index]))
+
+    def step(carry):
+        tree, node, action, leaf_value, active = carry
+        # The parent's mean takes in what came back: the reward of the action, and the value behind it.
+        children = tree.children
+        leaf_value = children.rewards[batch_range, node, action] + leaf_value
+        count = tree.node_visits[batch_range, node]
+        visits = count.astype(leaf_value.dtype)
+        mean = (tree.node_values[batch_range, node] * visits + leaf_value) / (visits + 1)
+        # The action has the value of the node behind it, whose mean was updated before.
+        child = children.index[batch_range, node, action]
+        child_value = tree.node_values[batch_range, child]
+        child_visits = children.visits[batch_range, node, action] + 1
+        children = replace(
+            children,
+            values=update(children.values, child_value, active & (child >= 0), node, action),
+            visits=update(children.visits, child_visits, active, node, action),
+        )
+        tree = replace(
+            tree,
+            node_values=update(tree.node_values, mean, active, node),
+            node_visits=update(tree.node_visits, count + 1, active, node),
+            children=children,
+        )
+        # Trees that are done stay at the root, where nothing is updated any more.
+        active &= node > 0
+        action, node = (jnp.where(active, x[batch_range, node], 0) for x in (tree.action_from_parent, tree.parents))
+        return tree, node, action, leaf_value, active
+
+    leaf_value = tree.children.values[batch_range, parent_index, action]
+    start = (tree, parent_index, action, leaf_value, active)
+    return jax.lax.while_loop(lambda carry: carry[-1].any(), step, start)[0]

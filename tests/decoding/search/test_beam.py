@@ -280,5 +280,5 @@ def test_candidates_with_equal_keys_keep_their_order(count):
     keys = np.random.default_rng(count).integers(0, 4, (2, 4, 32)).astype(np.float32)
     found = _top(jnp.asarray(keys), count)
     best, flat = jax.lax.top_k(keys.reshape(2, -1), count)
-    np.testing.assert_array_equal(found.key, best)
+    np.testing.assert_array_equal(found.rank, best)
     np.testing.assert_array_equal(found.flat, flat)

@@ -1,6 +1,6 @@
-"""Searches with a cache against full passes of a transformer: keys and values stay where they are, or are moved."""
+"""Searches with a cache against full passes of a transformer: keys and values stay where they are."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -68,59 +68,27 @@ class Forgetful:
         return self.policy.extend(params, memory, tokens, jnp.broadcast_to(own, path.shape), slot)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Unmoved:
-    """A memory that says that it has been moved, and has not."""
-
-    memory: Any
-
-    def reorder(self, slots):
-        return self
-
-
-@dataclass(frozen=True)
-class Immovable:
-    """A policy with such a memory."""
-
-    policy: Any
-
-    def prefill(self, *arguments):
-        logits, memory = self.policy.prefill(*arguments)
-        return logits, Unmoved(memory)
-
-    def extend(self, params, memory, *arguments):
-        logits, memory = self.policy.extend(params, memory.memory, *arguments)
-        return logits, Unmoved(memory)
-
-
-@pytest.mark.thin("ancestry")
-@pytest.mark.parametrize("reorder", ["ancestry", "gather"])
-def test_a_search_with_a_cache_is_a_search_by_full_passes(reorder, search, unstacked, full_passes, read_answers):
-    options = replace(OPTIONS, reorder=reorder)
-    expected = full_passes(options)
-    assert same(search(unstacked, options), expected, read_answers)
-    # Whoever mixes up the pasts of beams is found out.
+def test_a_search_with_a_cache_is_a_search_by_full_passes(search, unstacked, full_passes, read_answers):
+    expected = full_passes(OPTIONS)
+    assert same(search(unstacked), expected, read_answers)
+    # Mixing up the pasts of beams would show.
     model, params = unstacked
-    wrong = Forgetful(model, 3) if reorder == "ancestry" else Immovable(model)
-    assert not same(search((wrong, params), options), expected, read_answers)
+    assert not same(search((Forgetful(model, 3), params)), expected, read_answers)
 
 
 def test_stacked_parameters_search_the_same(search, micro, full_passes, read_answers):
     assert same(search(micro), full_passes(OPTIONS), read_answers)
 
 
-@pytest.mark.parametrize("reorder", ["ancestry", "gather"])
-def test_every_history_has_its_own_future(reorder, search, history_lm, history_next, plain_beam_search, read_answers):
+def test_every_history_has_its_own_future(search, history_lm, history_next, plain_beam_search, read_answers):
     # The same for a policy whose probabilities have nothing to do with each other once their histories differ.
-    options, wrongs = BeamOptions(4, 6, (0,), reorder=reorder), 0
+    options, mismatches = BeamOptions(4, 6, (0,)), 0
     for seed in range(5):
         model, params = history_lm(seed, bias=-2.0)
         expected = [plain_beam_search(history_next(params, prompt), options) for prompt in PROMPTS]
         assert same(search((model, params), options), expected, read_answers)
-        wrong = Forgetful(model, 4) if reorder == "ancestry" else Immovable(model)
-        wrongs += not same(search((wrong, params), options), expected, read_answers)
-    assert wrongs == 5
+        mismatches += not same(search((Forgetful(model, 4), params), options), expected, read_answers)
+    assert mismatches == 5
 
 
 def test_padding_of_prompts_has_no_effect(search, unstacked):
@@ -160,13 +128,8 @@ def test_a_search_needs_little_memory_beside_its_cache(tiny_config):
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert size > 2**25  # 32 MiB
 
-    def share(reorder):
-        options = BeamOptions(4, 512, (2,), reorder=reorder)
+    # 1.05 is measured. A step past the limit needs no copy either.
+    for max_new_tokens in (512, 511):
+        options = BeamOptions(4, max_new_tokens, (2,))
         analysis = beam_search.lower(model, params, prompts, lengths, options).compile().memory_analysis()
-        return analysis.temp_size_in_bytes / size
-
-    # Found: 1.05. Where keys and values are moved, which cannot be done in place, there is a copy of a layer's keys at
-    # the least (1.09, jax 0.10.2), or of all there is (1.99, jax 0.12.0.1).
-    ancestry = share("ancestry")
-    assert 1 < ancestry < 1.1
-    assert share("gather") - ancestry > 1 / 32
+        assert 1 < analysis.temp_size_in_bytes / size < 1.1

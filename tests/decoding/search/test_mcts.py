@@ -13,8 +13,9 @@ from qstar_jax import tabular
 from qstar_jax.decoding.objectives import Likelihood, TableReward
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.responses import Finish
+from qstar_jax.decoding.search.action_selection import gumbel_interior, halving_schedule, puct
 from qstar_jax.decoding.search.mcts import MctsOptions, mcts
-from qstar_jax.decoding.search.tree import COMPLETE, UNVISITED, gumbel_interior, halving_schedule, puct
+from qstar_jax.decoding.search.tree import COMPLETE, UNVISITED
 from qstar_jax.decoding.token_tree import TreePolicy
 from qstar_jax.demo.equivalence import WithPolicy
 
@@ -44,11 +45,12 @@ def searched(request, tables):
 
 
 def nodes_by_path(tree, row):
-    """{tokens from the root: number of the node}; the tree may be ours or `mctx_trees`'s."""
+    """{tokens from the root: index of the node}."""
     paths = {0: ()}
     for node in range(1, tree.parents.shape[1]):
-        if tree.visits[row, node]:
-            paths[node] = (*paths[tree.parents[row, node]], int(tree.tokens[row, node]))
+        if tree.node_visits[row, node]:
+            parent, action = tree.parents[row, node], tree.action_from_parent[row, node]
+            paths[node] = (*paths[parent], int(tree.children.tokens[row, parent, action]))
     return {path: node for node, path in paths.items()}
 
 
@@ -111,20 +113,20 @@ def assert_same_trees(tree, other):
         assert ours.keys() == theirs.keys()
         for path, node in ours.items():
             twin = theirs[path]
-            assert tree.visits[row, node] == other.node_visits[row, twin], path
-            np.testing.assert_allclose(tree.values[row, node], other.node_values[row, twin], rtol=0, atol=1e-12)
-            tokens = tree.edges.tokens[row, node]
-            np.testing.assert_array_equal(tree.edges.visits[row, node], other.children_visits[row, twin, tokens])
-            visited = tree.edges.visits[row, node] > 0
+            assert tree.node_visits[row, node] == other.node_visits[row, twin], path
+            np.testing.assert_allclose(tree.node_values[row, node], other.node_values[row, twin], rtol=0, atol=1e-12)
+            tokens = tree.children.tokens[row, node]
+            np.testing.assert_array_equal(tree.children.visits[row, node], other.children_visits[row, twin, tokens])
+            visited = tree.children.visits[row, node] > 0
             np.testing.assert_allclose(
-                tree.edges.rewards[row, node][visited],
+                tree.children.rewards[row, node][visited],
                 other.children_rewards[row, twin, tokens][visited],
                 rtol=0,
                 atol=1e-12,
             )
-            leads_to_node = tree.edges.children[row, node] >= 0
+            leads_to_node = tree.children.index[row, node] >= 0
             np.testing.assert_array_equal(
-                tree.edges.children[row, node][leads_to_node],
+                tree.children.index[row, node][leads_to_node],
                 other.children_index[row, twin, tokens][leads_to_node],
             )
 
@@ -167,11 +169,11 @@ def test_noise_and_other_numbers_are_those_of_mctx(tables):
     options = replace(GUMBEL, gumbel_scale=2.0, considered=2, value_scale=0.5, visit_init=3.0)
     (_, tree), (_, other) = run(tables, options, key=jax.random.key(4)), run(tables, options, key=jax.random.key(5))
     gumbel = np.zeros((ROWS, TREE.vocabulary))
-    np.put_along_axis(gumbel, tree.edges.tokens[:, 0], tree.gumbel, axis=-1)
+    np.put_along_axis(gumbel, tree.children.tokens[:, 0], tree.root_gumbel, axis=-1)
     assert_same_trees(tree, mctx_trees(tables, options, gumbel=gumbel))
-    assert ((tree.edges.visits[:, 0] > 0).sum(-1) == 2).all()
-    assert (tree.visits != other.visits).any()
-    assert 1 < tree.gumbel.std() / (np.pi / np.sqrt(6)) < 3  # noise of twice the usual size
+    assert ((tree.children.visits[:, 0] > 0).sum(-1) == 2).all()
+    assert (tree.node_visits != other.node_visits).any()
+    assert 1 < tree.root_gumbel.std() / (np.pi / np.sqrt(6)) < 3  # noise of twice the usual size
 
 
 def test_each_number_changes_a_choice(tables):
@@ -180,7 +182,7 @@ def test_each_number_changes_a_choice(tables):
 
     def choices(rule, **numbers):
         with jax.enable_x64(True):
-            choose = jax.jit(lambda tree, node, **numbers: rule(tree.view(node), **numbers))
+            choose = jax.jit(lambda tree, node, **numbers: rule(tree.at(node), **numbers))
             return np.stack([choose(tree, jnp.full(ROWS, node), **numbers) for node in (0, 1)])
 
     for rule, numbers, others in [
@@ -198,19 +200,20 @@ def test_bookkeeping(searched, tables):
     _, _, tree = searched
     for row in range(ROWS):
         paths = nodes_by_path(tree, row)
-        assert tree.visits[row, 0] == SIMULATIONS + 1
+        assert tree.node_visits[row, 0] == SIMULATIONS + 1
         for path, node in paths.items():
             states = [TREE.states.index(path[:t]) for t in range(len(path))]
             expected = sum(tables[row, s, token] for s, token in zip(states, path, strict=True))
-            np.testing.assert_allclose(tree.scores[row, node], expected, rtol=0, atol=1e-12)
-            np.testing.assert_allclose(tree.logps[row, node], expected, rtol=0, atol=1e-12)
-            assert tree.depths[row, node] == len(path)
-            assert tree.visits[row, node] == 1 + tree.edges.visits[row, node].sum()
+            np.testing.assert_allclose(tree.prefixes.total[row, node], expected, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(tree.prefixes.logp[row, node], expected, rtol=0, atol=1e-12)
+            assert tree.prefixes.lengths[row, node] == len(path)
+            assert tuple(tree.prefixes.tokens[row, node, : len(path)]) == path
+            assert tree.node_visits[row, node] == 1 + tree.children.visits[row, node].sum()
             table = tables[row, TREE.states.index(path)]
             order = np.argsort(-table)
-            np.testing.assert_array_equal(tree.edges.tokens[row, node], order)
-            np.testing.assert_allclose(tree.edges.priors[row, node], table[order], rtol=0, atol=1e-12)
-        unvisited = sum((tree.edges.children[row, node] == UNVISITED).sum() for node in paths.values())
+            np.testing.assert_array_equal(tree.children.tokens[row, node], order)
+            np.testing.assert_allclose(tree.children.prior_logits[row, node], table[order], rtol=0, atol=1e-12)
+        unvisited = sum((tree.children.index[row, node] == UNVISITED).sum() for node in paths.values())
         assert tree.unvisited[row] == unvisited
 
 
@@ -218,7 +221,7 @@ def answers_of(tree, tables, row):
     """Every answer whose end was visited with its score, best first, from the tree's edges and the tables."""
     found = []
     for path, node in nodes_by_path(tree, row).items():
-        for token, child in zip(tree.edges.tokens[row, node], tree.edges.children[row, node], strict=True):
+        for token, child in zip(tree.children.tokens[row, node], tree.children.index[row, node], strict=True):
             if child == COMPLETE:
                 answer = (*path, int(token))
                 score = sum(tables[row, TREE.states.index(answer[:t]), answer[t]] for t in range(len(answer)))
@@ -264,29 +267,32 @@ def test_enough_simulations_find_the_best_answer(tables):
     assert wrong  # one simulation is not enough
     done = tree.unvisited == 0
     assert done[1::2].all() and not done.all()
-    used = tree.visits[:, 0] - 1
+    used = tree.node_visits[:, 0] - 1
     assert (used[done] < 1000).all() and (used[~done] == 1000).all()
-    assert ((tree.visits > 0).sum(-1)[done] == TREE.shape[0]).all()
+    assert ((tree.node_visits > 0).sum(-1)[done] == TREE.shape[0]).all()
 
 
 def test_rows_do_not_depend_on_each_other(searched, tables):
     options, found, tree = searched
     shuffled, other = run(np.roll(tables, 5, axis=0), options)
     np.testing.assert_array_equal(shuffled.tokens, np.roll(found.tokens, 5, axis=0))
-    np.testing.assert_array_equal(other.values, np.roll(tree.values, 5, axis=0))
+    np.testing.assert_array_equal(other.node_values, np.roll(tree.node_values, 5, axis=0))
 
 
 def test_most_visited_path(searched):
     _, _, tree = searched
     with jax.enable_x64(True):
-        tokens, lengths, _ = jax.device_get(tree.most_visited(TREE.depth))
+        last = jax.jit(lambda tree: tree.most_visited())(tree)
     for row in range(ROWS):
-        node, path = 0, []
-        while node >= 0 and tree.edges.visits[row, node].any():
-            action = tree.edges.visits[row, node].argmax()
-            path.append(int(tree.edges.tokens[row, node, action]))
-            node = tree.edges.children[row, node, action]
-        assert tuple(tokens[row, : lengths[row]]) == tuple(path)
+        next_node, path = 0, []
+        while next_node >= 0:
+            node = next_node
+            action = tree.children.visits[row, node].argmax()
+            path.append(int(tree.children.tokens[row, node, action]))
+            next_node = tree.children.index[row, node, action]
+        assert last[row] == node
+        prefix = tree.prefixes.tokens[row, node, : tree.prefixes.lengths[row, node]]
+        assert prefix.tolist() == path[:-1]  # what leads on from the node is no node
 
 
 def test_without_a_visited_end_the_path_is_finished_greedily(tables):
@@ -308,18 +314,18 @@ def test_without_a_visited_end_the_path_is_finished_greedily(tables):
 def test_the_value_of_the_root_counts(tables):
     (_, tree), (_, other) = run(tables, PUCT), run(tables, PUCT, root_value=-30.0)
     assert (other.raw_values[:, 0] == -30).all() and (tree.raw_values[:, 0] == 0).all()
-    assert (tree.visits != other.visits).any()
+    assert (tree.node_visits != other.node_visits).any()
 
 
 def test_fewer_actions_than_tokens(tables):
     """The likeliest two: rewards stay those of the whole vocabulary, priors are of the two."""
     found, tree = run(tables, replace(PUCT, num_actions=2))
     order = np.argsort(-tables[:, 0])[:, :2]
-    np.testing.assert_array_equal(tree.edges.tokens[:, 0], order)
+    np.testing.assert_array_equal(tree.children.tokens[:, 0], order)
     top = np.take_along_axis(tables[:, 0], order, axis=-1)
-    np.testing.assert_allclose(tree.edges.rewards[:, 0], top, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(np.exp(tree.edges.priors[:, 0]).sum(-1), 1.0, rtol=0, atol=1e-12)
-    assert not np.allclose(tree.edges.priors[:, 0], top)
+    np.testing.assert_allclose(tree.children.rewards[:, 0], top, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(np.exp(tree.children.prior_logits[:, 0]).sum(-1), 1.0, rtol=0, atol=1e-12)
+    assert not np.allclose(tree.children.prior_logits[:, 0], top)
     assert found.logp.shape == (ROWS, SIMULATIONS)
 
 
@@ -330,7 +336,7 @@ def test_impossible_tokens_change_nothing(tables):
     possible -= np.log(np.exp(possible).sum(-1, keepdims=True))
     for options in (PUCT, GUMBEL):
         (found, tree), (other, twin) = run(possible, options), run(possible, replace(options, num_actions=2))
-        np.testing.assert_array_equal(tree.visits, twin.visits)
+        np.testing.assert_array_equal(tree.node_visits, twin.node_visits)
         np.testing.assert_array_equal(found.tokens, other.tokens)
         assert ((found.finish > 0).sum(-1) <= 5).all()  # answers of at most 4 tokens, 0 or EOS
         assert (tree.unvisited == 0).any()
@@ -338,7 +344,7 @@ def test_impossible_tokens_change_nothing(tables):
     dead = np.array(possible)
     dead[:, TREE.states.index((0,))] = -np.inf
     found, tree = run(dead, PUCT)
-    assert np.isfinite(tree.values).all()
+    assert np.isfinite(tree.node_values).all()
     assert ((found.finish > 0).sum(-1) == 1).all() and (found.tokens[:, 0, 0] == TREE.eos).all()
 
 
@@ -349,8 +355,8 @@ def test_a_transformer_is_searched(micro, log_pi):
     prompts = np.array([[0, 2, 2, 4], [2, 4, 2, 1], [3, 4, 4, 1], [1, 3, 2, 1]])  # the last column is padding
     options = MctsOptions(6, (0,), 12, 3, n_best=8)
     found, tree = jax.device_get(mcts(model, params, jnp.asarray(prompts), jnp.full(4, 3), options))
-    ends = (tree.edges.children == COMPLETE).sum((1, 2))
-    assert ends.tolist() == [3, 3, 0, 0] and tree.depths.max() > 2
+    ends = (tree.children.index == COMPLETE).sum((1, 2))
+    assert ends.tolist() == [3, 3, 0, 0] and tree.prefixes.lengths.max() > 2
     inside = np.arange(6) < found.lengths[..., None]
 
     def scores(prompt, row):
@@ -364,10 +370,10 @@ def test_a_transformer_is_searched(micro, log_pi):
         assert np.abs(scores([4, 4, 1], row) - found.score[row])[valid].max() > 1e-2
     for row, finish in ((2, Finish.EOS), (3, Finish.LENGTH)):
         path, node = [], 0
-        while tree.edges.visits[row, node].any():
-            action = tree.edges.visits[row, node].argmax()
-            path.append(int(tree.edges.tokens[row, node, action]))
-            node = tree.edges.children[row, node, action]
+        while tree.children.visits[row, node].any():
+            action = tree.children.visits[row, node].argmax()
+            path.append(int(tree.children.tokens[row, node, action]))
+            node = tree.children.index[row, node, action]
         assert 1 < len(path) < 6
         while len(path) < 6 and path[-1] != 0:
             tries = np.array([[*path, t, *[0] * 5][:6] for t in [0, 1, 2, 3, 4, 0, 0, 0]])  # eight, as above
