@@ -2,16 +2,17 @@
 
 Conventions, after "From r to Q*" (arXiv 2404.12358):
 
-- A state is the prompt and the tokens so far, an action is the next token; nothing is discounted.
-- The value of a terminal state is 0. A response that ends with EOS is terminal; one that was cut (truncated) is not,
-  and the state in which it was cut keeps its value.
-- Q contains beta * log pi_ref, as in the paper (Eq. 7). The KL convention, where the reference is a penalty outside the
-  reward, subtracts it: see `to_kl_convention`. State values are the same in both.
+- A state is the prompt and the tokens so far; an action is the next token; nothing is discounted.
+- The value of a terminal state is 0. A response that ends with EOS is terminal. A truncated one is not: the state in
+  which it was truncated keeps its value.
+- Q contains beta * log pi_ref, as in the paper (Eq. 7). In the KL convention, where the reference is a penalty outside
+  the reward, Q is `rewards + v` and the advantage is `rewards`. State values are the same in both.
 - With unit-temperature logits z of the policy, Q = beta * z and V = beta * logsumexp(z). Both are known up to a
-  potential (a shift of all logits of one state); rewards and advantages are not changed by it.
+  potential (a shift of all logits of one state), which changes neither rewards nor advantages.
 
 Arrays are [..., T]: entry t belongs to response token a_t and to the state s_t in which it was chosen. `mask` is True
-at response tokens; what stands under it changes neither values nor gradients, and results are 0 there.
+at response tokens; values elsewhere change neither results nor gradients, and results are 0 there. `beta` is the
+temperature: reward per nat.
 """
 
 from dataclasses import dataclass
@@ -19,15 +20,13 @@ from dataclasses import dataclass
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, ScalarLike
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, ScalarLike
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenScores:
     """What a policy and its reference assign to each response token: the record that everything else reads.
-
-    Values where `mask` is False change neither results nor gradients; per-token results are 0 there.
 
     Attributes:
         logp: log pi(a_t | s_t) of the chosen token, in nats. Shape [..., T].
@@ -72,14 +71,14 @@ class TokenScores:
         return cls(logp=logp, ref_logp=ref_logp, logz=logz, mask=mask)
 
     def log_ratios(self) -> Float[Array, "*B T"]:
-        """Log-ratios log pi - log pi_ref, in nats. Shape [..., T]; raises ValueError without a reference."""
-        # Both operands are masked before the subtraction: an infinity under the mask would make the gradient NaN.
-        return _masked(self.logp, self.mask) - _masked(self.known("ref_logp"), self.mask)
+        """Log-ratios log pi - log pi_ref, in nats. Shape [..., T]; ValueError without a reference."""
+        return self.rewards(1.0)
 
     def rewards(self, beta: ScalarLike) -> Float[Array, "*B T"]:
-        """Token rewards r(s_t, a_t) = beta * (log pi - log pi_ref), the member of the reward class that DPO learns.
+        """Token rewards beta * log-ratio: the member of the reward class that DPO learns (Eq. 11).
 
-        They are also the advantages of the KL convention: for the optimal policy they equal r + V*(s_{t+1}) - V*(s_t).
+        They are also the advantages of the KL convention: for the optimal policy they equal r + V*(s_{t+1}) - V*(s_t)
+        (Eq. 10).
 
         Args:
             beta: Temperature: reward per nat.
@@ -89,17 +88,16 @@ class TokenScores:
 
         Raises:
             ValueError: If there is no reference.
-
-        References:
-            arXiv 2404.12358, Eq. 10 and 11.
         """
-        return beta * self.log_ratios()
+        # Both operands are masked before the subtraction: an infinity under the mask would make the gradient NaN.
+        logp, ref_logp = (_masked(self.require(name), self.mask) for name in ("logp", "ref_logp"))
+        return implicit_rewards(logp, ref_logp, beta=beta)
 
     def returns(self, beta: ScalarLike) -> Float[Array, "*B"]:
-        """Return of each response: the sum of its token rewards, which preferences compare (Eq. 8 and 9).
+        """Implicit return of each response: the sum of its token rewards, which preferences compare (Theorem 1).
 
-        For the optimal policy it equals the sum of the true rewards less V*(s_0), the same for all responses to one
-        prompt.
+        For the optimal policy it is sum_t r(s_t, a_t) - V*(s_0) (Eq. 10, summed): the true return less the value of the
+        prompt, which all its responses share.
 
         Args:
             beta: Temperature: reward per nat.
@@ -113,45 +111,18 @@ class TokenScores:
         return self.rewards(beta).sum(-1)
 
     def v(self, beta: ScalarLike) -> Float[Array, "*B T"]:
-        """Soft values V(s_t) = beta * logsumexp(z(s_t)) of the states in which the tokens were chosen (Eq. 6).
-
-        Args:
-            beta: Temperature: reward per nat.
-
-        Returns:
-            Values, known up to a potential. Shape [..., T].
-
-        Raises:
-            ValueError: If there are no log-normalizers.
-        """
-        return beta * _masked(self.known("logz"), self.mask)
+        """Soft values V(s_t) = beta * logz, up to a potential (Eq. 6). Shape [..., T]; ValueError without logz."""
+        return beta * _masked(self.require("logz"), self.mask)
 
     def q(self, beta: ScalarLike) -> Float[Array, "*B T"]:
-        """Soft Q-values Q(s_t, a_t) = beta * (log pi + logz) = beta * z of the chosen tokens (Eq. 5).
-
-        Args:
-            beta: Temperature: reward per nat.
-
-        Returns:
-            Q-values in the paper's convention, known up to a potential. Shape [..., T].
-
-        Raises:
-            ValueError: If there are no log-normalizers.
-        """
-        return beta * (_masked(self.logp, self.mask) + _masked(self.known("logz"), self.mask))
+        """Soft Q-values Q(s_t, a_t) = beta * (logp + logz) = beta * z (Eq. 5). Shape and errors as for `v`."""
+        return beta * (_masked(self.logp, self.mask) + _masked(self.require("logz"), self.mask))
 
     def advantages(self, beta: ScalarLike) -> Float[Array, "*B T"]:
-        """Advantages Q - V = beta * log pi in the paper's convention, where Q contains beta * log pi_ref.
-
-        Args:
-            beta: Temperature: reward per nat.
-
-        Returns:
-            Advantages, at most 0. Shape [..., T]. In the KL convention the advantages are `rewards`.
-        """
+        """Advantages Q - V = beta * logp of the paper's convention, at most 0. Shape [..., T]."""
         return beta * _masked(self.logp, self.mask)
 
-    def known(self, name: str) -> Float[Array, "*B T"]:
+    def require(self, name: str) -> Float[Array, "*B T"]:
         """The field `name`; raises ValueError with the remedy where it is None."""
         if (values := getattr(self, name)) is None:
             fix = "score with a reference model" if name == "ref_logp" else "score with `scoring.score_tokens`"
@@ -167,7 +138,7 @@ class Equivalence:
     Attributes:
         equivalent: True where one potential explains every response. Shape [...].
         potentials: Phi(s_t) with other = rewards + Phi(s_{t+1}) - Phi(s_t). Shape [..., R, T].
-        spread: Largest difference between responses in what shaping cannot explain, in reward. Shape [...].
+        spread: Largest difference between responses that shaping cannot explain, in units of reward. Shape [...].
     """
 
     equivalent: Bool[Array, "*B"]
@@ -175,148 +146,23 @@ class Equivalence:
     spread: Float[Array, "*B"]
 
 
-def token_scores(
-    logits: Float[Array, "*B T V"],
-    ref_logits: Float[Array, "*B T V"],
-    tokens: Int[Array, "*B T"],
-    mask: Bool[Array, "*B T"],
-) -> TokenScores:
-    """Reads the scores of given tokens off whole logits.
-
-    For research code and small models: training and scoring go through `logprobs.token_logprobs`, which never holds
-    logits of all positions.
-
-    Args:
-        logits: Logits of the policy at the states in which the tokens were chosen. Shape [..., T, V].
-        ref_logits: Those of the reference. Shape [..., T, V].
-        tokens: The tokens a_t. Shape [..., T].
-        mask: True at response tokens; labels such as -100 may stand elsewhere. Shape [..., T].
-
-    Returns:
-        Scores in nats, float32 or more. Shape [..., T] each.
-    """
-    return TokenScores.from_logits(logits, ref_logits, tokens, mask)
-
-
-def log_ratios(
-    logp: Float[Array, "*B T"], ref_logp: Float[Array, "*B T"], mask: Bool[Array, "*B T"]
-) -> Float[Array, "*B T"]:
-    """Log-ratios log pi - log pi_ref of the response tokens.
-
-    Args:
-        logp: Policy log-probabilities, in nats. Shape [..., T].
-        ref_logp: Reference log-probabilities, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-
-    Returns:
-        Log-ratios in nats. Shape [..., T].
-    """
-    # Both operands are masked before the subtraction: an infinity under the mask would else give a NaN gradient.
-    return _masked(logp, mask) - _masked(ref_logp, mask)
-
-
 def implicit_rewards(
-    logp: Float[Array, "*B T"], ref_logp: Float[Array, "*B T"], mask: Bool[Array, "*B T"], *, beta: ScalarLike
-) -> Float[Array, "*B T"]:
-    """Token rewards r(s_t, a_t) = beta * (log pi - log pi_ref), the member of the reward class that DPO learns.
-
-    They are also the advantages of the KL convention: for the optimal policy they equal r + V*(s_{t+1}) - V*(s_t).
+    logp: Float[ArrayLike, "..."], ref_logp: Float[ArrayLike, "..."], *, beta: ScalarLike
+) -> Float[ArrayLike, "..."]:
+    """Implicit rewards beta * (log pi - log pi_ref), elementwise: of tokens, of tables, or of whole responses.
 
     Args:
-        logp: Policy log-probabilities, in nats. Shape [..., T].
-        ref_logp: Reference log-probabilities, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-        beta: Temperature, in reward a nat.
+        logp: Policy log-probabilities, in nats. Any shape.
+        ref_logp: Reference log-probabilities, in nats. Any shape that broadcasts with it.
+        beta: Temperature: reward per nat.
 
     Returns:
-        Rewards. Shape [..., T].
+        Rewards.
 
     References:
         arXiv 2404.12358, Eq. 10 and 11.
     """
-    return beta * log_ratios(logp, ref_logp, mask)
-
-
-def state_values(logz: Float[Array, "*B T"], mask: Bool[Array, "*B T"], *, beta: ScalarLike) -> Float[Array, "*B T"]:
-    """Soft values V(s_t) = beta * logsumexp(z(s_t)) of the states in which the tokens were chosen (Eq. 6).
-
-    Args:
-        logz: Log-normalisers of the policy's logits, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-        beta: Temperature, in reward a nat.
-
-    Returns:
-        Values, known up to a potential. Shape [..., T].
-    """
-    return beta * _masked(logz, mask)
-
-
-def q_values(
-    logp: Float[Array, "*B T"], logz: Float[Array, "*B T"], mask: Bool[Array, "*B T"], *, beta: ScalarLike
-) -> Float[Array, "*B T"]:
-    """Soft Q-values Q(s_t, a_t) = beta * (log pi + logz) = beta * z of the chosen tokens (Eq. 5).
-
-    Args:
-        logp: Policy log-probabilities, in nats. Shape [..., T].
-        logz: Log-normalisers of the policy's logits, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-        beta: Temperature, in reward a nat.
-
-    Returns:
-        Q-values in the paper's convention, known up to a potential. Shape [..., T].
-    """
-    return beta * (_masked(logp, mask) + _masked(logz, mask))
-
-
-def advantages(logp: Float[Array, "*B T"], mask: Bool[Array, "*B T"], *, beta: ScalarLike) -> Float[Array, "*B T"]:
-    """Advantages Q - V = beta * log pi in the paper's convention, which count the reference's log-probability in.
-
-    Args:
-        logp: Policy log-probabilities, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-        beta: Temperature, in reward a nat.
-
-    Returns:
-        Advantages, at most 0. Shape [..., T]. `to_kl_convention` of them are the implicit rewards.
-    """
-    return beta * _masked(logp, mask)
-
-
-def to_kl_convention(
-    values: Float[Array, "*B T"], ref_logp: Float[Array, "*B T"], mask: Bool[Array, "*B T"], *, beta: ScalarLike
-) -> Float[Array, "*B T"]:
-    """Turns Q-values or advantages of the paper's convention into those of the KL convention: x - beta * log pi_ref.
-
-    There Q(s, a) = r + V(s'), V(s) = beta * log sum_a pi_ref(a | s) exp(Q(s, a) / beta), and pi = pi_ref exp((Q - V) /
-    beta).
-
-    Args:
-        values: Q-values or advantages in the paper's convention. Shape [..., T].
-        ref_logp: Reference log-probabilities, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-        beta: Temperature, in reward a nat.
-
-    Returns:
-        The same quantity in the KL convention. Shape [..., T].
-    """
-    return _masked(values, mask) - beta * _masked(ref_logp, mask)
-
-
-def to_paper_convention(
-    values: Float[Array, "*B T"], ref_logp: Float[Array, "*B T"], mask: Bool[Array, "*B T"], *, beta: ScalarLike
-) -> Float[Array, "*B T"]:
-    """Turns Q-values or advantages of the KL convention into the paper's: x + beta * log pi_ref.
-
-    Args:
-        values: Q-values or advantages in the KL convention. Shape [..., T].
-        ref_logp: Reference log-probabilities, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-        beta: Temperature, in reward a nat.
-
-    Returns:
-        The same quantity in the paper's convention. Shape [..., T].
-    """
-    return _masked(values, mask) + beta * _masked(ref_logp, mask)
+    return beta * (logp - ref_logp)
 
 
 def successor_values(
@@ -326,7 +172,7 @@ def successor_values(
     truncated: Bool[Array, "*B"] | None = None,
     final_values: Float[Array, "*B"] | None = None,
 ) -> Float[Array, "*B T"]:
-    """V(s_{t+1}), or a potential of it, at the token that leads there.
+    """V(s_{t+1}), or a potential of it: the value of the state to which each token leads.
 
     Tokens that are not the policy's (a user's turn, a tool's output) may stand between response tokens: the successor
     is the state in which the policy chooses next.
@@ -334,96 +180,35 @@ def successor_values(
     Args:
         values: V(s_t). Shape [..., T].
         mask: True at response tokens. Shape [..., T].
-        truncated: True for responses that were cut, and have no terminal state; None: all ended. Shape [...].
-        final_values: V of the state in which a truncated response was cut. Shape [...]; not read where it ended.
+        truncated: True for responses that were truncated and have no terminal state; None: all ended. Shape [...].
+        final_values: V of the last state of a truncated response; not read where a response ended. Shape [...].
 
     Returns:
         Values of the next states: 0 after the last token of a response that ended, `final_values` after the last token
         of a truncated one. Shape [..., T].
 
     Raises:
-        ValueError: If only one of `truncated` and `final_values` is given: the value of a cut state is not 0, and
-            cannot be told from the response.
+        ValueError: If only one of `truncated` and `final_values` is given: the value after truncation is not 0, and
+            the response alone does not tell it.
     """
-    final = _final_values(values, truncated, final_values)
-    length = values.shape[-1]
-    own = jnp.where(mask, jnp.arange(length), length)
-    following = jax.lax.cummin(own, axis=own.ndim - 1, reverse=True)
-    following = jnp.concatenate([following, jnp.full((*following.shape[:-1], 1), length)], axis=-1)[..., 1:]
+    if (truncated is None) != (final_values is None):
+        given, missing = ("truncated", "final_values") if final_values is None else ("final_values", "truncated")
+        raise ValueError(
+            f"{given} is given without {missing}: a truncated response keeps the value of its last state; pass both, "
+            "or neither if every response ended"
+        )
+    # Entry T of `states` is the value after the last token.
+    final = jnp.zeros(values.shape[:-1], values.dtype)
+    if truncated is not None:
+        chex.assert_shape([truncated, final_values], values.shape[:-1])
+        final = jnp.where(truncated, final_values, 0.0)
     states = jnp.concatenate([_masked(values, mask), final[..., None]], axis=-1)
+    # The successor of token t is the next response token, or entry T where none follows.
+    length = values.shape[-1]
+    positions = jnp.where(mask, jnp.arange(length), length)
+    following = jax.lax.cummin(positions, axis=positions.ndim - 1, reverse=True)[..., 1:]
+    following = jnp.concatenate([following, jnp.full_like(positions[..., :1], length)], axis=-1)
     return _masked(jnp.take_along_axis(states, following, axis=-1), mask)
-
-
-def returns_to_go(
-    rewards: Float[Array, "*B T"],
-    mask: Bool[Array, "*B T"],
-    *,
-    truncated: Bool[Array, "*B"] | None = None,
-    final_values: Float[Array, "*B"] | None = None,
-) -> Float[Array, "*B T"]:
-    """Undiscounted return from each token on, sum_{i >= t} r_i, plus the value of the state where a response was cut.
-
-    Args:
-        rewards: Token rewards. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-        truncated: True for responses that were cut; None: all ended. Shape [...].
-        final_values: V of the state in which a truncated response was cut. Shape [...].
-
-    Returns:
-        Returns. Shape [..., T].
-
-    Raises:
-        ValueError: If only one of `truncated` and `final_values` is given.
-    """
-    final = _final_values(rewards, truncated, final_values)
-    rewards = _masked(rewards, mask)
-    ahead = jax.lax.cumsum(rewards, axis=rewards.ndim - 1, reverse=True)
-    return _masked(ahead + final[..., None], mask)
-
-
-def prefix_values(rewards: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T"]:
-    """Running sum of implicit rewards up to and with each token: what a response is worth so far.
-
-    For the optimal policy sum_{i <= t} beta log(pi*/pi_ref)(a_i) = sum_{i <= t} r_i + V*(s_{t+1}) - V*(s_0): the reward
-    so far and the value of where it has led, less that of the prompt, which no comparison of answers to it depends on.
-
-    Args:
-        rewards: Implicit rewards of the tokens. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-
-    Returns:
-        Running sums. Shape [..., T].
-
-    References:
-        arXiv 2404.12358, Eq. 10, summed.
-    """
-    return _masked(jnp.cumsum(_masked(rewards, mask), axis=-1), mask)
-
-
-def bellman_residual(
-    rewards: Float[Array, "*B T"],
-    q: Float[Array, "*B T"],
-    next_values: Float[Array, "*B T"],
-    ref_logp: Float[Array, "*B T"],
-    mask: Bool[Array, "*B T"],
-    *,
-    beta: ScalarLike,
-) -> Float[Array, "*B T"]:
-    """Q(s_t, a_t) - [r(s_t, a_t) + beta * log pi_ref(a_t | s_t) + V(s_{t+1})], 0 everywhere for Q* (Eq. 7).
-
-    Args:
-        rewards: Rewards r. Shape [..., T].
-        q: Q-values in the paper's convention. Shape [..., T].
-        next_values: V(s_{t+1}), from `successor_values`. Shape [..., T].
-        ref_logp: Reference log-probabilities, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-        beta: Temperature, in reward a nat.
-
-    Returns:
-        Residuals. Shape [..., T].
-    """
-    target = _masked(rewards, mask) + beta * _masked(ref_logp, mask) + _masked(next_values, mask)
-    return _masked(q, mask) - target
 
 
 def shape_rewards(
@@ -460,33 +245,35 @@ def are_equivalent(
 ) -> Equivalence:
     """Whether two rewards differ by potential shaping only, over R responses to one prompt (Definition 1).
 
-    In the token MDP a state is reached in one way only, so along a single response any two rewards are linked by some
-    potential. What binds is the end: a potential is 0 in terminal states, so the two returns must differ by the same
-    number, -Phi(s_0), for every response that ended. (Both rewards must be functions of state and token: where
-    responses share a prefix, so must their rewards.)
+    Every state of the token MDP is reached in one way only, so along a single response any two rewards are linked by
+    some potential. The end is what constrains it: a potential is 0 in terminal states, so the two returns must differ
+    by the same number, -Phi(s_0), for every response that ended. (Both rewards must be functions of state and token:
+    responses that share a prefix must share its rewards.)
 
     Args:
         rewards: Token rewards r. Shape [..., R, T].
         other: Token rewards r'. Shape [..., R, T].
         mask: True at response tokens. Shape [..., R, T].
-        truncated: True for responses that were cut; their last state may have any potential, so they bind nothing.
+        truncated: True for truncated responses, which constrain nothing: their last state may have any potential.
             None: all ended. Shape [..., R].
-        atol: Largest spread of the differences, in reward, that is still called the same. The default allows for sums
-            in float32.
+        atol: Largest spread of the differences, in reward, that counts as equal. The default allows for sums in
+            float32.
 
     Returns:
-        The verdict and the potential, with Phi(s_0) = 0 where no response binds it.
+        The verdict and the potential, with Phi(s_0) = 0 where no response constrains it.
     """
     difference = _masked(other, mask) - _masked(rewards, mask)
     totals = difference.sum(-1)
-    binding = mask.any(-1)
+    ended = mask.any(-1)
     if truncated is not None:
-        chex.assert_equal_shape([truncated, binding])
-        binding &= ~truncated
-    start = -jnp.where(binding, totals, 0.0).sum(-1) / jnp.maximum(binding.sum(-1), 1)
-    highest = totals.max(-1, where=binding, initial=-jnp.inf)
-    lowest = totals.min(-1, where=binding, initial=jnp.inf)
-    spread = jnp.where(binding.any(-1), highest - lowest, 0.0)
+        chex.assert_equal_shape([truncated, ended])
+        ended &= ~truncated
+    # How far the differences of the returns are from being the same number.
+    highest = totals.max(-1, where=ended, initial=-jnp.inf)
+    lowest = totals.min(-1, where=ended, initial=jnp.inf)
+    spread = jnp.where(ended.any(-1), highest - lowest, 0.0)
+    # Phi(s_0) from the mean of them; Phi(s_t) by adding the differences up to s_t.
+    start = -jnp.where(ended, totals, 0.0).sum(-1) / jnp.maximum(ended.sum(-1), 1)
     before = jnp.cumsum(difference, axis=-1) - difference
     potentials = _masked(start[..., None, None] + before, mask)
     return Equivalence(equivalent=spread <= atol, potentials=potentials, spread=spread)
@@ -495,13 +282,13 @@ def are_equivalent(
 def preference_log_prob(
     returns: Float[Array, "*B R"], present: Bool[Array, "*B R"] | None = None
 ) -> Float[Array, "*B"]:
-    """Log-probability that responses are ranked as they are listed, best first (Plackett-Luce; Bradley-Terry for two).
+    """Log-probability that responses rank as listed, best first (Plackett-Luce; Bradley-Terry for two).
 
     sum_k [u_k - log sum_{j >= k} exp(u_j)] for returns u; for two responses log sigma(u_0 - u_1), the paper's Eq. 1.
 
     Args:
         returns: Return (summed token reward) of each response. Shape [..., R].
-        present: False for places of a ranking that are not filled, None: all are. Shape [..., R].
+        present: False for places of a ranking that are empty; None: all are filled. Shape [..., R].
 
     Returns:
         Log-probability of the ranking, in nats; 0 for rankings of fewer than two. Shape [...].
@@ -512,65 +299,43 @@ def preference_log_prob(
     if present is None:
         present = jnp.ones(returns.shape, bool)
     chex.assert_equal_shape([returns, present])
-    # Finite, as gradients of sums of infinities are NaN; its exponential is 0 all the same.
+    # Finite, since gradients of sums of infinities are NaN; its exponential is 0 all the same.
     returns = jnp.where(present, returns, jnp.finfo(returns.dtype).min / 2)
     rest = jax.lax.cumlogsumexp(returns, axis=returns.ndim - 1, reverse=True)
     return jnp.where(present, returns - rest, 0.0).sum(-1)
 
 
-def kl_to_reference(
-    logits: Float[Array, "*B T V"], ref_logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]
+def kl_divergence(
+    logits: Float[Array, "*B T V"], other_logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]
 ) -> Float[Array, "*B T"]:
-    """KL(pi(. | s_t) || pi_ref(. | s_t)) in each state, the price that reinforcement learning pays (Eq. 2).
+    """KL(p(. | s_t) || q(. | s_t)) in each state, for p = softmax(logits) and q = softmax(other_logits).
+
+    Of the policy to its reference it is the penalty of Eq. 2. Of the reference to the policy it is what token-level DPO
+    (`losses.tdpo1`) reads, and -beta times it is the mean implicit reward of the reference's own tokens (Eq. 16): 0 at
+    first and negative as soon as the policy moves, so a fall of the rewards is expected in training.
 
     Args:
-        logits: Logits of the policy. Shape [..., T, V].
-        ref_logits: Logits of the reference. Shape [..., T, V].
+        logits: Logits of p. Shape [..., T, V].
+        other_logits: Logits of q. Shape [..., T, V].
         mask: True at response tokens. Shape [..., T].
 
     Returns:
         Divergences in nats, at least 0. Shape [..., T].
-    """
-    return _divergence(logits, ref_logits, mask)
-
-
-def kl_from_reference(
-    logits: Float[Array, "*B T V"], ref_logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]
-) -> Float[Array, "*B T"]:
-    """KL(pi_ref(. | s_t) || pi(. | s_t)) in each state: what Eq. 16 and token-level DPO (`losses.tdpo1`) measure.
-
-    Args:
-        logits: Logits of the policy. Shape [..., T, V].
-        ref_logits: Logits of the reference. Shape [..., T, V].
-        mask: True at response tokens. Shape [..., T].
-
-    Returns:
-        Divergences in nats, at least 0. Shape [..., T].
-    """
-    return _divergence(ref_logits, logits, mask)
-
-
-def expected_reference_rewards(
-    logits: Float[Array, "*B T V"], ref_logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"], *, beta: ScalarLike
-) -> Float[Array, "*B T"]:
-    """Mean implicit reward of what the reference itself would say: -beta KL(pi_ref || pi), never above 0.
-
-    E_{a ~ pi_ref}[beta log(pi / pi_ref)(a | s_t)] starts at 0 and must fall as soon as the policy moves. So rewards of
-    answers on which the reference was fitted are expected to fall in training; it is no fault of the run.
-
-    Args:
-        logits: Logits of the policy. Shape [..., T, V].
-        ref_logits: Logits of the reference. Shape [..., T, V].
-        mask: True at response tokens. Shape [..., T].
-        beta: Temperature, in reward a nat.
-
-    Returns:
-        Expected rewards, at most 0. Shape [..., T].
 
     References:
-        arXiv 2404.12358, Eq. 16.
+        arXiv 2404.12358, Eq. 2 and 16.
     """
-    return -beta * kl_from_reference(logits, ref_logits, mask)
+    chex.assert_equal_shape([logits, other_logits])
+    logp, logq = (jax.nn.log_softmax(_masked_logits(x, mask)) for x in (logits, other_logits))
+    p, q = jnp.exp(logp), jnp.exp(logq)
+    # Every term of sum_a p log(p / q) + q - p is at least 0. Tokens that p rules out add q only.
+    possible = p > 0
+    difference = jnp.where(possible, logp, 0.0) - jnp.where(possible, logq, 0.0)
+    # The first form keeps the digits where p is near q; the second cannot overflow where p is far below q.
+    near = difference > -10.0
+    kept = jnp.where(near, difference, 0.0)
+    terms = jnp.where(near, p * (kept + jnp.expm1(-kept)), p * difference + (q - p))
+    return jnp.where(possible, jnp.maximum(terms, 0.0), q).sum(-1)
 
 
 def step_rewards(
@@ -581,9 +346,8 @@ def step_rewards(
     Args:
         rewards: Token rewards. Shape [..., T].
         mask: True at response tokens. Shape [..., T].
-        step_ids: Step to which each token belongs, from 0; tokens with an id outside 0 .. num_steps - 1 belong to none.
-            Shape [..., T].
-        num_steps: N, how many steps there are at most; static (`jax.jit(..., static_argnames="num_steps")`).
+        step_ids: Step of each token; tokens with an id outside 0 .. num_steps - 1 belong to none. Shape [..., T].
+        num_steps: N, the largest number of steps; static (`jax.jit(..., static_argnames="num_steps")`).
 
     Returns:
         Reward of each step, 0 for a step without tokens. Shape [..., N].
@@ -592,29 +356,13 @@ def step_rewards(
         Yuan et al., "Free process rewards without process labels", arXiv 2412.01981, Eq. 3.
     """
     chex.assert_equal_shape([rewards, step_ids])
-    belongs = step_ids[..., None, :] == jnp.arange(num_steps)[:, None]
-    return jnp.where(belongs, _masked(rewards, mask)[..., None, :], 0.0).sum(-1)
+    in_step = step_ids[..., None, :] == jnp.arange(num_steps)[:, None]
+    return jnp.where(in_step, _masked(rewards, mask)[..., None, :], 0.0).sum(-1)
 
 
 def _masked(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T"]:
     chex.assert_equal_shape([values, mask])
     return jnp.where(mask, values, 0.0)
-
-
-def _final_values(
-    like: Float[Array, "*B T"], truncated: Bool[Array, "*B"] | None, final_values: Float[Array, "*B"] | None
-) -> Float[Array, "*B"]:
-    """Values of the states after the last tokens: 0 where responses ended."""
-    if (truncated is None) != (final_values is None):
-        given, missing = ("truncated", "final_values") if final_values is None else ("final_values", "truncated")
-        raise ValueError(
-            f"{given} is given without {missing}: a truncated response keeps the value of the state in which it was "
-            "cut; pass both, or neither if every response ended"
-        )
-    if truncated is None:
-        return jnp.zeros(like.shape[:-1], like.dtype)
-    chex.assert_shape([truncated, final_values], like.shape[:-1])
-    return jnp.where(truncated, final_values, 0.0)
 
 
 def _masked_logits(logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T V"]:
@@ -633,19 +381,3 @@ def _chosen_logp(
     logz = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, jnp.where(mask, tokens, 0)[..., None], axis=-1)[..., 0]
     return _masked(chosen - logz, mask), _masked(logz, mask)
-
-
-def _divergence(
-    logits: Float[Array, "*B T V"], other: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]
-) -> Float[Array, "*B T"]:
-    """KL(softmax(logits) || softmax(other)) as sum_a p log(p / q) + q - p, whose terms are all at least 0."""
-    chex.assert_equal_shape([logits, other])
-    logp, logq = (jax.nn.log_softmax(_masked_logits(x, mask)) for x in (logits, other))
-    p, q = jnp.exp(logp), jnp.exp(logq)
-    possible = p > 0
-    difference = jnp.where(possible, logp, 0.0) - jnp.where(possible, logq, 0.0)
-    # Near the reference the first form keeps the digits; far below it, where exp would overflow, the second does.
-    near = difference > -10.0
-    kept = jnp.where(near, difference, 0.0)
-    terms = jnp.where(near, p * (kept + jnp.expm1(-kept)), p * difference + (q - p))
-    return jnp.where(possible, jnp.maximum(terms, 0.0), q).sum(-1)

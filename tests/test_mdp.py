@@ -1,6 +1,6 @@
 import importlib.util
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import permutations, product
 
@@ -11,11 +11,13 @@ import pytest
 from jax.test_util import check_grads
 
 from qstar_jax import mdp
+from qstar_jax.mdp import TokenScores
 
 LOGP = jnp.array([[-1.0, -2.5, -0.5], [-3.0, -0.25, -4.0]])
 REF = jnp.array([[-1.5, -2.0, -0.5], [-1.0, -1.25, -2.0]])
 LOGZ = jnp.array([[2.0, 0.5, -1.0], [3.0, 1.0, 0.0]])
 MASK = jnp.array([[True, True, True], [True, True, False]])
+SCORES = TokenScores(LOGP, REF, LOGZ, MASK)
 
 # Whole, right-padded, left-padded with a hole, left-padded, empty.
 MASKS = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0]], bool)
@@ -27,16 +29,19 @@ RUBBISH = [jnp.nan, jnp.inf, -jnp.inf, 1e30]
 are_equivalent = jax.jit(mdp.are_equivalent, static_argnames="atol")
 preference_log_prob = jax.jit(mdp.preference_log_prob)
 preference_and_gradient = jax.jit(jax.value_and_grad(mdp.preference_log_prob))
-token_scores = jax.jit(mdp.token_scores)
+from_logits = jax.jit(TokenScores.from_logits)
 
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+READINGS = ("log_ratios", "rewards", "returns", "v", "q", "advantages")
+
+
 @dataclass(frozen=True)
 class Case:
-    """Arguments of a function: every array has one leading batch axis."""
+    """Arguments of a function, or fields of the scores that a method reads, with one leading batch axis."""
 
     name: str
     arrays: dict
@@ -54,7 +59,11 @@ class Case:
 
     def __call__(self, arrays=None, module=mdp, **options):
         arrays = self.arrays if arrays is None else arrays
-        return jax.tree.leaves(getattr(module, self.name)(**arrays, **self.options | options))
+        if self.name in READINGS:
+            fields = {"logp": jnp.zeros(arrays["mask"].shape), "ref_logp": None, "logz": None}
+            return [getattr(module.TokenScores(**fields | arrays), self.name)(**self.options | options)]
+        owner = module.TokenScores if self.name == "from_logits" else module
+        return jax.tree.leaves(getattr(owner, self.name)(**arrays, **self.options | options))
 
     def total(self, arrays, **options):
         """One number that depends on every entry of the results in its own way."""
@@ -92,28 +101,22 @@ RESPONSES = {
 }
 STEP_IDS = jnp.array([[0, 0, 1, 2], [1, 1, 0, 0], [5, -1, 2, 2], [-7, 3, 0, 1], [0, 1, 2, 3]])
 CASES = [
-    Case("token_scores", LOGITS | {"tokens": jnp.where(MASKS, jnp.arange(20).reshape(5, 4) % 6, -100), "mask": MASKS}),
+    Case("from_logits", LOGITS | {"tokens": jnp.where(MASKS, jnp.arange(20).reshape(5, 4) % 6, -100), "mask": MASKS}),
     Case("log_ratios", tokens("logp", "ref_logp")),
-    Case("implicit_rewards", tokens("logp", "ref_logp"), BETA),
-    Case("state_values", tokens("logz"), BETA),
-    Case("q_values", tokens("logp", "logz"), BETA),
+    Case("rewards", tokens("logp", "ref_logp"), BETA),
+    Case("returns", tokens("logp", "ref_logp"), BETA),
+    Case("v", tokens("logz"), BETA),
+    Case("q", tokens("logp", "logz"), BETA),
     Case("advantages", tokens("logp"), BETA),
-    Case("to_kl_convention", tokens("values", "ref_logp"), BETA),
-    Case("to_paper_convention", tokens("values", "ref_logp"), BETA),
+    Case("implicit_rewards", {name: x for name, x in tokens("logp", "ref_logp").items() if name != "mask"}, BETA),
     Case("successor_values", tokens("values")),
     Case("successor_values", tokens("values") | ENDS, tag="truncated"),
-    Case("returns_to_go", tokens("rewards")),
-    Case("returns_to_go", tokens("rewards") | ENDS, tag="truncated"),
-    Case("prefix_values", tokens("rewards")),
-    Case("bellman_residual", tokens("rewards", "q", "next_values", "ref_logp"), BETA),
     Case("shape_rewards", tokens("rewards", "potentials", "next_potentials")),
     Case("are_equivalent", RESPONSES),
     Case("are_equivalent", RESPONSES | {"truncated": jnp.stack([CUT, ~CUT])}, tag="truncated"),
     Case("preference_log_prob", {"returns": 3 * normal(14, 5, 4)}),
     Case("preference_log_prob", {"returns": 3 * normal(14, 5, 4), "present": MASKS}, tag="present"),
-    Case("kl_to_reference", LOGITS | {"mask": MASKS}),
-    Case("kl_from_reference", LOGITS | {"mask": MASKS}),
-    Case("expected_reference_rewards", LOGITS | {"mask": MASKS}, BETA),
+    Case("kl_divergence", {"logits": LOGITS["logits"], "other_logits": LOGITS["ref_logits"], "mask": MASKS}),
     Case("step_rewards", tokens("rewards") | {"step_ids": STEP_IDS}, {"num_steps": 3}),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -157,7 +160,9 @@ def float64(tree):
 def test_the_table_covers_every_public_function():
     functions = inspect.getmembers(mdp, inspect.isfunction)
     public = {name for name, f in functions if f.__module__ == mdp.__name__ and not name.startswith("_")}
-    assert {case.name for case in CASES} == public
+    assert {case.name for case in CASES} == public | {*READINGS, "from_logits"}
+    methods = {name for name, _ in inspect.getmembers(TokenScores, inspect.isroutine) if not name.startswith("_")}
+    assert methods == {*READINGS, "from_logits", "require"}
 
 
 @pytest.mark.parametrize("rubbish", RUBBISH)
@@ -286,7 +291,7 @@ def unchecked():
 
 def arguments():
     for case in CASES:
-        for name in case.arrays if len(case.arrays) > 1 else ():
+        for name in case.arrays if case.key and len(case.arrays) > 1 else ():
             yield pytest.param(case, name, id=f"{case.id}-{name}")
 
 
@@ -302,18 +307,41 @@ def test_shapes_that_would_be_broadcast_raise(unchecked, case, name):
 
 def test_rewards_by_hand():
     # beta * (logp - ref): 0.1 * [0.5, -0.5, 0], 0.1 * [-2, 1, masked]
-    rewards = mdp.implicit_rewards(LOGP, REF, MASK, beta=0.1)
-    np.testing.assert_allclose(rewards, [[0.05, -0.05, 0.0], [-0.2, 0.1, 0.0]], rtol=0, atol=1e-7)
-    np.testing.assert_array_equal(mdp.log_ratios(LOGP, REF, MASK), [[0.5, -0.5, 0.0], [-2.0, 1.0, 0.0]])
+    np.testing.assert_allclose(SCORES.rewards(0.1), [[0.05, -0.05, 0.0], [-0.2, 0.1, 0.0]], rtol=0, atol=1e-7)
+    np.testing.assert_array_equal(SCORES.log_ratios(), [[0.5, -0.5, 0.0], [-2.0, 1.0, 0.0]])
+    np.testing.assert_allclose(SCORES.returns(0.1), [0.0, -0.1], rtol=0, atol=1e-7)
 
 
 def test_values_q_values_and_advantages_by_hand():
-    np.testing.assert_allclose(mdp.state_values(LOGZ, MASK, beta=2.0), [[4.0, 1.0, -2.0], [6.0, 2.0, 0.0]])
-    np.testing.assert_allclose(mdp.q_values(LOGP, LOGZ, MASK, beta=2.0), [[2.0, -4.0, -3.0], [0.0, 1.5, 0.0]])
-    np.testing.assert_allclose(mdp.advantages(LOGP, MASK, beta=2.0), [[-2.0, -5.0, -1.0], [-6.0, -0.5, 0.0]])
+    np.testing.assert_allclose(SCORES.v(2.0), [[4.0, 1.0, -2.0], [6.0, 2.0, 0.0]])
+    np.testing.assert_allclose(SCORES.q(2.0), [[2.0, -4.0, -3.0], [0.0, 1.5, 0.0]])
+    np.testing.assert_allclose(SCORES.advantages(2.0), [[-2.0, -5.0, -1.0], [-6.0, -0.5, 0.0]])
 
 
-def test_token_scores_restated_in_numpy():
+def test_implicit_rewards_of_tables_and_numbers():
+    table = jnp.log(jnp.array([[0.5, 0.5], [0.8, 0.2]]))
+    found = mdp.implicit_rewards(table, jnp.log(jnp.array([0.5, 0.5])), beta=2.0)
+    np.testing.assert_allclose(found, [[0, 0], [2 * np.log(1.6), 2 * np.log(0.4)]], atol=1e-6)
+    assert mdp.implicit_rewards(-1.0, -3.0, beta=0.5) == 1.0
+
+
+def test_what_was_not_scored_is_named():
+    alone = replace(SCORES, ref_logp=None, logz=None)
+    for read in (alone.log_ratios, lambda: alone.rewards(0.1), lambda: alone.returns(0.1)):
+        with pytest.raises(ValueError, match="no ref_logp; score with a reference model"):
+            read()
+    for read in (alone.v, alone.q):
+        with pytest.raises(ValueError, match=r"no logz; score with `scoring.score_tokens`"):
+            read(0.1)
+    np.testing.assert_array_equal(alone.advantages(0.1), SCORES.advantages(0.1))
+
+
+def test_logits_without_a_reference():
+    scores = from_logits(LOGITS["logits"], None, jnp.zeros((5, 4), int), MASKS)
+    assert scores.ref_logp is None and scores.logp.shape == scores.logz.shape == (5, 4)
+
+
+def test_scores_from_logits_restated_in_numpy():
     arrays = CASES[0].arrays
     z, ref, chosen = (
         np.asarray(arrays[k]).astype(t) for k, t in (("logits", "f8"), ("ref_logits", "f8"), ("tokens", int))
@@ -324,20 +352,20 @@ def test_token_scores_restated_in_numpy():
         logz = np.log(np.exp(x).sum(-1))
         return np.take_along_axis(x, chosen[..., None], -1)[..., 0] - logz, logz
 
-    scores = token_scores(**arrays)
+    scores = from_logits(**arrays)
     for found, expected in ((scores.logp, read(z)[0]), (scores.logz, read(z)[1]), (scores.ref_logp, read(ref)[0])):
         np.testing.assert_allclose(found, np.where(MASKS, expected, 0.0), atol=1e-5)
 
 
-def test_token_scores_of_excluded_tokens_and_huge_logits():
+def test_scores_from_logits_of_excluded_tokens_and_huge_logits():
     logits = jnp.array([[1e4, 0.0, -jnp.inf], [0.0, 0.0, -jnp.inf]])
     chosen = jnp.array([0, 1])
 
     def total(logits):
-        scores = token_scores(logits, logits[::-1], chosen, jnp.ones(2, bool))
+        scores = from_logits(logits, logits[::-1], chosen, jnp.ones(2, bool))
         return scores.logp.sum() + scores.ref_logp.sum()
 
-    scores = token_scores(logits, logits[::-1], chosen, jnp.ones(2, bool))
+    scores = from_logits(logits, logits[::-1], chosen, jnp.ones(2, bool))
     np.testing.assert_allclose(scores.logp, [0.0, -np.log(2)], rtol=1e-6)
     np.testing.assert_allclose(scores.ref_logp, [-np.log(2), -1e4], rtol=1e-6)
     grad = jax.jit(jax.grad(total))(logits)
@@ -346,10 +374,9 @@ def test_token_scores_of_excluded_tokens_and_huge_logits():
 
 def test_q_minus_v_is_the_advantage_and_q_is_beta_times_the_logit():
     logits, chosen, everywhere = normal(0, 2, 3, 7) * 3, jnp.array([[0, 6, 2], [3, 3, 1]]), jnp.ones((2, 3), bool)
-    scores = token_scores(logits, logits, chosen, everywhere)
-    q = mdp.q_values(scores.logp, scores.logz, everywhere, beta=0.3)
-    v = mdp.state_values(scores.logz, everywhere, beta=0.3)
-    np.testing.assert_allclose(q - v, mdp.advantages(scores.logp, everywhere, beta=0.3), atol=1e-6)
+    scores = from_logits(logits, logits, chosen, everywhere)
+    q, v = scores.q(0.3), scores.v(0.3)
+    np.testing.assert_allclose(q - v, scores.advantages(0.3), atol=1e-6)
     np.testing.assert_allclose(q, 0.3 * jnp.take_along_axis(logits, chosen[..., None], -1)[..., 0], atol=1e-6)
 
 
@@ -357,24 +384,17 @@ def test_rewards_and_advantages_do_not_know_the_potential_of_the_logits():
     logits, ref, chosen = normal(0, 2, 3, 7), normal(1, 2, 3, 7), jnp.zeros((2, 3), int)
     shift = jnp.arange(6.0).reshape(2, 3)
     everywhere = jnp.ones((2, 3), bool)
-    scores = token_scores(logits, ref, chosen, everywhere)
-    shifted = token_scores(logits + shift[..., None], ref - shift[..., None], chosen, everywhere)
+    scores = from_logits(logits, ref, chosen, everywhere)
+    shifted = from_logits(logits + shift[..., None], ref - shift[..., None], chosen, everywhere)
     np.testing.assert_allclose(shifted.logp, scores.logp, atol=1e-5)
     np.testing.assert_allclose(shifted.ref_logp, scores.ref_logp, atol=1e-5)
     np.testing.assert_allclose(shifted.logz, scores.logz + shift, atol=1e-5)
 
 
-@pytest.mark.parametrize("convert", ["to_kl_convention", "to_paper_convention"])
-def test_conventions_are_inverse_of_each_other(convert):
-    back = {"to_kl_convention": "to_paper_convention", "to_paper_convention": "to_kl_convention"}[convert]
-    there = getattr(mdp, convert)(LOGP, REF, MASK, beta=0.25)
-    assert (there != LOGP)[MASK].all()
-    np.testing.assert_allclose(getattr(mdp, back)(there, REF, MASK, beta=0.25), jnp.where(MASK, LOGP, 0), rtol=1e-6)
-
-
-def test_advantages_of_the_kl_convention_are_the_implicit_rewards():
-    converted = mdp.to_kl_convention(mdp.advantages(LOGP, MASK, beta=0.3), REF, MASK, beta=0.3)
-    np.testing.assert_allclose(converted, mdp.implicit_rewards(LOGP, REF, MASK, beta=0.3), atol=1e-6)
+def test_the_kl_convention_takes_the_reference_out_of_q_and_advantage():
+    reference = jnp.where(MASK, 0.3 * REF, 0.0)
+    np.testing.assert_allclose(SCORES.advantages(0.3) - reference, SCORES.rewards(0.3), atol=1e-6)
+    np.testing.assert_allclose(SCORES.q(0.3) - reference, SCORES.rewards(0.3) + SCORES.v(0.3), atol=1e-6)
 
 
 # All answers of three tokens over a vocabulary of three, solved by backward induction in numpy.
@@ -390,6 +410,9 @@ class Solved:
     logp: np.ndarray
     mask: np.ndarray
     beta: float = 0.7
+
+    def scores(self):
+        return TokenScores(self.logp, self.ref, self.v / self.beta, self.mask)
 
 
 @cache
@@ -422,22 +445,22 @@ def solved():
 
 def test_optimal_values_are_read_off_the_optimal_policy(solved):
     s, close = solved, {"rtol": 0, "atol": 1e-12}
-    logz = s.v / s.beta
-    assert_same(mdp.state_values(logz, s.mask, beta=s.beta), s.v, **close)
-    assert_same(mdp.q_values(s.logp, logz, s.mask, beta=s.beta), s.q, **close)
+    scores = s.scores()
+    assert_same(scores.v(s.beta), s.v, **close)
+    assert_same(scores.q(s.beta), s.q, **close)
     assert_same(mdp.successor_values(s.v, s.mask), s.after, **close)
-    assert_same(mdp.to_kl_convention(s.q, s.ref, s.mask, beta=s.beta), s.r + s.after, **close)
-    assert_same(mdp.to_paper_convention(s.r + s.after, s.ref, s.mask, beta=s.beta), s.q, **close)
-    assert_same(mdp.implicit_rewards(s.logp, s.ref, s.mask, beta=s.beta), s.r + s.after - s.v, **close)
+    assert_same(scores.rewards(s.beta) + scores.v(s.beta), s.r + s.after, **close)  # Q of the KL convention
+    assert_same(scores.rewards(s.beta), s.r + s.after - s.v, **close)
     assert_same(mdp.shape_rewards(s.r, s.v, s.after, s.mask), s.r + s.after - s.v, **close)
-    assert_same(mdp.bellman_residual(s.r, s.q, s.after, s.ref, s.mask, beta=s.beta), 0 * s.q, **close)
+    assert_same(scores.q(s.beta) - (s.r + s.beta * s.ref + s.after), 0 * s.q, **close)  # Eq. 7
     sums = np.cumsum(s.r, -1) + s.after - s.v[:, :1]
-    assert_same(mdp.prefix_values(s.r + s.after - s.v, s.mask), sums, **close)
+    assert_same(np.cumsum(scores.rewards(s.beta), -1), sums, **close)
+    assert_same(scores.returns(s.beta), sums[:, -1], **close)
 
 
 def test_implicit_rewards_of_the_optimum_are_equivalent_to_the_reward(solved):
     s = solved
-    found = are_equivalent(s.r, mdp.implicit_rewards(s.logp, s.ref, s.mask, beta=s.beta), s.mask, atol=1e-12)
+    found = are_equivalent(s.r, s.scores().rewards(s.beta), s.mask, atol=1e-12)
     assert found.equivalent
     np.testing.assert_allclose(found.potentials, s.v, atol=1e-12)
     ranking = jnp.array([4, 20, 13])
@@ -447,22 +470,12 @@ def test_implicit_rewards_of_the_optimum_are_equivalent_to_the_reward(solved):
     )
 
 
-@pytest.mark.parametrize("argument", ["rewards", "q", "next_values", "ref_logp"])
-def test_bellman_residual_is_linear_in_every_error(solved, argument):
-    s = solved
-    arguments = {"rewards": s.r, "q": s.q, "next_values": s.after, "ref_logp": s.ref}
-    error = np.linspace(-1, 1, s.r.size).reshape(s.r.shape)
-    wrong = arguments | {argument: arguments[argument] + error}
-    slope = {"q": 1.0, "ref_logp": -s.beta}.get(argument, -1.0)
-    np.testing.assert_allclose(mdp.bellman_residual(**wrong, mask=s.mask, beta=s.beta), slope * error, atol=1e-12)
-
-
-def test_a_cut_answer_obeys_bellman_with_the_value_where_it_was_cut_only(solved):
+def test_a_truncated_response_obeys_bellman_only_with_the_value_of_its_last_state(solved):
     s = solved
     r, q, v, ref, mask = (x[:, :2] for x in (s.r, s.q, s.v, s.ref, s.mask))
-    cut = mdp.successor_values(v, mask, truncated=np.ones(27, bool), final_values=s.v[:, 2])
-    np.testing.assert_allclose(mdp.bellman_residual(r, q, cut, ref, mask, beta=s.beta), 0, atol=1e-12)
-    residual = mdp.bellman_residual(r, q, mdp.successor_values(v, mask), ref, mask, beta=s.beta)
+    truncated = mdp.successor_values(v, mask, truncated=np.ones(27, bool), final_values=s.v[:, 2])
+    np.testing.assert_allclose(q - (r + s.beta * ref + truncated), 0, atol=1e-12)
+    residual = q - (r + s.beta * ref + mdp.successor_values(v, mask))
     np.testing.assert_allclose(residual, np.stack([0 * s.v[:, 2], s.v[:, 2]], -1), atol=1e-12)
 
 
@@ -481,25 +494,6 @@ def test_successor_values_by_hand():
     np.testing.assert_array_equal(found, cut)
 
 
-def test_returns_to_go_by_hand():
-    ended = [[10, 9, 7, 4], [11, 6, 0, 0], [0, 22, 0, 12], [0, 0, 31, 16], [0, 0, 0, 0]]
-    np.testing.assert_array_equal(mdp.returns_to_go(V, MASKS), ended)
-    found = mdp.returns_to_go(V, MASKS, truncated=CUT, final_values=FINAL)
-    expected = jnp.where(MASKS & CUT[:, None], jnp.array(ended) + FINAL[:, None], jnp.array(ended))
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_prefix_values_by_hand():
-    expected = [[1, 3, 6, 10], [5, 11, 0, 0], [0, 10, 0, 22], [0, 0, 15, 31], [0, 0, 0, 0]]
-    np.testing.assert_array_equal(mdp.prefix_values(V, MASKS), expected)
-
-
-def test_prefix_values_and_returns_to_go_split_the_return():
-    total = jnp.where(MASKS, V, 0).sum(-1, keepdims=True)
-    found = mdp.prefix_values(V, MASKS) + mdp.returns_to_go(V, MASKS)
-    np.testing.assert_array_equal(found, jnp.where(MASKS, total + V, 0))
-
-
 def test_successors_of_every_mask_of_five_restated():
     masks = np.array(list(product([False, True], repeat=5)))
     values = np.arange(1.0, 161.0, dtype=np.float32).reshape(32, 5)
@@ -512,18 +506,16 @@ def test_successors_of_every_mask_of_five_restated():
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("function", [mdp.successor_values, mdp.returns_to_go])
 @pytest.mark.parametrize("given", ["truncated", "final_values"])
-def test_half_an_ending_raises(function, given):
+def test_half_an_ending_raises(given):
     (missing,) = ENDS.keys() - {given}
     with pytest.raises(ValueError, match=f"{given} is given without {missing}"):
-        function(V, MASKS, **{given: ENDS[given]})
+        mdp.successor_values(V, MASKS, **{given: ENDS[given]})
 
 
-def test_nothing_cut_is_the_same_as_no_ending_given():
+def test_nothing_truncated_is_the_same_as_no_ending_given():
     none = {"truncated": jnp.zeros(5, bool), "final_values": jnp.full(5, jnp.nan)}
-    for function in (mdp.successor_values, mdp.returns_to_go):
-        np.testing.assert_array_equal(function(V, MASKS, **none), function(V, MASKS))
+    np.testing.assert_array_equal(mdp.successor_values(V, MASKS, **none), mdp.successor_values(V, MASKS))
 
 
 # Equivalence of rewards.
@@ -706,7 +698,8 @@ def divergence(p, q):
 
 def test_divergences_restated_in_float64():
     pi, ref = softmax(LOGITS["logits"]), softmax(LOGITS["ref_logits"])
-    to, back = mdp.kl_to_reference(**LOGITS, mask=MASKS), mdp.kl_from_reference(**LOGITS, mask=MASKS)
+    policy, reference = LOGITS.values()
+    to, back = mdp.kl_divergence(policy, reference, MASKS), mdp.kl_divergence(reference, policy, MASKS)
     np.testing.assert_allclose(to, np.where(MASKS, divergence(pi, ref), 0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(back, np.where(MASKS, divergence(ref, pi), 0), rtol=1e-5, atol=1e-6)
     assert (np.abs(to - back)[MASKS] > 1e-3).all()
@@ -715,27 +708,29 @@ def test_divergences_restated_in_float64():
 def test_divergences_by_hand():
     # KL((3/4, 1/4) || (1/2, 1/2)) = 0.130812, KL((1/2, 1/2) || (3/4, 1/4)) = 0.143841
     logits, ref, mask = jnp.log(jnp.array([[0.75, 0.25]])), jnp.zeros((1, 2)), jnp.array([True])
-    np.testing.assert_allclose(mdp.kl_to_reference(logits, ref, mask), [0.130812], rtol=1e-5)
-    np.testing.assert_allclose(mdp.kl_from_reference(logits, ref, mask), [0.143841], rtol=1e-5)
+    np.testing.assert_allclose(mdp.kl_divergence(logits, ref, mask), [0.130812], rtol=1e-5)
+    np.testing.assert_allclose(mdp.kl_divergence(ref, logits, mask), [0.143841], rtol=1e-5)
 
 
 def test_expected_rewards_of_the_reference_by_brute_force():
     pi, ref = softmax(LOGITS["logits"]), softmax(LOGITS["ref_logits"])
     expected = np.where(MASKS, (ref * 0.3 * (np.log(pi) - np.log(ref))).sum(-1), 0)
-    found = mdp.expected_reference_rewards(**LOGITS, mask=MASKS, beta=0.3)
+    found = -0.3 * mdp.kl_divergence(LOGITS["ref_logits"], LOGITS["logits"], MASKS)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert (found[MASKS] < 0).all()
 
 
-@pytest.mark.parametrize("name", ["kl_to_reference", "kl_from_reference", "expected_reference_rewards"])
-def test_at_the_reference_divergence_and_gradient_are_zero(name):
-    options = BETA if name.startswith("expected") else {}
+@pytest.mark.parametrize("backwards", [False, True])
+def test_at_the_reference_divergence_and_gradient_are_zero(backwards):
     ref = LOGITS["ref_logits"].at[..., 0].set(-jnp.inf)
     shifted = ref + 3.0  # the same distribution
-    function = getattr(mdp, name)
-    np.testing.assert_array_equal(function(ref, ref, MASKS, **options), 0)
-    np.testing.assert_allclose(function(shifted, ref, MASKS, **options), 0, atol=1e-6)
-    grad = jax.jit(jax.grad(lambda x: function(x, ref, MASKS, **options).sum()))(ref)
+
+    def divergence(logits):
+        return mdp.kl_divergence(*((ref, logits) if backwards else (logits, ref)), MASKS)
+
+    np.testing.assert_array_equal(divergence(ref), 0)
+    np.testing.assert_allclose(divergence(shifted), 0, atol=1e-6)
+    grad = jax.jit(jax.grad(lambda x: divergence(x).sum()))(ref)
     np.testing.assert_allclose(grad, 0, atol=1e-6)
 
 
@@ -745,9 +740,8 @@ def test_tokens_that_are_ruled_out_add_nothing(where):
     p, q = (x.at[..., 5].set(-jnp.inf) for x in LOGITS.values())
     q = q if where == "both" else LOGITS["ref_logits"]
     expected = np.where(MASKS, divergence(softmax(p), softmax(q)), 0)
-    np.testing.assert_allclose(mdp.kl_to_reference(p, q, MASKS), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(mdp.kl_from_reference(q, p, MASKS), expected, rtol=1e-5, atol=1e-6)
-    gradient = jax.jit(jax.grad(lambda p, q: mdp.kl_to_reference(p, q, MASKS).sum(), argnums=(0, 1)))
+    np.testing.assert_allclose(mdp.kl_divergence(p, q, MASKS), expected, rtol=1e-5, atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda p, q: mdp.kl_divergence(p, q, MASKS).sum(), argnums=(0, 1)))
     grads = gradient(p, q)
     assert np.isfinite(grads).all() and not grads[0][..., 5].any()
     # A very low logit stands for the same.
@@ -756,19 +750,17 @@ def test_tokens_that_are_ruled_out_add_nothing(where):
 
 def test_divergence_is_infinite_where_the_other_rules_out_what_is_said():
     logits, ref, mask = jnp.array([[0.0, -20.0]]), jnp.array([[0.0, -jnp.inf]]), jnp.array([True])
-    assert mdp.kl_to_reference(logits, ref, mask)[0] == jnp.inf
-    assert mdp.kl_from_reference(ref, logits, mask)[0] == jnp.inf
-    assert mdp.expected_reference_rewards(ref, logits, mask, beta=0.1)[0] == -jnp.inf
+    assert mdp.kl_divergence(logits, ref, mask)[0] == jnp.inf
 
 
 def test_divergence_is_no_nan_where_a_probability_underflows():
     logits, ref = jnp.array([[0.0, -200.0]]), jnp.array([[0.0, -jnp.inf]])
-    assert not jnp.isnan(mdp.kl_to_reference(logits, ref, jnp.array([True])))[0]
+    assert not jnp.isnan(mdp.kl_divergence(logits, ref, jnp.array([True])))[0]
 
 
 def test_divergences_are_at_least_zero_near_the_reference():
     ref = normal(0, 500, 100)
-    assert (mdp.kl_to_reference(ref + 1e-4 * normal(1, 500, 100), ref, jnp.ones(500, bool)) >= 0).all()
+    assert (mdp.kl_divergence(ref + 1e-4 * normal(1, 500, 100), ref, jnp.ones(500, bool)) >= 0).all()
 
 
 # Steps.

@@ -2,6 +2,7 @@
 
 import doctest
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jax.test_util import check_grads
 
 from qstar_jax import losses, mdp, tabular
+from qstar_jax.mdp import TokenScores
 from qstar_jax.tabular import TokenTree
 
 # A hundred MDPs of each tree, 200 in all; in the second some responses end early, with EOS.
@@ -49,9 +51,10 @@ def solve(tree, rewards, ref_logp, beta):
 
 
 def scores_on_paths(tree, solution, ref_logp, beta):
-    """What a language model would say of every response, if its logits were Q* / beta."""
+    """The scores of every response under a language model whose logits are Q* / beta."""
     logz = tabular.states_on_paths(tree, solution.v / beta)
-    return tabular.on_paths(tree, solution.log_policy), tabular.on_paths(tree, ref_logp), logz
+    logp, ref_logp = (tabular.on_paths(tree, x) for x in (solution.log_policy, ref_logp))
+    return TokenScores(logp, ref_logp, logz, jnp.asarray(tree.paths.mask))
 
 
 # The tree
@@ -138,16 +141,20 @@ def test_no_other_policy_does_better(tree):
     assert (other < best).all()
 
 
+def eq_7_residual(scores, q, rewards, beta):
+    """Q(s, a) - [r(s, a) + beta log pi_ref(a | s) + V(s')] at every response token."""
+    next_values = mdp.successor_values(scores.v(beta), scores.mask)
+    return q - (rewards + beta * scores.ref_logp + next_values)
+
+
 def test_equations_5_to_7_hold_on_every_path(tree):
     def residuals(rewards, ref_logp, beta):
         solution = solve(tree, rewards, ref_logp, beta)
-        mask = jnp.asarray(tree.paths.mask)
-        logp, ref, logz = scores_on_paths(tree, solution, ref_logp, beta)
-        q, v = mdp.q_values(logp, logz, mask, beta=beta), mdp.state_values(logz, mask, beta=beta)
-        eq_5 = mdp.advantages(logp, mask, beta=beta) - (q - v)
+        scores = scores_on_paths(tree, solution, ref_logp, beta)
+        q, v = scores.q(beta), scores.v(beta)
+        eq_5 = scores.advantages(beta) - (q - v)
         eq_6 = beta * jax.nn.logsumexp(solution.q / beta, -1) - solution.v
-        next_values = mdp.successor_values(v, mask)
-        eq_7 = mdp.bellman_residual(tabular.on_paths(tree, rewards), q, next_values, ref, mask, beta=beta)
+        eq_7 = eq_7_residual(scores, q, tabular.on_paths(tree, rewards), beta)
         same = q - tabular.on_paths(tree, solution.q)
         return eq_5, eq_6, eq_7, same
 
@@ -158,11 +165,9 @@ def test_equations_5_to_7_hold_on_every_path(tree):
 def test_a_wrong_q_leaves_a_residual(tree):
     def residual(rewards, ref_logp, beta):
         solution = solve(tree, rewards, ref_logp, beta)
-        mask = jnp.asarray(tree.paths.mask)
-        _, ref, logz = scores_on_paths(tree, solution, ref_logp, beta)
-        next_values = mdp.successor_values(mdp.state_values(logz, mask, beta=beta), mask)
-        q = tabular.on_paths(tree, solution.q).at[0, 0].add(0.5)
-        return mdp.bellman_residual(tabular.on_paths(tree, rewards), q, next_values, ref, mask, beta=beta)[0, 0]
+        scores = scores_on_paths(tree, solution, ref_logp, beta)
+        q = scores.q(beta).at[0, 0].add(0.5)
+        return eq_7_residual(scores, q, tabular.on_paths(tree, rewards), beta)[0, 0]
 
     np.testing.assert_allclose(for_each_mdp(tree, residual), 0.5, **EXACT)
 
@@ -173,17 +178,16 @@ def test_a_wrong_q_leaves_a_residual(tree):
 def test_implicit_rewards_are_optimal_advantages_and_telescope(tree):
     def check(rewards, ref_logp, beta):
         solution = solve(tree, rewards, ref_logp, beta)
-        mask = jnp.asarray(tree.paths.mask)
-        logp, ref, logz = scores_on_paths(tree, solution, ref_logp, beta)
-        v, r = mdp.state_values(logz, mask, beta=beta), tabular.on_paths(tree, rewards)
-        implicit = mdp.implicit_rewards(logp, ref, mask, beta=beta)
-        next_values = mdp.successor_values(v, mask)
-        eq_10 = implicit - mdp.shape_rewards(r, v, next_values, mask)
-        total = r.sum(-1) - (solution.v[0] + implicit.sum(-1))
+        scores = scores_on_paths(tree, solution, ref_logp, beta)
+        v, r, implicit = scores.v(beta), tabular.on_paths(tree, rewards), scores.rewards(beta)
+        next_values = mdp.successor_values(v, scores.mask)
+        eq_10 = implicit - mdp.shape_rewards(r, v, next_values, scores.mask)
+        total = r.sum(-1) - (solution.v[0] + scores.returns(beta))
         # The running sum is the reward so far and the value ahead, less the value of the prompt.
-        so_far = jnp.where(mask, jnp.cumsum(r, -1) + next_values - solution.v[0], 0.0)
-        prefix = mdp.prefix_values(implicit, mask) - so_far
-        converted = implicit - mdp.to_kl_convention(mdp.advantages(logp, mask, beta=beta), ref, mask, beta=beta)
+        so_far = jnp.cumsum(r, -1) + next_values - solution.v[0]
+        prefix = jnp.where(scores.mask, jnp.cumsum(implicit, -1) - so_far, 0.0)
+        # The KL convention takes beta log pi_ref out of Q, and so out of the advantage.
+        converted = implicit - (scores.advantages(beta) - beta * scores.ref_logp)
         return eq_10, total, prefix, converted
 
     for residual in for_each_mdp(tree, check):
@@ -191,21 +195,19 @@ def test_implicit_rewards_are_optimal_advantages_and_telescope(tree):
 
 
 def test_a_truncated_response_keeps_the_value_of_its_last_state(tree):
-    """Responses cut after two tokens: identities hold with V of the cut state, and fail without it."""
+    """Responses truncated after two tokens: identities hold with V of the last state, and fail without it."""
 
     def check(rewards, ref_logp, beta):
         solution = solve(tree, rewards, ref_logp, beta)
-        lengths = tree.paths.mask.sum(-1)
-        truncated = jnp.asarray(lengths > 2)
+        truncated = jnp.asarray(tree.paths.mask.sum(-1) > 2)
         mask = jnp.asarray(tree.paths.mask & (np.arange(tree.depth) < 2))
-        logp, ref, logz = scores_on_paths(tree, solution, ref_logp, beta)
-        v, r = mdp.state_values(logz, mask, beta=beta), tabular.on_paths(tree, rewards)
-        cut_values = solution.v[tree.paths.states[:, 2]]
-        next_values = mdp.successor_values(v, mask, truncated=truncated, final_values=cut_values)
-        implicit = mdp.implicit_rewards(logp, ref, mask, beta=beta)
+        scores = replace(scores_on_paths(tree, solution, ref_logp, beta), mask=mask)
+        v, r, implicit = scores.v(beta), tabular.on_paths(tree, rewards), scores.rewards(beta)
+        last_values = solution.v[tree.paths.states[:, 2]]
+        next_values = mdp.successor_values(v, mask, truncated=truncated, final_values=last_values)
         eq_10 = implicit - mdp.shape_rewards(r, v, next_values, mask)
-        to_go = mdp.returns_to_go(r, mask, truncated=truncated, final_values=cut_values)
-        total = to_go[:, 0] - (solution.v[0] + implicit.sum(-1))
+        earned = jnp.where(mask, r, 0.0).sum(-1) + jnp.where(truncated, last_values, 0.0)
+        total = earned - (solution.v[0] + scores.returns(beta))
         as_if_ended = implicit - mdp.shape_rewards(r, v, mdp.successor_values(v, mask), mask)
         return eq_10, total, jnp.abs(as_if_ended).max()
 
@@ -320,7 +322,7 @@ def test_eq_16_on_every_state(tree):
         policy = solve(tree, rewards, ref_logp, beta).log_policy
         mask = jnp.ones(tree.shape[0], bool)
         expected = (jnp.exp(ref_logp) * beta * (policy - ref_logp)).sum(-1)
-        return mdp.expected_reference_rewards(policy, ref_logp, mask, beta=beta), expected
+        return -beta * mdp.kl_divergence(ref_logp, policy, mask), expected
 
     found, expected = for_each_mdp(tree, check)
     np.testing.assert_allclose(found, expected, **EXACT)

@@ -23,6 +23,7 @@ from qstar_jax.decoding.search.chunks import chunk_beam_search
 from qstar_jax.decoding.search.exact import exact_search
 from qstar_jax.decoding.search.mcts import mcts
 from qstar_jax.decoding.stop_strings import StopStrings, text_before_stop
+from qstar_jax.mdp import implicit_rewards
 
 WIDTH = 64  # prompts are padded to multiples of this many tokens
 
@@ -167,7 +168,7 @@ class Decoder:
         ref_logp = None if responses.ref_logp is None else _finite(responses.ref_logp[i, rank])
         reward = None
         if self.beta is not None and logp is not None and ref_logp is not None:
-            reward = self.beta * (logp - ref_logp)
+            reward = implicit_rewards(logp, ref_logp, beta=self.beta)
         return Generation(
             text=self._text(tokens, finish),
             tokens=tokens,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qstar_jax.decoding.policies import Logits
+from qstar_jax.mdp import implicit_rewards
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +89,7 @@ class RegularisedReward:
     def __call__(self, logits: Logits) -> StepScores:
         """See `Objective`."""
         logp, ref_logp = _log_softmax(logits, 2)
-        reward = self.beta * (logp - ref_logp)
+        reward = implicit_rewards(logp, ref_logp, beta=self.beta)
         return StepScores(reward + self.beta * ref_logp, None, logp, ref_logp)
 
 
@@ -111,7 +112,7 @@ class ImplicitReward:
         """See `Objective`."""
         logp, ref_logp = _log_softmax(logits, 2)
         # A token that neither can say has no reward, rather than inf - inf.
-        reward = jnp.where(logp > -jnp.inf, self.beta * (logp - ref_logp), -jnp.inf)
+        reward = jnp.where(logp > -jnp.inf, implicit_rewards(logp, ref_logp, beta=self.beta), -jnp.inf)
         return StepScores(reward, None, logp, ref_logp)
 
 

@@ -6,6 +6,8 @@ from enum import IntEnum
 import jax
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
+from qstar_jax.mdp import implicit_rewards
+
 
 class Finish(IntEnum):
     """Why an answer is as long as it is."""
@@ -60,4 +62,4 @@ class Responses:
         """
         if self.ref_logp is None:
             raise ValueError("these answers have no ref_logp; decode with an Ensemble of policy and reference")
-        return beta * (self.logp - self.ref_logp)
+        return implicit_rewards(self.logp, self.ref_logp, beta=beta)

@@ -22,7 +22,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from qstar_jax import tabular
+from qstar_jax import mdp, tabular
 from qstar_jax.decoding.objectives import Likelihood, Objective, RegularisedReward, StepScores, TableReward
 from qstar_jax.decoding.policies import Ensemble, Logits
 from qstar_jax.decoding.responses import Responses
@@ -214,7 +214,7 @@ def _variants(problems: Problems) -> Iterator[tuple[str, _Variant]]:
     """The whole objective first; then what is left when a part of it is missing."""
     r, ref_logp, values = problems.rewards, problems.ref_logp, problems.next_values
     root, zeros = problems.values[:, 0], jnp.zeros_like(r)
-    implicit = problems.beta * (problems.log_policy - ref_logp)
+    implicit = mdp.implicit_rewards(problems.log_policy, ref_logp, beta=problems.beta)
     yield "r + beta log pi_ref, V*", _Variant((r, ref_logp, values), root, True)
     yield "r + beta log pi_ref, V = 0", _Variant((r, ref_logp, zeros), zeros[:, 0, 0], False)
     yield "r, V*", _Variant((r, zeros, values), root, False)

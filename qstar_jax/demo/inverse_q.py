@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from qstar_jax import tabular
+from qstar_jax import mdp, tabular
 
 TREE = tabular.TokenTree(vocabulary=4, depth=3, eos=0)
 BETA = 0.5
@@ -36,11 +36,11 @@ def fit(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         solution = tabular.soft_value_iteration(TREE, rewards, ref_logp, beta=BETA)
         labels = tabular.preference_table(tabular.path_sums(TREE, rewards))
         fit = jax.jit(lambda *x: tabular.fit_dpo(TREE, *x, beta=BETA, steps=max(SHOWN)))(labels, ref_logp)
-        learned = BETA * (jax.nn.log_softmax(fit.logits) - ref_logp)
+        learned = mdp.implicit_rewards(jax.nn.log_softmax(fit.logits), ref_logp, beta=BETA)
         lowest = tabular.population_dpo_loss(TREE, solution.log_policy, labels, ref_logp, beta=BETA)
         # The values that explain the learned Q best leave the residual of its Bellman equation under the true reward.
         _, residual = jax.vmap(lambda learned: tabular.best_potential(TREE, learned - rewards))(learned)
-        true = BETA * (solution.log_policy - ref_logp)
+        true = mdp.implicit_rewards(solution.log_policy, ref_logp, beta=BETA)
         excess = jnp.maximum(fit.losses - lowest, 0.0)
         return tuple(np.asarray(x) for x in (true, learned, excess, jnp.sqrt((residual**2).mean((1, 2)))))
 

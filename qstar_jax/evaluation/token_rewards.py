@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qstar_jax import mdp
 from qstar_jax.config import DataOptions
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.feeder import Feeder
@@ -16,6 +15,7 @@ from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.scored import Alternative, ScoredResponse, lone_piece, token_pieces
+from qstar_jax.mdp import TokenScores, implicit_rewards
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import response_alternatives, score_tokens
 from qstar_jax.store.open import LoadedModel
@@ -106,15 +106,14 @@ def _check_finite(example: Example, scores: dict[str, tuple[float, ...]]):
             )
 
 
-def _numbers(scores: mdp.TokenScores, beta: float) -> dict[str, np.ndarray]:
+def _numbers(scores: TokenScores, beta: float) -> dict[str, np.ndarray]:
     """What is told of each token of a batch. Shape [B, R, T] each; nothing is meant after the end of an answer."""
-    everywhere = np.ones(scores.logp.shape, bool)
     arrays = {
         "logp": scores.logp,
         "ref_logp": scores.ref_logp,
-        "reward": mdp.implicit_rewards(scores.logp, scores.ref_logp, everywhere, beta=beta),
-        "q": mdp.q_values(scores.logp, scores.logz, everywhere, beta=beta),
-        "v": mdp.state_values(scores.logz, everywhere, beta=beta),
+        "reward": scores.rewards(beta),
+        "q": scores.q(beta),
+        "v": scores.v(beta),
     }
     return {name: np.asarray(values) for name, values in arrays.items()}
 
@@ -123,7 +122,7 @@ def _alternatives(
     found: list[np.ndarray], piece: Callable[[int], str], beta: float
 ) -> tuple[tuple[Alternative, ...], ...]:
     ids, logp, ref_logp = found
-    reward = beta * (logp - ref_logp)
+    reward = implicit_rewards(logp, ref_logp, beta=beta)
     return tuple(
         tuple(Alternative(piece(token), value, gain) for token, value, gain in zip(*place, strict=True))
         for place in zip(ids.tolist(), logp.tolist(), reward.tolist(), strict=True)

@@ -132,7 +132,7 @@ class PreferenceLoss:
         """The arguments of one term, tokens beyond the shorter response weighted where `ld_alpha` asks for it."""
         needed = needed_arrays(name)
         read = {array: arrays[array] for array in (*needed, *optional_arrays(name)) if array in arrays}
-        read |= {array: scores.known(array) for array in ("logp", "ref_logp") if array in needed}
+        read |= {array: scores.require(array) for array in ("logp", "ref_logp") if array in needed}
         if "log_ratios" in needed:
             read["log_ratios"] = scores.log_ratios()
         if self.ld_alpha is not None and has_reference(name):

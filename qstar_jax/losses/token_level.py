@@ -24,7 +24,7 @@ def tdpo1(
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
         mask: True at the answers' tokens. Shape [..., 2, T].
-        kl: KL(pi_ref(. | s_t) || pi(. | s_t)) at each token, in nats (`mdp.kl_from_reference`). Shape [..., 2, T].
+        kl: KL(pi_ref(. | s_t) || pi(. | s_t)) at each token, in nats (`mdp.kl_divergence`). Shape [..., 2, T].
         beta: Temperature, in reward a nat.
 
     Returns:
@@ -52,7 +52,7 @@ def tdpo2(
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
         mask: True at the answers' tokens. Shape [..., 2, T].
-        kl: KL(pi_ref(. | s_t) || pi(. | s_t)) at each token, in nats (`mdp.kl_from_reference`). Shape [..., 2, T].
+        kl: KL(pi_ref(. | s_t) || pi(. | s_t)) at each token, in nats (`mdp.kl_divergence`). Shape [..., 2, T].
         beta: Temperature, in reward a nat.
         alpha: Weight of the divergences.
 
@@ -85,7 +85,7 @@ def tgdpo(
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
         mask: True at the answers' tokens. Shape [..., 2, T].
-        guide_rewards: Token rewards, for instance `mdp.implicit_rewards` of a DPO model; no gradient flows through
+        guide_rewards: Token rewards, for instance `TokenScores.rewards` of a DPO model; no gradient flows through
             them. Shape [..., 2, T].
         beta: Temperature, in reward a nat.
         alpha: Strength of the guidance, in one over reward.

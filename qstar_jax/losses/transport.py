@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from qstar_jax.losses.answers import LossMetrics, answer_sums, pair, record, smoothed_log_loss
+from qstar_jax.mdp import implicit_rewards
 
 
 def aot(
@@ -42,7 +43,7 @@ def aot(
     sums, ref_sums = answer_sums(logp, mask), answer_sums(ref_logp, mask)
     (chosen, rejected), (ref_chosen, ref_rejected) = pair(sums), pair(ref_sums)
     delta = _between_quantiles(chosen - rejected, ref_chosen - ref_rejected, mask.any((-1, -2)))
-    return smoothed_log_loss(beta * delta, label_smoothing), record(beta * (sums - ref_sums))
+    return smoothed_log_loss(beta * delta, label_smoothing), record(implicit_rewards(sums, ref_sums, beta=beta))
 
 
 def aot_unpaired(

@@ -58,9 +58,8 @@ def test_tdpo_goes_down_from_the_reference_along_its_gradient():
 
     @jax.jit  # the pieces of a softmax's gradient take longer to compile one by one
     def loss(policy):
-        scores = mdp.token_scores(policy, logits, tokens, mask)
-        ratios = mdp.log_ratios(scores.logp, scores.ref_logp, mask)
-        return losses.tdpo2(ratios, mask, mdp.kl_from_reference(policy, logits, mask))[0].sum()
+        ratios = mdp.TokenScores.from_logits(policy, logits, tokens, mask).log_ratios()
+        return losses.tdpo2(ratios, mask, mdp.kl_divergence(logits, policy, mask))[0].sum()
 
     value, grad = jax.jit(jax.value_and_grad(loss))(logits)
     np.testing.assert_allclose(value, np.log(2), rtol=1e-6)

@@ -208,7 +208,7 @@ def test_a_chunk_adds_its_step_reward(pair, sums):
         step_ids = np.searchsorted(ends, np.arange(room), side="right")
         logp, ref_logp = jnp.asarray(sums(row, answer), jnp.float32)
         mask = jnp.ones(room, bool)
-        rewards = mdp.implicit_rewards(logp, ref_logp, mask, beta=BETA)
+        rewards = mdp.TokenScores(logp, ref_logp, None, mask).rewards(BETA)
         steps = mdp.step_rewards(rewards, mask, jnp.asarray(step_ids), num_steps=len(ends))
         after = []
         for end in ends:
