@@ -16,9 +16,9 @@ from qstar_jax.decoding.decoder import Decoder, Generation
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import Guide
 from qstar_jax.errors import InputError
+from qstar_jax.store.files import write_atomically
 from qstar_jax.store.identity import check_identity, write_identity
 from qstar_jax.store.open import LoadedModel
-from qstar_jax.store.reference_cache import write_whole
 
 # What may differ between a run and its continuation: where and how responses are computed, which changes them by
 # rounding at most. All other options decide what the responses are.
@@ -138,7 +138,7 @@ class GenerationsFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.yaml"
         if not path.exists():
-            write_whole(path, _to_yaml(self._settings).encode())
+            write_atomically(path, _to_yaml(self._settings).encode())
         write_identity(self.path, self._identity)
         self._file = self.path.open("ab")
         self._file.truncate(self._size)

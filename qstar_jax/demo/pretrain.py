@@ -18,6 +18,7 @@ from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions, Optimizer
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store.files import write_json
 from qstar_jax.store.hub import write_folder
 from qstar_jax.store.open import load_model
 from qstar_jax.tasks.tiny_tldr.rows import documents, split_rows
@@ -109,7 +110,7 @@ def _write_base(out: Path, model: CausalLM, tokenizer: "PreTrainedTokenizerBase"
         "sha256": weights_hash(out / "base"),
         "versions": {package: version(package) for package in ("jax", "jaxlib", "flax", "optax")},
     }
-    (out / "base" / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "base" / "pretraining.json", record)
 
 
 def weights_hash(folder: Path) -> str:

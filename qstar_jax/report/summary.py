@@ -13,6 +13,7 @@ from qstar_jax.evaluation.scored import ScoredResponse, by_row, read_scores
 from qstar_jax.report.figures import write_figures
 from qstar_jax.report.insights_page import insights_page
 from qstar_jax.report.insights_terminal import print_findings
+from qstar_jax.store.files import write_json
 from qstar_jax.store.identity import file_digest
 
 
@@ -44,7 +45,7 @@ def write_report(config: ReportConfig, console: Console, **more) -> dict:
     (out / "report.html").write_text(page, encoding="utf-8")
     write_figures(out, **records)
     summary = {"verdicts": said, **records, **more}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "summary.json", summary)
     print_findings(said, console)
     say(console, f"report.html, summary.json, figures: {out}")
     return summary

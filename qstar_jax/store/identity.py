@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from qstar_jax.config.compare import first_difference
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.store.reference_cache import digest_examples, params_identity, write_whole
+from qstar_jax.store.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +66,58 @@ def _shape(model: CausalLM) -> dict[str, Any]:
     return model.family.write(model.config) | longrope
 
 
+def params_identity(params: Params) -> str:
+    """Digests parameters bit by bit, on the devices that hold them.
+
+    The digest does not depend on the mesh, and changes when any bit changes or moves: always for a change of one
+    element, for others but for a chance of 2^-64 (the checksums are not cryptographic). Of each array only two scalars
+    leave the devices. In a job of several processes all must call this together.
+
+    Args:
+        params: Tree of arrays, on any shardings.
+
+    Returns:
+        SHA-256 over paths, shapes, types and checksums, in hexadecimal digits.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sums = jax.device_get([_checksums(leaf) for _, leaf in leaves])
+    entries = [
+        [jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, str(leaf.dtype), *map(int, pair)]
+        for (path, leaf), pair in zip(leaves, sums, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+@jax.jit
+def _checksums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns two sums modulo 2^32 over hashes of (position, bits), which any order of the additions leaves the same.
+
+    Sums of bits times weights would not do: with odd weights, x and -x (whose bits differ by 2^31) could be swapped.
+    """
+    words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
+
+    def hashes(seed: int) -> jax.Array:
+        # Mix in one axis after the other: a flat index would overflow, and would not be computed shard by shard.
+        position = jnp.uint32(seed)
+        for axis, size in enumerate(bits.shape):
+            index = jax.lax.iota(jnp.uint32, size).reshape([-1 if i == axis else 1 for i in range(bits.ndim)])
+            position = _mix(position + index)
+        return _mix(bits + position)  # one-to-one in `bits` at each position
+
+    # One reduction for both sums: XLA fuses it with the hashes on CPUs too, where two sums would store all hashes.
+    zeros = (jnp.uint32(0), jnp.uint32(0))
+    pairs = (hashes(0x9E3779B9), hashes(0x85EBCA6B))
+    return jax.lax.reduce(pairs, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), range(x.ndim))
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Permutes the 32-bit integers so that neighbours scatter (Chris Wellons's lowbias32)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
 def check_weights(model: CausalLM, params: Params, recorded: str | None, folder: Path, fix: str):
     """Refuses parameters that are not those which a run has put into a folder.
 
@@ -105,6 +161,16 @@ def examples_identity(examples: Sequence[Example]) -> dict[str, Any]:
     return {"rows": len(examples), "sha256": digest.hexdigest()}
 
 
+def digest_examples(digest: "hashlib._Hash", examples: Sequence[Example]):
+    """Adds the tokens of examples to a digest: prompts and responses, in order."""
+    for example in examples:
+        sequences = [example.prompt, *(response.ids for response in example.responses)]
+        # Lengths go first, so that no token can move from a prompt to its response unnoticed.
+        digest.update(np.array([len(sequences), *map(len, sequences)], "<i8"))
+        for ids in sequences:
+            digest.update(np.ascontiguousarray(ids, "<i4"))
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
@@ -123,7 +189,7 @@ def write_identity(output: Path, identity: dict[str, Any]):
         output: The file; its folder is there.
         identity: What it depends on, as nested dictionaries.
     """
-    write_whole(identity_file(output), json.dumps(identity, indent=2).encode() + b"\n")
+    write_json(identity_file(output), identity)
 
 
 def check_identity(output: Path, identity: dict[str, Any], *, holds: str, fix: str):

@@ -13,17 +13,15 @@ just between, reading says so.
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
+from qstar_jax.store.files import write_atomically, write_json
+from qstar_jax.store.identity import digest_examples
 
 PART_EXAMPLES = 256  # examples a file: what a run that breaks has to compute again, at most
 _FORMAT = "qstar_jax reference cache 1"  # changes with the files' form, so that caches of another form are not found
@@ -36,8 +34,8 @@ def fingerprint(dataset_examples: Sequence[Example], ref_identity: str, dtype: s
 
     Args:
         dataset_examples: Prompts and answers as tokens, in order: they stand for data, tokenizer and truncation.
-        ref_identity: Who the reference is: `params_identity` of its parameters, and its model's configuration (the
-            base of its rotary positions, for instance, is no parameter).
+        ref_identity: `identity.weights_identity` of the reference: its parameters and its configuration (the base
+            of its rotary positions, for instance, is not a parameter).
         dtype: Type of its activations, `compute.dtype`.
 
     Returns:
@@ -46,67 +44,6 @@ def fingerprint(dataset_examples: Sequence[Example], ref_identity: str, dtype: s
     digest = hashlib.sha256(json.dumps([_FORMAT, ref_identity, dtype, len(dataset_examples)]).encode())
     digest_examples(digest, dataset_examples)
     return digest.hexdigest()
-
-
-def digest_examples(digest: "hashlib._Hash", examples: Sequence[Example]):
-    """Adds the tokens of examples to a digest: prompts and answers, in order."""
-    for example in examples:
-        sequences = [example.prompt, *(response.ids for response in example.responses)]
-        # Lengths go first, or tokens could move from a prompt to its answer unnoticed.
-        digest.update(np.array([len(sequences), *map(len, sequences)], "<i8"))
-        for ids in sequences:
-            digest.update(np.ascontiguousarray(ids, "<i4"))
-
-
-def params_identity(params) -> str:
-    """Digests parameters bit by bit where they lie: the same for every mesh, another when any bit changes or moves.
-
-    A change of one element is noticed for certain, others but for a chance of 2^-64 (the checksums are no
-    cryptography). Of each array only two scalars leave the devices. Processes of one job must all call it together.
-
-    Args:
-        params: Tree of arrays, on any shardings.
-
-    Returns:
-        SHA-256 over paths, shapes, types and checksums, in hexadecimal digits.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = jax.device_get([_checksums(leaf) for _, leaf in leaves])
-    entries = [
-        [jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, str(leaf.dtype), *map(int, pair)]
-        for (path, leaf), pair in zip(leaves, sums, strict=True)
-    ]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-
-
-@jax.jit
-def _checksums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two sums modulo 2^32 over hashes of (position, bits), which the order of the additions cannot change.
-
-    Sums of bits times weights would not do: with odd weights, x and -x (whose bits differ by 2^31) could be swapped.
-    """
-    words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
-
-    def hashes(seed: int) -> jax.Array:
-        # One index after the other: a flat one would overflow, and would not be computed where each shard lies.
-        position = jnp.uint32(seed)
-        for axis, size in enumerate(bits.shape):
-            index = jax.lax.iota(jnp.uint32, size).reshape([-1 if i == axis else 1 for i in range(bits.ndim)])
-            position = _mix(position + index)
-        return _mix(bits + position)  # one-to-one in `bits` at each position
-
-    # One reduction for both: XLA fuses it with the hashes also on a CPU, where two sums would first store all of these.
-    zeros = (jnp.uint32(0), jnp.uint32(0))
-    pairs = (hashes(0x9E3779B9), hashes(0x85EBCA6B))
-    return jax.lax.reduce(pairs, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), range(x.ndim))
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """A permutation of the 32-bit integers that scatters neighbours (lowbias32 of Chris Wellons)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 class ReferenceCache:
@@ -186,7 +123,7 @@ class ReferenceCache:
             del self._pending[:size]
             self._done += size
             if self._done == len(self._examples):
-                write_whole(self._seal, json.dumps(self._summary(), indent=2).encode() + b"\n")
+                write_json(self._seal, self._summary())
 
     def read(self) -> list[list[np.ndarray]]:
         """Reads a complete cache, and verifies its digest.
@@ -290,7 +227,7 @@ class ReferenceCache:
         logps = np.concatenate([np.zeros(0, np.float32), *(values for example in answers for values in example)])
         arrays = {"logps": logps, "lengths": lengths, "sha256": self._digest(number, lengths, logps)}
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self._parts[number], save(arrays))
+        write_atomically(self._parts[number], save(arrays))
 
     def _read_part(self, number: int) -> tuple[bytes, list[list[np.ndarray]]]:
         from safetensors import SafetensorError
@@ -361,17 +298,3 @@ def _checked(example: Example, answers: Sequence[np.ndarray]) -> list[np.ndarray
                 f"is {values[token]}; expected finite numbers: check the reference's weights, or compute in float32"
             )
     return arrays
-
-
-def write_whole(file: Path, content: bytes):
-    """Writes a file that is seen under its name whole or not at all."""
-    # A name of its own, as other runs may write the same file; not `tempfile`, whose files only their owner may read.
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

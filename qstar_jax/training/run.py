@@ -26,6 +26,7 @@ from qstar_jax.models import CausalLM
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
 from qstar_jax.store.checkpoints import CheckpointStore
+from qstar_jax.store.files import write_json
 from qstar_jax.store.identity import identity_file
 from qstar_jax.store.user_cache import keep_programs, user_cache
 from qstar_jax.training.continuation import check_folder, check_same_data, data_identity
@@ -142,7 +143,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
         summary["verdict"] = probe.verdict(summary)
         console.print(f"verdict: {summary['verdict']}", markup=False, highlight=False, soft_wrap=True)
     if is_main:
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(out / "summary.json", summary)
         console.print(f"done: {steps} steps; run folder {out}", markup=False, highlight=False, soft_wrap=True)
     return summary
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qstar_jax.store.reference_cache import write_whole
+from qstar_jax.store.files import write_atomically
 
 SHOWN = (
     "loss",
@@ -35,7 +35,7 @@ class RunLog:
         self.console = console
         path = folder / "metrics.jsonl"
         kept = _lines_before(path, start) if path.exists() else []
-        write_whole(path, "".join(f"{json.dumps(metrics)}\n" for metrics in kept).encode())
+        write_atomically(path, "".join(f"{json.dumps(metrics)}\n" for metrics in kept).encode())
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start, flush_secs=10)
         for metrics in kept:

@@ -4,7 +4,6 @@ The paper shows it with coloured pictures (Figure 1 and Appendix C). Here it is 
 of -reward as a detector of wrong tokens, beside detectors that know nothing of preferences.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from qstar_jax.evaluation.intervals import auc, bootstrap
 from qstar_jax.evaluation.marks import marked_tokens, read_marks
 from qstar_jax.evaluation.score import KINDS, ScoredFile
 from qstar_jax.evaluation.scored import ScoredResponse
+from qstar_jax.store.files import write_json
 from qstar_jax.store.identity import file_digest
 from qstar_jax.tasks import Task, find
 
@@ -73,7 +73,7 @@ def measure_credit(scored: ScoredFile) -> dict:
         marked = _with_true_advantages(marked, rows, built_in[0], scored.tokenizer)
     record = credit_report(marked, model=config.model, reference=scored.reference)
     record |= {"scores": file_digest(scored.path)}
-    (scored.out / "credit.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(scored.out / "credit.json", record)
     return record
 
 

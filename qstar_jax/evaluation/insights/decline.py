@@ -8,6 +8,7 @@ import yaml
 from qstar_jax import losses
 from qstar_jax.config import DeclineConfig
 from qstar_jax.errors import InputError
+from qstar_jax.store.files import write_json
 from qstar_jax.training.run_log import read_metrics
 
 # Curve -> the metrics that it can come from, the first that the run has. Those of held-out pairs come first.
@@ -37,7 +38,7 @@ def measure_decline(config: DeclineConfig) -> dict:
         raise InputError("name a DPO run with --with_sft, --without_sft or both")
     record, out = {"runs": runs}, Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "decline.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "decline.json", record)
     return record
 
 

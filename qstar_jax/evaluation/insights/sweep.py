@@ -29,6 +29,7 @@ from qstar_jax.evaluation.judges import Comparison, Judge, Verdict, make_judge
 from qstar_jax.evaluation.judges.alpaca_eval import export
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.sharding import make_mesh
+from qstar_jax.store.files import write_json
 from qstar_jax.store.identity import examples_identity, write_identity
 from qstar_jax.store.open import LoadedModel, load_model
 from qstar_jax.store.references import find_beta, open_reference
@@ -218,7 +219,7 @@ def measure_sweep(config: SweepConfig, console: Console) -> dict:
     record = {"judge": judge.name, "prompts": prompts, "seeds": config.seeds, "runs": runs}
     identities = {entry.name: entry.identity for entry in entries}
     write_identity(out / "sweep.json", {"options": asdict(config), "models": identities})
-    (out / "sweep.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "sweep.json", record)
     return record
 
 

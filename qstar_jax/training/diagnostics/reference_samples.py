@@ -16,7 +16,7 @@ from qstar_jax.decoding import SampleOptions, sample
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.store.reference_cache import write_whole
+from qstar_jax.store.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ def write_samples(path: Path, samples: Samples, tokenizer: "PreTrainedTokenizerB
         }
         for example, logps in zip(samples.examples, samples.ref_logps, strict=True)
     ]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def read_samples(path: Path) -> Samples:

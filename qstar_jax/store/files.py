@@ -1,0 +1,36 @@
+"""Writes files that appear under their names complete or not at all."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(file: Path, content: bytes):
+    """Writes a file under a temporary name and renames it, so that readers never see a part of it.
+
+    Args:
+        file: The file, which is replaced if it exists; its folder must exist.
+        content: All of its bytes.
+    """
+    # A unique name, because other runs may write the same file; `tempfile` would make it readable by its owner only.
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any):
+    """Writes a value as indented JSON, atomically.
+
+    Args:
+        file: The file, which is replaced if it exists; its folder must exist.
+        value: Anything that `json.dumps` accepts.
+    """
+    write_atomically(file, json.dumps(value, indent=2).encode() + b"\n")
