@@ -189,7 +189,7 @@ def soft_value_iteration(
         tree: The tree.
         rewards: r(s, a). Shape [S, V].
         ref_logp: log pi_ref(a | s), in nats. Shape [S, V].
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
 
     Returns:
         Q*, V* and the optimal policy.
@@ -212,7 +212,7 @@ def rewards_of_q(
         tree: The tree.
         q: Any table of numbers. Shape [S, V].
         ref_logp: log pi_ref(a | s), in nats. Shape [S, V].
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
 
     Returns:
         Rewards. Shape [S, V].
@@ -304,7 +304,7 @@ def population_dpo_loss(
         logits: Logits of the policy. Shape [S, V].
         preferences: Entry (i, j) is the probability that i is preferred to j. Shape [N, N].
         ref_logp: log pi_ref(a | s), in nats. Shape [S, V].
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
 
     Returns:
         Mean loss, in nats. A scalar.
@@ -333,7 +333,7 @@ def fit_dpo(
         tree: The tree.
         preferences: Entry (i, j) is the probability that i is preferred to j (`preference_table`). Shape [N, N].
         ref_logp: log pi_ref(a | s), in nats: the reference, and the first policy. Shape [S, V].
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
         steps: Steps of L-BFGS; after convergence they change nothing.
 
     Returns:

@@ -79,7 +79,7 @@ class RegularisedReward:
     compared, and for rewards that are not the policy's own.
 
     Attributes:
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
     """
 
     beta: float
@@ -101,7 +101,7 @@ class ImplicitReward:
     search over it never knows that it is done.
 
     Attributes:
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
     """
 
     beta: float
@@ -165,7 +165,7 @@ class TableReward:
     """Rewards, reference and values written down as tables, of (r, log pi_ref, V(s')): see `token_tree.TreePolicy`.
 
     Attributes:
-        beta: Temperature, in reward a nat; 0 leaves the reference out.
+        beta: Temperature: reward per nat; 0 leaves the reference out.
         use_values: Whether paths are compared with the value of where they have led.
     """
 

@@ -55,7 +55,7 @@ class Responses:
         """Implicit rewards beta * log(pi / pi_ref) of whole answers.
 
         Args:
-            beta: Temperature, in reward a nat.
+            beta: Temperature: reward per nat.
 
         Raises:
             ValueError: If there was no reference.

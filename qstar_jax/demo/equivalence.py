@@ -42,7 +42,7 @@ class Problems:
 
     Attributes:
         tree: The tree.
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
         rewards: r(s, a). Shape [B, S, V].
         ref_logp: log pi_ref(a | s), in nats. Shape [B, S, V].
         log_policy: log pi*(a | s), in nats. Shape [B, S, V].
@@ -128,7 +128,7 @@ def random_problems(count: int, *, vocabulary: int = 4, depth: int = 4, beta: fl
         count: How many, B.
         vocabulary: V, in tokens.
         depth: T, the longest answer, in tokens.
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
         seed: Of everything that is drawn.
     """
     tree = tabular.TokenTree(vocabulary, depth, eos=vocabulary - 1)
@@ -314,7 +314,7 @@ def main(mdps: int = 200, vocabulary: int = 4, depth: int = 4, beta: float = 0.5
         mdps: How many.
         vocabulary: Tokens, EOS among them.
         depth: Longest answer, in tokens.
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
         simulations: Of tree searches.
         seed: Of the MDPs.
     """

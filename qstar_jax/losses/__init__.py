@@ -1,11 +1,11 @@
 """Losses on per-token log-probabilities.
 
-Every loss is a pure function of one form: arrays of token log-ratios (or log-probabilities) and a mask in, then hyper-
-parameters by keyword; out come the unreduced loss of each row and a `LossMetrics`. Answers lie along one axis: [..., 2,
-T], chosen first, or [..., R, T], best first. `make_loss` finds them by name.
+Every loss is a pure function of one form: it takes arrays of token log-ratios (or log-probabilities) and a mask, then
+hyperparameters by keyword, and returns the unreduced loss of each example and a `LossMetrics`. Responses lie along one
+axis: [..., 2, T], chosen first, or [..., R, T], best first. `make_loss` finds losses by name and binds their options;
+what it returns reads a `TokenScores`.
 """
 
-from qstar_jax.losses.answers import LossMetrics as LossMetrics
 from qstar_jax.losses.catalog import LOSSES as LOSSES
 from qstar_jax.losses.divergences import DIVERGENCES as DIVERGENCES
 from qstar_jax.losses.divergences import alpha_divergence as alpha_divergence
@@ -39,6 +39,7 @@ from qstar_jax.losses.reference_free import orpo as orpo
 from qstar_jax.losses.reference_free import sft as sft
 from qstar_jax.losses.reference_free import simpo as simpo
 from qstar_jax.losses.registry import make_loss as make_loss
+from qstar_jax.losses.responses import LossMetrics as LossMetrics
 from qstar_jax.losses.token_level import tdpo1 as tdpo1
 from qstar_jax.losses.token_level import tdpo2 as tdpo2
 from qstar_jax.losses.token_level import tgdpo as tgdpo

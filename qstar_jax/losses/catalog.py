@@ -6,7 +6,7 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from qstar_jax.losses import pairwise, pointwise, rankings, reference_free, token_level, transport
-from qstar_jax.losses.answers import LossMetrics
+from qstar_jax.losses.responses import LossMetrics
 
 LossFunction = Callable[..., tuple[Float[Array, "..."], LossMetrics]]
 

@@ -1,6 +1,6 @@
-"""f-divergences in place of the KL divergence to the reference: f'(pi / pi_ref) of whole answers.
+"""f-divergences in place of the KL divergence from the reference: f'(pi / pi_ref) of whole responses.
 
-DPO's score of an answer is its log-ratio x = log(pi / pi_ref), which is f'(pi / pi_ref) of the reverse KL divergence
+DPO's score of a response is its log-ratio x = log(pi / pi_ref), which is f'(pi / pi_ref) of the reverse KL divergence
 (up to a constant). Each function here takes x and returns f' of another divergence, with TRL's constants: those cancel
 in a pair, but not in losses that divide by lengths.
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 Divergence = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
-# A score of exp(40) can still be squared (by ipo) in float32; nothing is learned from answers so far out.
+# A score of exp(40) can still be squared (by ipo) in float32; responses beyond it teach nothing.
 MAX_EXPONENT = 40.0
 
 
@@ -41,13 +41,13 @@ def alpha_divergence(log_ratios: Float[Array, "..."], alpha: float = 0.5) -> Flo
     """(exp((alpha - 1) x) - 1) / (alpha - 1), with the exponent capped at 40 (TRL's at 80); alpha = 1 is reverse KL.
 
     Args:
-        log_ratios: Log-ratios of answers, in nats. Any shape.
+        log_ratios: Log-ratios of responses, in nats. Any shape.
         alpha: Order, a Python number.
 
     Returns:
         Scores of the same shape.
     """
-    if abs(alpha - 1.0) < 1e-6:  # the limit; the quotient would lose all its digits
+    if abs(alpha - 1.0) < 1e-6:  # the limit, where the quotient loses all its digits
         return log_ratios
     return jnp.expm1(jnp.minimum((alpha - 1.0) * log_ratios, MAX_EXPONENT)) / (alpha - 1.0)
 

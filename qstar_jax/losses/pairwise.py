@@ -1,16 +1,16 @@
-"""Losses of the margin between two answers' log-ratios: DPO and what became of it.
+"""Losses on the margin between the log-ratios of two responses: DPO and its successors.
 
-Shapes: log-ratios log pi - log pi_ref and masks are [..., 2, T], the chosen answer first. c and r are the sums over the
-tokens of the chosen and the rejected answer, |y| lengths in tokens, sigma the logistic function. `divergence` replaces
-c and r by f'(pi / pi_ref); see `divergences`. An empty answer counts as c = 0.
+Shapes: log-ratios log pi - log pi_ref and masks are [..., 2, T], the chosen response first. c and r are the sums over
+the tokens of the chosen and the rejected response, |y| lengths in tokens, sigma the logistic function. `divergence`
+replaces c and r by f'(pi / pi_ref); see `divergences`. An empty response counts as c = 0.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
-from qstar_jax.losses.answers import LossMetrics, answer_sums, pair, record, smoothed_log_loss
 from qstar_jax.losses.divergences import Divergence, reverse_kl
+from qstar_jax.losses.responses import LossMetrics, pair, record, response_sums, smoothed_log_loss
 
 
 def sigmoid(
@@ -21,7 +21,7 @@ def sigmoid(
     label_smoothing: ScalarLike = 0.0,
     divergence: Divergence = reverse_kl,
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """Direct preference optimisation (DPO), and conservative DPO where labels are smoothed.
+    """Direct preference optimization (DPO), and conservative DPO where labels are smoothed.
 
     -(1 - eps) log sigma(beta (c - r)) - eps log sigma(-beta (c - r)); with eps = 0 the token-level loss of the paper.
 
@@ -30,8 +30,8 @@ def sigmoid(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
-        beta: Temperature, in reward a nat.
+        mask: True at response tokens. Shape [..., 2, T].
+        beta: Temperature: reward per nat.
         label_smoothing: eps, the probability that a label is flipped, in [0, 0.5).
         divergence: What keeps the policy near its reference.
 
@@ -41,7 +41,7 @@ def sigmoid(
     References:
         arXiv 2404.12358, Eq. 9; arXiv 2305.18290, Eq. 7; E. Mitchell, "A note on DPO with noisy preferences", 2023.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chosen, rejected = pair(divergence(sums))
     return smoothed_log_loss(beta * (chosen - rejected), label_smoothing), record(beta * sums)
 
@@ -53,15 +53,15 @@ def sigmoid_norm(
     beta: ScalarLike = 0.1,
     divergence: Divergence = reverse_kl,
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """Length-normalised DPO: -log sigma(beta (c / |y_w| - r / |y_l|)).
+    """Length-normalized DPO: -log sigma(beta (c / |y_w| - r / |y_l|)).
 
-    Elsewhere: TRL's `sigmoid_norm`; open-instruct's `dpo_norm`, whose beta is 5, since a mean over tokens is some
+    Elsewhere: TRL's `sigmoid_norm`; open-instruct's `dpo_norm`, whose beta is 5, as a mean over tokens is about
     fifty times smaller than a sum.
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
-        beta: Temperature, in reward a nat a token.
+        mask: True at response tokens. Shape [..., 2, T].
+        beta: Temperature: reward per nat per token.
         divergence: What keeps the policy near its reference; applied before the division, as in TRL.
 
     Returns:
@@ -70,8 +70,8 @@ def sigmoid_norm(
     References:
         Lambert et al., "Tulu 3", arXiv 2411.15124, Eq. 6.
     """
-    sums = answer_sums(log_ratios, mask)
-    return smoothed_log_loss(beta * _normalised_margin(sums, mask, divergence), 0.0), record(beta * sums)
+    sums = response_sums(log_ratios, mask)
+    return smoothed_log_loss(beta * _normalized_margin(sums, mask, divergence), 0.0), record(beta * sums)
 
 
 def robust(
@@ -82,7 +82,7 @@ def robust(
     label_smoothing: ScalarLike = 0.1,
     divergence: Divergence = reverse_kl,
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """Robust DPO: an unbiased estimate of the DPO loss under clean labels, from labels that are flipped with eps.
+    """Robust DPO: an unbiased estimate of the DPO loss under clean labels, from labels flipped with probability eps.
 
     [-(1 - eps) log sigma(m) + eps log sigma(-m)] / (1 - 2 eps), with m = beta (c - r).
 
@@ -90,8 +90,8 @@ def robust(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
-        beta: Temperature, in reward a nat.
+        mask: True at response tokens. Shape [..., 2, T].
+        beta: Temperature: reward per nat.
         label_smoothing: eps, the probability that a label is flipped, in [0, 0.5).
         divergence: What keeps the policy near its reference.
 
@@ -101,7 +101,7 @@ def robust(
     References:
         Chowdhury et al., "Provably robust DPO", arXiv 2403.00409, Eq. 12.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chosen, rejected = pair(divergence(sums))
     margin = beta * (chosen - rejected)
     clean, flipped = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
@@ -122,8 +122,8 @@ def hinge(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
-        beta: Inverse of the margin, in reward a nat.
+        mask: True at response tokens. Shape [..., 2, T].
+        beta: Inverse of the margin: reward per nat.
         divergence: What keeps the policy near its reference.
 
     Returns:
@@ -133,7 +133,7 @@ def hinge(
         Liu et al., "Statistical rejection sampling improves preference optimization", arXiv 2309.06657; Zhao et al.,
         "SLiC-HF", arXiv 2305.10425.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chosen, rejected = pair(divergence(sums))
     return jax.nn.relu(1 - beta * (chosen - rejected)), record(beta * sums)
 
@@ -145,15 +145,15 @@ def ipo(
     beta: ScalarLike = 0.1,
     divergence: Divergence = reverse_kl,
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """Identity preference optimisation on means over tokens: (c / |y_w| - r / |y_l| - 1 / (2 beta))^2.
+    """Identity preference optimization on means over tokens: (c / |y_w| - r / |y_l| - 1 / (2 beta))^2.
 
     Elsewhere: TRL, HALOs and LLaMA-Factory average as here; DPO's reference code and OpenRLHF sum: `ipo_sum`. The same
-    beta is then another objective.
+    beta then means another objective.
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
-        beta: The paper's regularisation tau; the margin is drawn to 1 / (2 beta) nats a token.
+        mask: True at response tokens. Shape [..., 2, T].
+        beta: The paper's regularization tau; the margin is drawn to 1 / (2 beta) nats per token.
         divergence: What keeps the policy near its reference; applied before the division, as in TRL.
 
     Returns:
@@ -163,8 +163,8 @@ def ipo(
         Azar et al., "A general theoretical paradigm to understand learning from human preferences", arXiv 2310.12036,
         Eq. 17.
     """
-    sums = answer_sums(log_ratios, mask)
-    return (_normalised_margin(sums, mask, divergence) - 1 / (2 * beta)) ** 2, record(beta * sums)
+    sums = response_sums(log_ratios, mask)
+    return (_normalized_margin(sums, mask, divergence) - 1 / (2 * beta)) ** 2, record(beta * sums)
 
 
 def ipo_sum(
@@ -174,15 +174,15 @@ def ipo_sum(
     beta: ScalarLike = 0.1,
     divergence: Divergence = reverse_kl,
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """Identity preference optimisation on sums over tokens: (c - r - 1 / (2 beta))^2.
+    """Identity preference optimization on sums over tokens: (c - r - 1 / (2 beta))^2.
 
     Elsewhere: this is the IPO of DPO's reference code (eric-mitchell/direct-preference-optimization) and of OpenRLHF;
     TRL, HALOs and LLaMA-Factory average over tokens: `ipo`.
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
-        beta: The paper's regularisation tau; the margin is drawn to 1 / (2 beta) nats.
+        mask: True at response tokens. Shape [..., 2, T].
+        beta: The paper's regularization tau; the margin is drawn to 1 / (2 beta) nats.
         divergence: What keeps the policy near its reference.
 
     Returns:
@@ -191,7 +191,7 @@ def ipo_sum(
     References:
         Azar et al., arXiv 2310.12036, Eq. 17.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chosen, rejected = pair(divergence(sums))
     return (chosen - rejected - 1 / (2 * beta)) ** 2, record(beta * sums)
 
@@ -204,14 +204,14 @@ def exo_pair(
     label_smoothing: ScalarLike = 1e-3,
     divergence: Divergence = reverse_kl,
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """Exact optimisation on pairs: KL(softmax(beta (c, r)) || (1 - eps, eps)), the reverse of DPO's direction.
+    """Exact optimization on pairs: KL(softmax(beta (c, r)) || (1 - eps, eps)), the reverse of DPO's direction.
 
     Elsewhere: TRL's `exo_pair`, which also refuses eps = 0, where the divergence is infinite.
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
-        beta: Temperature, in reward a nat.
+        mask: True at response tokens. Shape [..., 2, T].
+        beta: Temperature: reward per nat.
         label_smoothing: eps, in (0, 0.5).
         divergence: What keeps the policy near its reference.
 
@@ -221,7 +221,7 @@ def exo_pair(
     References:
         Ji et al., "Towards efficient exact optimization of language model alignment", arXiv 2402.00856, Eq. 16.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chosen, rejected = pair(divergence(sums))
     margin = beta * (chosen - rejected)
     win, lose = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
@@ -237,15 +237,15 @@ def discopop(
     tau: ScalarLike = 0.05,
     divergence: Divergence = reverse_kl,
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """DiscoPOP, a blend that was found by search: (1 - g) (-log sigma(m)) + g exp(-m), g = sigma(m / tau).
+    """DiscoPOP, a blend found by program search: (1 - g) (-log sigma(m)) + g exp(-m), g = sigma(m / tau).
 
-    m = beta (c - r). Elsewhere: TRL's `discopop` (`discopop_tau`); there the product overflows for m < -88 in float32.
+    m = beta (c - r). Elsewhere: TRL's `discopop` (`discopop_tau`); its product overflows for m < -88 in float32.
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
-        beta: Temperature, in reward a nat.
-        tau: Width of the blend, in reward.
+        mask: True at response tokens. Shape [..., 2, T].
+        beta: Temperature: reward per nat.
+        tau: Width of the blend, in units of reward.
         divergence: What keeps the policy near its reference.
 
     Returns:
@@ -255,7 +255,7 @@ def discopop(
         Lu et al., "Discovering preference optimization algorithms with and for large language models",
         arXiv 2406.08414, Eq. 5.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chosen, rejected = pair(divergence(sums))
     margin = beta * (chosen - rejected)
     # One exponent instead of a product: exp(-m) alone overflows where its weight g vanishes.
@@ -271,21 +271,21 @@ def dpop(
     beta: ScalarLike = 0.3,
     penalty: ScalarLike = 50.0,
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """DPO-Positive: -log sigma(beta (c - r - lambda max(0, -c))), which keeps the chosen answer's likelihood up.
+    """DPO-Positive: -log sigma(beta (c - r - lambda max(0, -c))), which keeps up the likelihood of the chosen response.
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
-        beta: Temperature, in reward a nat; the paper's 0.3.
-        penalty: lambda, the price of a nat below the reference; the paper's 50.
+        mask: True at response tokens. Shape [..., 2, T].
+        beta: Temperature: reward per nat; the paper's 0.3.
+        penalty: lambda, the price per nat below the reference; the paper's 50.
 
     Returns:
         Loss of each pair, in nats, shape [...], and its metrics.
 
     References:
-        Pal et al., "Smaug: fixing failure modes of preference optimisation with DPO-Positive", arXiv 2402.13228.
+        Pal et al., "Smaug: fixing failure modes of preference optimization with DPO-Positive", arXiv 2402.13228.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chosen, rejected = pair(sums)
     margin = beta * (chosen - rejected - penalty * jax.nn.relu(-chosen))
     return -jax.nn.log_sigmoid(margin), record(beta * sums)
@@ -294,14 +294,14 @@ def dpop(
 def dpo_shift(
     log_ratios: Float[Array, "*B 2 T"], mask: Bool[Array, "*B 2 T"], *, beta: ScalarLike = 0.1, shift: ScalarLike = 0.75
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """DPO-Shift: -log sigma(beta (c - f r)), where a rejected answer that counts less lets the chosen one fall less.
+    """DPO-Shift: -log sigma(beta (c - f r)), where the rejected response counts less, so the chosen one falls less.
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
-        beta: Temperature, in reward a nat.
-        shift: f(lambda) in (0, 1]; 1 is DPO. The paper also moves it linearly between 0.95 and 1: pass the step's
-            value.
+        mask: True at response tokens. Shape [..., 2, T].
+        beta: Temperature: reward per nat.
+        shift: f(lambda) in (0, 1]; 1 is DPO. The paper also moves it linearly between 0.95 and 1: pass the value of
+            the step.
 
     Returns:
         Loss of each pair, in nats, shape [...], and its metrics.
@@ -309,12 +309,12 @@ def dpo_shift(
     References:
         Yang et al., "DPO-Shift: shifting the distribution of direct preference optimization", arXiv 2502.07599.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chosen, rejected = pair(sums)
     return -jax.nn.log_sigmoid(beta * (chosen - shift * rejected)), record(beta * sums)
 
 
-def _normalised_margin(
+def _normalized_margin(
     sums: Float[Array, "*B 2"], mask: Bool[Array, "*B 2 T"], divergence: Divergence
 ) -> Float[Array, "*B"]:
     chosen, rejected = pair(divergence(sums) / jnp.maximum(mask.sum(-1), 1))

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
-from qstar_jax.losses.answers import LossMetrics
 from qstar_jax.losses.catalog import LOSSES, has_reference, needed_arrays, optional_arrays
 from qstar_jax.losses.divergences import DIVERGENCES, alpha_divergence
+from qstar_jax.losses.responses import LossMetrics
 from qstar_jax.losses.weighting import desensitize_length, wpo_weights
 from qstar_jax.mdp import TokenScores
 
@@ -22,9 +22,9 @@ class PreferenceLoss:
     Attributes:
         terms: Names of the losses.
         weights: Weight of each.
-        options: Options of each, by name; every option of the loss, those left at their defaults too.
-        ld_alpha: Weight of tokens beyond the shorter answer's length, in terms with a reference; None: no such weights.
-        wpo: Whether pairs are weighted by how likely the policy is to give them.
+        options: Options of each by name, defaults included.
+        ld_alpha: Weight of tokens beyond the length of the shorter response, in terms with a reference; None: 1.
+        wpo: Whether pairs are weighted by their probability under the policy.
     """
 
     terms: tuple[str, ...]
@@ -34,7 +34,7 @@ class PreferenceLoss:
     wpo: bool = False
 
     def __hash__(self) -> int:
-        """Of all that it says, so that it may be jitted, or a static argument."""
+        """Hashes every field, so that the loss can be jitted or be a static argument."""
         options = tuple(tuple(sorted(term.items(), key=str)) for term in self.options)
         return hash((self.terms, self.weights, options, self.ld_alpha, self.wpo))
 
@@ -56,7 +56,7 @@ class PreferenceLoss:
 
     @property
     def couples_rows(self) -> bool:
-        """Whether the loss of a row depends on the rest of its batch, so that micro-batches would change it."""
+        """Whether the loss of a pair depends on the rest of its batch, so that micro-batches would change it."""
         averaged = any(options.get("normalize") == "batch_tokens" for options in self.options)
         return averaged or any(term.startswith("aot") for term in self.terms)
 
@@ -72,7 +72,7 @@ class PreferenceLoss:
 
     @property
     def loss_at_reference(self) -> float | None:
-        """Loss of a pair if the policy equals its reference (`sigmoid`: ln 2); None where it depends on the answers."""
+        """Loss of a pair where the policy equals its reference (`sigmoid`: ln 2); None if it depends on the pair."""
         if not all(has_reference(term) for term in self.terms) or self.wpo:
             return None
         zeros = jnp.zeros((1, 2, 1))
@@ -81,7 +81,7 @@ class PreferenceLoss:
         return float(self(scores, **extra)[0][0])
 
     def __str__(self) -> str:
-        """The losses, their weights and options, as they would be called."""
+        """Shows the losses, their weights and options, as they would be called."""
 
         def call(name: str, options: Mapping[str, Any]) -> str:
             return f"{name}({', '.join(f'{option}={value}' for option, value in options.items() if value is not None)})"
@@ -89,8 +89,8 @@ class PreferenceLoss:
         calls = [call(term, options) for term, options in zip(self.terms, self.options, strict=True)]
         if len(calls) > 1:
             calls = [f"{weight:g} {term}" for weight, term in zip(self.weights, calls, strict=True)]
-        behind = [f"ld_alpha={self.ld_alpha}"] * (self.ld_alpha is not None) + ["wpo"] * self.wpo
-        return ", ".join([" + ".join(calls), *behind])
+        suffixes = [f"ld_alpha={self.ld_alpha}"] * (self.ld_alpha is not None) + ["wpo"] * self.wpo
+        return ", ".join([" + ".join(calls), *suffixes])
 
     def __call__(
         self, scores: TokenScores, *, labels: Bool[Array, "*B R"] | None = None, **arrays: Shaped[Array, "..."]

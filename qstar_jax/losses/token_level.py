@@ -1,7 +1,7 @@
-"""Losses that know more of each token than its log-ratio: its divergence, or another model's reward.
+"""Losses that read more than the log-ratio of each token: a divergence, or the rewards of another model.
 
-Shapes: [..., 2, T] throughout, the chosen answer first; c and r are sums of log-ratios over the chosen and the rejected
-answer, sigma is the logistic function.
+Shapes: [..., 2, T] throughout, the chosen response first; c and r are sums of log-ratios over the chosen and the
+rejected response, sigma is the logistic function.
 """
 
 import chex
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
-from qstar_jax.losses.answers import LossMetrics, answer_sums, pair, record
+from qstar_jax.losses.responses import LossMetrics, pair, record, response_sums
 
 
 def tdpo1(
@@ -23,9 +23,9 @@ def tdpo1(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
+        mask: True at response tokens. Shape [..., 2, T].
         kl: KL(pi_ref(. | s_t) || pi(. | s_t)) at each token, in nats (`mdp.kl_divergence`). Shape [..., 2, T].
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
 
     Returns:
         Loss of each pair, in nats, shape [...], and its metrics.
@@ -33,9 +33,9 @@ def tdpo1(
     References:
         Zeng et al., "Token-level direct preference optimization", arXiv 2404.11999, Eq. 15.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chosen, rejected = pair(sums)
-    chosen_kl, rejected_kl = pair(answer_sums(kl, mask))
+    chosen_kl, rejected_kl = pair(response_sums(kl, mask))
     return -jax.nn.log_sigmoid(beta * (chosen - rejected - (rejected_kl - chosen_kl))), record(beta * sums)
 
 
@@ -51,9 +51,9 @@ def tdpo2(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
+        mask: True at response tokens. Shape [..., 2, T].
         kl: KL(pi_ref(. | s_t) || pi(. | s_t)) at each token, in nats (`mdp.kl_divergence`). Shape [..., 2, T].
-        beta: Temperature, in reward a nat.
+        beta: Temperature: reward per nat.
         alpha: Weight of the divergences.
 
     Returns:
@@ -62,9 +62,9 @@ def tdpo2(
     References:
         Zeng et al., arXiv 2404.11999, Eq. 17.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chosen, rejected = pair(sums)
-    chosen_kl, rejected_kl = pair(answer_sums(kl, mask))
+    chosen_kl, rejected_kl = pair(response_sums(kl, mask))
     divergence = rejected_kl - jax.lax.stop_gradient(chosen_kl)
     return -jax.nn.log_sigmoid(beta * (chosen - rejected - alpha * divergence)), record(beta * sums)
 
@@ -77,18 +77,18 @@ def tgdpo(
     beta: ScalarLike = 0.1,
     alpha: ScalarLike = 0.5,
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """DPO under the guidance of token rewards: each token's weight grows with what another model thinks of it.
+    """DPO guided by token rewards: the weight of each token grows with the reward that another model gives it.
 
     -log sigma(sum_t beta (1 + alpha g_t) rho_t^w - sum_t beta (1 - alpha g_t) rho_t^l), with rho the log-ratios and g
     the guide's token rewards.
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
+        mask: True at response tokens. Shape [..., 2, T].
         guide_rewards: Token rewards, for instance `TokenScores.rewards` of a DPO model; no gradient flows through
             them. Shape [..., 2, T].
-        beta: Temperature, in reward a nat.
-        alpha: Strength of the guidance, in one over reward.
+        beta: Temperature: reward per nat.
+        alpha: Strength of the guidance, per unit of reward.
 
     Returns:
         Loss of each pair, in nats, shape [...], and its metrics.
@@ -97,11 +97,11 @@ def tgdpo(
         Zhu et al., "TGDPO: harnessing token-level reward guidance for enhancing direct preference optimization",
         arXiv 2506.14574.
     """
-    sums = answer_sums(log_ratios, mask)
+    sums = response_sums(log_ratios, mask)
     chex.assert_equal_shape([guide_rewards, mask])
     # Masked before the product: 0 * NaN under the mask would reach the gradient.
     guide = jnp.where(mask, jax.lax.stop_gradient(guide_rewards), 0.0)
-    guided = answer_sums(guide * jnp.where(mask, log_ratios, 0.0), mask)
+    guided = response_sums(guide * jnp.where(mask, log_ratios, 0.0), mask)
     chosen, rejected = pair(sums)
     guided_chosen, guided_rejected = pair(guided)
     margin = beta * (chosen + alpha * guided_chosen - rejected + alpha * guided_rejected)

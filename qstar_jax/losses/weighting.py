@@ -1,24 +1,24 @@
-"""What may be put before or behind any loss: weights of tokens (LD-DPO) and of pairs (WPO)."""
+"""Weights that apply to any loss: of tokens (LD-DPO) and of pairs (WPO)."""
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
-from qstar_jax.losses.answers import answer_means
+from qstar_jax.losses.responses import response_means
 
 
 def desensitize_length(
     values: Float[Array, "*B 2 T"], mask: Bool[Array, "*B 2 T"], *, ld_alpha: ScalarLike
 ) -> Float[Array, "*B 2 T"]:
-    """LD-DPO: multiplies by alpha the tokens of the longer answer beyond the length of the shorter one.
+    """LD-DPO: multiplies by alpha the tokens of the longer response beyond the length of the shorter one.
 
     Elsewhere: TRL's `ld_alpha` does this to policy and reference alike, as here when `values` are log-ratios;
-    LLaMA-Factory's does it to the policy only: the same name, another number.
+    LLaMA-Factory's applies to the policy only: same name, different number.
 
     Args:
         values: Token log-ratios (or log-probabilities). Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
+        mask: True at response tokens. Shape [..., 2, T].
         ld_alpha: alpha in [0, 1]; 1 changes nothing.
 
     Returns:
@@ -36,20 +36,20 @@ def desensitize_length(
 def wpo_weights(
     logp: Float[Array, "*B 2 T"], mask: Bool[Array, "*B 2 T"], log_sum_sq: Float[Array, "*B 2 T"] | None = None
 ) -> Float[Array, "*B"]:
-    """WPO: how likely the policy is to give both answers itself; multiply the loss of each pair by it.
+    """WPO: weights each pair by its probability under the policy; multiply the loss by it.
 
-    exp(mean_t [log pi(a_t) - log sum_a pi(a | s_t)^2]) of the chosen answer times that of the rejected one.
+    exp(mean_t [log pi(a_t) - log sum_a pi(a | s_t)^2]) of the chosen response times that of the rejected one.
 
     Elsewhere: TRL's `use_weighting` takes this aligned form; without `log_sum_sq` it is the paper's plain form.
 
     Args:
         logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
-        mask: True at the answers' tokens. Shape [..., 2, T].
+        mask: True at response tokens. Shape [..., 2, T].
         log_sum_sq: log sum_a pi(a | s_t)^2 = logsumexp(2 log pi), in nats, which aligns the weights: a
             token sampled by the policy then weighs 1 on average; None: not aligned. Shape [..., 2, T].
 
     Returns:
-        Weights, cut off from the gradient. Shape [...].
+        Weights, with the gradient stopped. Shape [...].
 
     References:
         Zhou et al., "WPO: enhancing RLHF with weighted preference optimization", arXiv 2406.11827, Eq. 2.
@@ -57,4 +57,4 @@ def wpo_weights(
     if log_sum_sq is not None:
         chex.assert_equal_shape([log_sum_sq, mask])
         logp = jnp.where(mask, logp, 0.0) - jnp.where(mask, log_sum_sq, 0.0)
-    return jax.lax.stop_gradient(jnp.exp(answer_means(logp, mask).sum(-1)))
+    return jax.lax.stop_gradient(jnp.exp(response_means(logp, mask).sum(-1)))

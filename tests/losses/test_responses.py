@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from qstar_jax import losses
-from qstar_jax.losses.answers import answer_means, answer_sums, pair, record, smoothed_log_loss
+from qstar_jax.losses.responses import pair, record, response_means, response_sums, smoothed_log_loss
 
 # A value of each option that is not the default of any loss, and what must be set for it to matter.
 CHANGED = {
@@ -548,9 +548,9 @@ def test_pairs_have_two_answers(name, answers):
 def test_sums_and_means_by_hand():
     values = jnp.array([[1.0, 2.0, 4.0], [jnp.nan, 3.0, jnp.inf], [5.0, 6.0, 7.0]])
     mask = jnp.array([[True, False, True], [False, True, False], [False, False, False]])
-    np.testing.assert_array_equal(answer_sums(values, mask), [5, 3, 0])
-    np.testing.assert_array_equal(answer_means(values, mask), [2.5, 3, 0])
-    for function, weights in ((answer_sums, [1, 1]), (answer_means, [0.5, 1])):
+    np.testing.assert_array_equal(response_sums(values, mask), [5, 3, 0])
+    np.testing.assert_array_equal(response_means(values, mask), [2.5, 3, 0])
+    for function, weights in ((response_sums, [1, 1]), (response_means, [0.5, 1])):
         grad = jax.grad(lambda x, f=function: f(x, mask).sum())(values)
         np.testing.assert_array_equal(grad, np.array([[weights[0]], [weights[1]], [0]]) * np.asarray(mask))
         with pytest.raises((AssertionError, TypeError)):

@@ -1,0 +1,72 @@
+"""From tokens to responses: the sums and means that losses compare, and the metrics that they return."""
+
+from dataclasses import dataclass
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, ScalarLike
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossMetrics:
+    """What a loss compared; no gradient flows through it.
+
+    Attributes:
+        rewards: Reward of each response, in the scale of the loss: beta * sum_t log-ratio_t where there is a reference
+            (also where the loss compares something else, as in TRL's logs), otherwise the score that the loss compares.
+            Shape [..., R], or [...] for losses that judge single responses.
+    """
+
+    rewards: Float[Array, "..."]
+
+    @property
+    def margins(self) -> Float[Array, "..."]:
+        """Reward of the first (chosen) response minus that of the second. Shape [...]."""
+        return self.rewards[..., 0] - self.rewards[..., 1]
+
+    @property
+    def accuracies(self) -> Float[Array, "..."]:
+        """1 where the reward of the chosen response is strictly higher, else 0. Shape [...]."""
+        return (self.margins > 0).astype(self.rewards.dtype)
+
+
+def record(rewards: Float[Array, "..."]) -> LossMetrics:
+    """Makes the metrics of these rewards, with the gradient stopped."""
+    return LossMetrics(rewards=jax.lax.stop_gradient(rewards))
+
+
+def response_sums(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B"]:
+    """Sums the tokens of each response; values where `mask` is False change neither result nor gradient.
+
+    Args:
+        values: One number per token. Shape [..., T].
+        mask: True at response tokens. Shape [..., T].
+
+    Returns:
+        Sum of each response in float32 (or float64), 0 for an empty one. Shape [...].
+
+    Raises:
+        AssertionError: If the shapes differ and would be broadcast.
+    """
+    chex.assert_equal_shape([values, mask])
+    # At least float32: bfloat16 sums over hundreds of tokens have no digits left.
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return jnp.where(mask, values, 0.0).sum(-1)
+
+
+def response_means(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B"]:
+    """Averages over the tokens of each response: `response_sums` over the length; 0 for an empty response."""
+    return response_sums(values, mask) / jnp.maximum(mask.sum(-1), 1)
+
+
+def pair(responses: Float[Array, "*B 2"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """Splits [..., 2] into (chosen, rejected); raises AssertionError unless there are two responses."""
+    chex.assert_axis_dimension(responses, -1, 2)
+    return responses[..., 0], responses[..., 1]
+
+
+def smoothed_log_loss(margin: Float[Array, "*B"], label_smoothing: ScalarLike) -> Float[Array, "*B"]:
+    """-(1 - eps) log sigma(margin) - eps log sigma(-margin): logistic loss of labels flipped with probability eps."""
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
