@@ -36,14 +36,14 @@ class DecodeOptions:
         rejection_interval: Prune the worst samples every time this many tokens have been sampled; null: never.
         rejection_keep: Fraction of the samples that is kept each time.
         beams: Width of the search.
-        preset: Search as `hf` (transformers) or `t5x` does: sets the six options that follow.
+        preset: Search as `hf` (transformers) or `t5x` does: sets the next six options.
         eos_rule: Which ended candidates are kept: `all`, or those among the best `hf` K or `t5x` 2K of a step.
         length_rule: Divide scores by length ** penalty (`hf`) or ((5 + length) / 6) ** penalty (`gnmt`; preset
             t5x).
         length_penalty: Exponent of the length rule; above 0 favours long responses (preset hf: 1, t5x: 0.6).
         count_prompt: Whether the length rule counts the prompt (preset t5x: true).
-        early_stopping: `never` stops when no live beam can still win, false when none wins at its present length
-            (preset hf), true as soon as as many responses as beams have ended.
+        early_stopping: `never` stops when no live beam can still win, false when none would win at its present length
+            (preset hf), true once as many responses have ended as there are beams.
         truncated: Whether responses that reach `max_new_tokens` `compete`, or are used only if none has ended: `drop`
             (preset t5x).
         groups: Diverse beams: number of groups, each of which avoids the tokens of earlier ones.

@@ -106,10 +106,12 @@ def interpret(options: DecodeOptions, pairs: int = 0) -> DecodePlan:
     Raises:
         InputError: If an option is refused; the message begins with "decode: ".
     """
+    # What was given must be read; then defaults stand for what was not.
     check_variant(options, "decode")
     block = fill_in(options)
     if block.objective is None or (pairs and options.objective is None):
         block = replace(block, objective="likelihood")
+    # The method's own options check themselves; what follows are checks between options.
     try:
         rejection = None
         if block.rejection_interval is not None:
@@ -127,10 +129,10 @@ def interpret(options: DecodeOptions, pairs: int = 0) -> DecodePlan:
 def _method_options(block: DecodeOptions, given: DecodeOptions) -> MethodOptions:
     common: dict[str, Any] = {"max_new_tokens": block.max_new_tokens, "eos_ids": ()}
     if block.method == "mcts":
-        sizes = (block.num_simulations, block.num_actions, block.selection, block.return_sequences)
-        return MctsOptions(*common.values(), *sizes)
+        sizes = {"num_simulations": block.num_simulations, "num_actions": block.num_actions}
+        return MctsOptions(**common, **sizes, policy=block.selection, n_best=block.return_sequences)
     if block.method == "exact":
-        return ExactOptions(*common.values(), block.return_sequences, block.max_expansions)
+        return ExactOptions(**common, n_best=block.return_sequences, max_expansions=block.max_expansions)
     common["constraints"] = Constraints(block.min_new_tokens, block.repetition_penalty, block.no_repeat_ngram_size)
     if block.method == "beam":
         return _beam_options(block, given, common)
@@ -146,17 +148,17 @@ def _method_options(block: DecodeOptions, given: DecodeOptions) -> MethodOptions
 def _beam_options(block: DecodeOptions, given: DecodeOptions, common: dict[str, Any]) -> BeamOptions:
     """A preset is not overridden: of its six options only those that it leaves open may be given beside it."""
     names = ("eos_rule", "length_rule", "length_penalty", "count_prompt", "early_stopping", "truncated")
-    own = {name: getattr(given, name) for name in (*names, "groups", "diversity", "stochastic")}
-    own = {name: value for name, value in own.items() if value is not None}
+    rules = {name: getattr(given, name) for name in (*names, "groups", "diversity", "stochastic")}
+    rules = {name: value for name, value in rules.items() if value is not None}
     if block.preset == "none":
-        return BeamOptions(block.beams, **common, **own)
+        return BeamOptions(block.beams, **common, **rules)
     if block.preset == "hf":
-        free = {name: own[name] for name in ("length_penalty", "early_stopping") if name in own}
+        free = {name: rules[name] for name in ("length_penalty", "early_stopping") if name in rules}
         made = hf_compat(block.beams, **common, **free)
     else:
-        free = {"alpha": own["length_penalty"]} if "length_penalty" in own else {}
+        free = {"alpha": rules["length_penalty"]} if "length_penalty" in rules else {}
         made = replace(t5x_compat(block.beams, block.max_new_tokens, 0, **free), eos_ids=())
-    for name, value in (own | {"constraints": common["constraints"]}).items():
+    for name, value in (rules | {"constraints": common["constraints"]}).items():
         if getattr(made, name) != value:
             raise ValueError(
                 f"preset {block.preset} means {name} {getattr(made, name)}, not {value}; leave one of the two out"

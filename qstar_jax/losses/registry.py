@@ -30,7 +30,9 @@ def _declare() -> dict[str, Declaration]:
     }
     by_loss = {name: defaults(name) for name in LOSSES}
     return {
-        option: replace(limits[option], defaults={n: own[option] for n, own in by_loss.items() if option in own})
+        option: replace(
+            limits[option], defaults={name: read[option] for name, read in by_loss.items() if option in read}
+        )
         for options in by_loss.values()
         for option in options
     }
