@@ -1,4 +1,4 @@
-"""From a batch of answers to what a model says of each of their tokens."""
+"""From a batch of responses to the scores of their tokens."""
 
 from dataclasses import replace
 
@@ -18,41 +18,41 @@ from qstar_jax.models.masks import PackedMask
 def response_logprobs(
     model: CausalLM, params: Params, batch: Batch
 ) -> tuple[Float[Array, "B R T"], Float[Array, "B R T"]]:
-    """Log-probabilities and log-normalisers of the answers' tokens, in one pass over the rows.
+    """Log-probabilities and log-normalizers of the response tokens, in one pass over the sequences.
 
     Args:
         model: The model.
         params: Its parameters.
-        batch: B prompts with R answers each.
+        batch: B prompts with R responses each.
 
     Returns:
-        (logp, logz), float32 in nats, shape [B, R, T]; 0 after the end of an answer.
+        (logp, logz), float32 in nats, shape [B, R, T]; 0 after the end of a response.
     """
     scores = token_logprobs(_scored_states(model, params, batch), model.head(params), batch.targets)
-    # From where they were computed to whose they are; floats only, so that this is cheap across devices too.
+    # Gathers from the slots of the sequences to the responses; only floats move, so this is cheap across devices too.
     return tuple(jnp.where(batch.response_mask, x.reshape(-1)[batch.index], 0.0) for x in scores)
 
 
 def response_alternatives(
     model: CausalLM, params: Params, ref_params: Params | None, batch: Batch, count: int
 ) -> tuple[Int[Array, "B R T K"], Float[Array, "B R T K"], Float[Array, "B R T K"]]:
-    """What else the policy could have said at each token of the answers.
+    """Ranks the tokens that the policy could have chosen at each position of the responses.
 
     Args:
-        model: The model; policy and reference have the same shape, but for an adapter.
+        model: The model; policy and reference have the same shape, except for an adapter.
         params: The policy's parameters.
-        ref_params: The reference's, without an adapter; None where it is the policy without its adapter.
-        batch: B prompts with R answers each.
-        count: Tokens a place, K; at most the size of the vocabulary.
+        ref_params: The reference's parameters, without an adapter; None where it is the policy without its adapter.
+        batch: B prompts with R responses each.
+        count: Tokens per position, K; at most the size of the vocabulary.
 
     Returns:
-        (ids, logp, ref_logp) of the policy's likeliest tokens, likeliest first; float32 in nats. Shape [B, R, T, K];
-        what stands after the end of an answer means nothing.
+        (ids, logp, ref_logp) of the policy's most likely tokens, most likely first; float32 in nats. Shape
+        [B, R, T, K]; entries after the end of a response are undefined.
     """
     base = split_adapter(params)[0] if ref_params is None else ref_params
     hidden, ref_hidden = _scored_states(model, params, batch), _scored_states(model.base, base, batch)
-    found = top_logprobs(hidden, model.head(params), ref_hidden, model.base.head(base), count)
-    return tuple(x.reshape(-1, count)[batch.index] for x in found)
+    ranked = top_logprobs(hidden, model.head(params), ref_hidden, model.base.head(base), count)
+    return tuple(x.reshape(-1, count)[batch.index] for x in ranked)
 
 
 def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
@@ -71,20 +71,20 @@ def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
 
 
 def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, batch: Batch) -> TokenScores:
-    """Policy and reference side by side: everything that rewards, values and losses are made of.
+    """Scores responses under policy and reference: the record that losses, rewards and values read.
 
     Args:
-        model: The model; policy and reference have the same shape, but for an adapter.
+        model: The model; policy and reference have the same shape, except for an adapter.
         params: The policy's parameters.
         ref_params: The reference's parameters, without an adapter; not used where the batch carries `ref_logp`. None
             where the reference is the policy without its adapter.
-        batch: B prompts with R answers each.
+        batch: B prompts with R responses each.
 
     Returns:
         Scores of shape [B, R, T]; no gradient flows into the reference.
 
     Raises:
-        ValueError: If nothing says who the reference is.
+        ValueError: If there is no reference.
     """
     if ref_params is None and batch.ref_logp is None and model.lora is None:
         raise ValueError("no reference: expected ref_params, a batch with ref_logp, or a model with an adapter")
@@ -96,7 +96,7 @@ def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, bat
 
 
 def _scored_states(model: CausalLM, params: Params, batch: Batch) -> Float[Array, "N K D"]:
-    """Hidden states of the slots whose next token is scored, whatever the layout of the rows."""
+    """Hidden states of the slots whose next token is scored, in any layout of the sequences."""
     mask = PackedMask(blocks=batch.blocks, branches=batch.branches)
     hidden = model.hidden_states(params, batch.tokens, batch.positions, mask)
     return jnp.take_along_axis(hidden, batch.slots[..., None], axis=1)

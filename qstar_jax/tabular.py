@@ -1,12 +1,12 @@
 """The token MDP small enough to print: a tree of all responses to one prompt, solved exactly.
 
-It is the oracle against which the rest of the library is tested, and a place to see the paper's claims with one's own
-eyes. States are numbered breadth-first, so tables of state and token are arrays [S, V] and tables of states [S]; state
+It is the oracle against which the rest of the library is tested, and a place to check the paper's claims by hand.
+States are numbered breadth-first, so tables over states and tokens are arrays [S, V] and tables over states [S]; state
 0 is the prompt. Functions are pure, take a `TokenTree` as a static argument, and compute in the precision of their
 inputs: wrap them in `with jax.enable_x64(True):` for float64.
 
 Examples:
-    A reward for one token, two tokens deep, learned back from comparisons of whole answers:
+    The reward of one token, at depth two, recovered from comparisons of whole responses:
 
     >>> import jax, jax.numpy as jnp
     >>> from qstar_jax import tabular
@@ -16,7 +16,7 @@ Examples:
     >>> tree.paths.tokens.tolist()
     [[0, 0], [0, 1], [1, 0], [1, 1]]
     >>> with jax.enable_x64(True):
-    ...     rewards = jnp.zeros(tree.shape).at[1, 0].set(1.0)  # after token 0, token 0 is worth 1
+    ...     rewards = jnp.zeros(tree.shape).at[1, 0].set(1.0)  # token 0 earns 1 after token 0
     ...     ref_logp = jnp.full(tree.shape, -jnp.log(2.0))
     ...     solution = tabular.soft_value_iteration(tree, rewards, ref_logp, beta=1.0)
     ...     labels = tabular.preference_table(tabular.path_sums(tree, rewards))
@@ -62,15 +62,15 @@ class Paths:
 class TokenTree:
     """All responses of at most `depth` tokens to one prompt; those that end early end with `eos`.
 
-    A response of `depth` tokens is complete too: the horizon is an end of the MDP, with value 0 behind it.
+    A response of `depth` tokens is complete too: the horizon ends the MDP, with value 0 after it.
 
     Attributes:
         vocabulary: V, the number of tokens.
         depth: T, the longest response, in tokens.
-        eos: Token that ends a response; None: all responses have `depth` tokens.
+        eos: Token that ends a response; None if all responses have `depth` tokens.
 
     Raises:
-        ValueError: If a number is out of its range, or the tree has more than a million edges.
+        ValueError: If a number is out of range, or the tree has more than a million edges.
     """
 
     vocabulary: int
@@ -90,7 +90,7 @@ class TokenTree:
 
     @cached_property
     def states(self) -> tuple[tuple[int, ...], ...]:
-        """The tokens that lead to each state that is not terminal, breadth-first."""
+        """The tokens that lead to each non-terminal state, breadth-first."""
         levels = [[()]]
         tokens = [token for token in range(self.vocabulary) if token != self.eos]
         for _ in range(self.depth - 1):
@@ -99,15 +99,15 @@ class TokenTree:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(S, V), the shape of a table of state and token."""
+        """(S, V), the shape of a table over states and tokens."""
         return len(self.states), self.vocabulary
 
     @cached_property
     def children(self) -> np.ndarray:
-        """State to which each token leads, S for terminal states. Shape [S, V], integers."""
+        """State to which each token leads, S where it is terminal. Shape [S, V], integers."""
         index = {state: i for i, state in enumerate(self.states)}
         terminal = len(self.states)
-        # EOS and the last token lead to no state of the list.
+        # EOS and the tokens of the last level lead to terminal states.
         return np.array(
             [[index.get((*state, token), terminal) for token in range(self.vocabulary)] for state in self.states]
         )
@@ -146,7 +146,7 @@ class TokenTree:
 
     @cached_property
     def _potential_of(self) -> np.ndarray:
-        """Pseudo-inverse of `_shaping` [S, S * V]; the rank is full, since the end of every path is fixed."""
+        """Pseudo-inverse of `_shaping` [S, S * V]; its rank is full, since the end of every path is fixed."""
         return np.linalg.pinv(self._shaping)
 
 
@@ -169,7 +169,7 @@ class SoftSolution:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DpoFit:
-    """What DPO learned, step by step; entry 0 is the start.
+    """The policy that DPO learned, step by step; entry 0 is the start.
 
     Attributes:
         losses: Population loss, in nats. Shape [K].
@@ -195,7 +195,7 @@ def soft_value_iteration(
         Q*, V* and the optimal policy.
     """
     bonus = rewards + beta * ref_logp
-    values = jnp.zeros(tree.shape[0] + 1, bonus.dtype)  # the last entry is every terminal state's
+    values = jnp.zeros(tree.shape[0] + 1, bonus.dtype)  # the last entry is that of terminal states
     for level in reversed(tree.levels):
         q = bonus[level] + values[tree.children[level]]
         values = values.at[level].set(beta * jax.nn.logsumexp(q / beta, axis=-1))
@@ -206,11 +206,11 @@ def soft_value_iteration(
 def rewards_of_q(
     tree: TokenTree, q: Float[Array, "S V"], ref_logp: Float[Array, "S V"], *, beta: ScalarLike
 ) -> Float[Array, "S V"]:
-    """The one reward whose optimal Q-function is `q`: r = Q - beta * log pi_ref - V(s') (Lemma 1, the way back).
+    """The only reward whose optimal Q-function is `q`: r = Q - beta * log pi_ref - V(s') (Lemma 1, inverted).
 
     Args:
         tree: The tree.
-        q: Any table of numbers. Shape [S, V].
+        q: Any table. Shape [S, V].
         ref_logp: log pi_ref(a | s), in nats. Shape [S, V].
         beta: Temperature: reward per nat.
 
@@ -222,21 +222,21 @@ def rewards_of_q(
 
 
 def on_paths(tree: TokenTree, table: Float[Array, "S V"]) -> Float[Array, "N T"]:
-    """Reads a table of state and token along every response; 0 after the end.
+    """Reads a table over states and tokens along every response; 0 after the end.
 
     Args:
         tree: The tree.
         table: r, Q, log pi, ... Shape [S, V].
 
     Returns:
-        What the functions of `mdp` and `losses` take, with `tree.paths.mask`. Shape [N, T].
+        Its entries along the responses, to be read with `tree.paths.mask`. Shape [N, T].
     """
     paths = tree.paths
     return jnp.where(paths.mask, table[paths.states, paths.tokens], 0.0)
 
 
 def states_on_paths(tree: TokenTree, values: Float[Array, " S"]) -> Float[Array, "N T"]:
-    """Reads a table of states along every response, at the states in which tokens are chosen; 0 after the end.
+    """Reads a table over states along every response, where each token is chosen; 0 after the end.
 
     Args:
         tree: The tree.
@@ -257,7 +257,7 @@ def path_sums(tree: TokenTree, table: Float[Array, "S V"]) -> Float[Array, " N"]
         table: r or log pi. Shape [S, V].
 
     Returns:
-        A number for each response. Shape [N].
+        One number per response. Shape [N].
     """
     return on_paths(tree, table).sum(-1)
 
@@ -275,7 +275,7 @@ def preference_table(returns: Float[Array, " N"]) -> Float[Array, "N N"]:
 
 
 def ranking_table(returns: Float[Array, " N"], *, size: int) -> tuple[Int[np.ndarray, "M R"], Float[Array, " M"]]:
-    """Exact Plackett-Luce labels: every ordered choice of `size` responses, and the probability of that order.
+    """Exact Plackett-Luce labels: every ordered choice of `size` responses, and the probability of its order.
 
     Args:
         returns: Return of each response. Shape [N].
@@ -283,7 +283,7 @@ def ranking_table(returns: Float[Array, " N"], *, size: int) -> tuple[Int[np.nda
 
     Returns:
         (rankings, probabilities): indices of responses, best first, shape [M, R]; and the probability that these R
-        responses are ranked so, shape [M]. Those of the same R responses sum to 1.
+        responses are ranked in this order, shape [M]. The probabilities for the same R responses sum to 1.
     """
     rankings = np.array(list(permutations(range(len(returns)), size)), np.int32).reshape(-1, size)
     return rankings, jnp.exp(mdp.preference_log_prob(returns[rankings]))
@@ -297,7 +297,7 @@ def population_dpo_loss(
     *,
     beta: ScalarLike,
 ) -> Float[Array, ""]:
-    """DPO's expected loss over all pairs of different responses, with their exact label probabilities.
+    """DPO's expected loss over all pairs of different responses, under their exact label probabilities.
 
     Args:
         tree: The tree.
@@ -311,7 +311,7 @@ def population_dpo_loss(
     """
     ratios = path_sums(tree, jax.nn.log_softmax(logits) - ref_logp)
     chosen, rejected = jnp.broadcast_arrays(ratios[:, None], ratios[None, :])
-    pairs = jnp.stack([chosen, rejected], axis=-1)[..., None]  # each answer's sum as its one token
+    pairs = jnp.stack([chosen, rejected], axis=-1)[..., None]  # the sum of each response as its only token
     loss, _ = losses.sigmoid(pairs, jnp.ones(pairs.shape, bool), beta=beta)
     different = ~np.eye(len(ratios), dtype=bool)
     return jnp.where(different, preferences * loss, 0.0).sum() / max(different.sum() / 2, 1)
@@ -325,9 +325,9 @@ def fit_dpo(
     beta: ScalarLike,
     steps: int = 200,
 ) -> DpoFit:
-    """Trains a tabular policy by DPO on the population loss, from its reference on, with L-BFGS.
+    """Trains a tabular policy by DPO on the population loss with L-BFGS, starting from its reference.
 
-    It sees which of two whole responses is preferred, and nothing of single tokens.
+    The labels compare whole responses and say nothing about single tokens.
 
     Args:
         tree: The tree.
@@ -350,7 +350,7 @@ def fit_dpo(
         logits, state = carry
         value, grad = value_and_grad(logits, state=state)
         updates, state = optimizer.update(grad, state, logits, value=value, grad=grad, value_fn=loss_fn)
-        # A gradient of nothing but rounding would lead the line search astray.
+        # A gradient that is only rounding error would mislead the line search.
         moving = optax.tree.norm(grad) > 100 * jnp.finfo(grad.dtype).eps
         updates = jnp.where(moving, updates, 0.0)
         return (optax.apply_updates(logits, updates), state), logits
@@ -361,7 +361,7 @@ def fit_dpo(
 
 
 def best_potential(tree: TokenTree, difference: Float[Array, "S V"]) -> tuple[Float[Array, " S"], Float[Array, "S V"]]:
-    """The potential that explains the difference of two rewards best, and what it leaves.
+    """The potential that best explains the difference of two rewards, and the residual.
 
     Least squares of r' - r by Phi(s') - Phi(s) over all states and tokens, with Phi 0 in terminal states.
 

@@ -1,4 +1,4 @@
-"""One answer with what the model thinks of each of its tokens: the record that every view reads."""
+"""A response with the numbers of each of its tokens: the record that every view reads."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -10,17 +10,17 @@ from typing import Any, Protocol, Self
 
 _PER_TOKEN = ("logp", "ref_logp", "reward", "q", "v")
 _UNFINISHED = "\ufffd"
-_LONGEST_CHARACTER = 4  # bytes of UTF-8, so also the most tokens that one character can be spread over
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, so no character takes more tokens
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that the policy could have said instead.
+    """A token that the policy could have chosen instead.
 
     Args:
         piece: Its text.
-        logp: log pi of it (nats).
-        reward: beta * (log pi - log pi_ref) of it (nats).
+        logp: Its log pi (nats).
+        reward: Its implicit reward.
     """
 
     piece: str
@@ -30,24 +30,24 @@ class Alternative:
 
 @dataclass(frozen=True)
 class ScoredResponse:
-    """An answer, its tokens, and five numbers for each of them (nats).
+    """A response, its tokens, and five numbers for each of them; log-probabilities in nats.
 
     Args:
-        row: Row of the data file; the answers of one row share their prompt.
+        row: Row of the data file; the responses of one row share their prompt.
         role: "chosen", "rejected" or "answer".
-        prompt: Text before the answer.
-        pieces: Text of each token; together they spell the answer, EOS included.
+        prompt: Text before the response.
+        pieces: Text of each token; joined they spell the response, EOS included.
         token_ids: Id of each token.
         logp: log pi of each token.
         ref_logp: log pi_ref of each token.
-        reward: beta * (logp - ref_logp), the implicit token reward.
-        q: beta * (logp + logz), the value of this token in this state.
-        v: beta * logz, the value of the state before this token.
-        truncated: The answer was cut, so it has no EOS and its total is not that of a finished answer.
-        beta: Temperature of the rewards.
-        alternatives: The policy's likeliest tokens at the place of each token, likeliest first; empty where nobody
-            asked for them.
-        prompt_truncated: The prompt lost its beginning.
+        reward: Implicit reward of each token (`TokenScores.rewards`).
+        q: Q-value of each token (`TokenScores.q`).
+        v: Value of the state before each token (`TokenScores.v`).
+        truncated: The response was truncated: it has no EOS, and its total is not that of a finished response.
+        beta: Temperature of the rewards: reward per nat.
+        alternatives: The policy's most likely tokens at each position, most likely first; empty where they were not
+            asked for.
+        prompt_truncated: The beginning of the prompt was truncated.
     """
 
     row: int
@@ -70,11 +70,13 @@ class ScoredResponse:
         names = ("pieces", "token_ids", *_PER_TOKEN, *(["alternatives"] if self.alternatives else []))
         lengths = {name: len(getattr(self, name)) for name in names}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"row {self.row}, {self.role}: one entry a token expected in each field, found {lengths}")
+            raise ValueError(
+                f"row {self.row}, {self.role}: expected one entry per token in each field, found {lengths}"
+            )
 
     @property
     def total_reward(self) -> float:
-        """The sum of the token rewards: the answer's implicit reward, up to V of the prompt."""
+        """The sum of the token rewards: the implicit return of the response."""
         return float(sum(self.reward))
 
     @property
@@ -99,7 +101,7 @@ class ScoredResponse:
         """Reads back what `to_json` wrote, so that views can be drawn from scores.jsonl.
 
         Args:
-            record: One parsed line; keys that are no field (`total_reward`) are left aside, and `alternatives` may be
+            record: One parsed line; keys that are no field (`total_reward`) are ignored, and `alternatives` may be
                 missing.
 
         Returns:
@@ -113,19 +115,19 @@ class ScoredResponse:
 
 
 def unscored_line(row: int, reason: str) -> dict[str, Any]:
-    """The one line of scores.jsonl for a row that could not be scored: it has all keys, and says why."""
-    nothing = dict.fromkeys(field.name for field in fields(ScoredResponse))
-    return nothing | {"row": row, "total_reward": None, "reason": reason}
+    """The line of scores.jsonl for a row that could not be scored: it has all keys, and the reason."""
+    empty = dict.fromkeys(field.name for field in fields(ScoredResponse))
+    return empty | {"row": row, "total_reward": None, "reason": reason}
 
 
 def read_scores(path: Path) -> list[ScoredResponse]:
-    """Reads the answers of scores.jsonl, rows without a score left aside.
+    """Reads the responses of scores.jsonl, without rows that have no score.
 
     Args:
         path: The file.
 
     Returns:
-        One record an answer, in file order.
+        One record per response, in file order.
     """
     with path.open(encoding="utf-8") as file:  # texts may hold what `splitlines` splits at
         records = [json.loads(line) for line in file]
@@ -133,13 +135,13 @@ def read_scores(path: Path) -> list[ScoredResponse]:
 
 
 def by_row(responses: Iterable[ScoredResponse]) -> list[list[ScoredResponse]]:
-    """Gathers the answers to each prompt.
+    """Groups responses by prompt.
 
     Args:
-        responses: Answers in any order.
+        responses: Responses in any order.
 
     Returns:
-        One list for each row, rows and answers in the order in which they came.
+        One list per row, rows and responses in the order in which they came.
     """
     rows: dict[int, list[ScoredResponse]] = {}
     for response in responses:
@@ -147,23 +149,23 @@ def by_row(responses: Iterable[ScoredResponse]) -> list[list[ScoredResponse]]:
     return list(rows.values())
 
 
-def pair_margin(answers: Sequence[ScoredResponse]) -> float | None:
-    """Says by how much the model prefers the chosen answer of a row.
+def pair_margin(responses: Sequence[ScoredResponse]) -> float | None:
+    """Computes by how much the model prefers the chosen response of a row.
 
     Args:
-        answers: The answers of one row.
+        responses: The responses of one row.
 
     Returns:
-        Total reward of the chosen minus that of the rejected answer; None if the row is not such a pair.
+        Total reward of the chosen minus that of the rejected response; None if the row is not such a pair.
     """
-    totals = {answer.role: answer.total_reward for answer in answers}
-    if len(answers) != 2 or set(totals) != {"chosen", "rejected"}:
+    totals = {response.role: response.total_reward for response in responses}
+    if len(responses) != 2 or set(totals) != {"chosen", "rejected"}:
         return None
     return totals["chosen"] - totals["rejected"]
 
 
 class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that is used here."""
 
     def decode(self, token_ids: list[int], **options: bool) -> str:
         """Spells token ids as text."""
@@ -173,26 +175,26 @@ class Tokenizer(Protocol):
 def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
     """Finds the text of each token, special tokens included.
 
-    A token can hold a part of a character only; the token that completes the character then carries all of it. The
-    text is cut by decoding short windows: the token alone would lose its leading space in some tokenizers, and the
-    whole prefix would cost quadratic time.
+    A token may hold only part of a character; the token that completes the character then carries all of it. Short
+    windows are decoded: a token alone would lose its leading space in some tokenizers, and decoding every prefix would
+    take quadratic time.
 
     Args:
-        ids: Token ids of one answer.
+        ids: Token ids of one response.
         tokenizer: The tokenizer that they belong to.
 
     Returns:
-        One piece for each id; joined, they are the decoded text, to the letter.
+        One piece per id; joined, they are exactly the decoded text.
     """
     spell = partial(_spell, tokenizer)
     ends: list[int] = []
-    window = fresh = 0  # the window opens with the tokens before `fresh`, already spelled, as context
+    window = fresh = 0  # the window begins with tokens before `fresh`, already spelled, as context
     offset = 0  # where the window's text begins in the whole text
     for position in range(len(ids)):
         spelled = spell(ids[window : position + 1])
         settled = spelled.rstrip(_UNFINISHED)
         ends.append(max(offset + len(settled), ends[-1] if ends else 0))
-        # Bytes that never become a character must not make the window grow for ever.
+        # Bytes that never complete a character must not let the window grow forever.
         if settled == spelled or position - fresh >= _LONGEST_CHARACTER:
             window, fresh = fresh, position + 1
             offset += len(spelled) - len(spell(ids[window:fresh]))
@@ -202,14 +204,14 @@ def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def lone_piece(token_id: int, tokenizer: Tokenizer) -> str:
-    """Finds the text of a token that may stand anywhere, with its leading space.
+    """Finds the text of a token on its own, with its leading space.
 
     Args:
         token_id: The token.
         tokenizer: The tokenizer that it belongs to.
 
     Returns:
-        Its text behind another token, here itself: some tokenizers take the space from the first token of a text.
+        Its text after another token, here itself: some tokenizers strip the space from the first token of a text.
     """
     return _spell(tokenizer, [token_id, token_id])[len(_spell(tokenizer, [token_id])) :]
 

@@ -1,4 +1,4 @@
-"""The implicit reward of every token of every answer, from one pass of policy and reference."""
+"""The implicit reward of every response token, from one pass of policy and reference."""
 
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -35,25 +35,25 @@ def score_dataset(
     first: int | None = None,
     track: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
 ) -> list[ScoredResponse]:
-    """Scores all answers of a data set.
+    """Scores all responses of a data set.
 
     Args:
         policy: The preference-trained model.
         ref_params: Parameters of its reference.
-        dataset: Prompts with one answer each, or with a chosen and a rejected one.
-        beta: Temperature of the rewards.
-        batch_size: Rows of the data set scored at once; (data * fsdp) of the mesh must divide it.
+        dataset: Prompts with one response each, or with a chosen and a rejected one.
+        beta: Temperature of the rewards: reward per nat.
+        batch_size: Examples scored at once; (data * fsdp) of the mesh must divide it.
         mesh: Devices of the models.
-        alternatives: How many of the policy's likeliest tokens to keep at the place of each token.
-        first: Keep them for so many rows from the first only; for all by default.
+        alternatives: How many of the policy's most likely tokens to keep at each position.
+        first: Keep them for the first N examples only; for all by default.
         track: Wraps the batches, for a progress bar.
 
     Returns:
-        One record an answer, in file order.
+        One record per response, in file order.
 
     Raises:
-        InputError: If the batch cannot be cut evenly over the mesh, there are not so many tokens, or a number is not
-            finite.
+        InputError: If the batch cannot be sharded evenly over the mesh, the vocabulary is smaller than `alternatives`,
+            or a number is not finite.
     """
     if not 0 <= alternatives <= policy.model.config.vocab_size:
         raise InputError(
@@ -62,26 +62,29 @@ def score_dataset(
     feeder = Feeder(dataset, batch_size, mesh, DataOptions(), "batch_size")
     replicated = NamedSharding(mesh, PartitionSpec())  # so that every host can read the result
     score = jax.jit(partial(score_tokens, policy.model), out_shardings=replicated)
-    ask = jax.jit(partial(response_alternatives, policy.model, count=alternatives), out_shardings=replicated)
+    rank = jax.jit(partial(response_alternatives, policy.model, count=alternatives), out_shardings=replicated)
     piece = cache(partial(lone_piece, tokenizer=policy.tokenizer))
-    asked = 0 if alternatives == 0 else len(dataset.examples) if first is None else first
+    with_alternatives = 0 if alternatives == 0 else len(dataset.examples) if first is None else first
     examples = iter(enumerate(dataset.examples))
     records: list[ScoredResponse] = []
     for number, batch in enumerate(track(feeder.in_order())):
-        scores = _numbers(jax.device_get(score(policy.params, ref_params, batch)), beta)
-        others = jax.device_get(ask(policy.params, ref_params, batch)) if number * batch_size < asked else None
-        # strict=False: the rows that only fill up the last batch come after the last example
+        # One pass over the batch, and a second for alternatives where some of its examples keep them.
+        scores = _columns(jax.device_get(score(policy.params, ref_params, batch)), beta)
+        ranked = None
+        if number * batch_size < with_alternatives:
+            ranked = jax.device_get(rank(policy.params, ref_params, batch))
+        # strict=False: examples that only fill up the last batch come after the last of the data set.
         for b, (index, example) in zip(range(batch_size), examples, strict=False):
             for r, response in enumerate(example.responses):
-                at = (b, r, slice(len(response.ids)))
-                places = _alternatives([x[at] for x in others], piece, beta) if index < asked else ()
-                own = {name: tuple(values[at].tolist()) for name, values in scores.items()}
-                _check_finite(example, own)
-                records.append(_record(policy, example, r, beta, alternatives=places, **own))
+                tokens = (b, r, slice(len(response.ids)))
+                others = _alternatives([x[tokens] for x in ranked], piece, beta) if index < with_alternatives else ()
+                columns = {name: tuple(values[tokens].tolist()) for name, values in scores.items()}
+                _check_finite(example, columns)
+                records.append(_record(policy, example, r, beta, alternatives=others, **columns))
     return records
 
 
-def _record(policy: LoadedModel, example: Example, r: int, beta: float, **found: Any) -> ScoredResponse:
+def _record(policy: LoadedModel, example: Example, r: int, beta: float, **columns: Any) -> ScoredResponse:
     response = example.responses[r]
     return ScoredResponse(
         row=example.row,
@@ -92,7 +95,7 @@ def _record(policy: LoadedModel, example: Example, r: int, beta: float, **found:
         truncated=response.truncated,
         prompt_truncated=example.prompt_truncated,
         beta=beta,
-        **found,
+        **columns,
     )
 
 
@@ -106,8 +109,8 @@ def _check_finite(example: Example, scores: dict[str, tuple[float, ...]]):
             )
 
 
-def _numbers(scores: TokenScores, beta: float) -> dict[str, np.ndarray]:
-    """What is told of each token of a batch. Shape [B, R, T] each; nothing is meant after the end of an answer."""
+def _columns(scores: TokenScores, beta: float) -> dict[str, np.ndarray]:
+    """The columns of scores.jsonl for each token of a batch, 0 after the end of a response. Shape [B, R, T] each."""
     arrays = {
         "logp": scores.logp,
         "ref_logp": scores.ref_logp,
@@ -119,11 +122,11 @@ def _numbers(scores: TokenScores, beta: float) -> dict[str, np.ndarray]:
 
 
 def _alternatives(
-    found: list[np.ndarray], piece: Callable[[int], str], beta: float
+    ranked: list[np.ndarray], piece: Callable[[int], str], beta: float
 ) -> tuple[tuple[Alternative, ...], ...]:
-    ids, logp, ref_logp = found
-    reward = implicit_rewards(logp, ref_logp, beta=beta)
+    ids, logp, ref_logp = ranked
+    rewards = implicit_rewards(logp, ref_logp, beta=beta)
     return tuple(
-        tuple(Alternative(piece(token), value, gain) for token, value, gain in zip(*place, strict=True))
-        for place in zip(ids.tolist(), logp.tolist(), reward.tolist(), strict=True)
+        tuple(Alternative(piece(token), *numbers) for token, *numbers in zip(*position, strict=True))
+        for position in zip(ids.tolist(), logp.tolist(), rewards.tolist(), strict=True)
     )

@@ -1,4 +1,4 @@
-"""The record of an answer, and the text of its tokens."""
+"""The record of a response, and the text of its tokens."""
 
 import dataclasses
 import json
@@ -25,8 +25,8 @@ def test_lines_are_read_back_whatever_their_texts_hold(respond, tmp_path):
     lines = [first.to_json(), unscored_line(1, "no\u2029 prompt"), respond(["c"], [0.3], row=2).to_json()]
     path = tmp_path / "scores.jsonl"
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    found = read_scores(path)
-    assert found[0] == first and [record.row for record in found] == [0, 2]
+    responses = read_scores(path)
+    assert responses[0] == first and [response.row for response in responses] == [0, 2]
     assert lines[0].keys() == lines[1].keys() and lines[1]["reason"] == "no\u2029 prompt"
 
 

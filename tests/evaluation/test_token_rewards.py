@@ -87,15 +87,15 @@ def test_records_hold_texts_rewards_and_order(scoring, tiny_params, policy_param
     for example in examples:
         for r in range(2):
             policy, reference = (full_logprobs(params, example, r) for params in (policy_params, tiny_params))
-            for t, place in enumerate(next(records).alternatives):
+            for t, position in enumerate(next(records).alternatives):
                 ids = np.argsort(-policy[t])[:3]
-                assert [a.piece for a in place] == [lone_piece(int(token), tiny_tokenizer) for token in ids]
-                np.testing.assert_allclose([a.logp for a in place], policy[t, ids], rtol=0, atol=2e-5)
+                assert [a.piece for a in position] == [lone_piece(int(token), tiny_tokenizer) for token in ids]
+                np.testing.assert_allclose([a.logp for a in position], policy[t, ids], rtol=0, atol=2e-5)
                 rewards = BETA * (policy[t, ids] - reference[t, ids])
-                np.testing.assert_allclose([a.reward for a in place], rewards, rtol=0, atol=2e-5)
+                np.testing.assert_allclose([a.reward for a in position], rewards, rtol=0, atol=2e-5)
 
 
-def test_nobody_asked(scoring):
+def test_alternatives_are_kept_for_the_first_examples_only(scoring):
     _, score = scoring
     none, some = score(), score(alternatives=1, first=3)
     assert all(record.alternatives == () for record in none)
@@ -104,14 +104,14 @@ def test_nobody_asked(scoring):
 
 
 def test_numbers_that_are_not_finite_are_refused(scoring, tiny_params, monkeypatch):
-    found = token_rewards._numbers
+    columns = token_rewards._columns
 
     def broken(scores, beta):
-        arrays = {name: np.array(values) for name, values in found(scores, beta).items()}
+        arrays = {name: np.array(values) for name, values in columns(scores, beta).items()}
         arrays["logp"][1, 0, 1] = np.nan
         return arrays
 
-    monkeypatch.setattr(token_rewards, "_numbers", broken)
+    monkeypatch.setattr(token_rewards, "_columns", broken)
     with pytest.raises(InputError, match=r"row 2: logp of token 2 is nan; expected finite numbers"):
         scoring[1]()
 
