@@ -10,8 +10,8 @@ import yaml
 from qstar_jax.cli.main import main
 from qstar_jax.data.tokenization import tokenize
 from qstar_jax.sharding import make_mesh
-from qstar_jax.training.objectives import preference_loss
 from qstar_jax.training.optimizers import make_optimizer
+from qstar_jax.training.plan import make_plan
 
 PATHS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
 MODELS = {
@@ -71,4 +71,4 @@ def test_those_of_known_models_are_complete_and_fit_eight_devices(name, options,
         assert rows % 8 == 0
     assert make_optimizer(found.optimizer, 1000)
     if name.startswith("dpo"):
-        assert "beta=0.1" in str(preference_loss(found.loss))
+        assert "beta=0.1" in make_plan(found).objective.description

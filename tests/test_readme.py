@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar_jax.config import LossOptions
-from qstar_jax.training.objectives import dpo_loss_fn
+from qstar_jax.losses import make_loss
+from qstar_jax.training.objectives import preference_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState
 
@@ -46,7 +46,7 @@ def test_a_training_step_of_ones_own(tiny_model, tiny_params, pair_batch):
     optimizer = make_optimizer(names["OptimizerOptions"](), steps=1000)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), ref_params)
     batch = pair_batch(4)
-    expected, _ = dpo_loss_fn(tiny_model, LossOptions(beta=0.1))(params, ref_params, batch)
+    expected, _ = preference_loss_fn(tiny_model, make_loss(beta=0.1))(params, ref_params, batch)
     state, metrics = names["train_step"](state, batch)
     np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], expected, rtol=1e-6)
     assert state.step == 1

@@ -7,20 +7,25 @@ import jax
 
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.feeder import Feeder, Track
+from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.training.metrics import Metrics, mean_metrics
+from qstar_jax.scoring import response_logprobs
+from qstar_jax.training.metrics import COUNT, Metrics, mean_metrics
+from qstar_jax.training.objectives import LossFn
+from qstar_jax.training.plan import RunPlan
+from qstar_jax.training.step import TrainState
 
 Evaluate = Callable[[Params, Params | None], dict[str, float]]  # (policy, live reference) -> metrics
 
 
 class Evaluator:
-    """Weighted global means over a held-out file; what the frozen reference says of it is computed once.
+    """Weighted means over all held-out examples; a reference that stays the same scores them once.
 
     Args:
         feeder: The held-out examples.
         eval_step: `(params, ref_params, batch) -> metrics`, jitted.
-        ref_logprobs: `batch -> ref_logp`, where the reference is the same in every evaluation; then they are computed
-            here, once.
+        ref_logprobs: `batch -> ref_logp`, if the reference is the same in every evaluation; it is called here, once per
+            batch.
         track: `(batches, description, total)` wraps batches, for a progress bar.
     """
 
@@ -47,10 +52,34 @@ class Evaluator:
             if self._ref_logps is not None:
                 batch = replace(batch, ref_logp=self._ref_logps[i])
             parts.append(jax.block_until_ready(self._eval_step(params, ref_params, batch)))
-        return {f"eval_{name}": value for name, value in mean_metrics(parts).items() if not name.startswith("count/")}
+        return {f"eval_{name}": value for name, value in mean_metrics(parts).items() if not name.startswith(COUNT)}
+
+
+def make_evaluator(
+    plan: RunPlan, model: CausalLM, loss_fn: LossFn, feeder: Feeder, state: TrainState, track: Track
+) -> Evaluator:
+    """Makes the evaluator of a run.
+
+    Args:
+        plan: The run.
+        model: Its model.
+        loss_fn: Its loss.
+        feeder: The held-out examples.
+        state: Where it begins.
+        track: `(batches, description, total)` wraps batches, for a progress bar.
+
+    Returns:
+        The evaluator.
+    """
+    if not plan.runs_reference or plan.moves_reference:
+        return Evaluator(feeder, jax.jit(lambda *args: loss_fn(*args)[1]), track=track)
+    logprobs = jax.jit(lambda params, batch: response_logprobs(model.base, params, batch)[0])
+    reference = state.frozen if state.ref_params is None else state.ref_params
+    eval_step = jax.jit(lambda params, _, batch: loss_fn(params, None, batch)[1])
+    return Evaluator(feeder, eval_step, lambda batch: logprobs(reference, batch), track)
 
 
 def join_evaluators(evaluators: Iterable[Evaluate | None]) -> Evaluate | None:
-    """Makes one evaluator of those that are not None; None where there are none."""
-    found = [evaluate for evaluate in evaluators if evaluate is not None]
-    return (lambda *params: {k: v for evaluate in found for k, v in evaluate(*params).items()}) if found else None
+    """Makes one evaluator of those that are not None; None if all are."""
+    present = [evaluate for evaluate in evaluators if evaluate is not None]
+    return (lambda *params: {k: v for evaluate in present for k, v in evaluate(*params).items()}) if present else None

@@ -1,15 +1,14 @@
-"""The reference of a run: in which mode, who it is, and its log-probabilities where they are computed once."""
+"""The reference of a run: its mode, and its log-probabilities if they are computed once."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from qstar_jax.config import DpoConfig, ReferenceOptions, SftConfig
+from qstar_jax.config import ReferenceOptions
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.feeder import Feeder, Track
 from qstar_jax.errors import InputError
@@ -17,17 +16,19 @@ from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.store.reference_cache import ReferenceCache, fingerprint
-from qstar_jax.training.objectives import preference_loss
+from qstar_jax.training.objectives import Objective
 
 # Largest difference between cached and fresh log-probabilities of a token, in nats: two programs round differently.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-def resolve_reference(config: DpoConfig) -> ReferenceOptions:
-    """Turns `auto` into what fits the loss and the adapter, and refuses what does not fit.
+def resolve_reference(options: ReferenceOptions, objective: Objective, lora_rank: int) -> ReferenceOptions:
+    """Turns `auto` into the mode that fits the objective and the adapter, and refuses one that does not fit.
 
     Args:
-        config: The run's configuration.
+        options: The reference's options.
+        objective: What the run minimizes.
+        lora_rank: Rank of the policy's adapter; 0 if it has none.
 
     Returns:
         Options whose mode is one of the others.
@@ -35,49 +36,28 @@ def resolve_reference(config: DpoConfig) -> ReferenceOptions:
     Raises:
         InputError: If the mode and the loss, the adapter or the moving reference do not go together.
     """
-    options, loss, has_adapter = config.reference, preference_loss(config.loss), config.lora.rank > 0
-    mode = options.mode
+    loss, mode, has_adapter = objective.description, options.mode, lora_rank > 0
     if mode == "auto":
-        mode = "none" if not loss.uses_reference else "adapter" if has_adapter else "live"
-    if mode != "none" and not loss.uses_reference:
+        mode = "none" if not objective.uses_reference else "adapter" if has_adapter else "live"
+    if mode != "none" and not objective.uses_reference:
         raise InputError(f"reference.mode is {mode}, and {loss} has no reference; leave it out")
-    if mode == "none" and loss.uses_reference:
+    if mode == "none" and objective.uses_reference:
         raise InputError(f"reference.mode is none, and {loss} compares the policy with one; choose live or cached")
     if mode == "adapter" and not has_adapter:
         raise InputError("reference.mode adapter takes the policy without its adapter, and it has none; set lora.rank")
     if options.sync_every and (mode != "live" or has_adapter):
         raise InputError(
             f"reference.sync_every {options.sync_every} moves the parameters of a live reference "
-            f"(found: mode {mode}, lora.rank {config.lora.rank}); set reference.mode live and lora.rank 0"
+            f"(found: mode {mode}, lora.rank {lora_rank}); set reference.mode live and lora.rank 0"
         )
     if options.sync_every < 0 or not 0 < options.sync_mix <= 1:
         raise InputError(
-            f"reference.sync_every is at least 0 and sync_mix above 0 and at most 1 "
+            f"reference.sync_every must be at least 0, and reference.sync_mix above 0 and at most 1 "
             f"(found: {options.sync_every} and {options.sync_mix})"
         )
     if options.sync_mix != 1 and not options.sync_every:
         raise InputError("reference.sync_mix has no effect without reference.sync_every; set it, for instance to 512")
     return replace(options, mode=mode)
-
-
-def needs_reference(config: SftConfig | DpoConfig) -> bool:
-    """Whether the run's loss compares the policy with a reference; of a resolved configuration."""
-    return isinstance(config, DpoConfig) and config.reference.mode != "none"
-
-
-def holds_reference(config: SftConfig | DpoConfig) -> bool:
-    """Whether a second copy of the parameters is held for the reference; of a resolved configuration."""
-    return isinstance(config, DpoConfig) and config.reference.mode == "live"
-
-
-def runs_reference(config: SftConfig | DpoConfig) -> bool:
-    """Whether the reference's forward pass is part of each step; of a resolved configuration."""
-    return isinstance(config, DpoConfig) and config.reference.mode in ("live", "adapter")
-
-
-def moves_reference(config: SftConfig | DpoConfig) -> bool:
-    """Whether the reference's parameters change during the run."""
-    return isinstance(config, DpoConfig) and config.reference.sync_every > 0
 
 
 def cached_logprobs(
@@ -88,40 +68,42 @@ def cached_logprobs(
     folder: Path,
     track: Track = lambda batches, description, total: batches,
 ) -> list[list[np.ndarray]]:
-    """Reads a reference's log-probabilities of all answers from the cache, after writing what is not there yet.
+    """Reads a reference's log-probabilities of all responses from the cache, after computing what is missing there.
 
     Args:
-        feeder: The data set, and how it comes in batches.
+        feeder: The data set, in batches.
         model: The model.
-        params: The reference's parameters; None where they are not at hand, and the cache must be complete.
-        identity: Who the reference is.
+        params: The reference's parameters; None if they are not loaded, and the cache must be complete.
+        identity: Identity of the reference.
         folder: Folder of all caches.
         track: `(batches, description, total)` wraps batches, for a progress bar.
 
     Returns:
-        log pi_ref of each token of each answer of each example, in nats.
+        log pi_ref of each token of each response of each example, in nats.
 
     Raises:
-        InputError: If the cache is damaged, does not fit the reference, or is not complete and `params` is None.
+        InputError: If the cache is damaged, does not fit the reference, or is incomplete and `params` is None.
     """
     examples = feeder.dataset.examples
     key = fingerprint(examples, identity, model.compute.dtype)
     cache = ReferenceCache.open(folder, key, examples)
     done, complete = cache.done, cache.complete
-    multihost_utils.sync_global_devices("reference cache opened")  # before anybody writes
-    compute = partial(make_scorer(model, feeder), params)
+    multihost_utils.sync_global_devices("reference cache opened")  # before any process writes
+    score = make_scorer(model, feeder)
+    # A complete cache is compared with one fresh batch.
     if complete and params is not None:
-        sample, logps = next(iter(compute(feeder.in_order(), 0)))
-        cache.verify(range(sample, sample + len(logps)), logps, TOLERANCE[model.compute.dtype])
+        first, logps = next(iter(score(params, feeder.in_order(), 0)))
+        cache.verify(range(first, first + len(logps)), logps, TOLERANCE[model.compute.dtype])
+    # An incomplete one is continued where it ends.
     if not complete:
         if params is None:
             raise InputError(
                 f"{cache.path} holds the reference's log-probabilities of {done:,} of {len(examples):,} examples of "
-                f"{feeder.dataset.source}, and a run that goes on has no reference to compute the others; "
+                f"{feeder.dataset.source}, and a resumed run has no reference to compute the others; "
                 "begin a new run, or put the cache back"
             )
         batches = track(feeder.in_order(done), "reference", feeder.batches - done // feeder.batch_size)
-        for start, logps in compute(batches, done):
+        for start, logps in score(params, batches, done):
             if jax.process_index() == 0:
                 cache.write(start, logps)
     multihost_utils.sync_global_devices("reference cache complete")
@@ -129,15 +111,15 @@ def cached_logprobs(
 
 
 def make_scorer(model: CausalLM, feeder: Feeder) -> Callable[[Params, Iterable[Batch], int], Iterator]:
-    """Compiles what a model says of a data set's answers, onto every host.
+    """Compiles the log-probabilities of a data set's responses, gathered onto every host.
 
     Args:
         model: The model.
-        feeder: The data set, and how it comes in batches.
+        feeder: The data set, in batches.
 
     Returns:
         `score(params, batches, start)` on the feeder's batches from example `start` on: yields the index of a batch's
-        first example, and for each of its examples log pi of each answer's tokens in nats, shape [T].
+        first example, and for each of its examples log pi of each response's tokens in nats, shape [T].
     """
     logprobs = jax.jit(lambda params, batch: response_logprobs(model, params, batch)[0])
     examples = feeder.dataset.examples
@@ -145,12 +127,12 @@ def make_scorer(model: CausalLM, feeder: Feeder) -> Callable[[Params, Iterable[B
     def score(params: Params, batches: Iterable[Batch], start: int):
         for batch in batches:
             values = multihost_utils.process_allgather(logprobs(params, batch), tiled=True)
-            own = examples[start : start + feeder.batch_size]
+            in_batch = examples[start : start + feeder.batch_size]
             yield (
                 start,
                 [
                     [np.asarray(values[b, r, : len(response.ids)]) for r, response in enumerate(example.responses)]
-                    for b, example in enumerate(own)
+                    for b, example in enumerate(in_batch)
                 ],
             )
             start += feeder.batch_size

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+"""The log of a run: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,30 +9,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qstar_jax.store.files import write_atomically
 
-SHOWN = (
-    "loss",
-    "rewards/chosen",
-    "rewards/reference_samples",
-    "rewards/margins",
-    "rewards/accuracies",
-    "perf/tokens_per_second",
-)
-
 
 class RunLog:
     """Writes metrics; a context manager. Only the first process of a run may hold one.
 
     Args:
         folder: Folder of the run.
-        steps: Length of the run, for the bar.
-        start: Step from which the run goes on; later lines of an interrupted run are dropped.
+        steps: Steps of the run, for the bar.
+        start: Step at which the run begins or resumes; later lines of an interrupted run are dropped.
         console: Where to show progress.
+        headline: Metrics that the terminal shows.
     """
 
-    def __init__(self, folder: Path, *, steps: int, start: int, console: Console):
+    def __init__(
+        self, folder: Path, *, steps: int, start: int, console: Console, headline: tuple[str, ...] = ("loss",)
+    ):
         from tensorboardX import SummaryWriter
 
-        self.console = console
+        self.console, self._headline = console, headline
         path = folder / "metrics.jsonl"
         kept = _lines_before(path, start) if path.exists() else []
         write_atomically(path, "".join(f"{json.dumps(metrics)}\n" for metrics in kept).encode())
@@ -62,7 +56,7 @@ class RunLog:
         self._bar.update(self._task, completed=done)
 
     def track(self, items: Iterable, description: str, total: int) -> Iterator:
-        """Yields items under a bar of their own; where there is no terminal, a line says that they are begun."""
+        """Yields items under a bar of their own; without a terminal, a line says that they begin."""
         if self.console.is_terminal:
             yield from self._bar.track(items, total=total, description=description)
         else:
@@ -80,7 +74,7 @@ class RunLog:
         self._file.flush()
         self._to_board(step, metrics)
         prefix = "eval_" if any(name.startswith("eval_") for name in metrics) else ""
-        shown = [(name, metrics[prefix + name]) for name in SHOWN if prefix + name in metrics]
+        shown = [(name, metrics[prefix + name]) for name in self._headline if prefix + name in metrics]
         text = "  ".join(f"{prefix}{name} {value:.4g}" for name, value in shown)
         self.console.print(f"step {step}/{self._steps}  {text}", markup=False, highlight=False)
 
@@ -91,9 +85,9 @@ class RunLog:
 
 
 def _lines_before(path: Path, start: int) -> list[dict[str, float]]:
-    """Metrics that a run which begins, or goes on, at a step will not write again."""
+    """Metrics that a run which begins or resumes at a step will not write again."""
     # A checkpoint at step s is written after the evaluation at s and before the training line of s. There is none at
-    # step 0, where a run begins anew with its evaluation.
+    # step 0, where a run starts over with its evaluation.
     return [
         metrics
         for metrics in _whole_lines(path)
@@ -106,11 +100,11 @@ def _whole_lines(path: Path) -> Iterator[dict[str, float]]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
-            continue  # half a line, from a process that was killed while it wrote
+            continue  # half a line, from a process that was killed while writing
 
 
 def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Reads what a run has logged.
+    """Reads the metrics of a run.
 
     Args:
         run: Folder of the run.
@@ -118,11 +112,11 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     Returns:
         Name of the metric -> (steps, values).
     """
-    found: dict[str, tuple[list[int], list[float]]] = {}
+    curves: dict[str, tuple[list[int], list[float]]] = {}
     for metrics in _whole_lines(run / "metrics.jsonl"):
         for name, value in metrics.items():
             if name != "step":
-                steps, values = found.setdefault(name, ([], []))
+                steps, values = curves.setdefault(name, ([], []))
                 steps.append(metrics["step"])
                 values.append(value)
-    return found
+    return curves

@@ -1,14 +1,14 @@
-"""From a configuration to a state on the mesh: a fresh one from a model, or the one that a checkpoint holds."""
+"""From a plan to a state on the mesh: a fresh one from a model, or the one that a checkpoint holds."""
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qstar_jax.config import DpoConfig, LoraOptions, SftConfig
+from qstar_jax.config import LoraOptions
 from qstar_jax.config.compare import keep_date
 from qstar_jax.data.chat_templates import adopt_template, find_template
 from qstar_jax.errors import InputError
@@ -29,8 +29,7 @@ from qstar_jax.store.checkpoints import (
 from qstar_jax.store.identity import check_weights, weights_identity
 from qstar_jax.store.open import load_model, param_shardings
 from qstar_jax.training.continuation import check_same_options
-from qstar_jax.training.optimizers import make_optimizer
-from qstar_jax.training.reference import holds_reference, moves_reference, needs_reference
+from qstar_jax.training.plan import RunPlan
 from qstar_jax.training.step import TrainState
 
 if TYPE_CHECKING:
@@ -42,15 +41,15 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        model: The model, with the adapter that is to be trained.
+        model: The model, with the adapter that is trained, if any.
         tokenizer: Its tokenizer.
-        step: Steps that are done already.
-        params: Parameters of a fresh run, without an adapter; None where `step` is read from a checkpoint.
-        reference: Who the frozen reference is; None if the loss has none.
+        step: Steps done already.
+        params: Parameters of a fresh run, without an adapter; None if they are in the checkpoint of `step`.
+        reference: Identity of the frozen reference; None if the loss has none.
         generation: Dictionary of the model's generation_config.json (see `loading.LoadedModel`).
-        date: Day that chat templates take for today, where it is settled already (see `DataOptions.date`).
-        base: Who the frozen base of an adapter is; None without one.
-        began: What the checkpoint says of the run; None for a fresh one.
+        date: Day that chat templates take for today, if known already (see `DataOptions.date`).
+        base: Identity of the frozen base of an adapter; None without one.
+        began: Description in the checkpoint; None for a fresh run.
     """
 
     model: CausalLM
@@ -64,28 +63,42 @@ class Start:
     began: Description | None = None
 
 
-def find_start(config: SftConfig | DpoConfig, store: CheckpointStore, mesh: Mesh) -> Start:
-    """Opens the model, or finds the checkpoint from which the run goes on.
+def find_start(plan: RunPlan, store: CheckpointStore, mesh: Mesh) -> Start:
+    """Opens the model, or the checkpoint from which the run resumes.
 
     Raises:
         InputError: If the model cannot be used, or the run in `out` was made with other options.
     """
-    step = store.latest_step
+    config, step = plan.config, store.latest_step
     if step is None:
         loaded = load_model(config.model, config.compute, mesh, config.mesh)
-        model, needed = _with_adapter(loaded.model, config.lora), needs_reference(config)
+        model = _with_adapter(loaded.model, config.lora)
         tokenizer = adopt_template(loaded.tokenizer, config.data.chat_template)
+        needed = plan.objective.uses_reference
         identity = weights_identity(loaded.model, loaded.params) if needed or model.lora else None
-        who = {"reference": identity if needed else None, "base": identity if model.lora else None}
-        kept = {"generation": loaded.generation, "date": config.data.date}
-        return Start(model, tokenizer, params=loaded.params, **kept, **who)
+        return Start(
+            model,
+            tokenizer,
+            params=loaded.params,
+            reference=identity if needed else None,
+            generation=loaded.generation,
+            date=config.data.date,
+            base=identity if model.lora else None,
+        )
     description = store.describe(step)
-    check_same_options(config, description.options)
+    check_same_options(plan, description.options)
     model, tokenizer = description.build_model(config.compute), description.build_tokenizer()
-    _check_same_template(tokenizer, config)
-    kept = {name: getattr(description, name) for name in ("reference", "base", "generation")}
-    date = keep_date(config.data, description.options).date
-    return Start(model, tokenizer, step, date=date, began=description, **kept)
+    _check_same_template(tokenizer, plan)
+    return Start(
+        model,
+        tokenizer,
+        step,
+        reference=description.reference,
+        generation=description.generation,
+        date=keep_date(config.data, description.options).date,
+        base=description.base,
+        began=description,
+    )
 
 
 def _with_adapter(model: CausalLM, options: LoraOptions) -> CausalLM:
@@ -103,40 +116,46 @@ def _with_adapter(model: CausalLM, options: LoraOptions) -> CausalLM:
         raise InputError(f"lora: {error}") from error
 
 
-def _check_same_template(tokenizer: "PreTrainedTokenizerBase", config: SftConfig | DpoConfig):
-    choice = config.data.chat_template
+def _check_same_template(tokenizer: "PreTrainedTokenizerBase", plan: RunPlan):
+    choice = plan.config.data.chat_template
     if choice is not None and find_template(tokenizer, choice) != find_template(tokenizer, None):
         raise InputError(
-            f"--resume: data.chat_template {choice} holds another template than the run in {config.out} began with; "
-            "put that one back, or begin a new run in another --out"
+            f"--resume: data.chat_template {choice} holds another template than the run in "
+            f"{plan.config.out} began with; restore that one, or begin a new run in another --out"
         )
 
 
-def describe(config: SftConfig | DpoConfig, start: Start, data: dict[str, Any]) -> Description:
+def describe(plan: RunPlan, start: Start, data: dict[str, Any]) -> Description:
     """Collects what is stored beside the parameters; `data` is the identity of the run's examples."""
-    verb = "dpo" if isinstance(config, DpoConfig) else "sft"
-    files = hub.tokenizer_files(start.tokenizer)
-    lora = start.model.lora and asdict(start.model.lora)
-    model = start.model.to_hf()
-    return Description(verb, model, asdict(config), files, start.reference, lora, start.generation, start.base, data)
+    return Description(
+        verb=plan.verb,
+        model=start.model.to_hf(),
+        options=asdict(plan.config),
+        tokenizer=hub.tokenizer_files(start.tokenizer),
+        reference=start.reference,
+        lora=start.model.lora and asdict(start.model.lora),
+        generation=start.generation,
+        base=start.base,
+        data=data,
+    )
 
 
 def build_state(
-    config: SftConfig | DpoConfig,
+    plan: RunPlan,
     start: Start,
+    optimizer: optax.GradientTransformation,
     store: CheckpointStore,
     mesh: Mesh,
-    steps: int,
     description: Description,
 ) -> TrainState:
-    """Builds the state on the mesh; a fresh DPO run writes its reference first.
+    """Builds the state on the mesh; a fresh run also writes what stays frozen.
 
     Args:
-        config: The run's configuration.
+        plan: The run.
         start: Where it begins.
+        optimizer: Its optimizer.
         store: Its checkpoints.
         mesh: Its devices.
-        steps: Its length, for the optimizer's schedule.
         description: What is stored beside the parameters.
 
     Returns:
@@ -145,51 +164,69 @@ def build_state(
     Raises:
         InputError: If the run's reference is no longer the one with which it began.
     """
-    model = start.model
-    optimizer = make_optimizer(config.optimizer, steps)
-    shardings = param_shardings(model, mesh, config.mesh)
-    base_shardings, adapter_shardings = split_adapter(shardings)
-    base, adapter = split_adapter(abstract_with_shardings(model.abstract_params(), shardings))
-    trained = base if model.lora is None else adapter
-    abstract_opt_state = jax.eval_shape(optimizer.init, trained)
-    opt_shardings = tree_shardings(abstract_opt_state, mesh, config.mesh, SHARDING_OVERRIDES)
-    frozen = ref_params = None
+    model, options = start.model, plan.config.mesh
+    shardings = param_shardings(model, mesh, options)
+    abstract = abstract_with_shardings(model.abstract_params(), shardings)
+    base, adapter = split_adapter(abstract)
+    opt_state = jax.eval_shape(optimizer.init, base if model.lora is None else adapter)
+    opt_state = abstract_with_shardings(opt_state, tree_shardings(opt_state, mesh, options, SHARDING_OVERRIDES))
     if start.params is None:
-        abstract = {"params": trained, "opt_state": abstract_with_shardings(abstract_opt_state, opt_shardings)}
-        if moves_reference(config):
-            abstract["ref_params"] = base
-        arrays = store.restore(start.step, abstract)
-        params, opt_state = arrays["params"], arrays["opt_state"]
-        if model.lora is not None:
-            frozen = _read_frozen(store.run / BASE, model.base, base_shardings, start.base)
-        if moves_reference(config):
-            ref_params = arrays["ref_params"]
-        elif holds_reference(config):
-            folder = store.run / (REFERENCE if model.lora is None else BASE)
-            ref_params = _read_frozen(folder, model.base, base_shardings, start.reference)
+        arrays = _restore(plan, start, store, base, adapter, opt_state)
     else:
-        params = start.params
-        if model.lora is not None:
-            store.save_frozen(BASE, params, description)
-            frozen, init = params, jax.jit(model.init_adapter, out_shardings=adapter_shardings)
-            params = init(jax.random.key(config.train.seed))
-        elif needs_reference(config):
-            store.save_frozen(REFERENCE, params, description)  # also where it is cached: `score` reads it
-        opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-        if holds_reference(config):
-            # A copy: the state is donated to each step, so the policy may not share its buffers.
-            ref_params = jax.tree.map(jnp.copy, start.params)
+        arrays = _initialize(plan, start, optimizer, store, description, adapter, opt_state)
     step, finite = jax.device_put((jnp.int32(start.step), jnp.bool(True)), NamedSharding(mesh, PartitionSpec()))
-    return TrainState(step, params, opt_state, ref_params, frozen, finite)
+    return TrainState(step=step, finite=finite, **arrays)
 
 
-def _read_frozen(folder: Path, model: CausalLM, shardings: Params, identity: str | None) -> Params:
-    params = read_checkpoint_params(folder, model, shardings)
-    check_weights(model, params, identity, folder, "begin a new run")
-    return params
+def _initialize(
+    plan: RunPlan,
+    start: Start,
+    optimizer: optax.GradientTransformation,
+    store: CheckpointStore,
+    description: Description,
+    adapter: Params,
+    opt_state: optax.OptState,
+) -> dict[str, Any]:
+    """Arrays of a fresh state; `adapter` and `opt_state` are abstract."""
+    model, params, frozen, ref_params = start.model, start.params, None, None
+    if plan.holds_reference:
+        # A copy: the state is donated to each step, so the policy may not share its buffers.
+        ref_params = jax.tree.map(jnp.copy, params)
+    if model.lora is not None:
+        store.save_frozen(BASE, params, description)
+        frozen, init = params, jax.jit(model.init_adapter, out_shardings=_shardings(adapter))
+        params = init(jax.random.key(plan.config.train.seed))
+    elif plan.objective.uses_reference:
+        store.save_frozen(REFERENCE, params, description)  # also if it is cached: `score` reads it
+    opt_state = jax.jit(optimizer.init, out_shardings=_shardings(opt_state))(params)
+    return {"params": params, "opt_state": opt_state, "ref_params": ref_params, "frozen": frozen}
 
 
-def saved_arrays(config: SftConfig | DpoConfig, state: TrainState) -> dict:
-    """Says what of a state goes into a checkpoint; the rest does not change, or follows from the step."""
+def _restore(
+    plan: RunPlan, start: Start, store: CheckpointStore, base: Params, adapter: Params, opt_state: optax.OptState
+) -> dict[str, Any]:
+    """Arrays of the state in a checkpoint; `base`, `adapter` and `opt_state` are abstract."""
+    has_adapter = start.model.lora is not None
+    abstract = {"params": adapter if has_adapter else base, "opt_state": opt_state}
+    arrays = store.restore(start.step, abstract | ({"ref_params": base} if plan.moves_reference else {}))
+
+    def read_frozen(name: str, identity: str | None) -> Params:
+        params = read_checkpoint_params(store.run / name, start.model.base, _shardings(base))
+        check_weights(start.model.base, params, identity, store.run / name, "begin a new run")
+        return params
+
+    if has_adapter:
+        arrays["frozen"] = read_frozen(BASE, start.base)
+    if plan.holds_reference and not plan.moves_reference:
+        arrays["ref_params"] = read_frozen(BASE if has_adapter else REFERENCE, start.reference)
+    return arrays
+
+
+def _shardings(abstract):
+    return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def saved_arrays(plan: RunPlan, state: TrainState) -> dict[str, Any]:
+    """Arrays of a state that go into a checkpoint; the others do not change, or follow from the step."""
     arrays = {"params": state.params, "opt_state": state.opt_state}
-    return arrays | ({"ref_params": state.ref_params} if moves_reference(config) else {})
+    return arrays | ({"ref_params": state.ref_params} if plan.moves_reference else {})

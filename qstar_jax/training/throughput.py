@@ -1,11 +1,14 @@
-"""How fast a run goes: tokens a second, and the share of the hardware's arithmetic that the model's own FLOPs take."""
+"""The speed of a run: tokens per second, and the share of the hardware's peak that the model's own FLOPs take (MFU)."""
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import jax
 import jax.numpy as jnp
+
+from qstar_jax.models import CausalLM
 
 # Dense bfloat16 peak of one chip in FLOP/s, from the makers' data sheets; prefix of `device_kind` -> peak.
 BF16_PEAKS = {
@@ -22,14 +25,59 @@ BF16_PEAKS = {
 }
 
 
+@dataclass(frozen=True)
+class Throughput:
+    """Turns a step's token counts and seconds into metrics.
+
+    Attributes:
+        model: The model.
+        batch_size: Examples per step.
+        runs_reference: Whether the reference's forward pass is part of each step.
+        peak_flops: FLOP/s of all devices; None if unknown.
+    """
+
+    model: CausalLM
+    batch_size: int
+    runs_reference: bool
+    peak_flops: float | None
+
+    def step_flops(self, counts: dict[str, float]) -> float:
+        """Model FLOPs of a step: forward and backward of the policy, and forward of the reference if it is run."""
+        forward = self.model.config.forward_flops(
+            tokens=counts["count/tokens"],
+            scored_tokens=counts["count/scored_tokens"],
+            context=counts["count/tokens"] / self.batch_size / 2,
+        )
+        # An adapter saves the gradients of the weights, a third of the rest; what it adds itself is not counted.
+        return forward * ((3 if self.model.lora is None else 2) + self.runs_reference)
+
+    def __call__(self, counts: dict[str, float], seconds: float) -> dict[str, float]:
+        """Computes the metrics of speed.
+
+        Args:
+            counts: Mean `count/...` metrics per step.
+            seconds: Seconds per step.
+
+        Returns:
+            Share of padding, tokens per second, and MFU if the peak is known.
+        """
+        metrics = {
+            "perf/padding": 1 - counts["count/tokens"] / counts["count/slots"],
+            "perf/tokens_per_second": counts["count/tokens"] / seconds,
+        }
+        if self.peak_flops:
+            metrics["perf/mfu"] = self.step_flops(counts) / seconds / self.peak_flops
+        return metrics
+
+
 @cache
 def measured_matmul_peak(dtype: str = "float32", size: int = 2048, rounds: int = 3) -> float:
-    """Measures what one large matrix product reaches on the default device; once in a process.
+    """Measures the FLOP/s of one large matrix product on the default device; once per process.
 
     Args:
         dtype: Type of the inputs.
         size: Edge of the square matrices.
-        rounds: Repetitions, of which the fastest counts.
+        rounds: Repetitions; the fastest counts.
 
     Returns:
         FLOP/s, a multiply-add counted as two.

@@ -15,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jsonargparse import auto_cli
 
-from qstar_jax.config import ComputeOptions, DataOptions, Dtype, LossOptions, MeshOptions, OptimizerOptions
+from qstar_jax.config import ComputeOptions, DataOptions, Dtype, MeshOptions, OptimizerOptions
 from qstar_jax.data.batches import step_indices
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Layout
 from qstar_jax.data.tokenization import Example, Response
+from qstar_jax.losses import make_loss
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
 from qstar_jax.store.open import load_model
-from qstar_jax.training.objectives import dpo_loss_fn
+from qstar_jax.training.objectives import preference_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step
 from qstar_jax.training.throughput import measured_matmul_peak
@@ -86,7 +87,7 @@ def main(
             feeder = feeder.with_reference(known)
         batches = [feeder.at_step(0, step) for step in range(steps)]
         optimizer = make_optimizer(OptimizerOptions(learning_rate=learning_rate, schedule="constant"), 1)
-        step = make_train_step(dpo_loss_fn(loaded.model, LossOptions()), optimizer, accumulate=accumulate)
+        step = make_train_step(preference_loss_fn(loaded.model, make_loss()), optimizer, accumulate=accumulate)
         step = jax.jit(step, donate_argnums=0)
         copy = jax.tree.map(jnp.copy, loaded.params) if reference == "live" else None
         state = TrainState(jnp.int32(0), loaded.params, jax.jit(optimizer.init)(loaded.params), copy)

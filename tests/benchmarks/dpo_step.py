@@ -17,15 +17,16 @@ import numpy as np
 import psutil
 from jsonargparse import auto_cli
 
-from qstar_jax.config import ComputeOptions, Dtype, LossOptions, MeshOptions, OptimizerOptions
+from qstar_jax.config import ComputeOptions, Dtype, MeshOptions, OptimizerOptions
 from qstar_jax.data.batches import Batch, make_batch
 from qstar_jax.data.packing import Layout, Shapes
 from qstar_jax.data.tokenization import Example, Response
+from qstar_jax.losses import make_loss
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh
 from qstar_jax.store.open import load_model
 from qstar_jax.tasks.tiny_tldr import BASE
-from qstar_jax.training.objectives import dpo_loss_fn
+from qstar_jax.training.objectives import preference_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step
 from qstar_jax.training.throughput import measured_matmul_peak, peak_memory_bytes
@@ -70,7 +71,7 @@ def main(
     with jax.set_mesh(mesh):
         loaded = load_model(model, ComputeOptions(dtype=dtype), mesh, MeshOptions())
         optimizer = make_optimizer(OptimizerOptions(), steps=100)
-        step = jax.jit(make_train_step(dpo_loss_fn(loaded.model, LossOptions()), optimizer), donate_argnums=0)
+        step = jax.jit(make_train_step(preference_loss_fn(loaded.model, make_loss()), optimizer), donate_argnums=0)
         reference = jax.tree.map(jnp.copy, loaded.params)
         state = TrainState(jnp.int32(0), loaded.params, jax.jit(optimizer.init)(loaded.params), reference)
         batch = full_batch(loaded.model, pairs, length, layout)

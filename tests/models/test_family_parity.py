@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qstar_jax.config import LossOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
+from qstar_jax.losses import make_loss
 from qstar_jax.models import CausalLM, attention
 from qstar_jax.models.flash_attention import flash_attention
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.store import hub
-from qstar_jax.training.objectives import dpo_loss_fn
+from qstar_jax.training.objectives import preference_loss_fn
 
 pytestmark = pytest.mark.parity
 
@@ -95,7 +95,7 @@ def test_gradients_of_a_dpo_step(
     expected_loss = write_gradient_of_torch(
         torch, torch_family(family), torch_family(family, 1), examples, tmp_path / "torch"
     )
-    loss_fn = dpo_loss_fn(model, LossOptions(beta=BETA))
+    loss_fn = preference_loss_fn(model, make_loss(beta=BETA))
     step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, _), gradient = step(params, open_family(family, 1)[1], batch_of(examples, layout))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.config import ComputeOptions, LossOptions, OptimizerOptions
+from qstar_jax.config import ComputeOptions, OptimizerOptions
 from qstar_jax.errors import InputError
+from qstar_jax.losses import make_loss
 from qstar_jax.models import CausalLM
 from qstar_jax.models.lora import attach_adapter, merge_adapter, split_adapter
-from qstar_jax.training.objectives import dpo_loss_fn
+from qstar_jax.training.objectives import preference_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step
 
@@ -150,13 +151,13 @@ def test_base_in_bfloat16_and_adapter_in_float32(tiny_model):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), merged) == jax.tree.map(lambda x: (x.shape, x.dtype), base)
 
 
-LOSS = LossOptions(beta=0.5)
+LOSS = make_loss(beta=0.5)
 
 
 @partial(jax.jit, static_argnums=0)
 def loss_and_gradient(model, params, frozen, ref_params, batch):
     def loss(trained):
-        return dpo_loss_fn(model, LOSS)(attach_adapter(frozen, trained), ref_params, batch)[0]
+        return preference_loss_fn(model, LOSS)(attach_adapter(frozen, trained), ref_params, batch)[0]
 
     return jax.value_and_grad(loss)(params)
 
@@ -196,7 +197,7 @@ def test_only_the_adapter_is_trained_and_no_gradient_of_the_base_is_computed(tin
     batch, optimizer = pair_batch(8), make_optimizer(OptimizerOptions(learning_rate=1e-2), 4)
 
     def program(model, params, frozen):
-        step = make_train_step(dpo_loss_fn(model, LOSS), optimizer)
+        step = make_train_step(preference_loss_fn(model, LOSS), optimizer)
         ref = None if frozen is not None else base
         state = TrainState(jnp.int32(0), params, optimizer.init(params), ref, frozen)
         return state, jax.jit(step).lower(state, batch).compile()
@@ -222,7 +223,7 @@ def test_memory_of_a_whole_step_does_not_grow_with_the_vocabulary(tiny_config, p
         model = CausalLM.from_hf(tiny_config | {"vocab_size": vocabulary}).with_lora(2, 4.0)
         base, adapter = split_adapter(model.abstract_params())
         state = TrainState(jnp.int32(0), adapter, jax.eval_shape(optimizer.init, adapter), None, base)
-        step = jax.jit(make_train_step(dpo_loss_fn(model, LOSS), optimizer), donate_argnums=0)
+        step = jax.jit(make_train_step(preference_loss_fn(model, LOSS), optimizer), donate_argnums=0)
         return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
     logits = int(batch.response_lengths.sum()) * 64_000 * 4

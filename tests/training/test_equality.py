@@ -9,23 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.config import ComputeOptions, DataOptions, LossOptions, MeshOptions, OptimizerOptions
+from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions, OptimizerOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Response
+from qstar_jax.losses import make_loss
 from qstar_jax.models import attention
 from qstar_jax.models.attention import _attend_batched, _attend_sequentially, blockwise_attention, scale_and_cap
 from qstar_jax.models.masks import PackedMask, visible
 from qstar_jax.scoring import response_logprobs
 from qstar_jax.sharding import make_mesh
-from qstar_jax.training.objectives import dpo_loss_fn, sft_loss_fn
+from qstar_jax.training.objectives import preference_loss_fn, sft_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step
 
 EOS = 2
-LOSS = LossOptions(beta=0.5, label_smoothing=0.1)
+LOSS = make_loss(beta=0.5, label_smoothing=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def loss_and_gradient(loss_fn, params, ref_params, batch):
 @pytest.fixture(scope="module")
 def plain(tiny_model, tiny_params, ref_params, examples):
     batch = batch_of(examples, "plain")
-    return loss_and_gradient(dpo_loss_fn(tiny_model, LOSS), tiny_params, ref_params, batch)
+    return loss_and_gradient(preference_loss_fn(tiny_model, LOSS), tiny_params, ref_params, batch)
 
 
 @pytest.mark.parametrize("attention", ["dense", "blockwise"])
@@ -81,7 +82,7 @@ def plain(tiny_model, tiny_params, ref_params, examples):
 def test_layouts(layout, attention, tiny_model, tiny_params, ref_params, examples, plain, same):
     model = replace(tiny_model, compute=ComputeOptions(attention=attention))
     batch = batch_of(examples, layout)
-    found = loss_and_gradient(dpo_loss_fn(model, LOSS), tiny_params, ref_params, batch)
+    found = loss_and_gradient(preference_loss_fn(model, LOSS), tiny_params, ref_params, batch)
     same(found, plain)
 
 
@@ -127,7 +128,7 @@ def test_the_faster_way_is_taken_on_one_device_only(one_device, monkeypatch):
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation(remat, tiny_model, tiny_params, ref_params, examples, plain, same):
     model = replace(tiny_model, compute=ComputeOptions(remat=remat))
-    found = loss_and_gradient(dpo_loss_fn(model, LOSS), tiny_params, ref_params, batch_of(examples, "packed"))
+    found = loss_and_gradient(preference_loss_fn(model, LOSS), tiny_params, ref_params, batch_of(examples, "packed"))
     same(found, plain)
 
 
@@ -138,13 +139,13 @@ def test_cached_reference(tiny_model, tiny_params, ref_params, examples, plain, 
         for b, example in enumerate(examples)
     ]
     batch = batch_of(examples, "packed", ref_logps=cached)
-    found = loss_and_gradient(dpo_loss_fn(tiny_model, LOSS), tiny_params, None, batch)
+    found = loss_and_gradient(preference_loss_fn(tiny_model, LOSS), tiny_params, None, batch)
     same(found, plain)
 
 
 @pytest.mark.parametrize("layout", ["plain", "shared", "packed"])
 def test_first_loss_is_ln_2(layout, tiny_model, tiny_params, examples):
-    loss_fn = jax.jit(dpo_loss_fn(tiny_model, LossOptions()))
+    loss_fn = jax.jit(preference_loss_fn(tiny_model, make_loss()))
     loss, _ = loss_fn(tiny_params, tiny_params, batch_of(examples, layout))
     np.testing.assert_allclose(loss, math.log(2), rtol=1e-6)
 
@@ -173,7 +174,7 @@ def one_step(loss_fn, examples, params, ref_params, mesh, accumulate, layout="pa
 @pytest.mark.parametrize("objective", ["dpo", "sft"])
 def test_accumulation_is_exact(objective, tiny_model, tiny_params, ref_params, examples, one_device, same):
     """1 x 8 = 2 x 4 = 8 x 1, although answers, and so the denominators of micro-batches, differ in length."""
-    loss_fn, reference, rows = dpo_loss_fn(tiny_model, LOSS), ref_params, examples
+    loss_fn, reference, rows = preference_loss_fn(tiny_model, LOSS), ref_params, examples
     if objective == "sft":
         loss_fn, reference = sft_loss_fn(tiny_model), None
         rows = [replace(e, responses=e.responses[:1]) for e in examples]

@@ -3,7 +3,7 @@ import statistics
 
 import pytest
 
-from qstar_jax.training.loop import check_first_loss
+from qstar_jax.training.diagnostics.first_loss import check_first_loss
 from qstar_jax.training.metrics import mean_metrics
 
 

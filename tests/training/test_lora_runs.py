@@ -16,6 +16,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.store.checkpoints import BASE
 from qstar_jax.store.open import load_model
 from qstar_jax.training import run as run_module
+from qstar_jax.training.plan import make_plan
 from qstar_jax.training.setup import _with_adapter
 
 LORA = LoraOptions(rank=4)
@@ -201,7 +202,7 @@ def test_what_does_not_go_together_is_refused(changes, message, make_config, tin
 def test_auto_says_what_it_took(make_config, tmp_path, monkeypatch):
     """The resolved mode stands in config.yaml."""
     for changes, mode in (({}, "live"), ({"lora": LORA}, "adapter"), ({"loss": LossOptions(name="simpo")}, "none")):
-        assert run_module.resolve_reference(make_config(tmp_path, **changes)).mode == mode
+        assert make_plan(make_config(tmp_path, **changes)).config.reference.mode == mode
 
 
 def test_a_reference_that_moves_with_each_step(make_config, tiny_train, tmp_path, metric_lines, evaluated):

@@ -1,12 +1,15 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from qstar_jax.config import OptimizerOptions
 from qstar_jax.config.variants import declarations
 from qstar_jax.errors import InputError
-from qstar_jax.training.optimizers import make_optimizer
+from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
 
 PARAMS = {
     "kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4),
@@ -135,3 +138,72 @@ def test_every_option_that_an_optimizer_does_not_read_is_refused(name):
 def test_defaults_are_what_is_used_where_nothing_is_given(name):
     defaults = {option: d.defaults[name] for option, d in DECLARED.items() if name in d.defaults}
     jax.tree.map(np.testing.assert_array_equal, walk(name=name), walk(name=name, **defaults))
+
+
+def rates(steps=10, **options):
+    schedule = learning_rate_schedule(OptimizerOptions(learning_rate=1.0, **options), steps)
+    return [round(float(schedule(step)), 6) for step in range(steps)]
+
+
+def test_schedules_by_hand():
+    assert rates(schedule="constant") == [1.0] * 10
+    assert rates(schedule="linear") == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    cosine = [round(0.5 * (1 + math.cos(math.pi * step / 10)), 6) for step in range(10)]
+    np.testing.assert_allclose(rates(schedule="cosine"), cosine, atol=2e-6)
+    # The first of four warm-up steps has a quarter of the rate already, the last one all of it.
+    assert rates(schedule="constant", warmup_steps=4) == [0.25, 0.5, 0.75] + [1.0] * 7
+    linear = [0.25, 0.5, 0.75, 1.0, *[1 - i / 6 for i in range(6)]]
+    np.testing.assert_allclose(rates(schedule="linear", warmup_steps=4), linear, atol=2e-6)
+    assert rates(schedule="constant", warmup_steps=1) == [1.0] * 10
+    np.testing.assert_allclose(rates(steps=3, warmup_steps=6), [1 / 6, 2 / 6, 3 / 6], atol=2e-6)
+
+
+def descend(**options):
+    """Parameters after three of six steps down a bowl."""
+    optimizer = make_optimizer(OptimizerOptions(**{"learning_rate": 0.1, **options}), 6)
+    params = {"kernel": jnp.array([1.0, -2.0]), "norm": {"scale": jnp.array([3.0])}}
+    state = optimizer.init(params)
+    for step in range(3):
+        grads = jax.tree.map(lambda x: (2 + step) * x + 0.1, params)  # noqa: B023
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 0.2},
+        {"warmup_steps": 3},
+        {"schedule": "constant"},
+        {"schedule": "cosine"},
+        {"weight_decay": 0.1},
+        {"beta1": 0.5},
+        {"beta2": 0.9},
+        {"eps": 0.1},
+        {"max_grad_norm": 0.01, "eps": 0.1},
+    ],
+    ids=str,
+)
+def test_options_of_the_optimizer_change_the_descent(change):
+    plain = descend(**{"eps": 0.1} if "max_grad_norm" in change else {})
+    assert np.abs(np.asarray(descend(**change)["kernel"]) - plain["kernel"]).max() > 1e-4
+
+
+def test_norms_do_not_decay():
+    plain, decayed = (
+        descend(weight_decay=decay, max_grad_norm=0.0) for decay in (0.0, 0.5)
+    )  # clipping would couple them
+    np.testing.assert_array_equal(plain["norm"]["scale"], decayed["norm"]["scale"])
+    assert (np.abs(decayed["kernel"]) < np.abs(plain["kernel"])).all()
+
+
+def test_clipping_by_hand():
+    optimizer = make_optimizer(OptimizerOptions(max_grad_norm=1.0, beta1=0.0), 1)
+    grads = {"kernel": jnp.array([3.0, 4.0])}
+    _, state = optimizer.update(grads, optimizer.init(grads), grads)
+    mu = optax.tree.get(state, "mu")["kernel"]
+    np.testing.assert_allclose(mu, [0.6, 0.8], rtol=1e-6)
+    unclipped = make_optimizer(OptimizerOptions(max_grad_norm=0.0, beta1=0.0), 1)
+    _, state = unclipped.update(grads, unclipped.init(grads), grads)
+    np.testing.assert_allclose(optax.tree.get(state, "mu")["kernel"], [3.0, 4.0])

@@ -24,6 +24,7 @@ from qstar_jax.training import loop as loop_module
 from qstar_jax.training import reference as reference_module
 from qstar_jax.training import run as run_module
 from qstar_jax.training.continuation import check_folder, check_same_options
+from qstar_jax.training.plan import make_plan
 from qstar_jax.training.run_log import RunLog, read_metrics
 
 DPO_METRICS = {
@@ -224,7 +225,7 @@ def test_a_run_does_not_go_on_with_data_that_were_changed_in_place(name, change,
     path.write_text("\n".join(change(before.splitlines())) + "\n")
     try:
         with pytest.raises(
-            InputError, match=rf"data\.{name}\) gives other examples .*SHA-256 \w{{12}}\.\.\. then.*put that"
+            InputError, match=rf"data\.{name}\) gives other examples .*SHA-256 \w{{12}}\.\.\. then.*restore that"
         ):
             tiny_train(own_data)
     finally:
@@ -252,10 +253,10 @@ def test_other_held_out_data_are_named_and_said(own_data, train_file, tmp_path, 
     )
     monkeypatch.setattr("qstar_jax.training.run.Console", lambda **_: console)
     config = replace(own_data, out=str(out), data=replace(own_data.data, eval=str(train_file)))
-    monkeypatch.setattr(run_module.Loop, "run", lambda *_: {})
+    monkeypatch.setattr(run_module.Loop, "run", lambda self, state, *_: (state, {}))
     tiny_train(config, console)
     said = console.export_text().replace("\n", " ")
-    assert "held-out examples are others from here on (11 examples" in said and "before, 40 examples" in said
+    assert "held-out examples differ from here on (11 examples" in said and "before, 40 examples" in said
 
 
 def test_a_run_does_not_go_on_from_another_model(dpo_run, make_config, tiny_train):
@@ -265,11 +266,13 @@ def test_a_run_does_not_go_on_from_another_model(dpo_run, make_config, tiny_trai
 
 
 def test_the_batch_of_an_evaluation_is_part_of_a_loss_that_looks_at_it(make_config, tmp_path):
-    stored = make_config(tmp_path, train={"eval_batch_size": 4})
-    check_same_options(make_config(tmp_path), asdict(stored))
-    aot = LossOptions(name="aot")
+    def check(loss):
+        stored, now = (make_plan(make_config(tmp_path, train={"eval_batch_size": size}, loss=loss)) for size in (4, 0))
+        check_same_options(now, asdict(stored.config))
+
+    check(LossOptions())
     with pytest.raises(InputError, match=r"train\.eval_batch_size was 4"):
-        check_same_options(make_config(tmp_path, loss=aot), asdict(replace(stored, loss=aot)))
+        check(LossOptions(name="aot"))
 
 
 class Killed(BaseException):
@@ -312,16 +315,16 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
 
 def test_what_a_folder_without_checkpoint_holds_is_said(make_config, tiny_train, tmp_path):
     config = make_config(tmp_path / "run")
-    assert check_folder(config) is None
-    assert "holds no run yet, so it begins at step 0" in check_folder(_resume(config))
+    assert check_folder(make_plan(config)) is None
+    assert "holds no run yet, so it begins at step 0" in check_folder(make_plan(_resume(config)))
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / "config.yaml"
-    path.write_text(yaml.safe_dump(asdict(config)))
+    path.write_text(yaml.safe_dump(asdict(make_plan(config).config)))
     other = replace(config, train=replace(config.train, seed=1))
     for again in (config, other, _resume(config)):
-        assert "ended before its first checkpoint; it begins anew" in check_folder(again)
+        assert "ended before its first checkpoint; it starts over" in check_folder(make_plan(again))
     with pytest.raises(InputError, match=r"train\.seed was 0"):
-        check_folder(_resume(other))
+        check_folder(make_plan(_resume(other)))
     for text, message in (("decode: {}", "belongs to another verb"), ("a: [", "not readable")):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
@@ -427,37 +430,37 @@ def test_a_policy_that_is_not_its_reference_is_refused(make_config, tiny_train, 
 @pytest.fixture
 def prepared(make_config, tiny_train, tmp_path, monkeypatch):
     """`prepared(**sections)`: the loop that a configuration leads to; nothing is trained."""
-    found = []
+    loops = []
 
-    def run(self, state, start):
-        found.append(self)
-        return {}
+    def run(self, state, start, batch):
+        loops.append(self)
+        return state, {}
 
     monkeypatch.setattr(loop_module.Loop, "run", run)
-    monkeypatch.setattr(run_module, "_evaluator", lambda *arguments: None)
+    monkeypatch.setattr(run_module, "make_evaluator", lambda *arguments: None)
 
     def prepare(verb="dpo", **sections):
-        tiny_train(make_config(tmp_path / f"run{len(found)}", verb, **sections))
-        return found[-1]
+        tiny_train(make_config(tmp_path / f"run{len(loops)}", verb, **sections))
+        return loops[-1]
 
     return prepare
 
 
 def test_options_of_data_and_order_change_the_batches(prepared):
-    plain = prepared().feeder.at_step(0, 0)
-    assert (np.asarray(plain.tokens) != prepared().feeder.at_step(1, 0).tokens).any()
-    short = prepared(data={"max_length": 8, "max_prompt_length": 4}).feeder.at_step(0, 0)
+    plain = prepared().source.at_step(0)
+    assert (np.asarray(plain.tokens) != prepared().source.at_step(1).tokens).any()
+    short = prepared(data={"max_length": 8, "max_prompt_length": 4}).source.at_step(0)
     assert (np.asarray(short.prompt_lengths) <= 4).all() and np.asarray(short.truncated).any()
     assert not np.asarray(plain.truncated).any()
     few = prepared(data={"max_train_rows": 2})
-    assert len(few.feeder.dataset.examples) == 2
-    assert prepared(train={"batch_size": 4}).feeder.at_step(0, 0).index.shape[0] == 4
-    swapped = prepared(data={"chosen": "rejected", "rejected": "chosen"}).feeder.at_step(0, 0)
+    assert len(few.source.feeder.dataset.examples) == 2
+    assert prepared(train={"batch_size": 4}).source.at_step(0).index.shape[0] == 4
+    swapped = prepared(data={"chosen": "rejected", "rejected": "chosen"}).source.at_step(0)
     np.testing.assert_array_equal(swapped.response_lengths, plain.response_lengths[:, ::-1])
     laid_out = {
-        layout: prepared(data={"layout": layout}).feeder.at_step(0, 0).tokens.shape[0] for layout in ("shared", "plain")
+        layout: prepared(data={"layout": layout}).source.at_step(0).tokens.shape[0] for layout in ("shared", "plain")
     }
-    packed = prepared(data={"row_length": 160}).feeder.at_step(0, 0).tokens
+    packed = prepared(data={"row_length": 160}).source.at_step(0).tokens
     assert packed.shape[1] == 160 and len(packed) < laid_out["shared"] == 8 and laid_out["plain"] == 16
 
 

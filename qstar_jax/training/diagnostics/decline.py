@@ -7,14 +7,14 @@ fall along. It holds for prefixes too: an answer that was cut is one of a game t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from qstar_jax.config import DpoConfig, SftConfig
+from qstar_jax.config import DataOptions
+from qstar_jax.console import say
 from qstar_jax.data.batches import step_indices
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
@@ -26,8 +26,8 @@ from qstar_jax.models.causal_lm import Params
 from qstar_jax.store.identity import check_identity, write_identity
 from qstar_jax.training.diagnostics.reference_samples import Samples, draw, read_samples, write_samples
 from qstar_jax.training.diagnostics.verdict import collect, sentence
-from qstar_jax.training.objectives import preference_loss
-from qstar_jax.training.reference import make_scorer, moves_reference, needs_reference
+from qstar_jax.training.plan import RunPlan
+from qstar_jax.training.reference import make_scorer
 from qstar_jax.training.setup import Start
 
 FILE = "reference_samples.jsonl"
@@ -83,12 +83,12 @@ class Probe:
         """
         pairs = zip(self.logps(params), self.samples.ref_logps, strict=True)
         ratios = [logps.astype(np.float64) - ref_logps for logps, ref_logps in pairs]
-        found = {
+        estimates = {
             "samples": mean_and_error(np.array([values.sum() for values in ratios])),
             "expected": expected_log_ratio(ratios),
         }
         metrics = {}
-        for name, (mean, error) in found.items():
+        for name, (mean, error) in estimates.items():
             metrics[f"eval_rewards/reference_{name}"] = self.beta * mean
             metrics[f"eval_rewards/reference_{name}_stderr"] = self.beta * error
         return metrics
@@ -100,83 +100,80 @@ class Probe:
 
 
 def make_probe(
-    config: SftConfig | DpoConfig, start: Start, params: Params, feeder: Feeder, mesh: Mesh, console: Console
+    plan: RunPlan, start: Start, params: Params, feeder: Feeder, mesh: Mesh, console: Console
 ) -> Probe | None:
     """Draws the reference's samples at step 0, or reads those with which the run began.
 
     Args:
-        config: The run's configuration.
+        plan: The run.
         start: Where it begins.
         params: Parameters of the policy, which at step 0 equals the reference.
-        feeder: The data set that gives the prompts.
+        feeder: The data set whose prompts are used.
         mesh: Devices of the model.
         console: Where to say what was drawn.
 
     Returns:
-        The probe; None where the loss has no reference or moves it, the option is 0, or a run that goes on has no
-        samples.
+        The probe; None if the loss has no reference or moves it, the option is 0, or a resumed run has no samples.
 
     Raises:
         InputError: If the option has no meaning, or the samples are damaged or those of another reference.
     """
-    count, path = config.train.reference_samples, Path(config.out) / FILE
+    count, path = plan.config.train.reference_samples, plan.out / FILE
     if count < 0 or count == 1:
         raise InputError(f"train.reference_samples is {count}; expected 0, or at least 2 for a standard error")
-    if count == 0 or not needs_reference(config) or moves_reference(config):
-        return None  # rewards that are measured from a moving point have no expectation
-    who = {"reference": start.reference.partition(" ")[0]}  # the digest of its parameters
+    # Rewards that are measured from a moving point have no expectation.
+    if count == 0 or not plan.objective.uses_reference or plan.moves_reference:
+        return None
+    identity = {"reference": start.reference.partition(" ")[0]}  # the digest of its parameters
     if start.step:
         if not path.exists():
-            message = f"{path} is missing, so this run goes on without rewards of the reference's samples"
-            console.print(message, markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{path} is missing, so this run continues without rewards of the reference's samples")
             return None
-        check_identity(path, who, holds="samples", fix="put that file back, or delete it to go on without")
+        check_identity(path, identity, holds="samples", fix="restore that file, or delete it to continue without")
         samples = read_samples(path)
-        logps = _scorer(samples.examples, config, start.model, feeder, mesh)
+        logps = _scorer(samples.examples, plan.config.data, start.model, feeder, mesh)
     else:
-        examples = _draw_examples(config, start, params, feeder, mesh, count)
-        logps = _scorer(examples, config, start.model, feeder, mesh)
-        samples = Samples(
-            examples, logps(params)
-        )  # by the program that scores: its first reward is 0, without rounding
+        examples = _draw_examples(plan.config.train.seed, start, params, feeder, mesh, count)
+        logps = _scorer(examples, plan.config.data, start.model, feeder, mesh)
+        # The program that scores gives ref_logps too, so the first rewards are exactly 0.
+        samples = Samples(examples, logps(params))
         if jax.process_index() == 0:
             write_samples(path, samples, start.tokenizer)
-            write_identity(path, who)
-        prompts = f"{feeder.dataset.source}{'' if config.data.eval else ' (training rows, as data.eval is not set)'}"
-        message = f"reference: {count} samples of {samples.mean_length:.1f} tokens on average to prompts of {prompts}"
-        console.print(message, markup=False, highlight=False, soft_wrap=True)
-    return Probe(samples, preference_loss(config.loss).beta, logps)
+            write_identity(path, identity)
+        where = "" if plan.config.data.eval else " (training rows, as data.eval is not set)"
+        tokens = f"{samples.mean_length:.1f} tokens on average"
+        say(console, f"reference: {count} samples of {tokens} to prompts of {feeder.dataset.source}{where}")
+    return Probe(samples, plan.objective.beta, logps)
 
 
 def _rows(count: int, feeder: Feeder, mesh: Mesh) -> int:
-    """As many at once as the feeder's data allow, and no more than there are; a multiple of the devices."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-min(count, feeder.batch_size // feeder.accumulate) // parts) * parts
+    """Prompts decoded at once: as many as a micro-batch has, and a multiple of the devices."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-min(count, feeder.batch_size // feeder.accumulate) // shards) * shards
 
 
-def _draw_examples(
-    config: DpoConfig, start: Start, params: Params, feeder: Feeder, mesh: Mesh, count: int
-) -> list[Example]:
-    there, seed = feeder.dataset.examples, config.train.seed
-    # Spread over the file; where it has fewer prompts, each comes several times.
-    chosen = [there[i] for i in step_indices(seed, 0, len(there), count)]
-    answers = draw(
+def _draw_examples(seed: int, start: Start, params: Params, feeder: Feeder, mesh: Mesh, count: int) -> list[Example]:
+    examples = feeder.dataset.examples
+    # Spread over the file; if it has fewer prompts, each is used several times.
+    chosen = [examples[i] for i in step_indices(seed, 0, len(examples), count)]
+    responses = draw(
         start.model,
         params,
         [example.prompt for example in chosen],
         mesh,
         seed=seed,
         rows=_rows(count, feeder, mesh),
-        max_new_tokens=min(LONGEST, max(len(r.ids) for example in there for r in example.responses)),
+        max_new_tokens=min(LONGEST, max(len(r.ids) for example in examples for r in example.responses)),
         eos_ids=eos_token_ids(start),
     )
-    return [replace(example, responses=(answer,)) for example, answer in zip(chosen, answers, strict=True)]
+    return [replace(example, responses=(response,)) for example, response in zip(chosen, responses, strict=True)]
 
 
 def _scorer(
-    examples: list[Example], config: DpoConfig, model: CausalLM, feeder: Feeder, mesh: Mesh
+    examples: list[Example], options: DataOptions, model: CausalLM, feeder: Feeder, mesh: Mesh
 ) -> Callable[[Params], list[np.ndarray]]:
+    """Makes `params -> log pi` of each sample's tokens."""
     rows = _rows(len(examples), feeder, mesh)
-    own = Feeder(Dataset(examples, (), FILE), rows, mesh, config.data, "train.reference_samples")
-    score = make_scorer(model, own)
-    return lambda params: [answers[0] for _, part in score(params, own.in_order(), 0) for answers in part]
+    samples = Feeder(Dataset(examples, (), FILE), rows, mesh, options, "train.reference_samples")
+    score = make_scorer(model, samples)
+    return lambda params: [responses[0] for _, part in score(params, samples.in_order(), 0) for responses in part]

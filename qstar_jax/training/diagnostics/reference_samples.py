@@ -130,7 +130,7 @@ def read_samples(path: Path) -> Samples:
             raise ValueError("there must be two answers or more, with a finite number for each of their tokens")
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(
-            f"{path}: not the reference's samples with which the run began ({error!r}); put that file back, or delete "
-            "it to go on without"
+            f"{path}: not the reference's samples with which the run began ({error!r}); restore that file, or delete "
+            "it to continue without"
         ) from error
     return samples

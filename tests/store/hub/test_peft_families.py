@@ -12,14 +12,15 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qstar_jax.config import ComputeOptions, LossOptions, MeshOptions
+from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.errors import InputError
+from qstar_jax.losses import make_loss
 from qstar_jax.models import CausalLM
 from qstar_jax.models.lora import attach_adapter
 from qstar_jax.store import hub
 from qstar_jax.store.hub.peft_file import TENSORS
 from qstar_jax.store.open import load_model
-from qstar_jax.training.objectives import dpo_loss_fn
+from qstar_jax.training.objectives import preference_loss_fn
 from qstar_jax.training.step import TrainState, make_train_step
 
 torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
@@ -106,7 +107,7 @@ def two_steps_of_torch(model, examples):
 
 def two_steps(model, base, adapter, batch):
     optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
-    step = jax.jit(make_train_step(dpo_loss_fn(model, LossOptions(beta=BETA)), optimizer))
+    step = jax.jit(make_train_step(preference_loss_fn(model, make_loss(beta=BETA)), optimizer))
     state = TrainState(jnp.int32(0), adapter, optimizer.init(adapter), None, base)
     for _ in range(2):
         state, _ = step(state, batch)

@@ -16,7 +16,8 @@ from qstar_jax.errors import InputError
 from qstar_jax.training import run as run_module
 from qstar_jax.training.diagnostics.decline import FILE, Probe, expected_log_ratio, make_probe
 from qstar_jax.training.diagnostics.reference_samples import Samples, draw, read_samples, write_samples
-from qstar_jax.training.reference import make_scorer, resolve_reference
+from qstar_jax.training.plan import make_plan
+from qstar_jax.training.reference import make_scorer
 
 BETA, PROMPT, EOS, DRAWN = 0.5, np.array([1, 9, 20], np.int32), 2, 2048
 NAMES = {f"eval_rewards/reference_{name}" for name in ("samples", "samples_stderr", "expected", "expected_stderr")}
@@ -148,7 +149,7 @@ def test_a_damaged_file_of_samples_is_refused(damage, tmp_path, drawn, tiny_toke
     examples = [Example(PROMPT, False, (answer,), 0) for answer in drawn[:3]]
     write_samples(path, Samples(examples, [np.zeros(len(a.ids), np.float32) for a in drawn[:3]]), tiny_tokenizer)
     path.write_text(damage(path.read_text()))
-    with pytest.raises(InputError, match=r"reference_samples\.jsonl: .*put that file back, or delete it"):
+    with pytest.raises(InputError, match=r"reference_samples\.jsonl: .*restore that file, or delete it"):
         read_samples(path)
 
 
@@ -219,8 +220,7 @@ def test_a_number_of_samples_without_a_meaning_is_refused(count, tmp_path, make_
 )
 def test_without_a_fixed_reference_there_are_no_samples(change, tmp_path, make_config):
     config = make_config(tmp_path / "run", **sampled(), **change)
-    config = replace(config, reference=resolve_reference(config))
-    assert make_probe(config, *[None] * 5) is None  # nothing is looked at
+    assert make_probe(make_plan(config), *[None] * 5) is None  # nothing is looked at
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def test_samples_of_another_reference_are_refused(half_way, make_config, tiny_tr
     identity = half_way / "reference_samples.identity.json"
     identity.write_text(json.dumps({"reference": "0" * 64}))
     with pytest.raises(
-        InputError, match=r"samples made with reference 0{12}\.\.\., and it is \w{12}.*delete it to go on"
+        InputError, match=r"samples made with reference 0{12}\.\.\., and it is \w{12}.*delete it to continue"
     ):
         tiny_train(replace(make_config(half_way, **sampled(eval_file)), resume=True))
 
@@ -261,7 +261,7 @@ def test_a_run_that_begins_anew_draws_anew(whole, tmp_path, make_config, tiny_tr
     out = tmp_path / "run"
     out.mkdir()
     (out / FILE).write_text("of a run that never came to a checkpoint")
-    monkeypatch.setattr(run_module.Loop, "run", lambda self, state, start: {})
+    monkeypatch.setattr(run_module.Loop, "run", lambda self, state, *_: (state, {}))
     monkeypatch.setattr("qstar_jax.training.diagnostics.decline.sentence", lambda evidence: "")
     monkeypatch.setattr("qstar_jax.training.diagnostics.decline.collect", lambda *args, **options: None)
     tiny_train(make_config(out, **sampled(eval_file)))

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qstar_jax.config import ComputeOptions, LoraOptions, LossOptions, MeshOptions, OptimizerOptions
+from qstar_jax.config import ComputeOptions, LoraOptions, MeshOptions, OptimizerOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
+from qstar_jax.losses import make_loss
 from qstar_jax.models import CausalLM
 from qstar_jax.sharding import make_mesh, tree_shardings
 from qstar_jax.store.open import param_shardings
 from qstar_jax.training import run as run_module
 from qstar_jax.training.diagnostics.estimate import Estimate, device_memory, estimate
-from qstar_jax.training.objectives import dpo_loss_fn
+from qstar_jax.training.objectives import preference_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step
 
@@ -46,7 +47,7 @@ def stage(tiny_config, random_examples):
             opt_state = jax.tree.map(zeros, abstract, tree_shardings(abstract, mesh, mesh_options))
         state = TrainState(jnp.int32(0), trained, opt_state, None if rank else params, params if rank else None)
         batch = make_batch(examples, Shapes.of(examples, "packed", batch_size=32, shards=count))
-        return dpo_loss_fn(model, LossOptions()), optimizer, state, jax.tree.map(jnp.asarray, batch), mesh
+        return preference_loss_fn(model, make_loss()), optimizer, state, jax.tree.map(jnp.asarray, batch), mesh
 
     return make
 

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.config import LossOptions, OptimizerOptions, ReferenceOptions
+from qstar_jax.config import OptimizerOptions, ReferenceOptions
 from qstar_jax.data.batches import step_indices
 from qstar_jax.data.feeder import Feeder
+from qstar_jax.losses import make_loss
 from qstar_jax.store.checkpoints import find_checkpoint
-from qstar_jax.training import run as run_module
-from qstar_jax.training.diagnostics.nonfinite import find_cause, first_nonfinite
-from qstar_jax.training.objectives import dpo_loss_fn
-from qstar_jax.training.step import TrainState, make_train_step
+from qstar_jax.training.diagnostics.nonfinite import find_cause
+from qstar_jax.training.objectives import preference_loss_fn
+from qstar_jax.training.step import TrainState, first_nonfinite, make_train_step
 
 STEP = 2  # the runs of this folder save at every second step
 ROW = int(step_indices(0, STEP, 40, 8)[2])  # of the 40 in the training file: no earlier step has it
@@ -57,8 +57,8 @@ def test_a_poisoned_row_is_named_and_the_state_before_it_kept(
 
 
 def test_a_gradient_is_named_by_its_first_bad_tensor(make_config, tiny_train, tmp_path, monkeypatch):
-    def dpo(model, options):
-        loss_fn = dpo_loss_fn(model, options)
+    def make_broken(model, loss):
+        loss_fn = preference_loss_fn(model, loss)
 
         def broken(params, ref_params, batch):
             loss, metrics = loss_fn(params, ref_params, batch)
@@ -68,7 +68,7 @@ def test_a_gradient_is_named_by_its_first_bad_tensor(make_config, tiny_train, tm
 
         return broken
 
-    monkeypatch.setattr(run_module, "dpo_loss_fn", dpo)
+    monkeypatch.setattr("qstar_jax.training.objectives.preference.preference_loss_fn", make_broken)
     message = r"step 0 of .*gradient of layers/mlp/up/kernel is not finite, first in a batch of rows \d+, .*untouched"
     with pytest.raises(FloatingPointError, match=message):
         tiny_train(make_config(tmp_path / "run", train={"reference_samples": 0}))
@@ -85,8 +85,10 @@ def test_parameters_that_are_not_finite_are_named_and_never_saved(make_config, t
 
 
 def test_log_probabilities_and_references(tiny_model, tiny_params, pair_batch):
-    batch, loss_fn = pair_batch(4), dpo_loss_fn(tiny_model, LossOptions())
-    cause = partial(find_cause, tiny_model, loss_fn, batches=[batch], rows=[[3, 1, 4, 0]])
+    batch, loss_fn = pair_batch(4), preference_loss_fn(tiny_model, make_loss())
+    rows = ["4", "2", "5", "1"]
+    locate = lambda examples: f"rows {', '.join(rows[i] for i in examples)}"  # noqa: E731
+    cause = partial(find_cause, tiny_model, loss_fn, batch=batch, locate=locate)
     reference = jax.tree.map(lambda x: x * jnp.nan, tiny_params)
     assert cause(TrainState(jnp.int32(0), tiny_params, (), reference)) == (
         "the reference's parameter embed/embedding is not finite"

@@ -1,0 +1,114 @@
+"""The examples of a run: what it is trained on, what it is evaluated on, and what a cached reference says of them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from rich.console import Console
+
+from qstar_jax.console import say, track
+from qstar_jax.data.batches import Batch
+from qstar_jax.data.feeder import Feeder
+from qstar_jax.data.loading import load_examples
+from qstar_jax.data.preview import preview
+from qstar_jax.decoding.eos import eos_token_ids
+from qstar_jax.store.user_cache import user_cache
+from qstar_jax.training.continuation import check_same_data, data_identity
+from qstar_jax.training.plan import RunPlan
+from qstar_jax.training.reference import cached_logprobs
+from qstar_jax.training.setup import Start
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The examples of a run, in batches.
+
+    Attributes:
+        train: Those that it is trained on.
+        held_out: Those that it is evaluated on; None without any.
+        identity: Which examples they are, for checkpoints.
+    """
+
+    train: Feeder
+    held_out: Feeder | None
+    identity: dict[str, Any]
+
+    @property
+    def prompts(self) -> Feeder:
+        """Whose prompts the reference's samples respond to."""
+        return self.held_out or self.train
+
+    @property
+    def date(self) -> str | None:
+        """Day that chat templates took for today, if any of them printed it."""
+        dates = [feeder.dataset.date for feeder in (self.train, self.held_out) if feeder and feeder.dataset.date]
+        return dates[0] if dates else None
+
+
+def load_inputs(plan: RunPlan, start: Start, mesh: Mesh, console: Console) -> Inputs:
+    """Reads and tokenizes the examples of a run, and shows what became of their rows.
+
+    Args:
+        plan: The run.
+        start: Where it begins.
+        mesh: Its devices.
+        console: Where to show it.
+
+    Returns:
+        The examples.
+
+    Raises:
+        InputError: If they cannot be used, or are not those with which a resumed run began.
+    """
+    data, options = replace(plan.config.data, date=start.date), plan.config.train
+    model = {"vocabulary": start.model.config.vocab_size, "eos_ids": eos_token_ids(start)}
+    load = partial(load_examples, kind=plan.objective.kind, tokenizer=start.tokenizer, options=data, **model)
+    examples = load(data.train, data.train_split, limit=data.max_train_rows)
+    say(console, examples.report(start.model))
+    console.print(preview(examples.examples[0], start.tokenizer))
+    train = Feeder(examples, options.batch_size, mesh, data, "train.batch_size", accumulate=options.accumulate)
+    held_out = None
+    if data.eval is not None:
+        examples = load(data.eval, data.eval_split, limit=data.max_eval_rows)
+        say(console, examples.report(start.model))
+        batch_size = options.eval_batch_size or options.batch_size
+        held_out = Feeder(examples, batch_size, mesh, data, "train.eval_batch_size")
+    identity = data_identity(train.dataset.examples, held_out and held_out.dataset.examples)
+    if start.began and (note := check_same_data(plan, start.began, identity)):
+        say(console, note)
+    return Inputs(train, held_out, identity)
+
+
+def with_cached_reference(plan: RunPlan, start: Start, inputs: Inputs, console: Console) -> Inputs:
+    """Adds the reference's log-probabilities to every batch where `reference.mode` is cached.
+
+    Args:
+        plan: The run.
+        start: Where it begins.
+        inputs: Its examples.
+        console: Where to show progress.
+
+    Returns:
+        The same examples.
+
+    Raises:
+        InputError: If the cache cannot be used (see `cached_logprobs`).
+    """
+    if plan.reference.mode != "cached":
+        return inputs
+    folder = Path(plan.reference.cache) if plan.reference.cache else user_cache("reference")
+
+    def add(feeder: Feeder | None) -> Feeder | None:
+        if feeder is None:
+            return None
+
+        def show(batches: Iterable[Batch], description: str, total: int) -> Iterable[Batch]:
+            return track(console, batches, f"{description}: {feeder.dataset.source}", total)
+
+        logps = cached_logprobs(feeder, start.model.base, start.params, start.reference, folder, show)
+        return feeder.with_reference(logps)
+
+    return replace(inputs, train=add(inputs.train), held_out=add(inputs.held_out))

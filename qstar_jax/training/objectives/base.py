@@ -1,0 +1,40 @@
+"""The record that describes an objective: a loss, and what the rest of training must know about it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from qstar_jax.data.loading import Kind
+from qstar_jax.training.metrics import Metrics
+
+# (params, ref_params, batch) -> (loss, metrics), pure. Parameters and batches are any pytrees that belong together;
+# metrics["loss"] is the (sum, denominator) of the loss.
+LossFn = Callable[[Any, Any, Any], tuple[Float[Array, ""], Metrics]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective for language models.
+
+    Attributes:
+        loss_fn: Makes the loss for a model.
+        kind: What it reads from each row of a file.
+        headline: Metrics that the terminal shows.
+        description: The loss with its options, for messages; empty if there is nothing to choose.
+        uses_reference: Whether the policy is compared with a reference.
+        couples_examples: Whether the loss of an example depends on the rest of its batch, so that micro-batches would
+            change it.
+        loss_at_reference: Loss of a policy that equals its reference, if that is the same for all examples.
+        beta: Reward per nat of log-ratio; None without a reference.
+    """
+
+    loss_fn: Callable[[Any], LossFn]
+    kind: Kind
+    headline: tuple[str, ...] = ("loss",)
+    description: str = ""
+    uses_reference: bool = False
+    couples_examples: bool = False
+    loss_at_reference: float | None = None
+    beta: float | None = None

@@ -1,0 +1,34 @@
+"""Metrics that every objective on responses has: their lengths, and the sizes that throughput is computed from."""
+
+import jax.numpy as jnp
+
+from qstar_jax.data.batches import Batch
+from qstar_jax.training.metrics import Metrics
+
+
+def response_metrics(batch: Batch, names: tuple[str, ...]) -> Metrics:
+    """Mean length in tokens, EOS included, and share truncated, of each response of the examples.
+
+    Args:
+        batch: B prompts with R responses each.
+        names: Names of the R responses.
+
+    Returns:
+        Sums over the batch, and their denominators.
+    """
+    values = {"lengths": batch.response_lengths, "truncated": batch.truncated}
+    return {
+        f"{metric}/{name}": ((value[:, r] * batch.weights).sum(), batch.weights.sum())
+        for metric, value in values.items()
+        for r, name in enumerate(names)
+    }
+
+
+def token_counts(batch: Batch) -> Metrics:
+    """Sizes of a batch, or of stacked micro-batches; a denominator of 1 makes them sums."""
+    one = jnp.ones(())
+    return {
+        "count/tokens": ((batch.blocks >= 0).sum().astype(jnp.float32), one),
+        "count/slots": (jnp.float32(batch.blocks.size), one),
+        "count/scored_tokens": (batch.response_lengths.sum().astype(jnp.float32), one),
+    }

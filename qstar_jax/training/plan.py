@@ -1,0 +1,82 @@
+"""The plan of a run: its resolved options and its objective, made before anything is loaded or written."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from qstar_jax.config import DpoConfig, ReferenceOptions, SftConfig
+from qstar_jax.config.paths import check_paths
+from qstar_jax.errors import InputError
+from qstar_jax.losses import make_loss
+from qstar_jax.training.objectives import Objective, preference_objective, sft_objective
+from qstar_jax.training.reference import resolve_reference
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run does.
+
+    Attributes:
+        verb: The verb that asks for it, "sft" or "dpo".
+        config: Its options, with every default filled in.
+        objective: What it minimizes.
+        reference: The reference of the objective; its mode is `none` if there is none.
+    """
+
+    verb: str
+    config: SftConfig | DpoConfig
+    objective: Objective
+    reference: ReferenceOptions = ReferenceOptions(mode="none")
+
+    @property
+    def out(self) -> Path:
+        """Folder of the run."""
+        return Path(self.config.out)
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether a second copy of the parameters is held for the reference."""
+        return self.reference.mode == "live"
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether the reference's forward pass is part of each step."""
+        return self.reference.mode in ("live", "adapter")
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether the reference's parameters change during the run."""
+        return self.reference.sync_every > 0
+
+    def with_date(self, date: str | None) -> "RunPlan":
+        """The same plan with the day that chat templates take for today, which a resumed run keeps."""
+        return replace(self, config=replace(self.config, data=replace(self.config.data, date=date)))
+
+
+def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
+    """Resolves a run's options, and chooses its objective.
+
+    Args:
+        config: Options of a verb.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: If options are missing, or contradict each other.
+    """
+    check_paths(config)
+    if not config.data.train:
+        raise InputError("--data.train is missing: name a JSONL or Parquet file, or a data set of the hub")
+    if isinstance(config, SftConfig):
+        return RunPlan("sft", config, sft_objective())
+    loss = make_loss(**asdict(config.loss))
+    objective = preference_objective(loss)
+    reference = resolve_reference(config.reference, objective, config.lora.rank)
+    if config.train.accumulate > 1 and objective.couples_examples:
+        raise InputError(
+            f"train.accumulate {config.train.accumulate}: {loss} looks at its whole batch, and would see "
+            "micro-batches; set it to 1, or loss.normalize answer_tokens where that is the reason"
+        )
+    # Each loss of a list has defaults of its own, so only those of a single loss are filled in.
+    options = config.loss if isinstance(config.loss.name, list) else replace(config.loss, **loss.options[0])
+    return RunPlan("dpo", replace(config, loss=options, reference=reference), objective, reference)
