@@ -1,8 +1,8 @@
-"""Chat templates: which of a tokenizer's templates makes text of dialogues, with which arguments, and on which day.
+"""Renders dialogues with the chat template of a tokenizer.
 
-A tokenizer may have several under names. `default` renders dialogues and, as in transformers, `tool_use` those with
-tools, unless `DataOptions.chat_template` chooses one for all. A template that prints today's date is told the day with
-which a run began (`DataOptions.date`), at 00:00, so that the run can go on tomorrow.
+A tokenizer may have several named templates. As in transformers, `default` renders dialogues and `tool_use` those with
+tools, unless `DataOptions.chat_template` selects one for all. A template that prints today's date gets the date on
+which the run began (`DataOptions.date`), at 00:00, so that a run continued later renders the same prompts.
 """
 
 import copy
@@ -21,18 +21,18 @@ from qstar_jax.data.dropped import BadRow
 from qstar_jax.errors import InputError
 
 _DEFAULT, _TOOLS, _CLOCK = "default", "tool_use", "strftime_now"
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of messages for what is thought before the answer
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of messages for thoughts before the response
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Makes text of dialogues. `ChatTemplate.find` makes it.
+    """Renders dialogues as text; made by `ChatTemplate.find`.
 
     Args:
-        tokenizer: The tokenizer, which knows the special tokens.
+        tokenizer: The tokenizer, which has the special tokens.
         texts: The template for dialogues without tools, and for those with tools.
-        arguments: Further variables of the template.
-        day: What the template takes for today; None for the real one.
+        arguments: Additional variables of the template.
+        day: Date that the template prints; None: the current date.
     """
 
     tokenizer: Any
@@ -42,97 +42,103 @@ class ChatTemplate:
 
     @classmethod
     def find(cls, tokenizer: Any, options: DataOptions, tools: Collection[bool] = (False,)) -> "ChatTemplate":
-        """Finds the template that a tokenizer and the options name, and checks that it reads what it is given.
+        """Finds the template selected by a tokenizer and the options, and checks that it uses its inputs.
 
         Args:
             tokenizer: A Hugging Face tokenizer.
-            options: `chat_template`, `chat_template_kwargs` and `date` are read.
-            tools: Whether dialogues have tools, for each kind of dialogue that there is.
+            options: Reads `chat_template`, `chat_template_kwargs` and `date`.
+            tools: Whether dialogues have tools, for each kind of dialogue in the data.
 
         Raises:
-            InputError: There is no such template, it is no template of chats, or an option has no effect on it.
+            InputError: There is no such template, it does not render messages, or an option has no effect on it.
         """
         used = {has: find_template(tokenizer, options.chat_template, tools=has) for has in tools}
         if not all("messages" in _names(text) for text in used.values()):
             which = "" if options.chat_template is None else f" {options.chat_template!r}"
             raise InputError(
-                f"the chat template{which} never reads `messages`, so all prompts would be one text; expected a Jinja "
-                "template such as those in chat_template.jinja of chat models"
+                f"the chat template{which} never reads `messages`, so all prompts would be equal; expected a Jinja "
+                "template like the chat_template.jinja of chat models"
             )
         texts = (used.get(False, ""), used.get(True, ""))
-        found = cls(tokenizer, texts, options.chat_template_kwargs, options.date)
+        template = cls(tokenizer, texts, options.chat_template_kwargs, options.date)
         _check_arguments(options.chat_template_kwargs, frozenset().union(*map(_variables, used.values())), tokenizer)
         if options.date is not None:
             _day(options.date)
-            if not found.prints_date:
+            if not template.prints_date:
                 raise InputError(
-                    f"data.date {options.date} has no effect: the chat template prints no date; leave it out"
+                    f"data.date {options.date} has no effect: the chat template prints no date; remove the option"
                 )
-        return found
+        return template
 
     @property
     def prints_date(self) -> bool:
-        """Whether the template asks which day it is."""
+        """Whether the template prints the current date."""
         return any(_CLOCK in _names(text) for text in self.texts)
 
-    def __call__(self, messages: Messages, tools: list[dict] | None = None, *, answer_next: bool = False) -> str:
+    def __call__(self, messages: Messages, tools: list[dict] | None = None, *, open_turn: bool = False) -> str:
         """Renders a dialogue.
 
         Args:
             messages: The dialogue.
-            tools: JSON schemas of the tools that it may use, if any.
-            answer_next: Open the assistant's next turn (`add_generation_prompt`).
+            tools: JSON schemas of the available tools, if any.
+            open_turn: Append the header of the assistant's next turn (`add_generation_prompt`).
 
         Raises:
             BadRow: The template refuses the dialogue.
         """
-        return self._render(self.texts[tools is not None], messages, tools, answer_next=answer_next)
+        return self._render(self.texts[tools is not None], messages, tools, open_turn=open_turn)
 
-    def lost(self, prompt: Messages, answer: Messages, tools: list[dict] | None, text: str) -> str | None:
-        """Names what leaves no trace in the text of a dialogue, where a model would not see it, or not learn it.
+    def omitted(self, prompt: Messages, response: Messages, tools: list[dict] | None, text: str) -> str | None:
+        """Finds a part of a dialogue that its rendered text does not depend on, which a model would never see.
 
-        Thoughts and words of the assistant count in its answer only: many templates leave the thoughts of earlier turns
-        out, as in a conversation.
+        Thoughts and words of the assistant are checked in the response only: many templates omit the thoughts of
+        earlier turns on purpose.
 
         Args:
-            prompt: The dialogue up to the answer.
-            answer: The answer's message; nothing where it is to be opened (`answer_next`).
+            prompt: The dialogue before the response.
+            response: The message of the response; empty if its turn is to be opened (`open_turn`).
             tools: As for `__call__`.
-            text: What `__call__` makes of all that.
+            text: The dialogue as rendered by `__call__`.
 
         Returns:
-            What is lost, in the plural; None if nothing is.
+            What is omitted, in the plural; None if nothing is.
         """
-        chosen, shown = self.texts[tools is not None], _bare(text)
+        template, rendered = self.texts[tools is not None], _strip_spaces(text)
 
-        def same(messages: Messages, tools: list[dict] | None) -> bool:
+        def unchanged(messages: Messages, tools: list[dict] | None) -> bool:
             try:
-                return self._render(chosen, messages, tools, answer_next=not answer) == text
+                return self._render(template, messages, tools, open_turn=not response) == text
             except BadRow:
-                return False  # some templates cannot do without
+                return False  # some templates require what was removed
 
-        if tools is not None and same(prompt + answer, None):
+        # Remove tools, tool calls and thoughts: the text must change.
+        if tools is not None and unchanged(prompt + response, None):
             return "tools"
-        without = {"tool_calls": _without("tool_calls", prompt + answer)}
-        without |= {key: prompt + _without(key, answer) for key in _THOUGHTS}
+        without = {"tool_calls": _without("tool_calls", prompt + response)}
+        without |= {key: prompt + _without(key, response) for key in _THOUGHTS}
         for key, messages in without.items():
-            if messages != prompt + answer and same(messages, tools):
+            if messages != prompt + response and unchanged(messages, tools):
                 return key
-        for place, message in enumerate(prompt):
-            other = [{**message, "content": message["content"] + "."}]
-            if message["role"] == "assistant" or _bare(message["content"]) in shown:
-                continue
-            if same(prompt[:place] + other + prompt[place + 1 :] + answer, tools):
-                return f"messages of the role {message['role']!r}"
-        return None if all(_bare(message["content"]) in shown for message in answer) else "all words of the answer"
 
-    def _render(self, text: str, messages: Messages, tools: list[dict] | None, *, answer_next: bool) -> str:
+        # Edit each message of the prompt that does not appear verbatim: the text must change.
+        for index, message in enumerate(prompt):
+            edited = [{**message, "content": message["content"] + "."}]
+            if message["role"] == "assistant" or _strip_spaces(message["content"]) in rendered:
+                continue
+            if unchanged(prompt[:index] + edited + prompt[index + 1 :] + response, tools):
+                return f"messages of the role {message['role']!r}"
+
+        # The response must appear verbatim.
+        verbatim = all(_strip_spaces(message["content"]) in rendered for message in response)
+        return None if verbatim else "all words of the response"
+
+    def _render(self, text: str, messages: Messages, tools: list[dict] | None, *, open_turn: bool) -> str:
         if self.day is not None:
-            text = _on(self.day, text)
-        given = {"tools": tools, "add_generation_prompt": answer_next, "chat_template": text, "tokenize": False}
+            text = _with_date(self.day, text)
+        arguments = {"tools": tools, "add_generation_prompt": open_turn, "chat_template": text, "tokenize": False}
         try:
-            return self.tokenizer.apply_chat_template(messages, **given, **self.arguments)
-        except Exception as error:  # a template is a program: what it cannot do with a dialogue shows in many ways
+            return self.tokenizer.apply_chat_template(messages, **arguments, **self.arguments)
+        except Exception as error:  # a template is a program, which can fail in many ways
             raise BadRow(f"the chat template refuses the messages ({one_line(str(error))})") from error
 
 
@@ -140,15 +146,15 @@ def _without(key: str, messages: Messages) -> Messages:
     return [{name: value for name, value in message.items() if name != key} for message in messages]
 
 
-def _bare(text: str) -> str:
-    """A text without white space, which is a template's own affair."""
+def _strip_spaces(text: str) -> str:
+    """Removes all white space, which templates are free to change."""
     return "".join(text.split())
 
 
 def named_templates(tokenizer: Any) -> dict[str, str]:
-    """All chat templates of a tokenizer, by name; a single one is called `default`."""
-    found = tokenizer.chat_template or {}
-    return {_DEFAULT: found} if isinstance(found, str) else dict(found)
+    """Returns all chat templates of a tokenizer by name; a single one is called `default`."""
+    templates = tokenizer.chat_template or {}
+    return {_DEFAULT: templates} if isinstance(templates, str) else dict(templates)
 
 
 def find_template(tokenizer: Any, choice: str | None, *, tools: bool = False) -> str:
@@ -156,42 +162,42 @@ def find_template(tokenizer: Any, choice: str | None, *, tools: bool = False) ->
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        choice: Name of one of its templates, or path of a file that holds one; None for its own choice.
+        choice: Name of one of its templates, or path of a file that holds one; None: the tokenizer's default.
         tools: Whether the dialogues have tools.
 
     Raises:
         InputError: There is none, or none of that name.
     """
-    named = named_templates(tokenizer)
-    names = f"templates of this tokenizer: {', '.join(sorted(named)) or 'none'}"
+    templates = named_templates(tokenizer)
+    names = f"templates of this tokenizer: {', '.join(sorted(templates)) or 'none'}"
     if choice is None:
-        name = _TOOLS if tools and _TOOLS in named else _DEFAULT
-        if name in named:
-            return named[name]
-        if named:
+        name = _TOOLS if tools and _TOOLS in templates else _DEFAULT
+        if name in templates:
+            return templates[name]
+        if templates:
             raise InputError(
-                f"the tokenizer has several chat templates and none is the default ({names}); choose one by "
-                "--data.chat_template, or make it chat_template.jinja in the model's folder"
+                f"the tokenizer has several chat templates but no default ({names}); choose one with "
+                "--data.chat_template, or save it as chat_template.jinja in the model's folder"
             )
         raise InputError(
             "the rows are chat messages (or data.as_chat is on), but the tokenizer has no chat template; use the "
-            "tokenizer of an instruction-tuned model, name a file with one by --data.chat_template, or give plain text"
+            "tokenizer of an instruction-tuned model, name a template file with --data.chat_template, or use plain text"
         )
-    if choice in named:
-        return named[choice]
+    if choice in templates:
+        return templates[choice]
     path = Path(choice).expanduser()
     if not path.is_file():
-        raise InputError(f"data.chat_template {choice!r}: neither a template's name nor a file ({names})")
+        raise InputError(f"data.chat_template {choice!r}: neither the name of a template nor a file ({names})")
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:
-        raise InputError(f"data.chat_template {choice}: not a text file in UTF-8 ({error})") from error
+        raise InputError(f"data.chat_template {choice}: not a UTF-8 text file ({error})") from error
 
 
 def adopt_template(tokenizer: Any, choice: str | None) -> Any:
-    """Makes the chosen template the tokenizer's default, so that it goes along with what is trained by it.
+    """Makes the chosen template the tokenizer's default, so that it is saved with the trained model.
 
-    What `default` and `tool_use` meant before is kept as `default_before` and `tool_use_before`.
+    Previous templates named `default` and `tool_use` are kept as `default_before` and `tool_use_before`.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -205,28 +211,28 @@ def adopt_template(tokenizer: Any, choice: str | None) -> Any:
     """
     if choice is None:
         return tokenizer
-    text, named = find_template(tokenizer, choice), named_templates(tokenizer)
+    text, templates = find_template(tokenizer, choice), named_templates(tokenizer)
     adopted = copy.copy(tokenizer)
-    if len(named) < 2:
+    if len(templates) < 2:
         adopted.chat_template = text
         return adopted
-    before = {f"{name}_before": named[name] for name in (_DEFAULT, _TOOLS) if named.get(name, text) != text}
-    kept = {name: other for name, other in named.items() if f"{name}_before" not in before}
+    before = {f"{name}_before": templates[name] for name in (_DEFAULT, _TOOLS) if templates.get(name, text) != text}
+    kept = {name: other for name, other in templates.items() if f"{name}_before" not in before}
     adopted.chat_template = kept | before | {_DEFAULT: text}
     return adopted
 
 
 def check_without_chats(options: DataOptions) -> None:
-    """Refuses options about chat templates where no row is a chat.
+    """Refuses options of chat templates if no row is a chat.
 
     Raises:
         InputError: One of them is set.
     """
-    given = [name for name in ("chat_template", "chat_template_kwargs", "date") if getattr(options, name)]
-    if given:
+    unused = [name for name in ("chat_template", "chat_template_kwargs", "date") if getattr(options, name)]
+    if unused:
         raise InputError(
-            f"data.{given[0]} has no effect: no row is a chat; set --data.as_chat to make chats of plain text, or "
-            "leave it out"
+            f"data.{unused[0]} has no effect: no row is a chat; set --data.as_chat to turn plain text into chats, or "
+            "remove the option"
         )
 
 
@@ -234,10 +240,12 @@ def _check_arguments(arguments: dict[str, Any], read: Collection[str], tokenizer
     reserved = {"messages", _CLOCK, *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents"}
     for name, value in arguments.items():
         if name in reserved:
-            raise InputError(f"data.chat_template_kwargs: {name!r} is set by the program itself; leave it out")
+            raise InputError(f"data.chat_template_kwargs: {name!r} is set by the program; remove it")
         if name not in read:
-            known = ", ".join(sorted(set(read) - reserved)) or "nothing"
-            raise InputError(f"data.chat_template_kwargs: the chat template does not read {name!r}; it reads {known}")
+            readable = ", ".join(sorted(set(read) - reserved)) or "nothing"
+            raise InputError(
+                f"data.chat_template_kwargs: the chat template does not read {name!r}; it reads {readable}"
+            )
         if not _is_plain(value):
             raise InputError(
                 f"data.chat_template_kwargs: {name!r} is {type(value).__name__}; expected text, numbers, booleans, "
@@ -260,11 +268,11 @@ def _day(text: str) -> datetime:
         raise InputError(f"data.date {text!r}: expected a date such as 2026-01-31") from error
 
 
-def _on(day: str, text: str) -> str:
-    """The template for a day; its clock stands still.
+def _with_date(day: str, text: str) -> str:
+    """Returns a template whose clock is fixed to a date.
 
-    The clock is no argument that could be given: transformers lets only plain data through. So it is set where
-    transformers keeps what it has compiled, under a text of its own: the comment's line leaves no trace in the output.
+    The clock is a function, which transformers does not accept as an argument, so it is set in transformers' cache of
+    compiled templates. A comment line, which does not change the output, gives the template its own cache entry.
     """
     from transformers.utils import chat_template_utils
 
@@ -291,7 +299,7 @@ def _names(text: str) -> set[str]:
 
 
 def _variables(text: str) -> set[str]:
-    """What a template looks up in what it is given."""
+    """Returns the variables that a template reads from its arguments."""
     import jinja2.meta
 
     return jinja2.meta.find_undeclared_variables(_parsed(text))

@@ -1,4 +1,4 @@
-"""What the columns of a row may hold: text, chat messages, tools. Anything else makes it a bad row."""
+"""Checks the values in the columns of a row: text, chat messages or tools."""
 
 import json
 import re
@@ -12,18 +12,18 @@ Turns = str | Messages
 
 _EXPECTED = "expected text or a list of chat messages ({'role': text, 'content': text})"
 _EXPECTED_TOOLS = "expected a list of JSON schemas, or a JSON string of one"
-_SHARE_GPT = {"human": "user", "gpt": "assistant"}  # no chat template knows them, but many write any role
+_SHARE_GPT = {"human": "user", "gpt": "assistant"}  # roles that chat templates do not know, though many accept any
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _FIRST_KEY = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
 def checked_turns(value: Any, column: str, encoded: bool = False) -> Turns:
-    """Text as it is, or chat messages without their null entries (columnar files add one for every key of any message).
+    """Returns text unchanged, or chat messages without null entries (which columnar files add for missing keys).
 
     Args:
-        value: What the column holds.
+        value: Value of the column.
         column: Its name, for the reason.
-        encoded: Text that looks like chat messages in JSON is parsed, see `holds_encoded_messages`.
+        encoded: Parse text that looks like chat messages in JSON, see `holds_encoded_messages`.
 
     Returns:
         A string, or a list of dictionaries with at least the strings `role` and `content`.
@@ -46,32 +46,33 @@ def checked_turns(value: Any, column: str, encoded: bool = False) -> Turns:
 def _check_message(message: Any, number: int, column: str):
     if not isinstance(message, dict):
         raise BadRow(
-            f"column {column!r} holds a list of other things than messages",
+            f"column {column!r} holds a list of something other than messages",
             f" (item {number} is {'null' if message is None else type(message).__name__}); {_EXPECTED}",
         )
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
-            found = f"whose {key!r} {_holds(message[key])}" if key in message else f"without {key!r}"
+            problem = f"whose {key!r} {_holds(message[key])}" if key in message else f"without {key!r}"
             keys = ", ".join(map(repr, message))
             raise BadRow(
-                f"column {column!r} has a message {found}", f" (message {number}, keys: {keys or 'none'}); {_EXPECTED}"
+                f"column {column!r} has a message {problem}",
+                f" (message {number}, keys: {keys or 'none'}); {_EXPECTED}",
             )
-    if known := _SHARE_GPT.get(message["role"]):
+    if role := _SHARE_GPT.get(message["role"]):
         raise BadRow(
             f"column {column!r} has a message of the role {message['role']!r}",
-            f" (message {number}); expected roles that chat templates know: call it {known!r}",
+            f" (message {number}); expected roles that chat templates know: use {role!r}",
         )
 
 
 def checked_tools(value: Any, column: str) -> list[dict] | None:
-    """The tools of a row as JSON schemas, for the chat template.
+    """Returns the tools of a row as JSON schemas, for the chat template.
 
     Args:
-        value: What the column holds: a list of schemas, or a JSON string of one (of each, or of all).
+        value: Value of the column: a list of schemas, or JSON strings of each schema or of the list.
         column: Its name, for the reason.
 
     Returns:
-        At least one schema, or None where the row has no tools.
+        At least one schema, or None if the row has no tools.
 
     Raises:
         BadRow: The value is something else.
@@ -84,13 +85,13 @@ def checked_tools(value: Any, column: str) -> list[dict] | None:
         if all(isinstance(tool, dict) for tool in value):
             return value or None
     if value is not None:
-        found = "holds a list of other things than schemas" if isinstance(value, list) else _holds(value)
-        raise BadRow(f"column {column!r} {found}", f"; {_EXPECTED_TOOLS}")
+        problem = "holds a list of something other than schemas" if isinstance(value, list) else _holds(value)
+        raise BadRow(f"column {column!r} {problem}", f"; {_EXPECTED_TOOLS}")
     return None
 
 
 def checked_system(value: Any, column: str) -> str | None:
-    """The system message of a row, or None where it has none.
+    """Returns the system message of a row, or None if it has none.
 
     Raises:
         BadRow: The value is neither text nor null.
@@ -102,13 +103,13 @@ def checked_system(value: Any, column: str) -> str | None:
 
 
 def holds_encoded_messages(values: Iterable[Any]) -> bool:
-    """Whether a column's texts are chat messages written as JSON, as CSV and SQL tools leave them.
+    """Whether the texts of a column are chat messages encoded as JSON, as written by CSV and SQL tools.
 
     Args:
-        values: What the rows of a file hold in this column.
+        values: Values of the column in all rows of a file.
 
     Returns:
-        True if most of its texts look so: a single answer that speaks of chat messages is no reason to parse it.
+        True if most of its texts look like it: a single response about chat messages is no reason to parse the column.
     """
     texts = [_looks_encoded(value) for value in values if isinstance(value, str)]
     return 2 * sum(texts) > len(texts)
@@ -126,7 +127,7 @@ def _decoded(text: str, column: str, expected: str) -> Any:
 
 
 def _check_surrogates(value: Any, column: str):
-    """A lone surrogate is half of a character beyond U+FFFF: JSON can write it, but no tokenizer can read it."""
+    """Refuses lone surrogates, halves of characters beyond U+FFFF: valid in JSON, but tokenizers cannot encode them."""
     parts = [value]
     while parts:
         part = parts.pop()
@@ -134,8 +135,8 @@ def _check_surrogates(value: Any, column: str):
             parts += [*part.keys(), *part.values()]
         elif isinstance(part, list):
             parts += part
-        elif isinstance(part, str) and not part.isascii() and (found := _SURROGATE.search(part)):
-            code = f"U+{ord(found.group()):04X} at character {found.start() + 1}"
+        elif isinstance(part, str) and not part.isascii() and (surrogate := _SURROGATE.search(part)):
+            code = f"U+{ord(surrogate.group()):04X} at character {surrogate.start() + 1}"
             raise BadRow(f"column {column!r} holds half a character, a lone surrogate", f" ({code}); expected text")
 
 

@@ -1,4 +1,4 @@
-"""Rows that could not be used: which and why, and when there are too many of them."""
+"""Rows that cannot be used: which and why, and whether there are too many of them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -6,24 +6,24 @@ from typing import Literal, TypeVar
 
 from qstar_jax.errors import InputError
 
-MOST_BAD = 0.1  # the share of bad rows above which a run ends: there are more than a few slips in such a file
-_ROWS, _REASONS = 3, 8  # how many are named
+MAX_BAD_SHARE = 0.1  # with more bad rows, something is wrong with the file as a whole, and the run stops
+_ROWS, _REASONS = 3, 8  # how many to list
 
 Item, Used = TypeVar("Item"), TypeVar("Used")
 
 
 class DroppedRow(Exception):
-    """A row is well formed, but of no use (two equal answers, say); the message is the reason it is counted under."""
+    """A row is well formed but useless (two equal responses, say); the message is the reason it is counted under."""
 
     fault = ""
 
 
 class BadRow(DroppedRow):
-    """A row is malformed, or the model has no place for it.
+    """A row is malformed, or the model cannot represent it.
 
     Args:
-        reason: What rows of the same kind share; it is counted under it.
-        more: What this row adds: where it is, what was found, what was expected, the fix.
+        reason: Shared by rows of the same kind, which are counted under it.
+        more: Specific to this row: where it is, what was found, what was expected, the fix.
     """
 
     def __init__(self, reason: str, more: str = ""):
@@ -33,12 +33,12 @@ class BadRow(DroppedRow):
 
 @dataclass(frozen=True)
 class Dropped:
-    """One row that could not be used.
+    """One row that cannot be used.
 
     Args:
-        row: Index of the row, counted from 0.
-        reason: Why, in words that rows of the same kind share.
-        fault: Of a bad row, what is wrong with it in full; empty where a row is well formed but of no use.
+        row: Index of the row, from 0.
+        reason: Why, shared by rows of the same kind.
+        fault: Full description of what is wrong with a bad row; empty if the row is well formed but useless.
     """
 
     row: int
@@ -47,14 +47,14 @@ class Dropped:
 
 
 def sift(items: Iterable[tuple[int, Item]], use: Callable[[Item], Used]) -> tuple[list[Used], list[Dropped]]:
-    """Uses items one by one.
+    """Applies a function to items, collecting those that it drops.
 
     Args:
-        items: (index of the row, item).
-        use: Raises DroppedRow or BadRow where an item cannot be used.
+        items: (index of the row, item) pairs.
+        use: Raises DroppedRow or BadRow if an item cannot be used.
 
     Returns:
-        What became of the others, and the rows that were dropped, both in order.
+        The results for the other items, and the dropped rows, both in order.
     """
     used, dropped = [], []
     for row, item in items:
@@ -66,20 +66,20 @@ def sift(items: Iterable[tuple[int, Item]], use: Callable[[Item], Used]) -> tupl
 
 
 def rows_by_reason(dropped: Sequence[Dropped]) -> dict[str, list[int]]:
-    """The rows (from 0, in order) of each reason; the reason with the most rows comes first."""
-    found: dict[str, list[int]] = {}
-    for one in sorted(dropped, key=lambda one: one.row):
-        found.setdefault(one.reason, []).append(one.row)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+    """Returns the rows (from 0, in order) of each reason, the most frequent reason first."""
+    rows: dict[str, list[int]] = {}
+    for entry in sorted(dropped, key=lambda entry: entry.row):
+        rows.setdefault(entry.reason, []).append(entry.row)
+    return dict(sorted(rows.items(), key=lambda item: -len(item[1])))
 
 
 def counted_reasons(dropped: Sequence[Dropped]) -> str:
-    """Such as "2 empty prompt, 1 chosen equals rejected"."""
+    """Formats reasons as "2 empty prompt, 1 chosen equals rejected"."""
     return ", ".join(f"{len(rows):,} {reason}" for reason, rows in rows_by_reason(dropped).items())
 
 
 def reasons_with_rows(dropped: Sequence[Dropped]) -> str:
-    """Such as "2 empty prompt (row 3, 8), 1 chosen equals rejected (row 5)"; rows count from 1, as in the file."""
+    """Formats reasons as "2 empty prompt (row 3, 8), 1 chosen equals rejected (row 5)"; rows count from 1."""
     reasons = list(rows_by_reason(dropped).items())
     parts = [f"{len(rows):,} {reason} ({first_rows(rows)})" for reason, rows in reasons[:_REASONS]]
     if rest := reasons[_REASONS:]:
@@ -88,51 +88,51 @@ def reasons_with_rows(dropped: Sequence[Dropped]) -> str:
 
 
 def first_rows(rows: Sequence[int]) -> str:
-    """Such as "row 5, 17, 23, ..." for the indices 4, 16, 22, 40."""
+    """Formats the indices 4, 16, 22, 40 as "row 5, 17, 23, ..."."""
     return "row " + ", ".join([f"{row + 1}" for row in rows[:_ROWS]] + ["..."] * (len(rows) > _ROWS))
 
 
 def check_some_left(dropped: Sequence[Dropped], total: int, source: str):
-    """Raises an error if all rows were dropped; where one fault is behind it, it names that, such as a missing column.
+    """Raises an error if all rows were dropped, naming the fault if they share one (a missing column, say).
 
     Args:
-        dropped: The rows that were dropped.
-        total: How many rows the source has.
-        source: Path or hub name.
+        dropped: The dropped rows.
+        total: Number of rows of the source.
+        source: Path or name on the Hub.
 
     Raises:
         InputError: No row is left.
     """
     if len(dropped) < total:
         return
-    if total and len({one.reason for one in dropped}) == 1 and dropped[0].fault:
-        more = f"; so it is in all {total:,} rows" if total > 1 else ""
+    if total and len({entry.reason for entry in dropped}) == 1 and dropped[0].fault:
+        more = f"; the same in all {total:,} rows" if total > 1 else ""
         raise InputError(f"{source} row {dropped[0].row + 1}: {dropped[0].fault}{more}")
     reasons = reasons_with_rows(dropped) or "there are none"
-    first = next((f"; row {one.row + 1}: {one.fault}" for one in dropped if one.fault), "")
+    first = next((f"; row {entry.row + 1}: {entry.fault}" for entry in dropped if entry.fault), "")
     raise InputError(f"{source}: none of its {total:,} rows can be used ({reasons}){first}")
 
 
 def check_bad_rows(dropped: Sequence[Dropped], total: int, bad_rows: Literal["drop", "stop"], source: str):
-    """Raises an error if there are more bad rows than the options allow. Rows dropped for other reasons do not count.
+    """Raises an error if there are more bad rows than the options allow; rows dropped for other reasons do not count.
 
     Args:
-        dropped: The rows that were dropped.
-        total: How many rows the source has.
+        dropped: The dropped rows.
+        total: Number of rows of the source.
         bad_rows: `stop` allows none, `drop` a tenth.
-        source: Path or hub name.
+        source: Path or name on the Hub.
 
     Raises:
-        InputError: There are too many; it names the first one, what is wrong with it, and the fix.
+        InputError: There are too many; names the first one, what is wrong with it, and the fix.
     """
-    bad = [one for one in dropped if one.fault]
+    bad = [entry for entry in dropped if entry.fault]
     if not bad:
         return
     first = f"row {bad[0].row + 1}: {bad[0].fault}"
     if bad_rows == "stop":
-        raise InputError(f"{source} {first}; mend the row, or leave bad rows out with --data.bad_rows drop")
-    if len(bad) > MOST_BAD * total:
+        raise InputError(f"{source} {first}; fix the row, or drop bad rows with --data.bad_rows drop")
+    if len(bad) > MAX_BAD_SHARE * total:
         raise InputError(
-            f"{source}: too many bad rows to leave out ({len(bad):,} of {total:,}; at most a tenth may be bad): "
-            f"{reasons_with_rows(bad)}; {first}; mend these rows or take them out of the file"
+            f"{source}: too many bad rows to drop ({len(bad):,} of {total:,}; at most a tenth may be bad): "
+            f"{reasons_with_rows(bad)}; {first}; fix these rows or remove them from the file"
         )

@@ -1,4 +1,4 @@
-"""Rows of JSON files: one object a line, or one array of objects."""
+"""Reads rows of JSON files: one object per line, or one array of objects."""
 
 import codecs
 import gzip
@@ -12,21 +12,21 @@ from typing import Any
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.errors import InputError
 
-_EXPECTED = "expected one JSON object a line"
+_EXPECTED = "expected one JSON object per line"
 
 
 def json_rows(path: Path, source: str) -> Iterator[dict | BadRow]:
     """Reads the rows of a file, plain or compressed.
 
     Args:
-        path: A file that exists; it is compressed if its name ends with .gz.
-        source: What the user calls it, for errors.
+        path: An existing file, compressed if its name ends with .gz.
+        source: The user's name for it, for errors.
 
     Yields:
-        A row, or in its place what is wrong with it. Blank lines are no rows.
+        Each row, or what is wrong with it. Blank lines are not rows.
 
     Raises:
-        InputError: The file cannot be read to its end, is no UTF-8 as a whole, or is a broken array.
+        InputError: The file cannot be read to its end, is not UTF-8, or is a broken array.
     """
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         lines = _numbered_lines(file, source)
@@ -42,13 +42,13 @@ def json_rows(path: Path, source: str) -> Iterator[dict | BadRow]:
 
 
 def _numbered_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, and their numbers from 1; without byte order marks, which files begin with."""
+    """Yields lines that are not blank with their numbers from 1, without byte order marks."""
     try:
         for number, line in enumerate(file, start=1):
             if (line := line.removeprefix(codecs.BOM_UTF8)).strip():
                 yield number, line
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{source}: cannot be read to its end ({error})") from error
+        raise InputError(f"{source}: cannot be read to the end ({error})") from error
 
 
 def _line_rows(lines: Iterable[tuple[int, bytes]]) -> Iterator[dict | BadRow]:
@@ -60,14 +60,14 @@ def _line_rows(lines: Iterable[tuple[int, bytes]]) -> Iterator[dict | BadRow]:
 
 
 def _array_rows(lines: list[tuple[int, bytes]], source: str) -> Iterator[dict | BadRow]:
-    """Rows of a file that begins as an array: of that array, or of its lines if already the first is one."""
+    """Yields the rows of a file that begins with '[': the items of one array, or lines that each hold JSON."""
     try:
         items = _parse(b"".join(line for _, line in lines), "")
     except BadRow as error:
         if _is_json(lines[0][1]):
             yield from _line_rows(lines)
             return
-        raise InputError(f"{source} begins with '[', but is no JSON array: {error.fault}, or one array") from error
+        raise InputError(f"{source} begins with '[' but is not a JSON array: {error.fault}, or one array") from error
     for item in items:
         try:
             yield _checked_object(item, "")
@@ -85,12 +85,12 @@ def _is_json(line: bytes) -> bool:
 
 def _checked_object(row: Any, where: str) -> dict:
     if not isinstance(row, dict):
-        raise BadRow("no JSON object", f"{where}: found {json.dumps(row)[:40]}; {_EXPECTED}")
+        raise BadRow("not a JSON object", f"{where}: found {json.dumps(row)[:40]}; {_EXPECTED}")
     return row
 
 
 def _parse(text: bytes, where: str) -> Any:
-    """NaN and Infinity, which Python writes, are read: they do no harm in columns that are not needed."""
+    """Parses JSON; accepts NaN and Infinity, which Python writes and which are harmless in unused columns."""
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""One call from a file or hub name to tokenised examples, with an account of what became of its rows."""
+"""Loads tokenized examples from a file or a name on the Hub, and reports what happened to every row."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ _RECORDS = {"preferences": preference_records, "completions": completion_records
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenised examples and where they come from.
+    """Tokenized examples and their source.
 
     Args:
         examples: At least one, in file order.
-        dropped: Rows of the source that are not among them, in file order.
-        source: Path or hub name.
-        date: Day that the chat template took for today, where it prints it (see `DataOptions.date`).
-        notes: Sentences on what else was done to its rows.
+        dropped: Dropped rows of the source, in file order.
+        source: Path or name on the Hub.
+        date: The date that the chat template prints, if any (see `DataOptions.date`).
+        notes: Sentences on other changes to the rows.
     """
 
     examples: list[Example]
@@ -37,61 +37,60 @@ class Dataset:
 
     @property
     def summary(self) -> str:
-        """One paragraph: rows read and used, those dropped by reason, lengths in tokens, what was cut.
+        """One paragraph on rows read, used and dropped (by reason), lengths in tokens, and truncation.
 
-        Reasons and cuts come with the numbers of their first rows, counted from 1 as in the file (blank lines are no
-        rows).
+        Row numbers count from 1, as in the file (without blank lines).
         """
         dropped, used = len(self.dropped), len(self.examples)
         parts = [f"{self.source}: {used + dropped:,} rows read, {used:,} used"]
         if dropped:
             parts.append(f"{dropped:,} dropped: {reasons_with_rows(self.dropped)}")
         prompts = [(e.row, len(e.prompt), e.prompt_truncated) for e in self.examples]
-        answers = [(e.row, len(r.ids), r.truncated) for e in self.examples for r in e.responses]
+        responses = [(e.row, len(r.ids), r.truncated) for e in self.examples for r in e.responses]
         parts.append(_lengths("prompts", prompts, "beginning"))
-        if answers:
-            parts.append(_lengths("answers", answers, "end"))
+        if responses:
+            parts.append(_lengths("responses", responses, "end"))
         return " ".join(["; ".join(parts) + ".", *self.notes])
 
     def longest(self, new_tokens: int = 0) -> int:
-        """Tokens of the longest prompt together with its longest answer, or with so many new tokens."""
+        """Returns the largest number of tokens of a prompt plus its longest response, or plus `new_tokens`."""
         return max(len(e.prompt) + max([new_tokens, *(len(r.ids) for r in e.responses)]) for e in self.examples)
 
     def report(self, model: CausalLM, new_tokens: int = 0) -> str:
-        """What a user must know before a model reads these rows.
+        """Returns what a user should know before running a model on these examples.
 
         Args:
             model: The model.
-            new_tokens: How many tokens it may say behind each prompt.
+            new_tokens: Maximum number of tokens to generate after each prompt.
 
         Returns:
-            `summary`, and a second line where rows are longer than the model was made for.
+            `summary`, and a second line if texts exceed the model's context.
 
         Raises:
-            InputError: If they are longer than it can read.
+            InputError: If the model cannot process texts of this length.
         """
-        warning = model.check_length(self.longest(new_tokens), f"{self.source}, longest prompt and answer")
+        warning = model.check_length(self.longest(new_tokens), f"{self.source}, longest prompt and response")
         return "\n".join(filter(None, [self.summary, warning]))
 
 
-def _lengths(name: str, items: list[tuple[int, int, bool]], part: str) -> str:
-    """Of (row, tokens, whether it was cut)."""
+def _lengths(name: str, items: list[tuple[int, int, bool]], end: str) -> str:
+    """Summarizes (row, number of tokens, truncated) of prompts or responses."""
     lengths = [length for _, length, _ in items]
-    cut = [row for row, _, truncated in items if truncated]
+    truncated_rows = [row for row, _, truncated in items if truncated]
     text = f"{name} have {sum(lengths) / len(lengths):.1f} tokens on average, {max(lengths):,} at most"
-    if not cut:
-        return f"{text}, none was cut"
-    share = f"{len(cut):,} ({len(cut) / len(items):.1%})"
-    return f"{text}, {share} lost their {part} ({first_rows(list(dict.fromkeys(cut)))})"
+    if not truncated_rows:
+        return f"{text}, none truncated"
+    share = f"{len(truncated_rows):,} ({len(truncated_rows) / len(items):.1%})"
+    return f"{text}, {share} lost their {end} ({first_rows(list(dict.fromkeys(truncated_rows)))})"
 
 
 def read_records(
     source: str, split: str, kind: Kind, options: DataOptions, limit: int | None = None
 ) -> tuple[list[dict | BadRow], list[Record], list[Dropped]]:
-    """Reads a file or a data set of the hub as text or chat messages; arguments and errors are as in `load_examples`.
+    """Reads a file or a data set on the Hub as text or chat messages; arguments and errors as for `load_examples`.
 
     Returns:
-        All rows as they stand there, the records that were made of them, and the rows that were dropped.
+        All rows as read, their records, and the dropped rows.
     """
     rows = read_rows(source, split, limit)
     records, dropped = _RECORDS[kind](rows, options, source)
@@ -110,28 +109,27 @@ def load_examples(
     vocabulary: int | None = None,
     eos_ids: Collection[int] = (),
 ) -> Dataset:
-    """Reads and tokenises a file or a data set of the hub.
+    """Reads and tokenizes a file or a data set on the Hub.
 
     Args:
-        source: Path of a JSON or Parquet file, or a hub name.
-        split: Split to take when `source` is a hub name.
-        kind: What each row becomes: a prompt with two answers, with one, or with none.
+        source: Path of a JSON or Parquet file, or a name on the Hub.
+        split: Split to read if `source` is a name on the Hub.
+        kind: What each row becomes: a prompt with two responses, with one, or with none.
         tokenizer: A Hugging Face tokenizer.
-        options: Columns, form and longest lengths.
-        limit: Use the first so many rows only.
-        vocabulary: Rows of the model's embedding; token ids beyond it are refused.
-        eos_ids: Tokens that end an answer of the model, beside the tokenizer's EOS.
+        options: Columns, form and maximum lengths.
+        limit: Use only the first `limit` rows.
+        vocabulary: Size of the model's vocabulary; larger token ids are refused.
+        eos_ids: EOS ids of the model, besides that of the tokenizer.
 
     Returns:
-        At least one example, and the rows that were dropped.
+        At least one example, and the dropped rows.
 
     Raises:
-        InputError: The source cannot be read, too many rows are bad (`options.bad_rows`) or none can be used, a row has
-            a token that the model does not know, or an option has no effect.
+        InputError: The source cannot be read, too many rows are bad (`options.bad_rows`) or none can be used, the model
+            lacks a token, or an option has no effect.
     """
     _, records, dropped = read_records(source, split, kind, options, limit)
-    known = {"vocabulary": vocabulary, "eos_ids": eos_ids}
-    return make_dataset(records, dropped, source, tokenizer, options, **known)
+    return make_dataset(records, dropped, source, tokenizer, options, vocabulary=vocabulary, eos_ids=eos_ids)
 
 
 def make_dataset(
@@ -144,15 +142,16 @@ def make_dataset(
     vocabulary: int | None = None,
     eos_ids: Collection[int] = (),
 ) -> Dataset:
-    """Tokenises records beside which other rows were dropped already.
+    """Tokenizes records, given the rows that were dropped before.
 
     Args, result and errors are those of `load_examples`.
     """
     total = len(records) + len(dropped)
     options = settle_date(options, records, tokenizer)
-    model = {"vocabulary": vocabulary, "eos_ids": eos_ids}
-    examples, dropped_later = tokenize(records, tokenizer, options, **model, source=source)
-    dropped = sorted(dropped + dropped_later, key=lambda one: one.row)
+    examples, also_dropped = tokenize(
+        records, tokenizer, options, vocabulary=vocabulary, eos_ids=eos_ids, source=source
+    )
+    dropped = sorted(dropped + also_dropped, key=lambda row: row.row)
     check_some_left(dropped, total, source)
     check_bad_rows(dropped, total, options.bad_rows, source)
     notes = filter(None, [repeats_note(records)])

@@ -1,4 +1,4 @@
-"""An example as text with its mask, so that one sees before training which tokens count in the loss."""
+"""Shows an example before training, marking the tokens that count in the loss."""
 
 from typing import Any
 
@@ -6,38 +6,38 @@ from rich.text import Text
 
 from qstar_jax.data.tokenization import Example, Response
 
-_ANSWERS = {1: (("answer", "green"),), 2: (("chosen", "green"), ("rejected", "red"))}
-# Control characters of a data file are shown, as a terminal would obey them.
-_VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_LABELS = {1: (("response", "green"),), 2: (("chosen", "green"), ("rejected", "red"))}
+# Escape control characters in the data, which a terminal would execute.
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def preview(example: Example, tokenizer: Any) -> Text:
-    """Decodes an example: the prompt dim, the answers in colour, EOS visible, labels that also read without colour.
+    """Decodes an example: a dim prompt, colored responses, visible EOS, and labels that do not rely on color.
 
     Args:
-        example: A prompt with one answer or with two (chosen, rejected).
-        tokenizer: The tokenizer that made its ids.
+        example: A prompt with one response or with two (chosen, rejected).
+        tokenizer: The tokenizer of its ids.
 
     Returns:
-        Styled text; what the data says is never taken for markup.
+        Styled text; the data is never interpreted as markup.
     """
-    cut = "; truncated: its beginning is cut off" if example.prompt_truncated else ""
+    note = "; truncated at the beginning" if example.prompt_truncated else ""
     text = Text()
-    text.append(f"prompt ({len(example.prompt)} tokens, not in the loss{cut})\n", style="bold")
+    text.append(f"prompt ({len(example.prompt)} tokens, not in the loss{note})\n", style="bold")
     text.append(_decode(example.prompt, tokenizer), style="dim")
-    for (name, colour), response in zip(_ANSWERS.get(len(example.responses), ()), example.responses, strict=True):
-        _append_answer(text, name, colour, response, tokenizer)
+    for (name, color), response in zip(_LABELS.get(len(example.responses), ()), example.responses, strict=True):
+        _append_response(text, name, color, response, tokenizer)
     return text
 
 
-def _append_answer(text: Text, name: str, colour: str, response: Response, tokenizer: Any) -> None:
-    cut = "; truncated: its end and EOS are cut off" if response.truncated else ""
-    text.append(f"\n\n{name} ({len(response.ids)} tokens, in the loss{cut})\n", style="bold")
+def _append_response(text: Text, name: str, color: str, response: Response, tokenizer: Any) -> None:
+    note = "; truncated at the end, without EOS" if response.truncated else ""
+    text.append(f"\n\n{name} ({len(response.ids)} tokens, in the loss{note})\n", style="bold")
     body = response.ids if response.truncated else response.ids[:-1]
-    text.append(_decode(body, tokenizer), style=colour)
-    text.append(_decode(response.ids[len(body) :], tokenizer), style=f"{colour} reverse")
+    text.append(_decode(body, tokenizer), style=color)
+    text.append(_decode(response.ids[len(body) :], tokenizer), style=f"{color} reverse")
 
 
 def _decode(ids: Any, tokenizer: Any) -> str:
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text.translate(_VISIBLE)
+    return text.translate(_ESCAPES)

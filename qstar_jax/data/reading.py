@@ -1,4 +1,4 @@
-"""Rows of a JSON file, a Parquet file or a data set on the hub, as dictionaries. Pickles are never loaded."""
+"""Reads rows from JSON files, Parquet files or data sets on the Hub as dictionaries, and never loads pickles."""
 
 import re
 from collections.abc import Iterator
@@ -12,34 +12,34 @@ from qstar_jax.errors import InputError
 from qstar_jax.tasks import TASKS, Task, find
 
 _ACCEPTED = (
-    ".jsonl, .json (one object a line, or one array of objects; both also .gz), .parquet, a data-set name on the "
-    f"Hugging Face hub, or {', '.join(task.source for task in TASKS)}"
+    ".jsonl, .json (one object per line, or one array of objects; both also .gz), .parquet, the name of a data set on "
+    f"the Hugging Face Hub, or {', '.join(task.source for task in TASKS)}"
 )
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin"}
 
 
 def read_rows(source: str, split: str, limit: int | None = None) -> list[dict | BadRow]:
-    """Reads examples as dictionaries, one a row, in file order.
+    """Reads rows as dictionaries, in file order.
 
-    A row that cannot be read (a broken line, say) is kept in its place, so that the others keep their numbers; whoever
-    uses the rows drops it or raises it. Blank lines are no rows.
+    A row that cannot be read (a broken line, say) keeps its place as a `BadRow`, so that other rows keep their numbers;
+    the caller drops or raises it. Blank lines are not rows.
 
     Args:
-        source: Path of a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file, a data-set name on the hub, or
+        source: Path of a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file, the name of a data set on the Hub, or
             builtin:tiny-tldr (builtin:tiny-tldr?seed=3: other posts).
-        split: Split to take when `source` is a hub name or built in; files have none.
-        limit: Read the first so many rows only.
+        split: Split to read if `source` is on the Hub or built in; files have none.
+        limit: Read only the first `limit` rows.
 
     Returns:
         At least one row.
 
     Raises:
-        InputError: The source does not exist, is of another kind, is broken as a whole, or holds no rows.
+        InputError: The source does not exist, has an unsupported format, is broken as a whole, or is empty.
     """
     if limit is not None and limit < 1:
-        raise InputError(f"{source}: cannot take the first {limit} rows; expected a positive number of rows, or none")
+        raise InputError(f"{source}: cannot read the first {limit} rows; expected a positive number of rows, or none")
     if not source:
-        raise InputError(f"no data named; set --data.train or --data.eval to {_ACCEPTED}")
+        raise InputError(f"no data given; set --data.train or --data.eval to {_ACCEPTED}")
     if built_in := find(source):
         return _builtin_rows(source, *built_in, split, limit)
     path = Path(source).expanduser()
@@ -68,13 +68,13 @@ def _builtin_rows(source: str, task: Task, seed: int | None, split: str, limit: 
 
 
 def _suffix(path: Path) -> str:
-    """The suffix in lower case, that of the content for a .gz file."""
+    """Returns the lower-case suffix; for a .gz file, that of its content."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
 
 def _is_hub_name(source: str) -> bool:
-    """Whether a source that is no path here can be `owner/name` or `name`: "v1.0" is part of a name, ".csv" is not."""
+    """Whether a source may be `owner/name` or `name`: "v1.0" can be part of a name, the suffix ".csv" cannot."""
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)) and not re.search(r"\.[a-zA-Z]\w*$", source)
 
 
@@ -89,8 +89,8 @@ def _parquet_rows(path: Path, source: str) -> Iterator[dict | BadRow]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise InputError(f"{source}: several columns are called {min(twice)!r}; expected one of each name")
+        if duplicates := {name for name in names if names.count(name) > 1}:
+            raise InputError(f"{source}: several columns are called {min(duplicates)!r}; expected unique names")
         for batch in file.iter_batches(batch_size=1024):
             yield from _batch_rows(batch)
     except (pyarrow.ArrowException, OSError) as error:
@@ -109,7 +109,7 @@ def _batch_rows(batch: Any) -> Iterator[dict | BadRow]:
 
 
 def _without_nulls(row: dict) -> dict:
-    """A row whose structs have no null entries: columnar files give each struct the keys of all others, as nulls."""
+    """Removes null entries from the structs of a row: columnar files add the keys of all other structs as nulls."""
     return {column: _without_null_entries(value) for column, value in row.items()}
 
 
@@ -126,9 +126,9 @@ def _hub_rows(source: str, split: str, limit: int | None) -> list[dict]:
         rows = datasets.load_dataset(source, split=split)
         rows = rows.select(range(min(limit, len(rows)))) if limit else rows
         return list(map(_without_nulls, rows.to_list()))
-    except Exception as error:  # the hub client fails in many ways, and each means that there is no data
+    except Exception as error:  # the client of the Hub may fail in many ways
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
-            f"{source!r} is neither a file here nor a data set that could be loaded from the hub, "
+            f"{source!r} is neither a local file nor a data set that could be loaded from the Hub, "
             f"split {split!r} ({reason})"
         ) from error

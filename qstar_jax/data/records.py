@@ -1,4 +1,4 @@
-"""One row -> one record: a prompt and its answers, either all text or all chat messages."""
+"""Parses a row into a record: a prompt and its responses, either all text or all chat messages."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,10 +8,10 @@ from qstar_jax.data.columns import Messages, Turns, checked_system, checked_tool
 from qstar_jax.data.dialogues import (
     ASSISTANT_MARKER,
     is_dialogue,
-    same_form,
+    remove_prompt,
     split_dialogues,
     text_of,
-    without_prompt,
+    unify_form,
 )
 from qstar_jax.data.dropped import BadRow, DroppedRow
 
@@ -24,14 +24,15 @@ _EXPECTED = {
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt and its answers, before tokenisation.
+    """One prompt and its responses, before tokenization.
 
     Args:
         prompt: Text, or chat messages.
-        responses: (chosen, rejected), (answer,) or (), in the form of the prompt; in chats one assistant message each.
-        row: Index of the row it came from, counted from 0.
-        tools: JSON schemas for the chat template; None where the row has none.
-        repeats: Whether the answers repeat their prompt in the file, and if so, whether it was taken off.
+        responses: (chosen, rejected), (response,) or (), in the form of the prompt; in chats, one assistant message
+            each.
+        row: Index of its row, from 0.
+        tools: JSON schemas for the chat template; None if the row has none.
+        repeats: Whether the responses repeat their prompt in the file, and if so, whether it was removed.
     """
 
     prompt: str | Messages
@@ -43,78 +44,82 @@ class Record:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns a file has.
+    """The columns of a file.
 
     Args:
         kind: What its rows become: preferences, completions or prompts.
-        prompt: Column of the prompt; None where the answers' columns hold whole dialogues.
-        answers: Name of the answer in reasons -> (option that names its column, column).
-        tools: Column of the tools; None where there is none.
-        system: Column of the system message; None where there is none.
-        encoded: Columns whose messages are written as JSON.
+        prompt: Column of the prompt; None if the columns of the responses hold whole dialogues.
+        responses: Label of each response in messages -> (option that names its column, column).
+        tools: Column of the tools, if any.
+        system: Column of the system message, if any.
+        encoded: Columns whose messages are encoded as JSON strings.
     """
 
     kind: Literal["preferences", "completions", "prompts"]
     prompt: str | None
-    answers: dict[str, tuple[str, str]]
+    responses: dict[str, tuple[str, str]]
     tools: str | None = None
     system: str | None = None
     encoded: frozenset[str] = frozenset()
 
     @property
     def columns(self) -> list[str]:
-        """Columns of texts or messages."""
-        answers = [column for _, column in self.answers.values()]
-        return answers if self.prompt is None else [self.prompt, *answers]
+        """The columns of texts or messages."""
+        columns = [column for _, column in self.responses.values()]
+        return columns if self.prompt is None else [self.prompt, *columns]
 
 
 def read_record(row: dict | BadRow, index: int, layout: Layout, options: DataOptions) -> Record:
-    """Reads prompt and answers of one row.
+    """Parses the prompt and the responses of a row.
 
     Args:
-        row: As it was read.
-        index: Its number, from 0.
-        layout: Of the file.
+        row: The row as read.
+        index: Its index, from 0.
+        layout: Columns of the file.
         options: Whether plain text becomes chat messages.
 
     Returns:
-        The record; its answers may be empty or equal, see `check_answers`.
+        The record; its responses may be empty or equal, see `check_responses`.
 
     Raises:
-        BadRow: The row lacks a column, or holds something else in it.
+        BadRow: The row lacks a column, or a column holds something else.
     """
     if isinstance(row, BadRow):
         raise row
-    answers = [_turns(row, option, column, layout) for option, column in layout.answers.values()]
+
+    # Separate the prompt from the responses: by columns, or by the turns of whole dialogues.
+    responses = [_turns(row, option, column, layout) for option, column in layout.responses.values()]
     if layout.prompt is None:
-        for answer, (_, column) in zip(answers, layout.answers.values(), strict=True):
-            _check_dialogue(answer, column, row, layout, options)
-        prompt, answers = split_dialogues(answers)
+        for response, (_, column) in zip(responses, layout.responses.values(), strict=True):
+            _check_dialogue(response, column, row, layout, options)
+        prompt, responses = split_dialogues(responses)
     else:
         prompt = _turns(row, "prompt", layout.prompt, layout)
-        prompt, answers = without_prompt(prompt, answers)
+        prompt, responses = remove_prompt(prompt, responses)
         _check_prompt(prompt, layout.prompt, options)
-    prompt, answers = same_form(prompt, answers, options.as_chat)
+
+    # Bring both into the same form, then add what only chats can have.
+    prompt, responses = unify_form(prompt, responses, options.as_chat)
     system = layout.system and checked_system(_value(row, "system", layout.system, layout), layout.system)
     tools = layout.tools and checked_tools(_value(row, "tools", layout.tools, layout), layout.tools)
     if tools and isinstance(prompt, str):
-        raise _no_place(layout.tools, "tools")
-    return Record(_with_system(prompt, system, layout.system) if system else prompt, tuple(answers), index, tools)
+        raise _needs_chat(layout.tools, "tools")
+    return Record(_with_system(prompt, system, layout.system) if system else prompt, tuple(responses), index, tools)
 
 
-def check_answers(record: Record, layout: Layout) -> Record:
-    """The record, if its answers can be learnt from.
+def check_responses(record: Record, layout: Layout) -> Record:
+    """Returns the record if its responses can be trained on.
 
     Raises:
-        BadRow: An answer is empty, or in a chat not one assistant message.
-        DroppedRow: The two answers are equal.
+        BadRow: A response is empty, or in a chat not a single assistant message.
+        DroppedRow: The two responses are equal.
     """
-    for answer, label in zip(record.responses, layout.answers, strict=True):
-        name = f"{label} answer".strip()
-        if isinstance(answer, list) and (roles := [message["role"] for message in answer]) != ["assistant"]:
-            found = ", ".join(map(repr, roles)) or "no messages"
-            raise BadRow(f"{name} is not one assistant message", f" (roles: {found})")
-        if not text_of(answer).strip():
+    for response, label in zip(record.responses, layout.responses, strict=True):
+        name = f"{label} response".strip()
+        if isinstance(response, list) and (roles := [message["role"] for message in response]) != ["assistant"]:
+            listing = ", ".join(map(repr, roles)) or "no messages"
+            raise BadRow(f"{name} is not a single assistant message", f" (roles: {listing})")
+        if not text_of(response).strip():
             raise BadRow(f"empty {name}")
     if len(record.responses) > 1 and record.responses[0] == record.responses[1]:
         raise DroppedRow("chosen equals rejected")
@@ -122,18 +127,18 @@ def check_answers(record: Record, layout: Layout) -> Record:
 
 
 def _value(row: dict, option: str, column: str, layout: Layout) -> Any:
-    """What the row holds; optional columns may be missing in some rows."""
+    """Returns the value in a column; optional columns may be missing in some rows."""
     if column in row or (option in ("tools", "system") and column == getattr(DataOptions, option)):
         return row.get(column)
     fix = "" if option == "messages" else f"; name yours with --data.{option}"
-    raise BadRow(f"no column {column!r}", f" ({_found(row)}); expected {_EXPECTED[layout.kind]}{fix}")
+    raise BadRow(f"no column {column!r}", f" ({_columns(row)}); expected {_EXPECTED[layout.kind]}{fix}")
 
 
 def _turns(row: dict, option: str, column: str, layout: Layout) -> Turns:
     return checked_turns(_value(row, option, column, layout), column, encoded=column in layout.encoded)
 
 
-def _found(row: dict) -> str:
+def _columns(row: dict) -> str:
     return "found: " + (", ".join(map(repr, row)) or "none")
 
 
@@ -141,7 +146,7 @@ def _check_dialogue(turns: Turns, column: str, row: dict, layout: Layout, option
     if not is_dialogue(turns):
         raise BadRow(
             f"no column {options.prompt!r}",
-            f" ({_found(row)}), and {column!r} is no whole dialogue (chat messages, or text with "
+            f" ({_columns(row)}), and {column!r} is not a whole dialogue (chat messages, or text with "
             f"{ASSISTANT_MARKER!r}); expected {_EXPECTED[layout.kind]}; name yours with --data.prompt",
         )
     if options.as_chat and isinstance(turns, str):
@@ -152,7 +157,7 @@ def _check_prompt(prompt: Turns, column: str, options: DataOptions):
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         raise BadRow(
             f"column {column!r} ends with the assistant's turn",
-            "; expected that of a user or a tool: answers that go on with a turn are not supported",
+            "; expected that of a user or a tool: responses that continue a turn are not supported",
         )
     if options.as_chat and isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT_MARKER):
         raise _no_chat(column)
@@ -160,21 +165,21 @@ def _check_prompt(prompt: Turns, column: str, options: DataOptions):
 
 def _no_chat(column: str) -> BadRow:
     return BadRow(
-        f"--data.as_chat cannot take {column!r} apart, as it holds dialogues in text",
-        "; leave it off, or give the file chat messages",
+        f"--data.as_chat cannot split {column!r}, which holds dialogues in plain text",
+        "; turn it off, or convert the file to chat messages",
     )
 
 
-def _no_place(column: str, option: str) -> BadRow:
+def _needs_chat(column: str, option: str) -> BadRow:
     return BadRow(
-        f"plain text has no place for the column {column!r}",
-        f"; make chat messages of the rows with --data.as_chat, or leave it out with --data.{option} null",
+        f"the column {column!r} needs chat messages, but this is plain text",
+        f"; turn the rows into chat messages with --data.as_chat, or drop the column with --data.{option} null",
     )
 
 
 def _with_system(prompt: Turns, system: str, column: str) -> Messages:
     if isinstance(prompt, str):
-        raise _no_place(column, "system")
+        raise _needs_chat(column, "system")
     if prompt[0]["role"] != "system":
         return [{"role": "system", "content": system}, *prompt]
     if prompt[0]["content"] != system:

@@ -1,4 +1,4 @@
-"""Answers that begin with their own prompt, as some files have them: it would be learnt, and scored, as answer."""
+"""Removes prompts that some files repeat in their responses, where they would be trained on and scored."""
 
 from dataclasses import replace
 from typing import Literal
@@ -11,21 +11,22 @@ from qstar_jax.data.records import Record
 def settle_repeats(
     records: list[Record], repeated_prompt: Literal["remove", "keep"]
 ) -> tuple[list[Record], list[Dropped]]:
-    """Takes prompts off the answers that repeat them, where that is the file's form.
+    """Removes repeated prompts from responses, if that is the format of the file.
 
-    It is if all answers begin with their prompt in more than half of the rows (that have one). In other files an answer
-    may well begin with the words of a short prompt, so nothing is changed there.
+    It is if all responses begin with their prompt in more than half of the rows that have a prompt. In other files, a
+    response may happen to begin with the words of a short prompt, so nothing is changed.
 
     Args:
-        records: All of a file, with one answer or two each.
-        repeated_prompt: `keep` leaves all answers as they are.
+        records: All records of a file, with one or two responses each.
+        repeated_prompt: `keep` leaves all responses unchanged.
 
     Returns:
-        The records, which say what became of them, and the rows where only one of the answers repeats the prompt.
+        The records, with `repeats` set, and the rows where only one response repeats the prompt.
     """
-    rests = {record.row: [_rest_of(record.prompt, answer) for answer in record.responses] for record in records}
-    asked = sum(bool(_question(record.prompt).strip()) for record in records)
-    remove = repeated_prompt == "remove" and 2 * sum(None not in rest for rest in rests.values()) > asked
+    # Decide for the whole file.
+    rests = {record.row: [_remainder(record.prompt, response) for response in record.responses] for record in records}
+    with_prompt = sum(bool(_last_text(record.prompt).strip()) for record in records)
+    remove = repeated_prompt == "remove" and 2 * sum(None not in rest for rest in rests.values()) > with_prompt
 
     def settle(record: Record) -> Record:
         rest = rests[record.row]
@@ -34,43 +35,43 @@ def settle_repeats(
         if None not in rest:
             return replace(record, repeats="kept")
         if remove and any(part is not None for part in rest):
-            raise BadRow("the prompt is repeated by one of the answers only")
+            raise BadRow("only one of the responses repeats the prompt")
         return record
 
     return sift(((record.row, record) for record in records), settle)
 
 
 def repeats_note(records: list[Record]) -> str:
-    """A sentence on the records whose answers repeat the prompt in the file; empty where none do."""
+    """Returns a sentence on the responses that repeat their prompt in the file; empty if none do."""
     removed = [record.row for record in records if record.repeats == "removed"]
     kept = [record.row for record in records if record.repeats == "kept"]
     if removed:
         return (
-            f"Answers repeated their prompt, which was taken off them: {len(removed):,} ({first_rows(removed)}); "
-            "--data.repeated_prompt keep leaves it there."
+            f"Responses repeated their prompt, which was removed: {len(removed):,} ({first_rows(removed)}); keep it "
+            "with --data.repeated_prompt keep."
         )
-    return f"Answers that begin with their prompt, and keep it: {len(kept):,} ({first_rows(kept)})." if kept else ""
+    return f"Responses that begin with their prompt, and keep it: {len(kept):,} ({first_rows(kept)})." if kept else ""
 
 
-def _question(prompt: Turns) -> str:
+def _last_text(prompt: Turns) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def _rest_of(prompt: Turns, answer: Turns) -> Turns | None:
-    """What follows the prompt's text in the answer, or None where the answer does not begin with it."""
-    if isinstance(answer, str):
-        return _rest(_question(prompt), answer)
-    rest = _rest(_question(prompt), answer[0]["content"]) if len(answer) == 1 else None
-    return None if rest is None else [{**answer[0], "content": rest.lstrip()}]
+def _remainder(prompt: Turns, response: Turns) -> Turns | None:
+    """Returns what follows the prompt in the response, or None if the response does not begin with it."""
+    if isinstance(response, str):
+        return _text_remainder(_last_text(prompt), response)
+    rest = _text_remainder(_last_text(prompt), response[0]["content"]) if len(response) == 1 else None
+    return None if rest is None else [{**response[0], "content": rest.lstrip()}]
 
 
-def _rest(prompt: str, answer: str) -> str | None:
+def _text_remainder(prompt: str, response: str) -> str | None:
     """White space around the prompt may differ."""
     if not prompt.strip():
         return None
-    for repeated, text in ((prompt, answer), (prompt.strip(), answer.lstrip())):
+    for repeated, text in ((prompt, response), (prompt.strip(), response.lstrip())):
         rest = text.removeprefix(repeated)
-        within_a_word = repeated[-1].isascii() and repeated[-1].isalnum() and rest[:1].isalnum()
-        if text.startswith(repeated) and not within_a_word:  # "Yes" is not repeated by "Yesterday"
+        within_word = repeated[-1].isascii() and repeated[-1].isalnum() and rest[:1].isalnum()
+        if text.startswith(repeated) and not within_word:  # "Yesterday" does not repeat "Yes"
             return rest
     return None

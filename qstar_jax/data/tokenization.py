@@ -1,8 +1,8 @@
-"""Records -> token ids: those of prompt and answer as one text, cut where the prompt ends.
+"""Tokenizes records: prompt and response as one text, split where the prompt ends.
 
-An answer ends exactly once, with EOS, which counts in the loss; a truncated answer has none and says so. What follows
-the first token of a chat's end that ends answers for the model (`<|im_end|>`, say, in a list of EOS ids) is left out.
-Where a template ends turns by something else, that is kept, and EOS follows.
+A response ends exactly once, with an EOS token that counts in the loss; a truncated response has none. If a chat
+template ends turns with one of the model's EOS tokens (`<|im_end|>`, say), the response ends there; otherwise the
+template's ending is kept and followed by the tokenizer's EOS.
 """
 
 from collections.abc import Collection
@@ -24,11 +24,11 @@ from qstar_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Response:
-    """One answer as tokens.
+    """One response as tokens.
 
     Args:
-        ids: Token ids; the last one ends the answer (see `tokenize`) unless `truncated`.
-        truncated: The answer lost its end, and its EOS.
+        ids: Token ids, ending with EOS unless `truncated`.
+        truncated: Whether the response lost its end, including EOS.
     """
 
     ids: Int[np.ndarray, " T"]
@@ -37,13 +37,13 @@ class Response:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and its answers as tokens.
+    """One prompt and its responses as tokens.
 
     Args:
         prompt: Token ids, at least one.
-        prompt_truncated: The prompt lost its beginning.
-        responses: (chosen, rejected), (answer,) or ().
-        row: Index of the row it came from, counted from 0.
+        prompt_truncated: Whether the prompt lost its beginning.
+        responses: (chosen, rejected), (response,) or ().
+        row: Index of its row, from 0.
     """
 
     prompt: Int[np.ndarray, " P"]
@@ -61,49 +61,49 @@ def tokenize(
     eos_ids: Collection[int] = (),
     source: str = "data",
 ) -> tuple[list[Example], list[Dropped]]:
-    """Tokenises records and cuts them to the longest lengths allowed.
+    """Tokenizes records and truncates them to the maximum lengths.
 
     Args:
-        records: Prompts and answers, as text or chat messages.
-        tokenizer: A fast Hugging Face tokenizer with an EOS token; with a chat template, if there are chat messages.
-        options: Longest lengths, in tokens: `max_prompt_length` and `max_length` (prompt and answer together); how
-            dialogues are rendered.
-        vocabulary: Rows of the model's embedding; token ids beyond it are refused.
-        eos_ids: Tokens that end an answer of the model, beside the tokenizer's EOS.
+        records: Prompts and responses, as text or chat messages.
+        tokenizer: A fast Hugging Face tokenizer with an EOS token, and a chat template if there are chat messages.
+        options: Maximum lengths in tokens, `max_prompt_length` and `max_length` (prompt and response together), and how
+            to render dialogues.
+        vocabulary: Size of the model's vocabulary; larger token ids are refused.
+        eos_ids: EOS ids of the model, besides that of the tokenizer.
         source: Name of the data, for errors.
 
     Returns:
-        The examples (maybe none) and the rows that were dropped, both in order.
+        The examples (possibly none) and the dropped rows, both in order.
 
     Raises:
-        InputError: The tokenizer cannot do what is needed, the lengths leave no room, a token is none of the model's,
-            or options have no effect.
+        InputError: The tokenizer is unsuitable, the lengths leave no room, the model lacks a token, or options have no
+            effect.
     """
     _check_lengths(options)
     _check_tokenizer(tokenizer)
     template = chat_template(records, tokenizer, options)
     eos_ids = frozenset((tokenizer.eos_token_id, *eos_ids))
 
-    def example(record: Record) -> Example:
-        found = _example(record, tokenizer, template, eos_ids, options)
+    def make_example(record: Record) -> Example:
+        example = _make_example(record, tokenizer, template, eos_ids, options)
         if vocabulary is not None:
-            for ids in (found.prompt, *(response.ids for response in found.responses)):
-                check_known(ids, vocabulary, tokenizer, f"{source} row {record.row + 1}")
-        return found
+            for ids in (example.prompt, *(response.ids for response in example.responses)):
+                check_vocabulary(ids, vocabulary, tokenizer, f"{source} row {record.row + 1}")
+        return example
 
-    return sift(((record.row, record) for record in records), example)
+    return sift(((record.row, record) for record in records), make_example)
 
 
 def chat_template(records: list[Record], tokenizer: Any, options: DataOptions) -> ChatTemplate | None:
-    """Finds what renders the dialogues among records.
+    """Finds the chat template that renders the dialogues among records.
 
     Args:
-        records: Prompts and answers, as text or chat messages.
+        records: Prompts and responses, as text or chat messages.
         tokenizer: A Hugging Face tokenizer.
-        options: `chat_template`, `chat_template_kwargs` and `date` are read.
+        options: Reads `chat_template`, `chat_template_kwargs` and `date`.
 
     Returns:
-        The template; None where no record is a dialogue.
+        The template; None if no record is a dialogue.
 
     Raises:
         InputError: There is no such template, or an option has no effect.
@@ -117,31 +117,31 @@ def chat_template(records: list[Record], tokenizer: Any, options: DataOptions) -
 
 
 def settle_date(options: DataOptions, records: list[Record], tokenizer: Any) -> DataOptions:
-    """Writes today's date into options that name none, where a chat template prints it: from now on it is that day."""
+    """Sets `options.date` to today if it is unset and the chat template prints a date, so that a run keeps its date."""
     template = chat_template(records, tokenizer, options)
     if template is None or options.date is not None or not template.prints_date:
         return options
     return replace(options, date=datetime.now().date().isoformat())
 
 
-def check_known(ids: ArrayLike, vocabulary: int, tokenizer: Any, where: str, model: str = "the model") -> None:
-    """Refuses token ids for which a model has no embedding.
+def check_vocabulary(ids: ArrayLike, vocabulary: int, tokenizer: Any, where: str, model: str = "the model") -> None:
+    """Checks that a model has embeddings for token ids.
 
     Args:
         ids: Token ids, at least one.
-        vocabulary: Rows of the model's embedding.
-        tokenizer: Of these ids.
-        where: What holds them, for the error.
-        model: Who does not know them, for the error.
+        vocabulary: Size of the model's vocabulary.
+        tokenizer: The tokenizer of these ids.
+        where: What holds the ids, for the error.
+        model: Name of the model, for the error.
 
     Raises:
-        InputError: One of them is at or beyond `vocabulary`.
+        InputError: An id is not below `vocabulary`.
     """
-    worst = int(np.max(ids))
-    if worst >= vocabulary:
+    largest = int(np.max(ids))
+    if largest >= vocabulary:
         raise InputError(
-            f"{where}: the token {tokenizer.convert_ids_to_tokens(worst)!r} has id {worst}, and {model} knows "
-            f"{vocabulary} tokens only (ids below that); resize its embedding, or use its own tokenizer"
+            f"{where}: the token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but {model} has only "
+            f"{vocabulary} tokens; resize its embedding, or use its own tokenizer"
         )
 
 
@@ -150,56 +150,66 @@ def _check_lengths(options: DataOptions) -> None:
         raise InputError(f"data.max_prompt_length is {options.max_prompt_length}; expected at least 1 token")
     if options.max_prompt_length >= options.max_length:
         raise InputError(
-            f"data.max_prompt_length ({options.max_prompt_length}) leaves no room for an answer within data.max_length "
-            f"({options.max_length} tokens, prompt and answer together); lower the one or raise the other"
+            f"data.max_prompt_length ({options.max_prompt_length}) leaves no room for a response within "
+            f"data.max_length ({options.max_length} tokens, prompt and response together); lower the former or raise "
+            "the latter"
         )
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
         raise InputError(
-            "the tokenizer has no EOS token, so answers could not end; set `eos_token` in tokenizer_config.json"
+            "the tokenizer has no EOS token, so responses could not end; set `eos_token` in tokenizer_config.json"
         )
     if not tokenizer.is_fast:
         raise InputError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, which does not tell where its tokens lie in a text; "
+            f"{type(tokenizer).__name__} is a slow tokenizer, which does not return the offsets of its tokens; "
             "expected a fast one (a folder with tokenizer.json)"
         )
 
 
-def _example(
+def _make_example(
     record: Record, tokenizer: Any, template: ChatTemplate | None, eos_ids: frozenset[int], options: DataOptions
 ) -> Example:
+    # Tokenize prompt and responses together, then split them.
     if isinstance(record.prompt, str):
-        prompt, answers = split_text(record, tokenizer)
+        prompt, response_ids = split_text(record, tokenizer)
     else:
-        prompt, answers = split_chat(record, tokenizer, template, eos_ids)
+        prompt, response_ids = split_chat(record, tokenizer, template, eos_ids)
+
+    # The first token of a response must be predicted from something.
     if not prompt:
         if tokenizer.bos_token_id is None:
-            raise BadRow("empty prompt", ", and the tokenizer has no BOS token to stand for it")
+            raise BadRow("empty prompt", ", and the tokenizer has no BOS token to use instead")
         prompt = [tokenizer.bos_token_id]
-    kept = _last(prompt, options.max_prompt_length, tokenizer.bos_token_id)
-    room = options.max_length - len(kept)
-    responses = tuple(_response(ids, tokenizer.eos_token_id, eos_ids, room) for ids in answers)
+
+    # Truncate the prompt first, then the responses to the remaining room.
+    truncated_prompt = _truncate_prompt(prompt, options.max_prompt_length, tokenizer.bos_token_id)
+    room = options.max_length - len(truncated_prompt)
+    responses = tuple(_make_response(ids, tokenizer.eos_token_id, eos_ids, room) for ids in response_ids)
     if len(responses) > 1 and np.array_equal(responses[0].ids, responses[1].ids):
-        raise DroppedRow("the tokens of the two answers are equal within max_length")
-    return Example(np.asarray(kept, np.int32), len(kept) < len(prompt), responses, record.row)
+        raise DroppedRow("the tokens of the two responses are equal within max_length")
+    prompt_truncated = len(truncated_prompt) < len(prompt)
+    return Example(np.asarray(truncated_prompt, np.int32), prompt_truncated, responses, record.row)
 
 
-def _last(prompt: list[int], length: int, bos: int | None) -> list[int]:
-    """The last tokens of a prompt, behind its BOS if it has one."""
+def _truncate_prompt(prompt: list[int], length: int, bos: int | None) -> list[int]:
+    """Keeps the last tokens of a prompt, and its BOS if it has one."""
     if len(prompt) <= length:
         return prompt
     head = prompt[:1] if prompt[0] == bos else []
     return head + prompt[len(prompt) - (length - len(head)) :]
 
 
-def _response(ids: list[int], eos: int, eos_ids: frozenset[int], room: int) -> Response:
+def _make_response(ids: list[int], eos: int, eos_ids: frozenset[int], room: int) -> Response:
+    # Strip all EOS tokens at the end. Any other would teach the model to continue after the end of an episode.
     length = len(ids)
     while length and ids[length - 1] in eos_ids:
         length -= 1
-    if not eos_ids.isdisjoint(ids[:length]):  # what follows would be learnt as if an episode went on behind its end
-        raise DroppedRow("EOS token inside an answer")
+    if not eos_ids.isdisjoint(ids[:length]):
+        raise DroppedRow("EOS token inside a response")
+
+    # End with the first EOS that was stripped, or that of the tokenizer, if there is room for it.
     end = ids[length : length + 1] or [eos]
     truncated = length >= room
     return Response(np.asarray(ids[:room] if truncated else ids[:length] + end, np.int32), truncated)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-from qstar_jax.data.tokenization import check_known
+from qstar_jax.data.tokenization import check_vocabulary
 from qstar_jax.decoding.best_of_n import best_of_n
 from qstar_jax.decoding.objectives import Objective
 from qstar_jax.decoding.options import DecodePlan
@@ -134,7 +134,7 @@ class Decoder:
         padded = np.zeros((len(prompts), -(-int(lengths.max()) // WIDTH) * WIDTH), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
-        check_known(padded, self.vocabulary, self.tokenizer, "a prompt", "one of the models")
+        check_vocabulary(padded, self.vocabulary, self.tokenizer, "a prompt", "one of the models")
         return padded, lengths
 
     def _search(self, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], keys: Key[Array, " B"]) -> Responses:

@@ -1,1 +1,1 @@
-"""Everything on disk: model folders, checkpoints, caches, and the identity of what made them."""
+"""Everything on disk: model folders, checkpoints and caches, and identities that tell when they are stale."""

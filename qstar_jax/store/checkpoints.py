@@ -1,9 +1,9 @@
-"""Orbax checkpoints: sharded, asynchronous, and with all that another program needs to use them beside the parameters.
+"""Orbax checkpoints: sharded, asynchronous, and self-contained.
 
-A run folder holds `checkpoints/STEP/` and, after DPO, `reference/`; where an adapter is trained, the steps hold the
-adapter and `base/` the frozen rest, which is the reference as well. Each of these folders is an Orbax checkpoint of
+A run folder holds `checkpoints/STEP/` and, after DPO, `reference/`. If an adapter is trained, the steps hold the
+adapter and `base/` the frozen base, which is also the reference. Each of these folders is an Orbax checkpoint of
 `params` and `description` (JSON: the model's configuration, the run's options, the tokenizer's files); those of a step
-hold `opt_state` too, and `ref_params` where the reference moves.
+also hold `opt_state`, and `ref_params` if the reference moves.
 """
 
 from dataclasses import dataclass, field, replace
@@ -28,18 +28,18 @@ STEPS, REFERENCE, BASE = "checkpoints", "reference", "base"
 
 @dataclass(frozen=True)
 class Description:
-    """What stands beside the parameters in a checkpoint.
+    """What a checkpoint holds besides arrays.
 
     Attributes:
         verb: The verb that wrote it, "sft" or "dpo".
-        model: Dictionary of the model's config.json.
+        model: Contents of the model's config.json.
         options: The run's resolved configuration.
         tokenizer: Path -> text of the tokenizer's files.
-        reference: Who the frozen reference is (`identity.weights_identity`); None where there is none.
-        lora: Fields of the adapter's `Lora`, where the parameters are those of an adapter alone.
-        generation: Dictionary of generation_config.json, whose `eos_token_id` are all tokens that end an answer.
-        base: Who the frozen base of an adapter is, in the same words as `reference`.
-        data: Which examples the run is trained on and evaluated on (see `training.continuation`).
+        reference: Identity of the frozen reference (`identity.weights_identity`); None: no reference.
+        lora: Fields of `Lora`, if the parameters are those of an adapter alone.
+        generation: Contents of generation_config.json, with all EOS ids in `eos_token_id`.
+        base: Identity of the frozen base of an adapter, as for `reference`.
+        data: Identity of the run's training and evaluation examples (see `training.continuation`).
     """
 
     verb: str
@@ -53,17 +53,17 @@ class Description:
     data: dict[str, Any] | None = None
 
     def build_model(self, compute: ComputeOptions) -> CausalLM:
-        """Builds the model, with the shape of its adapter where it has one."""
+        """Builds the model, with its adapter if it has one."""
         lora = self.lora and Lora(**{**self.lora, "targets": tuple(self.lora["targets"])})
         return replace(CausalLM.from_hf(self.model, compute), lora=lora)
 
-    def as_stored(self, compute: ComputeOptions, identity: str | None) -> str | None:
-        """An identity of this run, where parameters are read in the type that it was taken of; else None."""
-        stored = self.options.get("compute", {}).get("param_dtype")
-        return identity if stored == compute.param_dtype else None
+    def comparable(self, compute: ComputeOptions, identity: str | None) -> str | None:
+        """Returns an identity that this run recorded; None if parameters are loaded in another dtype than then."""
+        recorded_dtype = self.options.get("compute", {}).get("param_dtype")
+        return identity if recorded_dtype == compute.param_dtype else None
 
     def build_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """Builds the tokenizer from its files' texts."""
+        """Builds the tokenizer from the texts of its files."""
         return hub.build_tokenizer(self.tokenizer)
 
 
@@ -76,11 +76,11 @@ def _context() -> ocp.Context:
 
 
 class CheckpointStore:
-    """The checkpoints of one run; a context manager that waits for what is still being written.
+    """The checkpoints of one run; a context manager that waits for pending writes.
 
     Args:
         run: Folder of the run.
-        keep: How many of the newest checkpoints are kept.
+        keep: Number of newest checkpoints to keep.
     """
 
     def __init__(self, run: Path, keep: int):
@@ -96,7 +96,7 @@ class CheckpointStore:
         return self
 
     def __exit__(self, *_):
-        """Waits until all is on disk; a failure of the background writer is raised here."""
+        """Waits for pending writes; raises a failure of the background writer."""
         self._steps.close()
 
     @property
@@ -105,19 +105,19 @@ class CheckpointStore:
         return None if self._steps.latest is None else self._steps.latest.step
 
     def save(self, step: int, arrays: dict[str, Any], description: Description):
-        """Writes a checkpoint in the background, after the one before it is complete.
+        """Writes a checkpoint in the background, after waiting for the previous one.
 
         Args:
             step: Its step.
-            arrays: `params`, `opt_state`, and `ref_params` where the reference moves.
-            description: What stands beside them.
+            arrays: `params`, `opt_state`, and `ref_params` if the reference moves.
+            description: Stored with them.
         """
         self._steps.wait()
         parts = {**arrays, "description": vars(description)}
         self._steps.save_checkpointables_async(step, parts, force=True)
 
     def describe(self, step: int) -> Description:
-        """Reads what stands beside the parameters of a step."""
+        """Reads the description of a step."""
         return read_description(self.run / STEPS / str(step))
 
     def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class CheckpointStore:
 
         Args:
             step: Its step.
-            abstract: Shapes, types and shardings that they shall have, under the names given to `save`.
+            abstract: Shapes, dtypes and shardings to restore them with, under the names given to `save`.
 
         Returns:
             The arrays, under the same names.
@@ -133,20 +133,20 @@ class CheckpointStore:
         return self._steps.load_checkpointables(step, abstract)
 
     def save_frozen(self, name: str, params, description: Description):
-        """Writes parameters that do not change, once: the `REFERENCE` of a DPO run, or the `BASE` of an adapter."""
+        """Writes frozen parameters: the `REFERENCE` of a DPO run, or the `BASE` of an adapter."""
         with _context():
             parts = {"params": params, "description": vars(replace(description, lora=None))}
             ocp.save_checkpointables((self.run / name).absolute(), parts, overwrite=True)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Finds the checkpoint that a folder stands for.
+    """Finds the checkpoint in a folder.
 
     Args:
-        folder: A run, its checkpoints/ folder (both stand for their newest step), a step, reference/ or base/.
+        folder: A run or its checkpoints/ folder (both mean their newest step), a step, reference/ or base/.
 
     Returns:
-        Folder of the checkpoint; None if `folder` is nothing of the kind.
+        Folder of the checkpoint; None if there is none.
     """
     if (folder / "description").is_dir() and (folder / "params").is_dir():
         return folder
@@ -158,39 +158,39 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def reference_of(checkpoint: Path, description: Description) -> Path | None:
-    """Returns the reference that lies in the run of a step's checkpoint, if there is one."""
+    """Returns the folder of the reference in the run of a step's checkpoint, if there is one."""
     if description.lora is not None and description.reference is None:
-        return None  # its base is nobody's reference
+        return None  # the base of an adapter trained without a reference
     reference = checkpoint.parent.parent / (REFERENCE if description.lora is None else BASE)
     return reference if find_checkpoint(reference) == reference else None
 
 
 def read_description(checkpoint: Path) -> Description:
-    """Reads what stands beside the parameters of a checkpoint.
+    """Reads the description of a checkpoint.
 
     Raises:
-        InputError: If the folder is no complete checkpoint.
+        InputError: If the folder is not a complete checkpoint.
     """
     try:
         with _context():
             return Description(**ocp.load_checkpointables(checkpoint.absolute(), {"description": None})["description"])
-    except Exception as error:  # Orbax raises many types for what is torn or missing
-        raise _torn(checkpoint, error) from error
+    except Exception as error:  # Orbax raises many types for missing or truncated files
+        raise _incomplete(checkpoint, error) from error
 
 
 def read_checkpoint_params(checkpoint: Path, model: CausalLM, shardings) -> Params:
-    """Reads the parameters alone, on the shardings and in the type that are asked for, whatever mesh wrote them.
+    """Reads only the parameters, in the model's dtype and on the given shardings, whatever mesh wrote them.
 
     Args:
         checkpoint: Folder of the checkpoint.
-        model: Its model; one with an adapter has its base beside the run's steps.
+        model: Its model; the base of an adapter is stored next to the run's steps.
         shardings: Tree of `jax.sharding.Sharding`, like all of the model's parameters.
 
     Returns:
-        The parameters, with those of the adapter.
+        The parameters, including those of the adapter.
 
     Raises:
-        InputError: If a folder is no complete checkpoint.
+        InputError: If a folder is not a complete checkpoint.
     """
     abstract = abstract_with_shardings(model.abstract_params(), shardings)
     if model.lora is None:
@@ -204,14 +204,14 @@ def _read_params(checkpoint: Path, abstract: Params) -> Params:
         with _context():
             return ocp.load_checkpointables(checkpoint.absolute(), {"params": abstract})["params"]
     except Exception as error:
-        raise _torn(checkpoint, error) from error
+        raise _incomplete(checkpoint, error) from error
 
 
-def _torn(checkpoint: Path, error: Exception) -> InputError:
+def _incomplete(checkpoint: Path, error: Exception) -> InputError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(f"{checkpoint}: not a complete checkpoint ({reason[:200]})")
 
 
 def abstract_with_shardings(tree, shardings):
-    """Returns a tree's shapes and types with shardings on them: what Orbax needs to place what it reads."""
+    """Returns the shapes and dtypes of a tree with shardings, which tell Orbax where to place arrays."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

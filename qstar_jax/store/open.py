@@ -1,4 +1,4 @@
-"""One way to open a model, wherever it lies: a run's checkpoint, a Hugging Face folder, PEFT's adapter, a hub name."""
+"""Opens a model from a checkpoint of a run, a Hugging Face folder, a PEFT adapter or a name on the Hub."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,9 +37,9 @@ class LoadedModel:
         model: The model, without its parameters.
         params: Its parameters, on their shardings.
         tokenizer: Its tokenizer.
-        source: Folder from which it came.
-        description: What its run recorded, where it came from a checkpoint.
-        generation: Dictionary of its generation_config.json, with what config.json says of the ends of answers.
+        source: Folder from which it was loaded.
+        description: What its run recorded, if it was loaded from a checkpoint.
+        generation: Contents of its generation_config.json, including the EOS ids of config.json.
     """
 
     model: CausalLM
@@ -51,11 +51,11 @@ class LoadedModel:
 
     @property
     def reference(self) -> Path | None:
-        """The reference that lies beside a checkpoint of a DPO run."""
+        """The reference stored with a checkpoint of a DPO run."""
         return None if self.description is None else reference_of(self.source, self.description)
 
     def identity(self) -> dict[str, Any]:
-        """Identity of the model, its parameters and its tokenizer; see `model_identity`."""
+        """Returns the identity of the model, its parameters and its tokenizer; see `model_identity`."""
         return model_identity(self.model, self.params, self.tokenizer)
 
 
@@ -63,17 +63,17 @@ def load_model(source: str | Path, compute: ComputeOptions, mesh: Mesh, mesh_opt
     """Opens a model; an adapter is merged into its base.
 
     Args:
-        source: A run's folder or one of its checkpoints, a Hugging Face folder, the folder of an adapter in PEFT's
-            format (which names its base), or a hub name of either.
-        compute: Types and rematerialisation.
-        mesh: Devices on which the parameters go.
-        mesh_options: How they are cut.
+        source: Folder of a run or of one of its checkpoints, a Hugging Face folder, the folder of a PEFT adapter (which
+            names its base), or a name on the Hub of either.
+        compute: Dtypes, attention and rematerialization.
+        mesh: Devices for the parameters.
+        mesh_options: How to shard them.
 
     Returns:
         The model with its parameters and tokenizer.
 
     Raises:
-        InputError: If nothing usable is there.
+        InputError: If there is no usable model.
     """
     checkpoint = find_checkpoint(Path(source).expanduser())
     if checkpoint is not None:
@@ -81,11 +81,12 @@ def load_model(source: str | Path, compute: ComputeOptions, mesh: Mesh, mesh_opt
         model = description.build_model(compute)
         params = read_checkpoint_params(checkpoint, model, param_shardings(model, mesh, mesh_options))
         if model.lora is not None:
-            recorded = description.as_stored(compute, description.base)
+            # The base is stored once per run: check that it is still the one the adapter was trained on.
+            recorded = description.comparable(compute, description.base)
             base, base_params = checkpoint.parent.parent / BASE, split_adapter(params)[0]
             check_weights(model.base, base_params, recorded, base, "open another run")
-        loaded = _merged(model, params)
-        return LoadedModel(*loaded, description.build_tokenizer(), checkpoint, description, description.generation)
+        merged = _merge(model, params)
+        return LoadedModel(*merged, description.build_tokenizer(), checkpoint, description, description.generation)
     folder = hub.open_folder(str(source))
     if hub.is_adapter(folder):
         return _load_adapter(folder, compute, mesh, mesh_options)
@@ -100,32 +101,37 @@ def _load_folder(folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_options
 
 
 def _load_adapter(
-    folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_options: MeshOptions, above: tuple[Path, ...] = ()
+    folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_options: MeshOptions, dependents: tuple[Path, ...] = ()
 ) -> LoadedModel:
-    """Opens an adapter; `above` are the adapters of which it is the base."""
+    """Opens an adapter; `dependents` are the adapters whose base it is."""
+    # Open the base: a folder, a name on the Hub, a checkpoint, or another adapter.
     config = hub.read_adapter_config(folder)
     try:
         base_folder = hub.open_folder(config.base, config.revision)
     except InputError as error:
         raise InputError(f"{config.path}: base_model_name_or_path: {error}") from error
-    above = (*above, folder.resolve())
+    dependents = (*dependents, folder.resolve())
     if base_folder.resolve() == folder.resolve():  # an adapter may be saved into the folder of its base
         base = _load_folder(folder, compute, mesh, mesh_options)
-    elif base_folder.resolve() in above:
+    elif base_folder.resolve() in dependents:
         raise InputError(f"{config.path}: base_model_name_or_path leads back to {base_folder}, an adapter of this one")
     elif find_checkpoint(base_folder) is None and hub.is_adapter(base_folder):
-        base = _load_adapter(base_folder, compute, mesh, mesh_options, above)
+        base = _load_adapter(base_folder, compute, mesh, mesh_options, dependents)
     else:
         base = load_model(base_folder, compute, mesh, mesh_options)
+
+    # Merge the adapter into it.
     model, edits = hub.read_edits(folder, config, base.model)
     params = hub.apply_edits(model, edits, base.params, param_shardings(model, mesh, mesh_options))
+
+    # The adapter's tokenizer and generation settings take precedence over those of the base.
     tokenizer = hub.read_adapter_tokenizer(folder, base.tokenizer)
-    own = (folder / hub.GENERATION).is_file()
-    generation = hub.read_generation_config(folder) if own else base.generation
+    has_generation = (folder / hub.GENERATION).is_file()
+    generation = hub.read_generation_config(folder) if has_generation else base.generation
     return LoadedModel(model, params, tokenizer, folder, generation=generation)
 
 
-def _merged(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
+def _merge(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
     if model.lora is None:
         return model, params
     merge = jax.jit(lambda base, adapter: merge_adapter(attach_adapter(base, adapter), model.lora), donate_argnums=0)
@@ -133,5 +139,5 @@ def _merged(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
 
 
 def param_shardings(model: CausalLM, mesh: Mesh, options: MeshOptions):
-    """Returns the shardings of a model's parameters: the general rule, the family's overrides, the user's overrides."""
+    """Returns the shardings of a model's parameters, by the user's overrides, the decoder's hints and the rule."""
     return tree_shardings(model.abstract_params(), mesh, options, SHARDING_OVERRIDES)

@@ -1,4 +1,4 @@
-"""Who a model's reference is, and at which temperature its rewards are measured: named, or recorded by its run."""
+"""The reference and the beta of a policy, given by the user or recorded by the policy's run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,48 +16,50 @@ def open_reference(
 
     Args:
         policy: The policy.
-        named: Folder or hub name that the user gave, if any.
-        model: What the user called the policy.
+        named: Folder or name on the Hub given by the user, if any.
+        model: The user's name for the policy, for errors.
         load: Opens a model.
 
     Returns:
         The reference.
 
     Raises:
-        InputError: If none is named, and none lies beside the policy, or not the one with which its run began.
+        InputError: If none is named, and the run of the policy has none or no longer the one it began with.
     """
     source = named or policy.reference
     if source is None and policy.description is not None and policy.description.reference is not None:
         raise InputError(
-            f"{model} began with a reference whose folder is no longer beside its checkpoints; put it back, or name "
-            "the reference with --reference"
+            f"the reference of {model} is no longer next to its checkpoints; restore the folder, or name the reference "
+            "with --reference"
         )
     if source is None:
         raise InputError(
-            f"{model} carries no reference (only a run whose loss has one does); name one with --reference: "
-            "the model from which its training began"
+            f"{model} has no reference (only runs whose loss has one do); name one with --reference: the model from "
+            "which its training began"
         )
-    found = load(source)
+    reference = load(source)
     if named is None:
-        recorded = policy.description.as_stored(found.model.compute, policy.description.reference)
-        check_weights(found.model, found.params, recorded, found.source, "name the reference with --reference")
-    return found
+        recorded = policy.description.comparable(reference.model.compute, policy.description.reference)
+        check_weights(
+            reference.model, reference.params, recorded, reference.source, "name the reference with --reference"
+        )
+    return reference
 
 
 def find_beta(policy: LoadedModel, given: float | None, model: str, option: str) -> float:
-    """Finds the temperature of a policy's rewards.
+    """Finds the beta of a policy's rewards.
 
     Args:
         policy: The policy.
-        given: What the user gave, if anything.
-        model: What the user called the policy.
-        option: How the user can give it.
+        given: The user's value, if any.
+        model: The user's name for the policy, for errors.
+        option: The option that sets beta, for errors.
 
     Returns:
-        Reward a nat.
+        Reward per nat.
 
     Raises:
-        InputError: If it is not given, and the policy's run does not record one.
+        InputError: If it is not given, and the policy's run did not record one.
     """
     options = policy.description.options if policy.description else {}
     beta = given
@@ -65,7 +67,6 @@ def find_beta(policy: LoadedModel, given: float | None, model: str, option: str)
         beta = losses.make_loss(**options["loss"]).beta
     if beta is None:
         raise InputError(
-            f"{model} does not record a beta (only a run whose loss has a reference does); "
-            f"give {option}, for instance 0.1"
+            f"{model} does not record a beta (only runs whose loss has a reference do); set {option}, for instance 0.1"
         )
     return beta

@@ -1,30 +1,27 @@
-"""What is kept between runs in the user's cache folder: compiled programs, and references' log-probabilities."""
+"""The user's cache folder, which keeps compiled programs and reference log-probabilities between runs."""
 
 import os
 from pathlib import Path
 
 import jax
 
-WORTH_KEEPING = 0.1  # seconds of compilation; JAX itself keeps what took a second, as few programs of small models do
+MIN_COMPILE_SECS = 0.1  # JAX's default of a second would skip most programs of small models
 
 
 def user_cache(name: str) -> Path:
-    """Folder of one kind of cache, under $XDG_CACHE_HOME or ~/.cache.
+    """Returns the folder of one kind of cache, under $XDG_CACHE_HOME or ~/.cache; it may not exist yet.
 
     Args:
-        name: The kind.
-
-    Returns:
-        The folder; it need not exist.
+        name: The kind of cache.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qstar_jax" / name
 
 
 def keep_programs():
-    """Lets JAX keep compiled programs on disk, where the user has not said otherwise (JAX_COMPILATION_CACHE_DIR).
+    """Enables JAX's compilation cache on disk, unless the user has configured it (JAX_COMPILATION_CACHE_DIR).
 
-    Not on a CPU with several devices: programs with collectives that come out of the cache can enter these in another
-    order on each device, and wait for each other for ever (jaxlib 0.10.2).
+    Disabled on a CPU with several devices: cached programs may enter their collectives in a different order on each
+    device and deadlock (jaxlib 0.10.2).
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
         return
@@ -32,4 +29,4 @@ def keep_programs():
         return
     jax.config.update("jax_compilation_cache_dir", str(user_cache("programs")))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECS)

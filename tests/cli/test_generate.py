@@ -279,7 +279,7 @@ def test_answers_of_a_model_that_has_changed_are_not_taken_for_its_own(
     # Answers that do not say whose they are, are nobody's; a folder without an answer belongs to whom comes next.
     (out / "generations.identity.json").unlink()
     assert generate(out, *words) == 2
-    assert "nothing says which model made the responses" in capsys.readouterr().err
+    assert "unknown which model made the responses" in capsys.readouterr().err
     (out / "generations.jsonl").write_bytes(b"")
     assert generate(out, *words) == 0 and len(records(out)) == 2
 
@@ -401,8 +401,8 @@ def test_the_folder_of_a_training_run_is_left_alone(dpo_run, tmp_path, one_devic
         (["--prompt", "w1", "--batch_size", "0"], "--batch_size 0"),
         (["--prompt", "w1", "--batch_size", "-1"], "--batch_size -1"),
         (["--prompt", "w1", "--reference", "x"], r"--reference x has no effect.*--decode.report_reference true"),
-        (["--prompt", "w1", "--decode.method", "best_of_n"], "carries no reference.*name one with --reference"),
-        (["--prompt", "w1", "--decode.report_reference", "true"], "carries no reference"),
+        (["--prompt", "w1", "--decode.method", "best_of_n"], "has no reference.*name one with --reference"),
+        (["--prompt", "w1", "--decode.report_reference", "true"], "has no reference"),
         (["--prompt", "w1", "--decode.stop", '["q"]'], "stop string 'q': no sequence"),
     ],
 )

@@ -175,7 +175,7 @@ def test_bad_input_exits_with_2_and_one_plain_line(capsys, tmp_path):
         main(["dpo", "--model", str(tmp_path / "none"), "--out", str(tmp_path / "run"), "--data.train", "x.jsonl"]) == 2
     )
     message = capsys.readouterr().err
-    assert message.startswith("qstar dpo: ") and "expected a folder or a hub name" in message
+    assert message.startswith("qstar dpo: ") and "expected a folder or a name on the Hub" in message
     assert "Traceback" not in message and len(message.splitlines()) == 1
 
 

@@ -116,13 +116,13 @@ def test_a_reference_that_is_gone_is_missed(dpo_run, eval_file, tmp_path, one_de
     run = shutil.copytree(dpo_run, tmp_path / "run")
     shutil.rmtree(run / "reference")
     assert score(tmp_path / "out", "--model", run, "--data.eval", eval_file) == 2
-    assert "began with a reference whose folder is no longer beside its checkpoints" in capsys.readouterr().err
+    assert "is no longer next to its checkpoints" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--model", "{hf}", "--data.eval", "{eval}"], "carries no reference.*--reference"),
+        (["--model", "{hf}", "--data.eval", "{eval}"], "has no reference.*--reference"),
         (["--model", "{hf}", "--reference", "{hf}", "--data.eval", "{eval}"], "--beta"),
         (["--model", "{run}"], "--data.eval is missing"),
         (["--model", "{run}", "--data.eval", "{eval}", "--batch_size", "0"], "--batch_size 0"),
@@ -190,7 +190,7 @@ def test_a_reference_that_was_exchanged_is_refused(dpo_run, eval_file, tmp_path,
     words = ["--model", run, "--data.eval", eval_file]
     assert score(tmp_path / "out", *words) == 2
     message = capsys.readouterr().err
-    assert "reference is not the one with which the run began" in message and "name the reference" in message
+    assert "reference has changed since the run began" in message and "name the reference" in message
     assert not (tmp_path / "out").exists()
     words += ["--reference", run / "reference"]  # who names it knows what it is
     assert score(tmp_path / "out", *words, "--data.max_eval_rows", "2", "--alternatives", "0") == 0
@@ -218,4 +218,4 @@ def test_nothing_of_an_earlier_run_stays_beside_new_scores(dpo_run, eval_file, t
     assert "was not measured on" in (message := capsys.readouterr().err) and "score --wrong COLUMN" in message
     (out / "scores.jsonl").unlink()
     assert main(["report", "--credit", str(out), "--out", str(page)]) == 2
-    assert "found: nothing there" in capsys.readouterr().err
+    assert "found: no such path" in capsys.readouterr().err

@@ -72,9 +72,9 @@ def test_a_single_template_is_replaced(chat_tokenizer, tmp_path):
         (
             NAMED,
             {"chat_template": "ragg"},
-            r"'ragg': neither a template's name nor a file .*: default, rag, tool_use\)",
+            r"'ragg': neither the name of a template nor a file .*: default, rag, tool_use\)",
         ),
-        ({"a": "x", "b": "y"}, {}, r"several chat templates and none is the default .*a, b.*--data.chat_template"),
+        ({"a": "x", "b": "y"}, {}, r"several chat templates but no default .*a, b.*--data.chat_template"),
         (None, {}, "no chat template; use the tokenizer of an instruction-tuned model"),
         (None, {"chat_template": "default"}, r"neither .* \(templates of this tokenizer: none\)"),
         ("Say something.", {}, "the chat template never reads `messages`"),

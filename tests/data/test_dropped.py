@@ -41,12 +41,12 @@ def test_too_many_bad_rows():
     with pytest.raises(InputError) as caught:
         check_bad_rows(dropped, 19, "drop", "data.jsonl")
     assert str(caught.value) == (
-        "data.jsonl: too many bad rows to leave out (2 of 19; at most a tenth may be bad): 1 b (row 8), 1 c (row 10); "
-        "row 8: b: x; mend these rows or take them out of the file"
+        "data.jsonl: too many bad rows to drop (2 of 19; at most a tenth may be bad): 1 b (row 8), 1 c (row 10); "
+        "row 8: b: x; fix these rows or remove them from the file"
     )
 
 
 def test_stop():
     with pytest.raises(InputError) as caught:
         check_bad_rows([*TIES, Dropped(7, "b", "b: x")], 1000, "stop", "data.jsonl")
-    assert str(caught.value) == "data.jsonl row 8: b: x; mend the row, or leave bad rows out with --data.bad_rows drop"
+    assert str(caught.value) == "data.jsonl row 8: b: x; fix the row, or drop bad rows with --data.bad_rows drop"

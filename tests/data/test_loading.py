@@ -39,7 +39,7 @@ def test_summary(tmp_path, plain_tokenizer):
     assert load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS).summary == (
         f"{source}: 3 rows read, 2 used; 1 dropped: 1 chosen equals rejected (row 3); "
         "prompts have 2.5 tokens on average, 4 at most, 1 (50.0%) lost their beginning (row 1); "
-        "answers have 3.0 tokens on average, 4 at most, 1 (25.0%) lost their end (row 1)."
+        "responses have 3.0 tokens on average, 4 at most, 1 (25.0%) lost their end (row 1)."
     )
 
 
@@ -48,7 +48,7 @@ def test_rows_beyond_the_positions_of_a_model_are_reported(tmp_path, plain_token
     assert (data.longest(), data.longest(9)) == (3 + 4, 3 + 9)
     model = CausalLM.from_hf(tiny_config | {"max_position_embeddings": 7})
     assert data.report(model) == data.summary
-    warning = f"warning: {data.source}, longest prompt and answer: 8 tokens exceed the model's context of 7"
+    warning = f"warning: {data.source}, longest prompt and response: 8 tokens exceed the model's context of 7"
     assert data.report(model, 5).startswith(f"{data.summary}\n{warning}")
 
 
@@ -57,7 +57,7 @@ def test_prompts_and_limit(tmp_path, plain_tokenizer):
     data = load_examples(source, "train", "prompts", plain_tokenizer, OPTIONS, limit=2)
     assert len(data.examples) == 2 and data.examples[0].responses == ()
     assert (
-        data.summary == f"{source}: 2 rows read, 2 used; prompts have 2.0 tokens on average, 3 at most, none was cut."
+        data.summary == f"{source}: 2 rows read, 2 used; prompts have 2.0 tokens on average, 3 at most, none truncated."
     )
 
 
@@ -91,7 +91,7 @@ def test_a_bad_row_among_many(tmp_path, plain_tokenizer, bad):
     source = write(tmp_path, *[pair("a", "b", "c")] * 4, bad)
     with pytest.raises(InputError) as too_many:
         load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS)
-    said = f"too many bad rows to leave out (1 of 5; at most a tenth may be bad): 1 {dropped.reason} (row 5);"
+    said = f"too many bad rows to drop (1 of 5; at most a tenth may be bad): 1 {dropped.reason} (row 5);"
     assert said in str(too_many.value)
 
 
@@ -105,7 +105,7 @@ def test_the_first_rows_that_were_cut(tmp_path, plain_tokenizer):
 def test_a_prompt_that_was_taken_off_is_told(tmp_path, plain_tokenizer):
     data = load_examples(write(tmp_path, pair("a", "a b", "a c")), "train", "preferences", plain_tokenizer, OPTIONS)
     assert [plain_tokenizer.decode(r.ids) for r in data.examples[0].responses] == [" b[E]", " c[E]"]
-    assert "Answers repeated their prompt, which was taken off them: 1 (row 1);" in data.summary
+    assert "Responses repeated their prompt, which was removed: 1 (row 1);" in data.summary
 
 
 def test_row_numbers_are_those_of_the_file_behind_a_broken_line(tmp_path, plain_tokenizer):

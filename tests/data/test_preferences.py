@@ -81,7 +81,9 @@ def test_as_chat():
 
 def test_as_chat_cannot_take_dialogues_in_text():
     row = {"chosen": "\n\nHuman: 1\n\nAssistant: c", "rejected": "\n\nHuman: 1\n\nAssistant: r"}
-    assert "'chosen' apart, as it holds dialogues in text" in failure(preference_records, row, as_chat=True)
+    assert "cannot split 'chosen', which holds dialogues in plain text" in failure(
+        preference_records, row, as_chat=True
+    )
     assert "dialogues in text" in failure(prompt_records, row, as_chat=True)
 
 
@@ -96,13 +98,13 @@ HH = "\n\nHuman: 1\n\nAssistant:"
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({**PAIR, "chosen": " \n"}, "empty chosen answer"),
-        ({**PAIR, "rejected": ""}, "empty rejected answer"),
-        ({**PAIR, "rejected": [assistant(" ")]}, "empty rejected answer"),
+        ({**PAIR, "chosen": " \n"}, "empty chosen response"),
+        ({**PAIR, "rejected": ""}, "empty rejected response"),
+        ({**PAIR, "rejected": [assistant(" ")]}, "empty rejected response"),
         ({**PAIR, "rejected": "c"}, "chosen equals rejected"),
         ({**PAIR, "rejected": [assistant("c")]}, "chosen equals rejected"),
-        ({**PAIR, "chosen": [assistant("c"), assistant("d")]}, "chosen answer is not one assistant message"),
-        ({**PAIR, "rejected": []}, "rejected answer is not one assistant message"),
+        ({**PAIR, "chosen": [assistant("c"), assistant("d")]}, "chosen response is not a single assistant message"),
+        ({**PAIR, "rejected": []}, "rejected response is not a single assistant message"),
         ({**PAIR, "prompt": []}, "prompt without messages"),
         (
             {**PAIR, "chosen": [user("x"), assistant("c")], "rejected": [user("x"), assistant("r")]},
@@ -123,8 +125,8 @@ def test_unusable_rows_are_counted_by_reason(row, reason):
         (HH + " c", "\n\nHuman: 2\n\nAssistant: r", "prompts of the two dialogues differ"),
         ([user("p"), assistant("c")], [user("p")], "dialogue does not end with an assistant turn"),
         (HH + " c\n\nHuman: 2", HH + " r", "dialogue does not end with an assistant turn"),
-        ([assistant("c")], [assistant("r")], "dialogue has no turn before the answer"),
-        (HH + " ", HH + " r", "empty chosen answer"),
+        ([assistant("c")], [assistant("r")], "dialogue has no turn before the response"),
+        (HH + " ", HH + " r", "empty chosen response"),
     ],
 )
 def test_unusable_dialogues_are_counted_by_reason(chosen, rejected, reason):
@@ -145,7 +147,7 @@ def test_missing_columns():
         "name yours with --data.chosen"
     )
     every = failure(preference_records, *[{"prompt": "p", "response": "c"}] * 3)
-    assert every == f"{message}; so it is in all 3 rows"
+    assert every == f"{message}; the same in all 3 rows"
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -173,7 +175,7 @@ def test_columns_of_nulls_are_none():
 def test_neither_prompt_nor_dialogues():
     message = failure(preference_records, {"question": "p", "chosen": "c", "rejected": "r"})
     assert "data.jsonl row 1: no column 'prompt' (found: 'question', 'chosen', 'rejected')" in message
-    assert "no whole dialogue" in message and "name yours with --data.prompt" in message
+    assert "not a whole dialogue" in message and "name yours with --data.prompt" in message
 
 
 def test_a_column_that_the_user_names_is_never_passed_over():
@@ -189,9 +191,9 @@ def test_a_column_that_the_user_names_is_never_passed_over():
         (3, "column 'rejected' holds int"),
         (float("nan"), "column 'rejected' holds float"),
         (assistant("a"), "column 'rejected' holds dict"),
-        (["a"], "list of other things than messages (item 1 is str)"),
-        ([[assistant("a")]], "list of other things than messages (item 1 is list)"),
-        ([assistant("a"), None], "list of other things than messages (item 2 is null)"),
+        (["a"], "list of something other than messages (item 1 is str)"),
+        ([[assistant("a")]], "list of something other than messages (item 1 is list)"),
+        ([assistant("a"), None], "list of something other than messages (item 2 is null)"),
         ([{"content": "c"}], "a message without 'role' (message 1, keys: 'content')"),
         ([{}], "a message without 'role' (message 1, keys: none)"),
         ([{"from": "gpt", "value": "c"}], "a message without 'role' (message 1, keys: 'from', 'value')"),
@@ -211,7 +213,7 @@ def test_roles_that_no_chat_template_knows(role, known):
     [fault] = faults(prompt_records, {"prompt": "p"}, {"prompt": [{"role": role, "content": "p"}]})
     assert fault == (
         f"column 'prompt' has a message of the role {role!r} (message 1); expected roles that chat templates know: "
-        f"call it {known!r}"
+        f"use {known!r}"
     )
 
 
@@ -243,8 +245,8 @@ def test_whole_emoji_and_other_columns_are_no_matter():
 
 def test_nothing_left():
     message = failure(preference_records, {**PAIR, "chosen": ""}, {**PAIR, "rejected": "c"}, {**PAIR, "rejected": "c"})
-    reasons = "2 chosen equals rejected (row 2, 3), 1 empty chosen answer (row 1)"
-    assert message == f"data.jsonl: none of its 3 rows can be used ({reasons}); row 1: empty chosen answer"
+    reasons = "2 chosen equals rejected (row 2, 3), 1 empty chosen response (row 1)"
+    assert message == f"data.jsonl: none of its 3 rows can be used ({reasons}); row 1: empty chosen response"
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,7 @@ def test_completion_failures():
     message = failure(completion_records, {"prompt": "p", "response": "c"})
     assert "no column 'completion'" in message and "or messages" in message and "--data.completion" in message
     message = failure(completion_records, {"prompt": "p", "completion": ""})
-    assert message == "data.jsonl row 1: empty answer"
+    assert message == "data.jsonl row 1: empty response"
 
 
 def test_a_row_without_messages():
@@ -322,8 +324,8 @@ def test_no_tools(value, as_chat):
     [
         (3, "column 'tools' holds int; expected a list of JSON schemas"),
         (TOOL, "column 'tools' holds dict; expected"),
-        ([3], "column 'tools' holds a list of other things than schemas; expected"),
-        ([[TOOL]], "column 'tools' holds a list of other things than schemas; expected"),
+        ([3], "column 'tools' holds a list of something other than schemas; expected"),
+        ([[TOOL]], "column 'tools' holds a list of something other than schemas; expected"),
         ("[{", "column 'tools' holds broken JSON ("),
         ('"f"', "column 'tools' holds str; expected"),
     ],
@@ -351,7 +353,7 @@ def test_a_system_column_goes_before_the_messages():
 def test_plain_text_has_no_place_for_them(column, value):
     row = {**PAIR, column: value}
     message = failure(preference_records, row)
-    assert f"row 1: plain text has no place for the column {column!r}; make chat messages" in message
+    assert f"row 1: the column {column!r} needs chat messages, but this is plain text" in message
     assert f"--data.as_chat, or leave it out with --data.{column} null" in message
     assert preferences(row, **{column: None})[0] == [Record("p", ("c", "r"), 0)]
     assert f"no column 'x' (found: 'prompt', 'chosen', 'rejected', {column!r})" in failure(
@@ -375,4 +377,6 @@ def test_other_keys_of_messages_are_kept():
 
 def test_as_chat_cannot_take_a_prompt_column_of_dialogues_in_text():
     row = {"prompt": HH, "chosen": " c", "rejected": " r"}
-    assert "'prompt' apart, as it holds dialogues in text" in failure(preference_records, row, as_chat=True)
+    assert "cannot split 'prompt', which holds dialogues in plain text" in failure(
+        preference_records, row, as_chat=True
+    )

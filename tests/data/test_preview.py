@@ -28,14 +28,14 @@ def test_colours(plain_tokenizer):
 
 
 def test_one_answer_and_none(plain_tokenizer):
-    assert "\n\nanswer (3 tokens, in the loss)\ncd[E]" in shown(plain_tokenizer, "ab", "cd").plain
+    assert "\n\nresponse (3 tokens, in the loss)\ncd[E]" in shown(plain_tokenizer, "ab", "cd").plain
     assert shown(plain_tokenizer, "ab").plain == "prompt (2 tokens, not in the loss)\nab"
 
 
 def test_truncation_is_said(plain_tokenizer):
     plain = shown(plain_tokenizer, "abcdefgh", "ijklmnop", "q").plain
-    assert "prompt (6 tokens, not in the loss; truncated: its beginning is cut off)\ncdefgh\n" in plain
-    assert "chosen (6 tokens, in the loss; truncated: its end and EOS are cut off)\nijklmn\n" in plain
+    assert "prompt (6 tokens, not in the loss; truncated at the beginning)\ncdefgh\n" in plain
+    assert "chosen (6 tokens, in the loss; truncated at the end, without EOS)\nijklmn\n" in plain
     assert "rejected (2 tokens, in the loss)\nq[E]" in plain
 
 

@@ -71,7 +71,7 @@ def test_broken_line_is_named_by_its_number_in_the_file(tmp_path, line, reason):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 4}\n')
     bad = read_bad(tmp_path / "a.jsonl", 1)
     assert str(bad) == reason and bad.fault.startswith(f"{reason} in line 3 (")
-    assert "expected one JSON object a line" in bad.fault
+    assert "expected one JSON object per line" in bad.fault
     assert ("the key 'a' occurs twice" in bad.fault) == line.endswith(b"2}")
 
 
@@ -79,7 +79,7 @@ def test_broken_line_is_named_by_its_number_in_the_file(tmp_path, line, reason):
 def test_line_that_is_no_object_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n' + line)
     bad = read_bad(tmp_path / "a.jsonl", 1)
-    assert bad.fault == f"no JSON object in line 2: found {line}; expected one JSON object a line"
+    assert bad.fault == f"not a JSON object in line 2: found {line}; expected one JSON object per line"
 
 
 def test_line_ends_and_separators(tmp_path):
@@ -94,17 +94,17 @@ def test_array(tmp_path, name, indent):
     text = "\ufeff\n" + json.dumps([*ROWS, 3], indent=indent)
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     *rows, bad = read_rows(str(tmp_path / name), "train")
-    assert rows == ROWS and bad.fault.startswith("no JSON object: found 3")
+    assert rows == ROWS and bad.fault.startswith("not a JSON object: found 3")
 
 
 def test_broken_array(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1)[:-9])
-    assert "a.json begins with '[', but is no JSON array: not valid JSON (" in failure(tmp_path / "a.json")
+    assert "a.json begins with '[' but is not a JSON array: not valid JSON (" in failure(tmp_path / "a.json")
 
 
 def test_array_among_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text('[1]\n{"a": 1}\n')
-    assert read_bad(tmp_path / "a.jsonl", 0).fault.startswith("no JSON object in line 1: found [1]")
+    assert read_bad(tmp_path / "a.jsonl", 0).fault.startswith("not a JSON object in line 1: found [1]")
 
 
 def test_utf_16(tmp_path):
@@ -150,7 +150,7 @@ def test_parquet_with_two_columns_of_one_name(tmp_path):
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(LINES.encode() * 99)[:-20]])
 def test_broken_gzip(tmp_path, content):
     (tmp_path / "a.jsonl.gz").write_bytes(content)
-    assert "a.jsonl.gz: cannot be read to its end" in failure(tmp_path / "a.jsonl.gz")
+    assert "a.jsonl.gz: cannot be read to the end" in failure(tmp_path / "a.jsonl.gz")
 
 
 def test_broken_parquet(tmp_path):
@@ -188,7 +188,7 @@ def test_missing_file(source):
 
 def test_folder_and_empty_source(tmp_path):
     assert "is a folder" in failure(tmp_path)
-    assert "no data named; set --data.train" in failure("")
+    assert "no data given; set --data.train" in failure("")
 
 
 def test_limit_must_be_positive(tmp_path):
@@ -216,5 +216,5 @@ def test_hub_name(hub):
 
 def test_hub_failure_gives_the_reason(hub):
     message = failure("owner/set-v1.0", "validation")
-    assert "neither a file here nor a data set that could be loaded" in message
+    assert "neither a local file nor a data set that could be loaded" in message
     assert "Unknown split 'validation'" in message

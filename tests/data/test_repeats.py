@@ -48,7 +48,7 @@ def test_text(prompt, before, kept):
     for record in records:
         assert (record.prompt, record.responses) == (prompt, (kept + "Water.", kept + "Bread."))
     note = repeats_note(records)
-    assert note.startswith("Answers repeated their prompt, which was taken off them: 2 (row 1, 2);")
+    assert note.startswith("Responses repeated their prompt, which was removed: 2 (row 1, 2);")
 
 
 @pytest.mark.parametrize("as_chat", [False, True])
@@ -81,7 +81,7 @@ def test_a_few_answers_may_begin_with_their_prompt(rows):
     records, dropped = preferences(*rows)
     assert [record.responses for record in records] == [(row["chosen"], row["rejected"]) for row in rows]
     assert not dropped and repeats_note(records).startswith(
-        f"Answers that begin with their prompt, and keep it: {len(rows) // 2} (row 1"
+        f"Responses that begin with their prompt, and keep it: {len(rows) // 2} (row 1"
     )
 
 
@@ -102,8 +102,8 @@ def test_other_rows_of_a_file_that_repeats_prompts():
     records, dropped = preferences(*rows)
     assert [record.row for record in records] == [0, 1, 3, 4]
     assert records[1].responses == ("Water.", "Bread.")
-    uneven = "the prompt is repeated by one of the answers only"
-    assert dropped == [Dropped(2, uneven), Dropped(5, "empty chosen answer")]
+    uneven = "only one of the responses repeats the prompt"
+    assert dropped == [Dropped(2, uneven), Dropped(5, "empty chosen response")]
     assert all(one.fault for one in dropped)
 
 
@@ -111,7 +111,7 @@ def test_keep():
     row = pair(ASK, ASK + " Water.", ASK + " Bread.")
     records, _ = preferences(row, repeated_prompt="keep")
     assert records[0].responses == (row["chosen"], row["rejected"])
-    assert repeats_note(records) == "Answers that begin with their prompt, and keep it: 1 (row 1)."
+    assert repeats_note(records) == "Responses that begin with their prompt, and keep it: 1 (row 1)."
 
 
 def test_chats_as_json():

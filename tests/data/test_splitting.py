@@ -36,7 +36,7 @@ def test_tools_are_shown_by_the_template(chat_tokenizer, character_tokenizer):
     assert not tokenize(records[1:], chat_tokenizer, DataOptions())[1]
     in_need = character_tokenizer(chat_template="{% for t in tools %}|{% endfor %}" + chat_tokenizer.chat_template)
     assert not tokenize(records[:1], in_need, DataOptions())[1]
-    assert dropped == Dropped(0, "the chat template has no place for tools") and "--data.tools null" in dropped.fault
+    assert dropped == Dropped(0, "the chat template omits tools") and "--data.tools null" in dropped.fault
 
 
 def test_calls_of_tools_are_shown_by_the_template(chat_tokenizer, character_tokenizer):
@@ -44,7 +44,7 @@ def test_calls_of_tools_are_shown_by_the_template(chat_tokenizer, character_toke
     prompt = [*user("a"), call, {"role": "tool", "content": "3"}]
     records = [Record(prompt, (), 0), Record(user("a"), ([{**call, "content": "b"}],), 1), Record(user("a"), (), 2)]
     _, dropped = tokenize(records, chat_tokenizer, DataOptions())
-    assert dropped == [Dropped(row, "the chat template has no place for tool_calls") for row in (0, 1)]
+    assert dropped == [Dropped(row, "the chat template omits tool_calls") for row in (0, 1)]
     shown = chat_tokenizer.chat_template.replace("{{ m.content }}", "{{ m.tool_calls }}{{ m.content }}")
     assert not tokenize(records, character_tokenizer(chat_template=shown), DataOptions())[1]
 
@@ -55,7 +55,7 @@ def test_template_that_does_not_extend_its_prompt(character_tokenizer, chat_toke
     tokenizer = character_tokenizer(bos="[B]", chat_template=template)
     assert fault(tokenizer, user("ab")) is None
     said = fault(tokenizer, user("ab"), assistant("cd"))
-    assert said.startswith("the chat template does not extend its prompt when an answer follows (behind '")
+    assert said.startswith("the chat template renders the prompt differently when a response follows (after '")
     assert (
         "<user>ab[E]\\n<assistant>' the prompt alone has '<think></think>', and with the answer there is 'cd[E]" in said
     )
@@ -76,7 +76,7 @@ def test_messages_without_a_place(role, character_tokenizer, chat_tokenizer):
     for answers in ((), (assistant("c"),)):
         said = fault(character_tokenizer(chat_template=template), prompt, *answers)
         assert said == (
-            f"the chat template has no place for messages of the role '{role}'; choose one that shows them by "
+            f"the chat template omits messages of the role '{role}'; choose one that renders them with "
             "--data.chat_template"
         )
         shown = without(
@@ -89,7 +89,7 @@ def test_messages_without_a_place(role, character_tokenizer, chat_tokenizer):
 def test_thoughts_of_the_answer_have_a_place(key, character_tokenizer, chat_tokenizer):
     thinking = assistant("c", **{key: "why"})
     said = fault(chat_tokenizer, user("ab"), assistant("d"), thinking)
-    assert said.startswith(f"the chat template has no place for {key};")
+    assert said.startswith(f"the chat template omits {key};")
     assert fault(chat_tokenizer, [*user("ab"), *thinking, *user("e")], assistant("d")) is None  # not those of before
     template = without(chat_tokenizer.chat_template, f"(m.{key} or '') + m.content")
     assert fault(character_tokenizer(chat_template=template), user("ab"), assistant("d"), thinking) is None
@@ -99,6 +99,6 @@ def test_words_of_an_answer_are_learnt_whole(character_tokenizer, chat_tokenizer
     strips = without(chat_tokenizer.chat_template, "m.content.split('</think>')[-1] | trim")
     tokenizer = character_tokenizer(chat_template=strips)
     said = fault(tokenizer, user("ab"), assistant("d"), assistant("<think>why</think>c"))
-    assert said.startswith("the chat template has no place for all words of the answer; choose one that shows them by")
+    assert said.startswith("the chat template omits all words of the response; choose one that shows them by")
     earlier = [*user("ab"), *assistant("<think>why</think>c"), *user("e")]
     assert fault(tokenizer, earlier, assistant(" d\n\n e \n")) is None  # white space is the template's own affair

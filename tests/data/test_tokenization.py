@@ -156,18 +156,18 @@ def test_empty_prompt(plain_tokenizer, chat_tokenizer, character_tokenizer):
 
 
 def test_eos_inside_an_answer(plain_tokenizer, chat_tokenizer):
-    assert dropped_reason(plain_tokenizer, "a", "b[E]c") == "EOS token inside an answer"
-    assert dropped_reason(chat_tokenizer, user("a"), assistant("b[E]c")) == "EOS token inside an answer"
+    assert dropped_reason(plain_tokenizer, "a", "b[E]c") == "EOS token inside a response"
+    assert dropped_reason(chat_tokenizer, user("a"), assistant("b[E]c")) == "EOS token inside a response"
 
 
 def test_eos_inside_an_answer_whose_turn_ends_otherwise(character_tokenizer, chat_tokenizer):
     tokenizer = character_tokenizer(chat_template=chat_tokenizer.chat_template.replace("{{ eos_token }}", "|"))
-    assert dropped_reason(tokenizer, user("a"), assistant("b[E]c")) == "EOS token inside an answer"
+    assert dropped_reason(tokenizer, user("a"), assistant("b[E]c")) == "EOS token inside a response"
 
 
 def test_answers_that_differ_beyond_the_limit_only(plain_tokenizer):
     reason = dropped_reason(plain_tokenizer, "a", "bcdX", "bcdY", max_length=4, max_prompt_length=1)
-    assert reason == "the tokens of the two answers are equal within max_length"
+    assert reason == "the tokens of the two responses are equal within max_length"
 
 
 def test_prompts_alone(chat_tokenizer):
@@ -189,7 +189,7 @@ def test_tokens_beyond_the_embedding(plain_tokenizer, character_tokenizer):
     added.add_special_tokens({"pad_token": "[PAD]"})  # what pads is in no row, so it does not matter
     records = [Record("a", ("b", "c"), 0), Record("a", ("b Zebra", "c"), 4)]
     assert len(tokenize(records[:1], added, DataOptions(), vocabulary=size)[0]) == 1
-    message = rf"pairs.jsonl row 5: the token 'Zebra' has id {size}, and the model knows {size} tokens only .*; resize"
+    message = rf"pairs.jsonl row 5: the token 'Zebra' has id {size}, but the model has only {size} tokens; resize"
     with pytest.raises(InputError, match=message):
         tokenize(records, added, DataOptions(), vocabulary=size, source="pairs.jsonl")
     with pytest.raises(InputError, match="row 5: the token 'Zebra'"):

@@ -134,7 +134,9 @@ def switches(name):
 def test_dialogues_have_the_tokens_of_transformers(name, dialogue, tokenizer, read):
     row = preference(*DIALOGUES[dialogue])
     if name == "mistral_nemo" and SYSTEM in row["prompt"]:  # which shows it before a last turn of the user only
-        with pytest.raises(InputError, match=r"does not extend its prompt when an answer follows .*Answer in one word"):
+        with pytest.raises(
+            InputError, match=r"renders the prompt differently when a response follows .*Answer in one word"
+        ):
             read([row])
         return
     for arguments in switches(name):
@@ -214,7 +216,7 @@ def test_thoughts(name, tokenizer, read):
         [example] = read([apart])
         assert tokenizer.decode(example.responses[0].ids) == thought + END[name]
     else:
-        with pytest.raises(InputError, match="the chat template has no place for reasoning_content; choose one that"):
+        with pytest.raises(InputError, match="the chat template omits reasoning_content; choose one that"):
             read([apart])
 
 
@@ -225,9 +227,9 @@ def test_thoughts_that_would_be_lost_are_refused(name, tokenizer, read):
     with pytest.raises(InputError, match=message):
         read([row], enable_thinking=False)
     row = preference([user("2 + 2?")], "Wait. <think>Hm.</think>Four.", "Five.")
-    with pytest.raises(InputError, match="row 1: the chat template has no place for all words of the answer"):
+    with pytest.raises(InputError, match="row 1: the chat template omits all words of the response"):
         read([row])
-    with pytest.raises(InputError, match="row 1: the chat template has no place for messages of the role 'developer'"):
+    with pytest.raises(InputError, match="row 1: the chat template omits messages of the role 'developer'"):
         read([preference([{"role": "developer", "content": "Be brief."}, user("2 + 2?")], "Four.", "Five.")])
 
 

@@ -77,6 +77,17 @@ def assert_same(found, expected):
 PARTS = ["part-000000.safetensors", "part-000001.safetensors", "part-000002.safetensors"]
 
 
+def test_a_cache_of_two_examples(tmp_path):
+    one = Example(np.array([5]), False, (Response(np.array([7, 2]), False), Response(np.array([2]), False)), row=0)
+    two = replace(one, prompt=np.array([6]), row=1)
+    key = fingerprint([one, two], "a model", "float32")
+    cache = ReferenceCache.open(tmp_path, key, [one, two])
+    assert cache.done == 0 and not cache.complete
+    cache.write(0, [[np.array([-0.5, -1.0]), np.array([-2.0])], [np.array([-3.0, -4.0]), np.array([-5.0])]])
+    logps = ReferenceCache.open(tmp_path, key, [one, two]).read()
+    assert [[x.tolist() for x in responses] for responses in logps] == [[[-0.5, -1.0], [-2.0]], [[-3.0, -4.0], [-5.0]]]
+
+
 # --- fingerprints
 
 
@@ -108,7 +119,7 @@ def test_the_fingerprint_takes_tokens_reference_and_dtype_and_nothing_else(examp
         "an answer less": fingerprint(with_answers(4, a, b), "a model", "float32"),
         "token over a border of answers": fingerprint(with_answers(4, [*a, b[0]], b[1:], c), "a model", "float32"),
         "token from prompt to answer": fingerprint([*examples[:4], moved, *examples[5:]], "a model", "float32"),
-        "an empty answer more": fingerprint(with_answers(2, []), "a model", "float32"),
+        "an empty response more": fingerprint(with_answers(2, []), "a model", "float32"),
         "order of rows": fingerprint(examples[::-1], "a model", "float32"),
         "a row less": fingerprint(examples[:-1], "a model", "float32"),
     }
@@ -135,7 +146,7 @@ def test_files_are_plain_float32_safetensors(full, examples, logps):
     np.testing.assert_array_equal(arrays["lengths"], [5, 6, 2, 2, 2, 0, 6, 1])
 
 
-@pytest.mark.parametrize("empty", [(0,), ()], ids=["empty answers", "no answers"])
+@pytest.mark.parametrize("empty", [(0,), ()], ids=["empty responses", "no answers"])
 def test_a_cache_without_any_token(tmp_path, empty):
     made = tuple(Response(np.zeros(n, np.int32), False) for n in empty)
     examples = [Example(np.ones(2, np.int32), False, made, row) for row in range(5)]
@@ -281,7 +292,7 @@ def test_numbers_that_are_not_finite_name_the_row(tmp_path, key, examples, logps
     bad[3][1][2] = value
     cache = ReferenceCache.open(tmp_path, key, examples)
     cache.write(0, bad[:3])
-    with pytest.raises(InputError, match=rf"row 7: .* token 3 of answer 2 is {value}"):
+    with pytest.raises(InputError, match=rf"row 7: .* token 3 of response 2 is {value}"):
         cache.write(3, bad[3:])
     assert not cache.path.exists()
     cache.write(3, logps[3:])  # nothing of what was refused was kept
@@ -355,7 +366,7 @@ def test_a_part_at_another_place_is_refused(tmp_path):
     foreign = (caches[1].path / PARTS[1]).read_bytes()
     for content in [(caches[0].path / PARTS[0]).read_bytes(), foreign]:
         (caches[0].path / PARTS[1]).write_bytes(content)
-        with pytest.raises(InputError, match=rf"{PARTS[1]}: .*another place"):
+        with pytest.raises(InputError, match=rf"{PARTS[1]}: .*another cache or part"):
             ReferenceCache.open(tmp_path, "a", examples)
     assert ReferenceCache.open(tmp_path, "b", examples).done == 8
 

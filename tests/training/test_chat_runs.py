@@ -92,7 +92,7 @@ def test_a_run_keeps_its_template(run, tmp_path):
 
 
 def test_what_is_refused(run, tmp_path):
-    with pytest.raises(InputError, match=r"several chat templates and none is the default.*dated, plain"):
+    with pytest.raises(InputError, match=r"several chat templates but no default.*dated, plain"):
         run("none", None)
     with pytest.raises(InputError, match=r"the chat template does not read 'style'"):
         run("style", "plain", chat_template_kwargs={"style": "w9"})

@@ -543,7 +543,7 @@ def test_a_reference_that_was_exchanged_is_noticed(make_config, tiny_train, tmp_
     shutil.rmtree(out / "checkpoints" / "6")
     shutil.rmtree(out / "reference" / "params")
     shutil.copytree(out / "checkpoints" / "4" / "params", out / "reference" / "params")
-    with pytest.raises(InputError, match=r"reference is not the one with which the run began"):
+    with pytest.raises(InputError, match=r"reference has changed since the run began"):
         tiny_train(replace(config, resume=True))
 
 

@@ -18,7 +18,7 @@ from qstar_jax.data.chat_templates import ChatTemplate
 from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import DroppedRow
 from qstar_jax.data.records import Record
-from qstar_jax.data.tokenization import check_known, tokenize
+from qstar_jax.data.tokenization import check_vocabulary, tokenize
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
 from qstar_jax.models import CausalLM
@@ -154,7 +154,7 @@ class ClassifierReward:
                 dropped.append(str(reason))
                 continue
             found = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-            check_known(found, self.model.config.vocab_size, self.tokenizer, f"judge.model, text of row {row + 1}")
+            check_vocabulary(found, self.model.config.vocab_size, self.tokenizer, f"judge.model, text of row {row + 1}")
             cut += len(found) > longest
             ids[row] = np.asarray(found[-longest:], np.int32)
         return ids, cut, dropped

@@ -1,4 +1,4 @@
-"""Hugging Face folders and hub names, in and out, without torch and without running any of their code."""
+"""Reads and writes Hugging Face models, from folders or the Hub, without torch and without running their code."""
 
 from qstar_jax.store.hub.folder import open_folder as open_folder
 from qstar_jax.store.hub.folder import read_config as read_config

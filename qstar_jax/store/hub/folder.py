@@ -1,4 +1,4 @@
-"""The way from a hub name to a Hugging Face folder, and its configuration."""
+"""Resolves names on the Hub to local folders, and reads their config.json."""
 
 import json
 import re
@@ -9,24 +9,24 @@ from typing import Any
 from qstar_jax.errors import InputError
 from qstar_jax.tasks import find
 
-# What is fetched from the hub: text and safetensors, never a pickle (.bin, .pt) and never Python code.
+# Files to download from the Hub: text and safetensors, never a pickle (.bin, .pt) and never Python code.
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
 
 def open_folder(model: str, revision: str | None = None, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
-    """Turns a folder or a hub name into a folder on this machine.
+    """Resolves a folder or a name on the Hub to a local folder.
 
     Args:
-        model: Path of a folder, or a name such as "owner/model", whose files are fetched into the hub's cache; or
-            a built-in task such as builtin:tiny-tldr, whose base model is in the package.
-        revision: Version of a model on the hub: a branch, a tag or a commit; None: the newest.
-        patterns: Names of the files that are fetched.
+        model: Path of a folder; a name such as "owner/model", whose files are downloaded into the Hub's cache; or a
+            built-in task such as builtin:tiny-tldr, whose base model is part of the package.
+        revision: Version of a model on the Hub: a branch, a tag or a commit; None: the newest.
+        patterns: Names of the files to download.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: If it is neither.
+        InputError: If it is none of these.
     """
     if built_in := find(model):
         task, seed = built_in
@@ -37,15 +37,15 @@ def open_folder(model: str, revision: str | None = None, patterns: Sequence[str]
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        found = "a file" if path.exists() else "nothing there"
-        raise InputError(f"model {model!r}: expected a folder or a hub name (found: {found})")
+        actual = "a file" if path.exists() else "no such path"
+        raise InputError(f"model {model!r}: expected a folder or a name on the Hub (found: {actual})")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
-    except Exception as error:  # whatever the network, the hub or the name did: the user needs the same sentence
+    except Exception as error:  # the network, the Hub and the name may fail in many ways
         raise InputError(
-            f"model {model!r}: no such folder here, and the hub did not give a model of that name "
+            f"model {model!r}: no such folder, and no model of that name could be downloaded from the Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
 
@@ -58,13 +58,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise InputError(f"{folder}: no config.json, so this is not a Hugging Face model folder (found: {found})")
+        files = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise InputError(f"{folder}: no config.json, so this is not a Hugging Face model folder (found: {files})")
     return read_json_object(path)
 
 
 def read_config_of(model: str) -> dict[str, Any]:
-    """Reads config.json of a folder or of a model on the hub, of which nothing else is fetched.
+    """Reads the config.json of a folder, or of a model on the Hub without downloading anything else.
 
     Raises:
         InputError: If there is no such model, or its config.json is missing or not JSON.
@@ -79,9 +79,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         InputError: If it holds anything else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value

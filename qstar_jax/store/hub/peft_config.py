@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: every key is applied as PEFT applies it, known to be harmless, or refused by name."""
+"""The adapter_config.json of PEFT: every key is applied as in PEFT, listed as harmless, or refused by name."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.store.hub.folder import read_json_object
 
 CONFIG = "adapter_config.json"
-MERGE = "merge it with PEFT, and open what that saves: model.merge_and_unload().save_pretrained(folder)"
+MERGE = "merge it with PEFT, and open the merged model: model.merge_and_unload().save_pretrained(folder)"
 
 _READ = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern"),
@@ -19,41 +19,41 @@ _READ = {
     "bias",
 }
 _HARMLESS = {
-    *("auto_mapping", "peft_version", "inference_mode", "runtime_config"),  # notes of who wrote it
-    "lora_dropout",  # of training
-    *("megatron_config", "megatron_core"),  # how linear layers of Megatron were cut; ours are not of Megatron
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of what init_lora_weights names
-    "qalora_group_size",  # of use_qalora
-    "fan_in_fan_out",  # PEFT sets it to what the layers are
+    *("auto_mapping", "peft_version", "inference_mode", "runtime_config"),  # notes of the writer
+    "lora_dropout",  # only for training
+    *("megatron_config", "megatron_core"),  # sharding of Megatron's linear layers
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # options of init_lora_weights
+    "qalora_group_size",  # option of use_qalora
+    "fan_in_fan_out",  # set by PEFT to match the layers
 }
 _EMPTY = (None, False, "", [], {})
-# Beginnings that leave the base as it is, so that the matrices that were saved are all there is.
-_PLAIN_BEGINNINGS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-_BEGINNINGS_IN_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initializations that leave the base unchanged, and those that change it.
+_PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+_INITS_IN_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter_config.json says of numbers; modules are named as in the base model of transformers.
+    """The settings of an adapter_config.json that determine numbers, with module names as in transformers.
 
     Attributes:
-        path: Where it lies.
-        base: Folder or hub name of the base.
-        revision: Version of the base on the hub; None: its newest.
-        rank: Rank where no pattern says another.
-        alpha: Alpha where no pattern says another.
-        rank_pattern: Regular expression over ends of names -> rank.
+        path: Path of the file.
+        base: Folder or name on the Hub of the base.
+        revision: Version of the base on the Hub; None: the newest.
+        rank: Default rank.
+        alpha: Default alpha.
+        rank_pattern: Regular expression over suffixes of names -> rank.
         alpha_pattern: The same for alphas.
-        rank_stabilised: Scale by alpha / sqrt(rank), not by alpha / rank.
-        dora: Whether the rows of adapted matrices have lengths of their own (DoRA, arXiv 2402.09353).
-        targets: Ends of names; or a regular expression over whole names, or "all-linear".
-        excluded: The same of modules that are no targets.
-        layers: Layers that are adapted; none: all.
-        layers_pattern: Names of the list in which layers are counted; none: any.
-        saved: Ends of names of modules that were trained whole.
-        tokens: End of an embedding's name -> tokens whose vectors were trained; "" is the input embedding.
-        tied: Whether embedding and unembedding were kept the same, where the base ties them.
-        bias: Which biases were trained: "none", those of "all" modules, or "lora_only", those of adapted ones.
+        rank_stabilised: Scale by alpha / sqrt(rank) instead of alpha / rank.
+        dora: Whether adapted matrices have trained row norms (DoRA, arXiv 2402.09353).
+        targets: Suffixes of names, a regular expression over whole names, or "all-linear".
+        excluded: The same for modules that are not targets.
+        layers: Adapted layers; empty: all.
+        layers_pattern: Names of the list that indexes layers; empty: any.
+        saved: Suffixes of the names of fully trained modules.
+        tokens: Suffix of an embedding's name -> tokens whose vectors were trained; "" is the input embedding.
+        tied: Whether training kept the embeddings equal, if the base ties them.
+        bias: Which biases were trained: "none", those of "all" modules, or only those of adapted ones ("lora_only").
     """
 
     path: Path
@@ -75,19 +75,19 @@ class AdapterConfig:
     bias: str
 
     def adapts(self, module: str, *, is_layer: bool) -> bool:
-        """Whether a module has a pair of matrices.
+        """Whether a module has a pair of low-rank matrices.
 
         Args:
             module: Its name, such as "model.layers.0.self_attn.q_proj".
             is_layer: Whether it is a linear layer of a block.
         """
-        if self._names(self.excluded, module) or any(_matches(rf"(^|.*\.){m}($|\..*)", module) for m in self.saved):
+        if self._selects(self.excluded, module) or any(_matches(rf"(^|.*\.){m}($|\..*)", module) for m in self.saved):
             return False
         if isinstance(self.targets, str) and self.targets.lower() == "all-linear":
             return is_layer
-        return self._names(self.targets, module) and self._in_layers(module)
+        return self._selects(self.targets, module) and self._in_layers(module)
 
-    def _names(self, names: str | tuple[str, ...], module: str) -> bool:
+    def _selects(self, names: str | tuple[str, ...], module: str) -> bool:
         if isinstance(names, str):
             return bool(names) and bool(_matches(names, module, re.fullmatch))
         return any(f".{module}".endswith(f".{name}") for name in names)
@@ -97,23 +97,23 @@ class AdapterConfig:
             return True
         index = r"\.(?P<index>\d+)\."
         patterns = [rf"(?:^|.*?\.){name}{index}" for name in self.layers_pattern] or [rf".*?\.[^.]*{index}"]
-        found = next((match for pattern in patterns if (match := _matches(pattern, module))), None)
-        return found is not None and int(found["index"]) in self.layers
+        first = next((match for pattern in patterns if (match := _matches(pattern, module))), None)
+        return first is not None and int(first["index"]) in self.layers
 
     def rank_of(self, module: str) -> int:
-        """Rank of a module's matrices."""
+        """Returns the rank of a module's matrices."""
         return _by_pattern(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What the product of a module's matrices is multiplied by."""
+        """Returns the scale of the product of a module's matrices."""
         rank = self.rank_of(module)
         return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def saves(self, module: str) -> bool:
-        """Whether a module was trained whole, itself or as a part of another."""
+        """Whether a module, or one that contains it, was fully trained."""
         parts = module.split(".")
-        wholes = [".".join(parts[: count + 1]) for count in range(len(parts))]
-        return any(whole.endswith(name) for whole in wholes for name in self.saved)
+        ancestors = [".".join(parts[: count + 1]) for count in range(len(parts))]
+        return any(ancestor.endswith(name) for ancestor in ancestors for name in self.saved)
 
 
 def _matches(pattern: str, text: str, match=re.match) -> re.Match | None:
@@ -124,36 +124,34 @@ def _matches(pattern: str, text: str, match=re.match) -> re.Match | None:
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    return next((value for end, value in patterns.items() if _matches(rf"(.*\.)?({end})$", module)), default)
+    return next((value for suffix, value in patterns.items() if _matches(rf"(.*\.)?({suffix})$", module)), default)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """Reads adapter_config.json.
 
     Args:
-        folder: A folder in PEFT's format.
-
-    Returns:
-        What it says.
+        folder: Folder of a PEFT adapter.
 
     Raises:
-        InputError: If a key is missing, has a value that is not one of its own, or changes numbers in a way that is not
-            built here.
+        InputError: If a key is missing or invalid, or changes numbers in an unsupported way.
     """
+    # Refuse what is not supported before reading the rest.
     path = folder / CONFIG
     config = read_json_object(path)
     if config.get("peft_type", "LORA") != "LORA":
-        raise InputError(f"{path}: peft_type is {config['peft_type']!r}; adapters are built with 'LORA' only; {MERGE}")
+        raise InputError(f"{path}: peft_type is {config['peft_type']!r}; only 'LORA' is supported; {MERGE}")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing:
         raise InputError(f"{path}: no key {missing[0]!r} (found: {', '.join(sorted(config))})")
-    _refuse_what_is_not_built(path, config)
+    _refuse_unsupported(path, config)
+
     keys = _Keys(path, config)
     layers = config.get("layers_to_transform")
-    found = AdapterConfig(
+    adapter = AdapterConfig(
         path=path,
-        base=keys.one("base_model_name_or_path", lambda x: isinstance(x, str) and x, "a folder or a hub name"),
-        revision=keys.one("revision", lambda x: x is None or isinstance(x, str), "a name of a version or null"),
+        base=keys.one("base_model_name_or_path", lambda x: isinstance(x, str) and x, "a folder or a name on the Hub"),
+        revision=keys.one("revision", lambda x: x is None or isinstance(x, str), "the name of a version or null"),
         rank=keys.one("r", _is_rank, "a whole number of at least 1"),
         alpha=keys.one("lora_alpha", _is_number, "a number"),
         rank_pattern=keys.mapping("rank_pattern", _is_rank, "whole numbers of at least 1"),
@@ -163,43 +161,42 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         targets=keys.names("target_modules"),
         excluded=keys.names("exclude_modules"),
         layers=keys.whole_numbers("layers_to_transform", [layers] if isinstance(layers, int) else layers),
-        layers_pattern=_several(keys.names("layers_pattern")),
-        saved=_several(keys.names("modules_to_save")),
+        layers_pattern=_as_tuple(keys.names("layers_pattern")),
+        saved=_as_tuple(keys.names("modules_to_save")),
         tokens=_tokens(keys, config.get("trainable_token_indices")),
         tied=keys.flag("ensure_weight_tying"),
         bias=config.get("bias", "none"),
     )
-    if isinstance(found.targets, str) and (found.layers or found.layers_pattern):
-        raise InputError(f"{path}: layers_to_transform goes with a list of target_modules (found: {found.targets!r})")
-    if found.layers_pattern and not found.layers:
-        raise InputError(f"{path}: layers_pattern {list(found.layers_pattern)} without layers_to_transform")
-    return found
+    if isinstance(adapter.targets, str) and (adapter.layers or adapter.layers_pattern):
+        raise InputError(f"{path}: layers_to_transform requires a list of target_modules (found: {adapter.targets!r})")
+    if adapter.layers_pattern and not adapter.layers:
+        raise InputError(f"{path}: layers_pattern {list(adapter.layers_pattern)} without layers_to_transform")
+    return adapter
 
 
-def _refuse_what_is_not_built(path: Path, config: dict[str, Any]):
+def _refuse_unsupported(path: Path, config: dict[str, Any]):
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise InputError(
             f"{path}: task_type is {config['task_type']!r}; only adapters of causal language models ('CAUSAL_LM') are "
-            "built here"
+            "supported"
         )
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         raise InputError(f"{path}: bias is {config['bias']!r}; expected none, all or lora_only")
-    beginning = str(config.get("init_lora_weights", True)).lower()
-    if beginning.startswith(_BEGINNINGS_IN_THE_BASE):
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(_INITS_IN_THE_BASE):
         raise InputError(
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changed the weights of the base when "
-            "training began, so the adapter does not belong to the base as it is; convert it with PEFT "
+            "training began, so the adapter does not fit the original base; convert it with PEFT "
             f"(save_pretrained(folder, path_initial_model_for_weight_conversion=...)), or {MERGE}"
         )
-    if beginning not in _PLAIN_BEGINNINGS:
+    if init not in _PLAIN_INITS:
         raise InputError(
-            f"{path}: init_lora_weights is {config['init_lora_weights']!r}; expected one of "
-            f"{', '.join(_PLAIN_BEGINNINGS)}"
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}; expected one of {', '.join(_PLAIN_INITS)}"
         )
     for key in sorted(config.keys() - _READ - _HARMLESS):
         if config[key] not in _EMPTY:
             raise InputError(
-                f"{path}: {key} is {config[key]!r}, which is not built here and may change what the adapter computes; "
+                f"{path}: {key} is {config[key]!r}, which is not supported and may change what the adapter computes; "
                 f"{MERGE}"
             )
 
@@ -212,9 +209,9 @@ class _Keys:
     def _refuse(self, key: str, expected: str):
         raise InputError(f"{self.path}: {key} is {self.config.get(key)!r}; expected {expected}")
 
-    def one(self, key: str, is_right, expected: str) -> Any:
+    def one(self, key: str, is_valid, expected: str) -> Any:
         value = self.config.get(key)
-        return value if is_right(value) else self._refuse(key, expected)
+        return value if is_valid(value) else self._refuse(key, expected)
 
     def flag(self, key: str) -> bool:
         return bool(self.one(key, lambda x: x is None or isinstance(x, bool), "true or false"))
@@ -223,26 +220,26 @@ class _Keys:
         value = self.config.get(key) or ()
         if isinstance(value, str):
             return value
-        right = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
-        return tuple(value) if right else self._refuse(key, "names of modules")
+        valid = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+        return tuple(value) if valid else self._refuse(key, "names of modules")
 
-    def mapping(self, key: str, is_right, expected: str) -> dict[str, Any]:
+    def mapping(self, key: str, is_valid, expected: str) -> dict[str, Any]:
         value = self.config.get(key) or {}
-        right = isinstance(value, dict) and all(map(is_right, value.values()))
-        return value if right else self._refuse(key, f"names of modules and {expected}")
+        valid = isinstance(value, dict) and all(map(is_valid, value.values()))
+        return value if valid else self._refuse(key, f"names of modules and {expected}")
 
     def whole_numbers(self, key: str, value: Any) -> tuple[int, ...]:
-        right = value is None or (isinstance(value, list) and all(type(x) is int and x >= 0 for x in value))
-        return tuple(value or ()) if right else self._refuse(key, "whole numbers")
+        valid = value is None or (isinstance(value, list) and all(type(x) is int and x >= 0 for x in value))
+        return tuple(value or ()) if valid else self._refuse(key, "whole numbers")
 
 
 def _tokens(keys: _Keys, value: Any) -> dict[str, tuple[int, ...]]:
-    several = value if isinstance(value, dict) else {"": value}
-    tokens = {name: keys.whole_numbers("trainable_token_indices", ids) for name, ids in several.items()}
+    by_table = value if isinstance(value, dict) else {"": value}
+    tokens = {name: keys.whole_numbers("trainable_token_indices", ids) for name, ids in by_table.items()}
     return {name: ids for name, ids in tokens.items() if ids}
 
 
-def _several(names: str | tuple[str, ...]) -> tuple[str, ...]:
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 

@@ -1,4 +1,4 @@
-"""adapter_model.safetensors of PEFT; what is taken of it is ticked off."""
+"""The adapter_model.safetensors of PEFT, tracking which of its tensors have been read."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -8,22 +8,22 @@ import numpy as np
 
 from qstar_jax.errors import InputError
 from qstar_jax.models.family import Family
-from qstar_jax.store.hub.reader import NUMBER_TYPES, tell_outside
+from qstar_jax.store.hub.reader import NUMBER_TYPES, warn_outside
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
 class AdapterFile:
-    """The tensors of an adapter's file, by the names that their modules have in files of the base.
+    """The tensors of an adapter, by their names in files of the base.
 
     Args:
-        folder: A folder in PEFT's format.
-        family: Of the base; tensors of other parts of a multimodal model than its decoder are left out.
+        folder: Folder of a PEFT adapter.
+        family: Family of the base; tensors outside of the decoder of a multimodal model are left out.
 
     Raises:
-        InputError: If the file is missing, unreadable or a pickle, or holds other numbers than floats, or two tensors
-            for one name.
+        InputError: If the file is missing, unreadable or a pickle, or holds numbers other than floats or two tensors
+            with the same name.
     """
 
     def __init__(self, folder: Path, family: Family):
@@ -38,31 +38,33 @@ class AdapterFile:
             self._file = safe_open(self.path, framework="numpy")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.path}: not a readable safetensors file ({error})") from error
-        self._stored: dict[str, str] = {}  # name in files of the base -> name in this one
-        self.left = set()
-        tell_outside(self.path, (name.removeprefix(PREFIX) for name in self._file.keys()), family)  # noqa: SIM118
+        self._stored: dict[str, str] = {}  # name in files of the base -> name in this file
+        self.unread = set()
+        warn_outside(self.path, (name.removeprefix(PREFIX) for name in self._file.keys()), family)  # noqa: SIM118
         for name in sorted(self._file.keys()):
-            own = family.canonical(name.removeprefix(PREFIX))
-            if own is None:
+            canonical = family.canonical(name.removeprefix(PREFIX))
+            if canonical is None:
                 continue
-            if own in self._stored:
-                raise InputError(f"{self.path}: {self._stored[own]} and {name} are one tensor; remove one of them")
+            if canonical in self._stored:
+                raise InputError(
+                    f"{self.path}: {self._stored[canonical]} and {name} are the same tensor; remove one of them"
+                )
             if name.startswith(PREFIX):
-                self._stored[own] = name
-            self.left.add(name)
+                self._stored[canonical] = name
+            self.unread.add(name)
             kind = self._file.get_slice(name).get_dtype()
             if kind not in NUMBER_TYPES:
                 raise InputError(
-                    f"{self.path}: {name} has numbers of type {kind}; expected {', '.join(NUMBER_TYPES)}: quantised "
-                    "adapters must be dequantised first"
+                    f"{self.path}: {name} has numbers of type {kind}; expected {', '.join(NUMBER_TYPES)}: dequantize "
+                    "quantized adapters first"
                 )
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Reads a tensor.
 
         Args:
-            name: Its name, behind that of its module in files of the base.
-            shape: Its shape.
+            name: Its name, starting with that of its module in files of the base.
+            shape: Its expected shape.
 
         Returns:
             The tensor, float32.
@@ -71,56 +73,56 @@ class AdapterFile:
             InputError: If it is missing or has another shape.
         """
         stored = self._stored.get(name)
-        found = None if stored is None else tuple(self._file.get_slice(stored).get_shape())
-        if found != shape:
-            has = "no such tensor" if found is None else f"shape {found}"
+        actual = None if stored is None else tuple(self._file.get_slice(stored).get_shape())
+        if actual != shape:
+            problem = "no such tensor" if actual is None else f"shape {actual}"
             raise InputError(
-                f"{self.path}: {stored or PREFIX + self.called(name)}: {has}; expected shape {shape} "
+                f"{self.path}: {stored or PREFIX + self.peft_name(name)}: {problem}; expected shape {shape} "
                 f"(the file's tensors begin with: {', '.join(sorted(self._file.keys())[:2])})"
             )
-        self.left.discard(stored)
+        self.unread.discard(stored)
         return self._file.get_slice(stored)[:].astype(np.float32)
 
     def take_one_of(self, names: Iterable[str], shape: tuple[int, ...]) -> np.ndarray | None:
-        """Reads a tensor that the file holds under one or several names; None if it does not.
+        """Reads a tensor that is stored under one or more of several names; returns None if there is none.
 
         Raises:
-            InputError: If it has another shape, or is another one under each name.
+            InputError: If it has another shape, or different values under different names.
         """
-        found = [(name, self.take(name, shape)) for name in names if self.holds(name)]
-        for name, value in found[1:]:
-            if not np.array_equal(found[0][1], value):
+        values = [(name, self.take(name, shape)) for name in names if self.holds(name)]
+        for name, value in values[1:]:
+            if not np.array_equal(values[0][1], value):
                 raise InputError(
-                    f"{self.path}: {found[0][0]} and {name} are one weight, and differ; save the adapter again"
+                    f"{self.path}: {values[0][0]} and {name} are the same weight but differ; save the adapter again"
                 )
-        return found[0][1] if found else None
+        return values[0][1] if values else None
 
     def holds(self, name: str) -> bool:
         """Whether the file has a tensor of that name."""
         return name in self._stored
 
     def rows(self, name: str) -> int:
-        """Size of a tensor's first dimension."""
+        """Returns the size of a tensor's first dimension."""
         return self._file.get_slice(self._stored[name]).get_shape()[0]
 
-    def called(self, module: str) -> str:
-        """What the model of transformers for which the adapter was made calls a module (or one of its tensors).
+    def peft_name(self, module: str) -> str:
+        """Returns the name of a module (or tensor) in the transformers model on which the adapter was trained.
 
-        Files of the base may have another name for it, or another beginning of all names, where the decoder is a part
-        of a multimodal model; which, the file's own names tell.
+        It may differ from the name in files of the base by a prefix, if the decoder is part of a multimodal model; the
+        prefix is inferred from the names in the adapter's file.
 
         Args:
-            module: Its name in files of the base.
+            module: Name in files of the base.
         """
-        ours, theirs = self._beginnings
+        ours, theirs = self._prefixes
         parts = module.split(".")
         return ".".join(theirs + parts[len(ours) :]) if parts[: len(ours)] == ours else module
 
     @cached_property
-    def _beginnings(self) -> tuple[list[str], list[str]]:
-        """How names begin in files of the base, and how in this one; both are empty where all names are the same."""
-        for own, stored in self._stored.items():
-            ours, theirs = own.split("."), stored.removeprefix(PREFIX).split(".")
+    def _prefixes(self) -> tuple[list[str], list[str]]:
+        """The prefixes of names in files of the base and in this file, without what they share at the end."""
+        for canonical, stored in self._stored.items():
+            ours, theirs = canonical.split("."), stored.removeprefix(PREFIX).split(".")
             if ours != theirs:
                 while ours and theirs and ours[-1] == theirs[-1]:
                     ours.pop()
@@ -128,20 +130,20 @@ class AdapterFile:
                 return ours, theirs
         return [], []
 
-    def refuse_what_is_left(self, speaker: str, biases: str):
-        """Checks that all of the file has been taken.
+    def check_all_read(self, config: str, biases: str):
+        """Checks that every tensor has been read.
 
         Args:
-            speaker: File that says what should be in it.
-            biases: Why biases should not.
+            config: Name of the file that determines which tensors are expected.
+            biases: Why no biases are expected.
 
         Raises:
-            InputError: If it has not.
+            InputError: If a tensor was not read.
         """
-        if self.left:
-            some = min(self.left)
-            why = f"; {biases}" if some.endswith(".bias") else ""
+        if self.unread:
+            example = min(self.unread)
+            why = f"; {biases}" if example.endswith(".bias") else ""
             raise InputError(
-                f"{self.path}: holds {len(self.left)} tensors that {speaker} does not speak of, for instance {some}"
+                f"{self.path}: holds {len(self.unread)} tensors that {config} does not mention, for instance {example}"
                 f"{why}"
             )

@@ -1,4 +1,4 @@
-"""The modules of a model, as transformers and so PEFT know them, and the parameters that lie in each."""
+"""The modules of a model in transformers (and hence in PEFT), and the parameters in each."""
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -14,21 +14,22 @@ EMBED, POSITIONS, UNEMBED = "embed/embedding", "embed_positions/embedding", "une
 
 @dataclass(frozen=True)
 class Module:
-    """A module that has a weight; several of our parameters lie in one that is fused.
+    """A module with a weight; a fused one holds several of our parameters.
 
     Attributes:
-        layer: Its layer; None outside of blocks.
-        shape: Of its weight: [outputs, inputs] of a linear layer, [tokens, width] of an embedding, [width] of a norm.
+        layer: Its layer; None outside of layers.
+        shape: Shape of its weight: [outputs, inputs] of a linear layer, [tokens, width] of an embedding, or [width] of
+            a norm.
         weight: Path of each parameter in its weight -> its part of the outputs; None: all of them.
-        bias: The same of its bias; empty where it has none.
-        turned: Whether the weight is stored as [inputs, outputs], as by GPT-2.
+        bias: The same for its bias; empty if it has none.
+        transposed: Whether the weight is stored as [inputs, outputs], as in GPT-2.
     """
 
     layer: int | None
     shape: tuple[int, ...]
     weight: dict[str, Part | None]
     bias: dict[str, Part | None]
-    turned: bool = False
+    transposed: bool = False
 
     @property
     def is_layer(self) -> bool:
@@ -37,7 +38,7 @@ class Module:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether its rows are looked up by a number."""
+        """Whether it is an input embedding, of tokens or positions."""
         return not self.weight.keys().isdisjoint((EMBED, POSITIONS))
 
     @property
@@ -47,10 +48,10 @@ class Module:
 
 
 def modules_of(model: CausalLM) -> dict[str, Module]:
-    """Lists the modules of a model that have a weight, by transformers' names.
+    """Lists the modules of a model that have a weight, by their names in transformers.
 
     Args:
-        model: A model; one whose tables are tied has a module for each of them all the same.
+        model: A model; tied embeddings are listed as two modules.
     """
     untied = replace(model.base, config=replace(model.config, tie_word_embeddings=False))
     leaves = jax.tree_util.tree_leaves_with_path(untied.abstract_params())
@@ -59,19 +60,19 @@ def modules_of(model: CausalLM) -> dict[str, Module]:
     for path, tensor in untied.tensors.items():
         module, _, kind = tensor.name.rpartition(".")
         inside[module][kind].append(path)
-    found = {}
+    modules = {}
     for name, paths in inside.items():
-        places = {kind: {path: untied.tensors[path].part for path in paths[kind]} for kind in paths}
+        parts = {kind: {path: untied.tensors[path].part for path in paths[kind]} for kind in paths}
         path = paths["weight"][0]
         tensor, shape = untied.tensors[path], shapes[path]
         shape = tensor.stored_shape(shape[1:] if tensor.in_layers else shape)
-        turned = path.endswith("/kernel") and not tensor.transposed
+        transposed = path.endswith("/kernel") and not tensor.transposed
         for layer in range(model.config.num_hidden_layers) if tensor.in_layers else (None,):
-            module = Module(layer, shape[::-1] if turned else shape, **places, turned=turned)
-            found[name.format(layer=layer)] = module
-    return found
+            module = Module(layer, shape[::-1] if transposed else shape, **parts, transposed=transposed)
+            modules[name.format(layer=layer)] = module
+    return modules
 
 
-def rows_of(part: Part | None) -> np.ndarray | slice:
-    """Indices of a part's outputs among those of its module; a slice of all for the whole."""
+def output_indices(part: Part | None) -> np.ndarray | slice:
+    """Returns the indices of a part's outputs among those of its module; a full slice for the whole module."""
     return slice(None) if part is None else part.indices()

@@ -1,4 +1,4 @@
-"""The tokenizer of an adapter: what lies in its folder goes before what its base has."""
+"""The tokenizer of an adapter: files in its own folder take precedence over those of the base."""
 
 import copy
 from pathlib import Path
@@ -19,22 +19,22 @@ def read_adapter_tokenizer(folder: Path, base: "PreTrainedTokenizerBase") -> "Pr
     """Reads the tokenizer with which an adapter was trained.
 
     Args:
-        folder: The adapter's folder: with a whole tokenizer, with chat templates alone, or with neither.
-        base: The base's tokenizer.
+        folder: Folder of the adapter, with a whole tokenizer, only chat templates, or neither.
+        base: Tokenizer of the base.
 
     Returns:
-        The folder's tokenizer; or the base's, with the folder's chat templates where it has some.
+        The tokenizer in the folder; otherwise that of the base, with the folder's chat templates if there are any.
 
     Raises:
-        InputError: If the folder has a part of a tokenizer only.
+        InputError: If the folder has only a part of a tokenizer.
     """
     parts = [name for name in (_CONFIG, *_PARTS) if (folder / name).is_file()]
     if _CONFIG in parts and any(name in parts for name in _VOCABULARIES):
         return read_tokenizer(folder)
     if parts:
         raise InputError(
-            f"{folder}: holds a part of a tokenizer only ({', '.join(parts)}); expected {_CONFIG} and a vocabulary "
-            f"such as {_VOCABULARIES[0]}, or none of them where the adapter has its base's tokenizer"
+            f"{folder}: holds only a part of a tokenizer ({', '.join(parts)}); expected {_CONFIG} and a vocabulary "
+            f"such as {_VOCABULARIES[0]}, or none of them if the adapter uses the tokenizer of its base"
         )
     paths = {"default": folder / _TEMPLATE} | {
         path.stem: path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))

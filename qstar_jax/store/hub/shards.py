@@ -1,4 +1,4 @@
-"""Weights as model.safetensors, or as several files and their index, without a second copy of the whole model."""
+"""Writes weights as model.safetensors, or as several files with an index, without a second copy of the model."""
 
 import json
 import math
@@ -14,17 +14,17 @@ import numpy as np
 from qstar_jax.errors import InputError
 
 INDEX = "model.safetensors.index.json"
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # as huggingface_hub counts
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # as in huggingface_hub
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file, which is made when its file is written.
+    """A tensor that is computed when its file is written.
 
     Attributes:
         name: Its name in the file.
-        shape: Its shape there.
-        make: Returns it, in any type and memory order. All processes call it, in the same order.
+        shape: Its shape in the file.
+        make: Returns the tensor, in any dtype and memory order. All processes call it, in the same order.
     """
 
     name: str
@@ -33,16 +33,16 @@ class StoredTensor:
 
 
 def shard_bytes(size: str) -> int:
-    """Reads the size of a file as huggingface_hub spells it.
+    """Parses a file size in the format of huggingface_hub.
 
     Args:
         size: A number and a unit, such as "5GB" or "500MB".
 
     Returns:
-        The bytes.
+        The size in bytes.
 
     Raises:
-        InputError: If it is spelled otherwise, or no bytes at all.
+        InputError: If it has another format, or is zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", size.strip(), re.IGNORECASE)
     count = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
@@ -55,15 +55,15 @@ def shard_bytes(size: str) -> int:
 
 
 def write_shards(folder: Path, tensors: Iterable[StoredTensor], dtype: str, max_bytes: int):
-    """Writes weights file by file, so that no more than one file's tensors are in memory at once.
+    """Writes weights file by file, so that only one file's tensors are in memory at a time.
 
-    The first process writes; the others help to make the tensors, parts of which may lie on their devices.
+    The first process writes; the others take part in computing the tensors, which may be sharded over their devices.
 
     Args:
-        folder: A folder that is there.
-        tensors: The tensors; they keep their order, from the first file to the last.
-        dtype: Type of the stored numbers.
-        max_bytes: Largest size of a file, in bytes; a tensor that is larger has a file of its own.
+        folder: An existing folder.
+        tensors: The tensors, stored in this order.
+        dtype: Dtype of the stored numbers.
+        max_bytes: Maximum size of a file in bytes; a larger tensor gets its own file.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders, in and out, without running any code that a folder may carry."""
+"""Reads and writes the tokenizers of Hugging Face folders, without running any code in them."""
 
 import json
 import tempfile
@@ -11,50 +11,50 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONFIG = "tokenizer_config.json"
-_OF_THIS_LOAD = ("backend", "is_local", "local_files_only")  # what transformers 5 notes of how it read the folder
+_LOAD_NOTES = ("backend", "is_local", "local_files_only")  # transformers 5 records how it loaded the tokenizer
 
 
 def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a folder; code that a folder may carry is never run.
+    """Loads the tokenizer of a folder; code in the folder is never run.
 
     Raises:
-        InputError: If there is none that transformers can read without running code.
+        InputError: If there is none that transformers can load without running code.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many types here; the user needs the folder's name
+    except Exception as error:  # transformers raises many types here
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"{folder}: no usable tokenizer; expected tokenizer.json beside config.json "
+            f"{folder}: no usable tokenizer; expected tokenizer.json next to config.json "
             f"({type(error).__name__}: {reason})"
         ) from error
 
 
 def write_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase"):
-    """Writes a tokenizer with all its chat templates, so that transformers 4 and 5 read the same from it.
+    """Writes a tokenizer with all its chat templates, so that transformers 4 and 5 load the same tokenizer.
 
-    The classes of single models mend what tokenizer.json says, each version in its own way: what transformers 5 reads
-    as LlamaTokenizer gives other tokens once it is saved and read again. The general class takes the file as it is.
+    Model-specific classes patch tokenizer.json, differently in each version: a LlamaTokenizer of transformers 5 gives
+    other tokens after saving and loading. The general class uses the file unchanged.
 
     Args:
-        folder: A folder that is there.
+        folder: An existing folder.
         tokenizer: The tokenizer.
     """
     tokenizer.save_pretrained(folder)
     path = folder / _CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    config = {key: value for key, value in config.items() if key not in _OF_THIS_LOAD}
+    config = {key: value for key, value in config.items() if key not in _LOAD_NOTES}
     if tokenizer.is_fast:
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # both versions know it by this name
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that both versions know
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects a dictionary under this name
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
-    """Returns the texts of the files that rebuild a (fast) tokenizer, by their paths in its folder."""
+    """Returns the texts of the files of a (fast) tokenizer, by their paths in its folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tokenizer(folder, tokenizer)
@@ -63,10 +63,10 @@ def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
 
 
 def build_tokenizer(files: dict[str, str]) -> "PreTrainedTokenizerBase":
-    """Builds a tokenizer from what `tokenizer_files` returned; files may come from a stranger.
+    """Builds a tokenizer from the result of `tokenizer_files`, which is not trusted.
 
     Raises:
-        InputError: If a path leads out of the folder, or the files are no tokenizer.
+        InputError: If a path leads out of the folder, or the files are not a tokenizer.
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():

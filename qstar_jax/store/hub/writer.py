@@ -1,4 +1,4 @@
-"""Parameters out to a Hugging Face folder, which transformers reads back."""
+"""Writes models as Hugging Face folders that transformers can read."""
 
 import json
 from collections import defaultdict
@@ -15,7 +15,7 @@ from qstar_jax.config import ExportConfig
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.tensors import Tensor, join
-from qstar_jax.store.hub.generation import one_or_several, with_eos, write_generation_config
+from qstar_jax.store.hub.generation import eos_entry, with_eos, write_generation_config
 from qstar_jax.store.hub.shards import StoredTensor, shard_bytes, write_shards
 from qstar_jax.store.hub.tokenizer import write_tokenizer
 
@@ -32,22 +32,22 @@ def write_folder(
     generation: dict[str, Any] | None = None,
     max_shard_size: str = ExportConfig.max_shard_size,
 ):
-    """Writes weights, generation_config.json, the tokenizer's files and, when all of them are there, config.json.
+    """Writes weights, generation_config.json, the tokenizer's files and, last, config.json.
 
-    A folder in which it was interrupted has no config.json, so nobody takes it for a model.
+    An incomplete folder has no config.json, so it cannot be mistaken for a model.
 
     Args:
-        folder: Made where it is missing; without weights of another model.
+        folder: Created if it is missing; must not hold the weights of another model.
         model: The model.
-        params: Its parameters; where they are spread over processes, all of these call this, and the first writes.
+        params: Its parameters; if they are sharded over processes, all must call this, and the first writes.
         tokenizer: Its tokenizer.
-        dtype: Type of the stored tensors, "float32" or "bfloat16".
-        generation: The dictionary of generation_config.json, whose `eos_token_id` config.json takes as well; by default
-            the tokenizer's EOS alone.
-        max_shard_size: Largest size of a file of weights, such as "5GB" (see `shards.write_shards`).
+        dtype: Dtype of the stored tensors, "float32" or "bfloat16".
+        generation: Contents of generation_config.json, whose `eos_token_id` is copied to config.json; by default the
+            tokenizer's EOS alone.
+        max_shard_size: Maximum size of a file of weights, such as "5GB" (see `shards.write_shards`).
 
     Raises:
-        InputError: If the size is not spelled so.
+        InputError: If the size has another format.
     """
     max_bytes = shard_bytes(max_shard_size)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,41 +55,41 @@ def write_folder(
     if jax.process_index() != 0:
         return
     generation = with_eos({} if generation is None else generation, tokenizer)
-    ids = {name: _known(getattr(tokenizer, name), model) for name in ("bos_token_id", "pad_token_id")}
+    ids = {name: _embedded_id(getattr(tokenizer, name), model) for name in ("bos_token_id", "pad_token_id")}
     write_generation_config(folder, ids | generation)
     write_tokenizer(folder, tokenizer)
-    types = dict.fromkeys(("dtype", "torch_dtype"), dtype)  # as transformers 5 calls it, and as 4 does
-    config = model.to_hf() | ids | one_or_several(generation["eos_token_id"]) | types
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), dtype)  # the names in transformers 5 and 4
+    config = model.to_hf() | ids | eos_entry(generation["eos_token_id"]) | dtypes
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _stored(model: CausalLM, params: Params) -> Iterator[StoredTensor]:
-    """Yields the tensors outside of blocks, then those of layer after layer: a file holds whole layers where it can."""
-    parts = defaultdict(list)  # name of a tensor -> the parameters that lie in it, each with its place
+    """Yields the tensors outside of layers, then those of each layer, so that files hold whole layers if possible."""
+    parts = defaultdict(list)  # name of a tensor -> (layout, parameter) of each parameter in it
     for keys, value in jax.tree_util.tree_leaves_with_path(params):
         tensor = model.tensors[jax.tree_util.keystr(keys, simple=True, separator="/")]
         parts[tensor.name].append((tensor, value))
     for layer in (None, *range(model.config.num_hidden_layers)):
-        for name, own in parts.items():
-            tensor, value = own[0]
+        for name, fused in parts.items():
+            tensor, value = fused[0]
             if tensor.in_layers == (layer is not None):
                 shape = tensor.stored_shape(value.shape[tensor.in_layers :])
-                yield StoredTensor(name.format(layer=layer), shape, partial(_make, own, layer))
+                yield StoredTensor(name.format(layer=layer), shape, partial(_make, fused, layer))
 
 
 def _make(parts: list[tuple[Tensor, jax.Array]], layer: int | None) -> np.ndarray:
-    of_layer = [(tensor, value if layer is None else _layer_of(value, layer)) for tensor, value in parts]
-    return join([(tensor, _on_host(value)) for tensor, value in of_layer])
+    layer_parts = [(tensor, value if layer is None else _index_layer(value, layer)) for tensor, value in parts]
+    return join([(tensor, _to_host(value)) for tensor, value in layer_parts])
 
 
-_layer_of = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False))  # one program for all layers
+_index_layer = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False))  # one program for all layers
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
-    """Copies an array here, together with the other processes where parts of it lie with them."""
+def _to_host(array: jax.Array) -> np.ndarray:
+    """Copies an array to this host; gathers it first if it is sharded over processes."""
     return np.asarray(array) if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
 
 
-def _known(token: int | None, model: CausalLM) -> int | None:
-    """The token, unless the embedding has no row for it: torch opens no model whose padding lies beyond that."""
+def _embedded_id(token: int | None, model: CausalLM) -> int | None:
+    """Returns a token id, or None beyond the embedding: torch cannot open a model with such a padding token."""
     return token if token is not None and token < model.config.vocab_size else None

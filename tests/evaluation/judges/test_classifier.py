@@ -16,7 +16,7 @@ from qstar_jax.sharding import make_mesh
 from qstar_jax.store import hub
 
 TEMPLATE = "{% for m in messages %}[BOS] {{ m['role'] }} {{ m['content'] }} [EOS] w0 {% endfor %}"
-# Many lengths, beyond and below the width of one program; an empty prompt and an empty answer.
+# Many lengths, beyond and below the width of one program; an empty prompt and an empty response.
 PAIRS = [(f"w{i} w2", "w5 " * n) for i, n in enumerate([1, 3, 9, 30, 61, 62, 63, 100])] + [("", "w1"), ("w4", "")]
 
 
@@ -114,7 +114,7 @@ def test_what_is_cut_or_unreadable_is_said(make, one_device):
     found = reward([("w1", "w2 " * 30), ("w1", "w2 [EOS] w3"), ("w1", "w2")])
     assert math.isnan(found[1]) and not math.isnan(found[0] + found[2])
     assert said == [
-        "no reward for 1 answers: EOS token inside an answer",
+        "no reward for 1 answers: EOS token inside a response",
         "1 of 2 answers lost their end, as they exceed judge.max_length",
     ]
 

@@ -87,7 +87,7 @@ def test_what_is_cut_or_unreadable_is_said(dpo_run, one_device):
     reward = load_reward(str(dpo_run), mesh=one_device, data=data, say=said.append)
     found = reward([("w1", "w2 " * 30), ("w1", "w2 [EOS] w3"), ("w1", "w2")])
     assert math.isnan(found[1]) and not math.isnan(found[0] + found[2])
-    assert said == ["no reward: 1 EOS token inside an answer", "1 of 2 answers lost their end, as they exceed "
+    assert said == ["no reward: 1 EOS token inside a response", "1 of 2 answers lost their end, as they exceed "
                     "judge.max_length"]  # fmt: skip
     assert np.isnan(reward([("w1", "w2 [EOS] w3")])).all()
 

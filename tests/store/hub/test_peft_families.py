@@ -217,7 +217,7 @@ def test_names_of_multimodal_bases(base_of, tmp_path, one_device, assert_norm_cl
         loaded = load_model(tmp_path / name, ComputeOptions(), one_device, MeshOptions())
         assert_norm_close(logits_of(loaded.model, loaded.params, TOKENS), expected, 1e-4)
     with pytest.raises(
-        InputError, match=r"names in an adapter's file depend on config\.json of its base, \./gone/away: "
+        InputError, match=r"tensor names of an adapter depend on the config\.json of its base, \./gone/away: "
     ):
         hub.write_adapter(tmp_path / "lost", model, random_adapter(model), "./gone/away")
     assert not (tmp_path / "lost").exists()
@@ -229,12 +229,14 @@ def test_biases_that_are_missing_or_not_spoken_of(base_of, tmp_path, one_device)
     weights, settings = tmp_path / TENSORS, tmp_path / "adapter_config.json"
     tensors, config = load_file(weights), json.loads(settings.read_text())
     settings.write_text(json.dumps(config | {"bias": "none"}))
-    with pytest.raises(InputError, match=r"holds 3 tensors .*c_attn\.base_layer\.bias; bias is 'none' there"):
+    with pytest.raises(InputError, match=r"holds 3 tensors .*c_attn\.base_layer\.bias; its bias is 'none'"):
         load_model(tmp_path, ComputeOptions(), one_device, MeshOptions())
     settings.write_text(json.dumps(config))
     save_file({name: value for name, value in tensors.items() if "bias" not in name}, weights)
-    with pytest.raises(InputError, match=r'no transformer\.h\.0\.attn\.c_attn\.bias, of which bias .*"bias": "none"'):
+    with pytest.raises(
+        InputError, match=r'no transformer\.h\.0\.attn\.c_attn\.bias, which bias selects.*"bias": "none"'
+    ):
         load_model(tmp_path, ComputeOptions(), one_device, MeshOptions())
     save_file(tensors | {"base_model.model.h.0.attn.c_attn.base_layer.bias": np.zeros(96, np.float32)}, weights)
-    with pytest.raises(InputError, match=r"h\.0\.attn.* and .*h\.0\.attn.* are one tensor; remove one of them"):
+    with pytest.raises(InputError, match=r"h\.0\.attn.* and .*h\.0\.attn.* are the same tensor; remove one of them"):
         load_model(tmp_path, ComputeOptions(), one_device, MeshOptions())

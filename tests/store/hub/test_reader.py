@@ -48,7 +48,7 @@ def test_misshapen_tensor(folder, one_device):
         )
 
     change_tensors(folder, transpose)
-    with pytest.raises(InputError, match=r"up_proj\.weight' has shape \(32, 64\).*should be \(64, 32\)"):
+    with pytest.raises(InputError, match=r"up_proj\.weight' has shape \(32, 64\); expected \(64, 32\)"):
         read(folder, one_device)
 
 
@@ -80,7 +80,7 @@ def test_computed_tensors_of_old_files_change_nothing(name, folder, one_device, 
 def test_other_types_of_numbers_are_refused(kind, folder, one_device):
     name = "model.layers.1.mlp.up_proj.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].astype(kind)}))
-    with pytest.raises(InputError, match=rf"'{name}' has numbers of type .*expected F32, F16, BF16.*dequantise "):
+    with pytest.raises(InputError, match=rf"'{name}' has numbers of type .*expected F32, F16, BF16.*dequantize "):
         read(folder, one_device)
 
 
@@ -143,7 +143,7 @@ def test_index_that_names_an_absent_file(folder, one_device):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"index\.json: names files.*model-00002-of-00002\.safetensors"):
+    with pytest.raises(InputError, match=r"index\.json: names missing files: model-00002-of-00002\.safetensors"):
         read(folder, one_device)
 
 
@@ -183,7 +183,7 @@ def test_config_invalid(folder, text):
 
 @pytest.mark.parametrize("model", ["./not/there", "/not/there", "a/b/c", "...", "what is this"])
 def test_neither_folder_nor_hub_name(model):
-    with pytest.raises(InputError, match="expected a folder or a hub name"):
+    with pytest.raises(InputError, match="expected a folder or a name on the Hub"):
         hub.open_folder(model)
 
 
