@@ -415,7 +415,7 @@ def test_options_that_do_not_go_together_are_refused(words, named, hf_folder, tm
 def test_a_reference_that_is_named_needs_a_beta(hf_folder, tmp_path, one_device_only, capsys):
     words = ["--model", hf_folder, "--prompt", "w1 w2", "--decode.method", "best_of_n", "--reference", hf_folder]
     assert generate(tmp_path / "out", *words) == 2
-    assert "give --decode.beta" in capsys.readouterr().err
+    assert "set --decode.beta" in capsys.readouterr().err
     words += ["--decode.num_samples", "2", "--decode.beta"]
     assert generate(tmp_path / "out", *words, "0.2") == 0
     (record,) = records(tmp_path / "out")

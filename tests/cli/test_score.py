@@ -218,4 +218,4 @@ def test_nothing_of_an_earlier_run_stays_beside_new_scores(dpo_run, eval_file, t
     assert "was not measured on" in (message := capsys.readouterr().err) and "score --wrong COLUMN" in message
     (out / "scores.jsonl").unlink()
     assert main(["report", "--credit", str(out), "--out", str(page)]) == 2
-    assert "found: no such path" in capsys.readouterr().err
+    assert "found: nothing there" in capsys.readouterr().err

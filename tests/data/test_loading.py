@@ -87,7 +87,7 @@ def test_a_bad_row_among_many(tmp_path, plain_tokenizer, bad):
     assert f"10 rows read, 9 used; 1 dropped: 1 {dropped.reason} (row 5); prompts" in data.summary
     with pytest.raises(InputError) as stopped:
         load_examples(source, "train", "preferences", plain_tokenizer, replace(OPTIONS, bad_rows="stop"))
-    assert str(stopped.value).startswith(f"{source} row 5: {dropped.fault}; mend the row, or")
+    assert str(stopped.value).startswith(f"{source} row 5: {dropped.fault}; fix the row, or")
     source = write(tmp_path, *[pair("a", "b", "c")] * 4, bad)
     with pytest.raises(InputError) as too_many:
         load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS)

@@ -84,7 +84,7 @@ def test_as_chat_cannot_take_dialogues_in_text():
     assert "cannot split 'chosen', which holds dialogues in plain text" in failure(
         preference_records, row, as_chat=True
     )
-    assert "dialogues in text" in failure(prompt_records, row, as_chat=True)
+    assert "dialogues in plain text" in failure(prompt_records, row, as_chat=True)
 
 
 def faults(records, *rows, **options):
@@ -354,7 +354,7 @@ def test_plain_text_has_no_place_for_them(column, value):
     row = {**PAIR, column: value}
     message = failure(preference_records, row)
     assert f"row 1: the column {column!r} needs chat messages, but this is plain text" in message
-    assert f"--data.as_chat, or leave it out with --data.{column} null" in message
+    assert f"--data.as_chat, or drop the column with --data.{column} null" in message
     assert preferences(row, **{column: None})[0] == [Record("p", ("c", "r"), 0)]
     assert f"no column 'x' (found: 'prompt', 'chosen', 'rejected', {column!r})" in failure(
         preference_records, row, **{column: "x"}

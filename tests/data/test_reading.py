@@ -178,7 +178,7 @@ def test_other_suffixes_are_named_with_what_is_accepted(tmp_path, name, suffix):
     (tmp_path / name).write_text("x")
     message = failure(tmp_path / name)
     assert f"{name}: cannot read {suffix};" in message
-    assert ".jsonl" in message and ".parquet" in message and "hub" in message
+    assert ".jsonl" in message and ".parquet" in message and "Hub" in message
 
 
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "some/nowhere.csv", "./nowhere", "/nowhere/at/all", "a/b/c"])

@@ -56,9 +56,7 @@ def test_template_that_does_not_extend_its_prompt(character_tokenizer, chat_toke
     assert fault(tokenizer, user("ab")) is None
     said = fault(tokenizer, user("ab"), assistant("cd"))
     assert said.startswith("the chat template renders the prompt differently when a response follows (after '")
-    assert (
-        "<user>ab[E]\\n<assistant>' the prompt alone has '<think></think>', and with the answer there is 'cd[E]" in said
-    )
+    assert "<user>ab[E]\\n<assistant>' the prompt alone has '<think></think>', and with the response 'cd[E]" in said
     assert "--data.chat_template_kwargs" in said
     assert fault(tokenizer, user("ab"), assistant("<think></think>cd")) is None
 
@@ -99,6 +97,6 @@ def test_words_of_an_answer_are_learnt_whole(character_tokenizer, chat_tokenizer
     strips = without(chat_tokenizer.chat_template, "m.content.split('</think>')[-1] | trim")
     tokenizer = character_tokenizer(chat_template=strips)
     said = fault(tokenizer, user("ab"), assistant("d"), assistant("<think>why</think>c"))
-    assert said.startswith("the chat template omits all words of the response; choose one that shows them by")
+    assert said.startswith("the chat template omits all words of the response; choose one that renders them with")
     earlier = [*user("ab"), *assistant("<think>why</think>c"), *user("e")]
     assert fault(tokenizer, earlier, assistant(" d\n\n e \n")) is None  # white space is the template's own affair

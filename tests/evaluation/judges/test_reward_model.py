@@ -73,7 +73,7 @@ def test_it_judges(dpo_run, one_device):
 def test_another_policy_needs_reference_and_beta(hf_folder, dpo_run, one_device):
     with pytest.raises(InputError, match=r"is no reward model: .*judge\.reference"):
         load_reward(str(hf_folder), mesh=one_device)
-    with pytest.raises(InputError, match=r"give --judge\.beta"):
+    with pytest.raises(InputError, match=r"set --judge\.beta"):
         load_reward(str(hf_folder), mesh=one_device, reference=str(hf_folder))
     same = load_reward(str(hf_folder), mesh=one_device, reference=str(hf_folder), beta=1.0)(PAIRS)
     np.testing.assert_allclose(same, 0.0, atol=1e-5)

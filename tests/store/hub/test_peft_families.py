@@ -233,9 +233,7 @@ def test_biases_that_are_missing_or_not_spoken_of(base_of, tmp_path, one_device)
         load_model(tmp_path, ComputeOptions(), one_device, MeshOptions())
     settings.write_text(json.dumps(config))
     save_file({name: value for name, value in tensors.items() if "bias" not in name}, weights)
-    with pytest.raises(
-        InputError, match=r'no transformer\.h\.0\.attn\.c_attn\.bias, which bias selects.*"bias": "none"'
-    ):
+    with pytest.raises(InputError, match=r'no transformer\.h\.0\.attn\.c_attn\.bias, which bias .*"bias": "none"'):
         load_model(tmp_path, ComputeOptions(), one_device, MeshOptions())
     save_file(tensors | {"base_model.model.h.0.attn.c_attn.base_layer.bias": np.zeros(96, np.float32)}, weights)
     with pytest.raises(InputError, match=r"h\.0\.attn.* and .*h\.0\.attn.* are the same tensor; remove one of them"):
