@@ -5,7 +5,8 @@ from rich.console import Console
 from qstar_jax.config import ScoreConfig
 from qstar_jax.evaluation.insights.credit import measure_credit
 from qstar_jax.evaluation.score import score_file
-from qstar_jax.report.scores import show_credit, show_scores
+from qstar_jax.report.insights import show
+from qstar_jax.report.scores import show_scores
 
 
 def run(config: ScoreConfig):
@@ -14,4 +15,4 @@ def run(config: ScoreConfig):
     scored = score_file(config, console)
     show_scores(scored, console)
     if config.wrong:
-        show_credit(measure_credit(scored), scored.out, console)
+        show(measure_credit(scored), scored.out, console)

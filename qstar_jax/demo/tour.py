@@ -31,8 +31,8 @@ from qstar_jax.evaluation.insights.credit import measure_credit
 from qstar_jax.evaluation.insights.decline import measure_decline
 from qstar_jax.evaluation.insights.sweep import measure_sweep
 from qstar_jax.evaluation.score import score_file
-from qstar_jax.report.figures import write_figures
-from qstar_jax.report.scores import show_credit, show_scores
+from qstar_jax.report.insights import show, write_figure
+from qstar_jax.report.scores import show_scores
 from qstar_jax.report.summary import write_report
 from qstar_jax.tasks.tiny_tldr import BASE, TASK
 from qstar_jax.training.run import train
@@ -82,11 +82,11 @@ def run(config: DemoConfig, console: Console) -> dict:
     console.print(Rule("Insight 1: which tokens are wrong?"))
     scored = score_file(_score(out, source), console)
     show_scores(scored, console)
-    show_credit(measure_credit(scored), scored.out, console)
+    show(measure_credit(scored), scored.out, console)
     console.print(Rule("Insight 2: what is search worth?"))
-    write_figures(out / "sweep", sweep=measure_sweep(_sweep(out, source), console))
+    write_figure(measure_sweep(_sweep(out, source), console), out / "sweep")
     runs = {"with_sft": str(out / f"dpo-{BETAS[0]:g}"), "without_sft": str(out / "dpo-without-sft")}
-    write_figures(out / "decline", decline=measure_decline(DeclineConfig(out=str(out / "decline"), **runs)))
+    write_figure(measure_decline(DeclineConfig(out=str(out / "decline"), **runs)), out / "decline")
     console.print(Rule("What it showed"))
     shutil.copyfile(out / f"dpo-{BETAS[0]:g}" / "metrics.jsonl", out / "metrics.jsonl")
     parts = {name: str(out / name) for name in ("credit", "sweep", "decline")}

@@ -29,9 +29,13 @@ class Interval:
         """Whether all of it is above 0."""
         return self.low > 0
 
+    def __format__(self, spec: str) -> str:
+        """Formats all three numbers: with ".2f", for example "0.84 [0.81, 0.87]"."""
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
     def __str__(self) -> str:
         """For example "0.84 [0.81, 0.87]"."""
-        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self:.3g}"
 
 
 def bootstrap(figure: Callable[[np.ndarray], np.ndarray], count: int, *, seed: int = 0) -> Interval:

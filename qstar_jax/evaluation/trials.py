@@ -1,4 +1,4 @@
-"""Answers on trial: prompts with the answer to beat, what each way to decode makes of them, and what that is worth."""
+"""Responses compared against a baseline: prompts whose file has a response too, and what a decoder responds."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -7,8 +7,10 @@ from typing import TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
 from qstar_jax.config import DataOptions, DecodeOptions, SweepConfig
+from qstar_jax.console import track
 from qstar_jax.data.columns import Turns
 from qstar_jax.data.dialogues import text_of
 from qstar_jax.data.dropped import Dropped
@@ -20,7 +22,6 @@ from qstar_jax.decoding.generate import prepare
 from qstar_jax.decoding.generations_file import GenerationsFile, generate_missing, prompt_texts, read_generations
 from qstar_jax.decoding.options import interpret
 from qstar_jax.evaluation.judges import Comparison
-from qstar_jax.evaluation.judges.base import Track, no_track
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.store.open import LoadedModel
@@ -30,12 +31,12 @@ Setting = TypeVar("Setting", bound=Hashable)  # a way to decode
 
 @dataclass(frozen=True)
 class Trial:
-    """A prompt, and the answer that an answer on trial has to beat.
+    """A prompt, and the baseline that responses to it are compared with.
 
     Attributes:
         example: The prompt as tokens.
         prompt: The prompt as plain text.
-        baseline: The file's answer as plain text.
+        baseline: The file's response as plain text.
     """
 
     example: Example
@@ -52,39 +53,39 @@ REPEATED = "prompt of an earlier row"
 
 
 def read_trials(data: DataOptions, policy: LoadedModel) -> tuple[list[Trial], Dataset]:
-    """Reads prompts and the answers to beat; of rows with one prompt the first counts.
+    """Reads prompts and their baselines; of rows with the same prompt the first counts.
 
     Args:
         data: `eval` is the file.
         policy: The policy.
 
     Returns:
-        At least one trial, and the data set of their examples, which names the rows that are not tried.
+        At least one trial, and the data set of their examples, which lists the rows that are not tried.
 
     Raises:
         InputError: If the file cannot be used.
     """
     _, records, bad = read_records(data.eval, data.eval_split, "completions", data, data.max_eval_rows)
     known = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
-    found = make_dataset(records, bad, data.eval, policy.tokenizer, data, **known)
-    read = {record.row: record for record in records}
+    dataset = make_dataset(records, bad, data.eval, policy.tokenizer, data, **known)
     distinct: dict[bytes, Example] = {}
-    for example in found.examples:
+    for example in dataset.examples:
         distinct.setdefault(example.prompt.tobytes(), example)
-    tried = list(distinct.values())
-    repeated = {example.row for example in found.examples} - {example.row for example in tried}
-    dropped = sorted([*found.dropped, *(Dropped(row, REPEATED) for row in repeated)], key=lambda one: one.row)
-    trials = [Trial(e, *_texts(read[e.row])) for e in tried]
-    return trials, replace(found, examples=tried, dropped=tuple(dropped))
+    examples = list(distinct.values())
+    repeated = {example.row for example in dataset.examples} - {example.row for example in examples}
+    dropped = sorted([*dataset.dropped, *(Dropped(row, REPEATED) for row in repeated)], key=lambda one: one.row)
+    record_of_row = {record.row: record for record in records}
+    trials = [Trial(example, *_texts(record_of_row[example.row])) for example in examples]
+    return trials, replace(dataset, examples=examples, dropped=tuple(dropped))
 
 
 def _texts(record: Record) -> tuple[str, str]:
-    """Prompt and answer as plain text, whole, as they were read."""
+    """Prompt and response as plain text, untruncated."""
     return _plain(record.prompt), _plain(record.responses[0])
 
 
 def _plain(turns: Turns) -> str:
-    """Plain text: of one chat message its words, of several who said them too."""
+    """The text of one chat message; several are labelled with their roles."""
     if isinstance(turns, str):
         return turns
     if len(turns) == 1:
@@ -112,28 +113,28 @@ def open_generations(config: SweepConfig, model: str, options: DecodeOptions, fo
     return GenerationsFile(folder, settings | {name: asdict(block) for name, block in blocks.items()})
 
 
-def answer_trials(
+def generate_trials(
     file: GenerationsFile,
     policy: LoadedModel,
     options: DecodeOptions,
     dataset: Dataset,
     batch_size: int,
     mesh: Mesh,
-    track: Track = no_track,
+    console: Console | None = None,
 ) -> list[dict]:
-    """Answers all prompts in one way, or reads what a broken run has answered.
+    """Responds to all prompts in one way, or reads what an interrupted sweep has generated.
 
     Args:
-        file: Gets the answers; it was checked.
+        file: Gets the responses; it was checked.
         policy: The policy.
         options: How to decode.
         dataset: The prompts.
-        batch_size: Prompts decoded at once.
+        batch_size: Prompts per batch.
         mesh: Devices of the policy.
-        track: Wraps the batches, for a progress bar.
+        console: Where to show progress.
 
     Returns:
-        One record of generations.jsonl a prompt.
+        One record of generations.jsonl per prompt.
     """
     examples, texts = dataset.examples, prompt_texts(dataset, policy.tokenizer)
     if not texts.keys() <= file.prompts.keys():
@@ -141,14 +142,14 @@ def answer_trials(
         with file:
             batches = generate_missing(decoder, dataset, texts, file, batch_size)
             total = -(-len(examples) // batch_size)
-            for _ in track(batches, f"{file.folder.parent.name}, {file.folder.name}", total):
+            for _ in track(console, batches, f"{file.folder.parent.name}, {file.folder.name}", total):
                 pass
-    found = {record["row"]: record for record in read_generations(file.folder)}
-    return [found[example.row] for example in examples]
+    generated = {record["row"]: record for record in read_generations(file.folder)}
+    return [generated[example.row] for example in examples]
 
 
 def score_trials(
-    answers: Mapping[Setting, Sequence[dict]],
+    responses: Mapping[Setting, Sequence[dict]],
     trials: Sequence[Trial],
     policy: LoadedModel,
     reference: LoadedModel,
@@ -157,50 +158,50 @@ def score_trials(
     batch_size: int,
     mesh: Mesh,
 ) -> dict[Setting, list[ScoredResponse]]:
-    """Scores answers under the policy and its reference, whatever they were drawn with.
+    """Scores responses under the policy and its reference, however they were decoded.
 
     Args:
-        answers: For each setting one record of generations.jsonl a trial.
+        responses: For each setting one record of generations.jsonl per trial.
         trials: The prompts.
         policy: The policy.
         reference: Its reference.
-        beta: Temperature of the rewards.
-        batch_size: Answers scored at once.
+        beta: Temperature of the rewards: reward per nat.
+        batch_size: Responses scored at once.
         mesh: Devices of the models.
 
     Returns:
-        For each setting one record a trial.
+        For each setting one scored response per trial.
     """
-    distinct: dict[tuple[int, ...], Example] = {}  # wide beams mostly find the same answers
-    for own in answers.values():
-        for trial, answer in zip(trials, own, strict=True):
-            response = Response(np.array(answer["tokens"], np.int32), answer["finish"] == "length")
-            distinct[_key(trial, answer)] = replace(trial.example, responses=(response,))
-    dataset = Dataset(list(distinct.values()), (), "answers")  # one for all settings, so one program
-    found = score_dataset(policy, reference.params, dataset, beta=beta, batch_size=batch_size, mesh=mesh)
-    scored = dict(zip(distinct, found, strict=True))
+    # Wide beams mostly find the same responses: each distinct one is scored once, and all settings share a program.
+    distinct: dict[tuple[int, ...], Example] = {}
+    for records in responses.values():
+        for trial, record in zip(trials, records, strict=True):
+            response = Response(np.array(record["tokens"], np.int32), record["finish"] == "length")
+            distinct[_key(trial, record)] = replace(trial.example, responses=(response,))
+    dataset = Dataset(list(distinct.values()), (), "responses")
+    scores = score_dataset(policy, reference.params, dataset, beta=beta, batch_size=batch_size, mesh=mesh)
+    scored = dict(zip(distinct, scores, strict=True))
     return {
-        setting: [scored[_key(trial, answer)] for trial, answer in zip(trials, own, strict=True)]
-        for setting, own in answers.items()
+        setting: [scored[_key(trial, record)] for trial, record in zip(trials, records, strict=True)]
+        for setting, records in responses.items()
     }
 
 
-def _key(trial: Trial, answer: dict) -> tuple[int, ...]:
-    """What tells answers apart."""
-    return trial.row, *answer["tokens"]
+def _key(trial: Trial, record: dict) -> tuple[int, ...]:
+    return trial.row, *record["tokens"]
 
 
-def compare(answers: Sequence[dict], trials: Sequence[Trial]) -> list[Comparison]:
-    """Sets answers against those of the file.
+def compare(responses: Sequence[dict], trials: Sequence[Trial]) -> list[Comparison]:
+    """Pairs responses with those of the file.
 
     Args:
-        answers: One record of generations.jsonl a trial.
-        trials: The prompts and the answers to beat.
+        responses: One record of generations.jsonl per trial.
+        trials: The prompts and their baselines.
 
     Returns:
-        One comparison a trial.
+        One comparison per trial.
     """
     return [
-        Comparison(trial.row, trial.prompt, answer["text"], trial.baseline)
-        for trial, answer in zip(trials, answers, strict=True)
+        Comparison(trial.row, trial.prompt, record["text"], trial.baseline)
+        for trial, record in zip(trials, responses, strict=True)
     ]

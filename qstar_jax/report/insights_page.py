@@ -1,49 +1,38 @@
-"""The three insights as one self-contained page: claims, numbers, figures, and answers token by token.
+"""The insights as one self-contained page: claims, numbers, figures, and responses token by token.
 
-Nothing is loaded from anywhere: figures are part of the file, in a light and a dark version.
+The file loads nothing: figures are part of it, in a light and a dark version.
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from qstar_jax.console import one_line, visible
+from qstar_jax.evaluation.insights.record import Finding, Record
 from qstar_jax.evaluation.scored import ScoredResponse
-from qstar_jax.report.figures import PANELS, Panel, as_svg, panel_figure
+from qstar_jax.report.insights import VIEWS, View
 from qstar_jax.report.page import heatmap_view
+from qstar_jax.report.panel import Panel, as_svg, panel_figure
 from qstar_jax.report.rendering import render
-from qstar_jax.report.tables import TABLES
 
-Record = Mapping[str, Any]
-
-# Insight -> (name of its record, heading where no finding gives one)
-_INSIGHTS = {
-    "credit": ("credit", "Credit: which tokens earn the reward"),
-    "search": ("sweep", "Search: likely answers and good ones"),
-    "decline": ("decline", "Decline: rewards of chosen answers in training"),
-}
-_PIXELS = 96  # of CSS, an inch
+_PIXELS = 96  # CSS pixels per inch
 
 
 def insights_page(
-    findings: Sequence[Record],
+    findings: Sequence[Finding],
+    records: Sequence[Record] = (),
     *,
-    credit: Record | None = None,
-    sweep: Record | None = None,
-    decline: Record | None = None,
     heatmaps: Sequence[ScoredResponse] = (),
     title: str,
     notes: Sequence[str] = (),
 ) -> str:
-    """Draws what is there of the three insights.
+    """Draws a section for each insight that has a finding or a record.
 
     Args:
-        findings: What was found: `insight`, `title`, `claim`, `paper`, `measured`, `reproduced` (None: cannot be told)
-            and `command`.
-        credit: See `figures.credit.credit_panels`.
-        sweep: See `figures.sweep.sweep_panels`.
-        decline: See `figures.decline.decline_panels`.
-        heatmaps: Answers to show token by token.
+        findings: What was found.
+        records: What was measured.
+        heatmaps: Responses to show token by token.
         title: Heading of the page.
         notes: Paragraphs under it.
 
@@ -53,14 +42,14 @@ def insights_page(
     Raises:
         ValueError: If a finding is of no known insight.
     """
-    unknown = sorted({finding["insight"] for finding in findings} - set(_INSIGHTS))
-    if unknown:
-        raise ValueError(f"findings of unknown insights: {', '.join(unknown)}; known: {', '.join(_INSIGHTS)}")
-    records = {"credit": credit, "sweep": sweep, "decline": decline}
-    sections = [
-        _section(number, insight, [f for f in findings if f["insight"] == insight], records[_INSIGHTS[insight][0]])
-        for number, insight in enumerate(_INSIGHTS, start=1)
-    ]
+    known = [view.insight for view in VIEWS]
+    if unknown := sorted({finding.insight for finding in findings} - set(known)):
+        raise ValueError(f"findings of unknown insights: {', '.join(unknown)}; known: {', '.join(known)}")
+    sections = []
+    for number, view in enumerate(VIEWS, start=1):
+        own = [finding for finding in findings if finding.insight == view.insight]
+        record = next((record for record in records if isinstance(record, view.record)), None)
+        sections.append(_section(number, view, own, record))
     return render(
         "insights.html.j2",
         title=one_line(title),
@@ -70,20 +59,18 @@ def insights_page(
     )
 
 
-def _section(number: int, insight: str, findings: Sequence[Record], record: Record | None) -> dict[str, Any]:
-    kind, heading = _INSIGHTS[insight]
-    texts = ("title", "claim", "paper", "measured", "command")
+def _section(number: int, view: View, findings: Sequence[Finding], record: Record | None) -> dict[str, Any]:
     return {
-        "id": insight,
+        "id": view.insight,
         "number": number,
-        "title": one_line(findings[0]["title"]) if len(findings) == 1 else heading,
+        "title": one_line(findings[0].title) if len(findings) == 1 else view.heading,
         "findings": [
-            {name: visible(finding[name]) for name in texts} | {"reproduced": finding["reproduced"]}
+            {name: visible(value) if isinstance(value, str) else value for name, value in asdict(finding).items()}
             for finding in findings
         ],
-        "panels": [] if record is None else [_panel(panel) for panel in PANELS[kind](record)],
-        "tables": [] if record is None else TABLES[kind](record),
-        "facts": [] if record is None else [one_line(fact) for fact in _FACTS[kind](record)],
+        "panels": [] if record is None else [_panel(panel) for panel in view.panels(record)],
+        "tables": [] if record is None else view.tables(record),
+        "facts": [] if record is None else [one_line(fact) for fact in view.facts(record)],
     }
 
 
@@ -100,35 +87,3 @@ def _panel(panel: Panel) -> dict[str, Any]:
             for theme, figure in figures.items()
         },
     }
-
-
-def _credit_facts(credit: Record) -> list[str]:
-    return [
-        f"policy {credit['model']}; reference {credit['reference']}; beta {credit['beta']:g}",
-        f"{credit['answers']:,} answers, {credit['tokens']:,} tokens, {credit['wrong_tokens']:,} of them wrong",
-        "bars: 95 % bootstrap intervals over answers",
-    ]
-
-
-def _sweep_facts(sweep: Record) -> list[str]:
-    seeds = ", ".join(map(str, sweep["seeds"]))
-    undecided = sum(point.get("undecided", 0) for run in sweep["runs"] for point in run["points"])
-    return [
-        f"judge: {sweep['judge']}; {sweep['prompts']:,} prompts; seeds {seeds}",
-        *(f"{run['name']}: {run['model']}" for run in sweep["runs"]),
-        *([f"{undecided:,} answers on which the judge did not decide are left out of win rates"] if undecided else []),
-        "bars: 95 % intervals; hollow marks: width 1, sampled and greedy",
-    ]
-
-
-def _decline_facts(decline: Record) -> list[str]:
-    return [
-        *(
-            f"{run['name']} ({run['folder']}, beta {run['beta']:g}): {run['verdict'] or 'no verdict'}"
-            for run in decline["runs"]
-        ),
-        "bands: two standard errors",
-    ]
-
-
-_FACTS = {"credit": _credit_facts, "sweep": _sweep_facts, "decline": _decline_facts}

@@ -1,8 +1,6 @@
 """Numbers as readers see them: with a minus that is as wide as the plus, and ends of their intervals."""
 
-from collections.abc import Mapping
-
-Interval = Mapping[str, float]  # mean, low, high
+from qstar_jax.evaluation.intervals import Interval
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"  # what was not measured
@@ -46,5 +44,4 @@ def with_interval(interval: Interval | None, digits: int = 2) -> str:
     """
     if interval is None:
         return NONE
-    mean, low, high = (decimal(interval[key], digits) for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return f"{interval:.{digits}f}".replace("-", MINUS)

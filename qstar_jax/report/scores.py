@@ -1,14 +1,11 @@
-"""What `qstar score` shows: the first responses token by token, and credit."""
+"""The first responses of a scored file, token by token, on a terminal and on a page."""
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from qstar_jax.console import say
 from qstar_jax.evaluation.score import ScoredFile
-from qstar_jax.report.figures import write_figures
-from qstar_jax.report.insights_terminal import print_credit
 from qstar_jax.report.page import heatmap_page
 from qstar_jax.report.terminal import print_heatmaps
 
@@ -17,7 +14,7 @@ def show_scores(scored: ScoredFile, console: Console):
     """Prints the first responses token by token, and writes heatmap.html.
 
     Args:
-        scored: What was scored; its `config.show` says how many rows to show.
+        scored: The scored file; its `config.show` rows are shown.
         console: Where to print.
     """
     written = [scored.path]
@@ -28,17 +25,4 @@ def show_scores(scored: ScoredFile, console: Console):
         title = f"Token rewards: {Path(scored.config.model).name}"
         written.append(scored.out / "heatmap.html")
         written[-1].write_text(heatmap_page(shown, title), encoding="utf-8")
-    say(console, f"{len(scored.responses)} answers scored: {', '.join(map(str, written))}")
-
-
-def show_credit(credit: dict[str, Any], out: Path, console: Console):
-    """Prints what was measured of credit, and draws credit.png.
-
-    Args:
-        credit: What credit.json holds.
-        out: Folder of credit.json.
-        console: Where to print.
-    """
-    print_credit(credit, console)
-    files = [out / "credit.json", *write_figures(out, credit=credit)]
-    say(console, f"credit: {', '.join(map(str, files))}")
+    say(console, f"{len(scored.responses)} responses scored: {', '.join(map(str, written))}")

@@ -1,7 +1,14 @@
 """Records as a real comparison of three runs leaves them, with long names and hostile ones."""
 
-import pytest
+import io
 
+import pytest
+from rich.console import Console
+
+from qstar_jax.evaluation.insights.credit import Credit
+from qstar_jax.evaluation.insights.decline import Decline
+from qstar_jax.evaluation.insights.record import Finding
+from qstar_jax.evaluation.insights.sweep import Sweep
 from qstar_jax.evaluation.scored import Alternative, ScoredResponse
 from qstar_jax.report.insights_page import insights_page
 
@@ -15,17 +22,18 @@ def interval(mean: float, arm: float) -> dict[str, float]:
 
 
 @pytest.fixture(scope="session")
-def credit() -> dict:
+def credit() -> Credit:
     def detectors(reward, arm):
         means = {"implicit reward": reward, "reference log-probability": 0.67, "uniform split": 0.51}
         return {name: interval(mean, arm) for name, mean in (means | {"true advantage": 0.95}).items()}
 
     kinds = {"wrong number": 0.91, "wrong name": 0.84, "invented detail": 0.78, HOSTILE: 0.62}
-    return {
+    record = {
         "model": LONG,
         "reference": HOSTILE,
         "beta": 0.1,
         "answers": 412,
+        "mistakes": 410,
         "tokens": 18_204,
         "wrong_tokens": 903,
         "detectors": detectors(0.83, 0.015),
@@ -34,11 +42,13 @@ def credit() -> dict:
             "reference log-probability": interval(0.162, 0.021),
             "uniform split": interval(0.321, 0.025),
         },
+        "by_token": detectors(0.81, 0.02),
     }
+    return Credit.from_json(record, "credit.json")
 
 
 @pytest.fixture(scope="session")
-def sweep() -> dict:
+def sweep() -> Sweep:
     def points(beta, lift):
         made = [("sampled", 1), ("greedy", 1), *(("beam", width) for width in WIDTHS)]
         found = []
@@ -64,6 +74,7 @@ def sweep() -> dict:
             "model": LONG,
             "beta": beta,
             "points": points(beta, lift),
+            "pivot": 5,
             "differences": {
                 "5 beams - sampled": interval(0.20, 0.04),
                 "5 beams - greedy": interval(0.15 + lift, 0.05),
@@ -73,11 +84,11 @@ def sweep() -> dict:
 
     judge = "the true reward of the task"
     runs = [run(0.05, 0.0), run(0.1, 0.05), run(0.5, 0.02)]
-    return {"judge": judge, "prompts": 256, "seeds": [0, 1, 2], "runs": runs}
+    return Sweep.from_json({"judge": judge, "prompts": 256, "seeds": [0, 1, 2], "runs": runs}, "sweep.json")
 
 
 @pytest.fixture(scope="session")
-def decline() -> dict:
+def decline() -> Decline:
     def run(name, chosen, rejected, held_out=True):
         steps = list(range(0, 401, 25))
         part = [step / 400 for step in steps]
@@ -100,43 +111,44 @@ def decline() -> dict:
         }
 
     names = "with SFT", "without SFT", f"${HOSTILE}$"
-    return {"runs": [run(names[0], -0.85, -2.1), run(names[1], 0.42, -1.3), run(names[2], 0.1, -0.6, False)]}
+    runs = [run(names[0], -0.85, -2.1), run(names[1], 0.42, -1.3), run(names[2], 0.1, -0.6, False)]
+    return Decline.from_json({"runs": runs}, "decline.json")
 
 
 @pytest.fixture(scope="session")
-def findings() -> list[dict]:
+def findings() -> list[Finding]:
     return [
-        {
-            "insight": "credit",
-            "title": "Token rewards find the wrong tokens",
-            "claim": "Trained on labels of whole answers, the implicit reward ranks a wrong token below a right one "
+        Finding(
+            insight="credit",
+            title="Token rewards find the wrong tokens",
+            claim="Trained on labels of whole answers, the implicit reward ranks a wrong token below a right one "
             "more often than the reference's own log-probability does.",
-            "paper": "“DPO-trained models can perform credit assignment”: the token rewards of a corrupted summary "
+            paper="“DPO-trained models can perform credit assignment”: the token rewards of a corrupted summary "
             "mark the wrong words (Section 4.2, Figure 1).",
-            "measured": "AUC 0.83 [0.82, 0.84]; reference log-probability 0.67 [0.66, 0.69]; uniform split 0.51 "
+            measured="AUC 0.83 [0.82, 0.84]; reference log-probability 0.67 [0.66, 0.69]; uniform split 0.51 "
             "[0.50, 0.53]; 903 wrong tokens in 412 answers.",
-            "reproduced": True,
-            "command": f"qstar credit --model {LONG} --out runs/credit",
-        },
-        {
-            "insight": "search",
-            "title": "Searching for likely answers is searching for reward",
-            "claim": "Beams raise the win rate of a DPO policy, and very wide beams lower it again.",
-            "paper": "Beam search improves the policy by 10 to 15 % with 5 beams; beyond that it over-optimises "
+            reproduced=True,
+            command=f"qstar credit --model {LONG} --out runs/credit",
+        ),
+        Finding(
+            insight="search",
+            title="Searching for likely answers is searching for reward",
+            claim="Beams raise the win rate of a DPO policy, and very wide beams lower it again.",
+            paper="Beam search improves the policy by 10 to 15 % with 5 beams; beyond that it over-optimises "
             "(Section 4.3, Figure 2).",
-            "measured": "5 beams - sampled: +0.20 [0.16, 0.24]; 20 beams - 5 beams: -0.21 [-0.26, -0.16].",
-            "reproduced": False,
-            "command": f"qstar sweep --model {LONG} --out runs/sweep",
-        },
-        {
-            "insight": "decline",
-            "title": "Rewards of chosen answers fall after SFT",
-            "claim": "They fall where the reference was fitted to the chosen answers, and not where it was not.",
-            "paper": "“…the implicit rewards of chosen responses decrease in training” is to be expected (Eq. 16).",
-            "measured": "with SFT -0.85 ± 0.15; without SFT +0.42 ± 0.11. " + HOSTILE,
-            "reproduced": None,
-            "command": "qstar insights --out runs/insights",
-        },
+            measured="5 beams - sampled: +0.20 [0.16, 0.24]; 20 beams - 5 beams: -0.21 [-0.26, -0.16].",
+            reproduced=False,
+            command=f"qstar sweep --model {LONG} --out runs/sweep",
+        ),
+        Finding(
+            insight="decline",
+            title="Rewards of chosen answers fall after SFT",
+            claim="They fall where the reference was fitted to the chosen answers, and not where it was not.",
+            paper="“…the implicit rewards of chosen responses decrease in training” is to be expected (Eq. 16).",
+            measured="with SFT -0.85 ± 0.15; without SFT +0.42 ± 0.11. " + HOSTILE,
+            reproduced=None,
+            command="qstar insights --out runs/insights",
+        ),
     ]
 
 
@@ -185,5 +197,19 @@ def heatmaps() -> list[ScoredResponse]:
 @pytest.fixture(scope="session")
 def whole_page(findings, credit, sweep, decline, heatmaps) -> str:
     """The page with everything."""
-    records = {"credit": credit, "sweep": sweep, "decline": decline, "heatmaps": heatmaps}
-    return insights_page(findings, **records, title=f"Three insights of {LONG}", notes=["<i>\u202e"])
+    title = f"Three insights of {LONG}"
+    return insights_page(findings, [credit, sweep, decline], heatmaps=heatmaps, title=title, notes=["<i>\u202e"])
+
+
+@pytest.fixture(scope="session")
+def printed():
+    """`printed(show, record, **options)`: what is shown on a terminal of 80 columns, by default without colour."""
+
+    def make(show, record, **options) -> str:
+        console = Console(file=io.StringIO(), width=80, **options)
+        show(record, console)
+        text = console.file.getvalue()
+        assert "\u202e" not in text and all(len(line) <= 80 for line in text.splitlines() if "\x1b" not in line)
+        return text
+
+    return make

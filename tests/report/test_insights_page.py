@@ -1,17 +1,13 @@
 """The page of the three insights."""
 
-import copy
-import io
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from rich.console import Console
 
 from qstar_jax.report.insights_page import insights_page
-from qstar_jax.report.insights_terminal import print_decline, print_sweep
-from qstar_jax.report.numbers import NONE
 
 VOID = {"meta", "img", "br", "line", "polyline"}
 
@@ -67,8 +63,10 @@ def test_nothing_is_loaded(whole_page):
 def test_claim_number_and_paper_stand_side_by_side(whole_page, findings):
     parsed = _Parsed(whole_page)
     for finding in findings:
-        title = parsed.text.rindex(finding["title"])
-        places = [parsed.text.index(finding[name][:40], title) for name in ("claim", "measured", "paper", "command")]
+        title = parsed.text.rindex(finding.title)
+        places = [
+            parsed.text.index(getattr(finding, name)[:40], title) for name in ("claim", "measured", "paper", "command")
+        ]
         assert places == sorted(places)
     statuses = [attributes["class"] for attributes in parsed.named("p") if "status" in (attributes.get("class") or "")]
     assert statuses == ["status yes", "status no", "status unknown"] * 2  # in the contents, then in the sections
@@ -96,24 +94,10 @@ def test_headings_descend_one_by_one(whole_page):
 
 @pytest.mark.parametrize("name", ["credit", "sweep", "decline"])
 def test_one_record_alone_makes_a_page(name, request):
-    page = insights_page([], **{name: request.getfixturevalue(name)}, title="t")
+    page = insights_page([], [request.getfixturevalue(name)], title="t")
     parsed = _Parsed(page)
     assert len(parsed.named("h2")) == 1 and parsed.named("img") and "status" not in parsed.text
     assert 'class="t' not in page and "Made by" not in parsed.text
-
-
-def test_what_a_judge_left_open_and_a_run_did_not_say_is_no_fault(sweep, decline):
-    sweep, decline = copy.deepcopy(sweep), copy.deepcopy(decline)
-    first = sweep["runs"][0]
-    first["points"][0] |= {"win_rate": None, "undecided": 256}
-    first["differences"]["5 beams - sampled"] = None
-    decline["runs"][0]["verdict"] = ""
-    parsed = _Parsed(insights_page([], sweep=sweep, decline=decline, title="t"))
-    assert "256 answers on which the judge did not decide" in parsed.text and NONE in parsed.text
-    assert "no verdict" in parsed.text
-    console = Console(file=io.StringIO())
-    print_sweep(sweep, console)
-    print_decline(decline, console)
 
 
 def test_one_finding_alone_makes_a_page(findings):
@@ -123,7 +107,7 @@ def test_one_finding_alone_makes_a_page(findings):
 
 
 def test_findings_of_one_insight_share_its_section(findings):
-    parsed = _Parsed(insights_page([findings[0], findings[0] | {"title": "Another model"}], title="t"))
+    parsed = _Parsed(insights_page([findings[0], replace(findings[0], title="Another model")], title="t"))
     assert len(parsed.named("h2")) == 1 and len(parsed.named("h3")) == 2 and "Another model" in parsed.text
 
 
@@ -133,4 +117,4 @@ def test_nothing_at_all_still_makes_a_page():
 
 def test_an_unknown_insight_is_refused(findings):
     with pytest.raises(ValueError, match="unknown insights: credits; known: credit, search, decline"):
-        insights_page([findings[0] | {"insight": "credits"}], title="t")
+        insights_page([replace(findings[0], insight="credits")], title="t")

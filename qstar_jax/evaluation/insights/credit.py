@@ -1,25 +1,25 @@
-"""Insight 1, credit assignment: do the lowest token rewards find the wrong tokens of an answer?
+"""Insight 1, credit assignment: do the lowest token rewards find the wrong tokens of a response?
 
 The paper shows it with coloured pictures (Figure 1 and Appendix C). Here it is a number: the area under the ROC curve
 of -reward as a detector of wrong tokens, beside detectors that know nothing of preferences.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from qstar_jax.data.dialogues import text_of
 from qstar_jax.data.loading import read_records
-from qstar_jax.data.records import Record
+from qstar_jax.data.records import Record as DataRecord
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.intervals import auc, bootstrap
+from qstar_jax.evaluation.insights.record import Finding, Record
+from qstar_jax.evaluation.intervals import Interval, auc, bootstrap
 from qstar_jax.evaluation.marks import marked_tokens, read_marks
 from qstar_jax.evaluation.score import KINDS, ScoredFile
 from qstar_jax.evaluation.scored import ScoredResponse
-from qstar_jax.store.files import write_json
 from qstar_jax.store.identity import file_digest
 from qstar_jax.tasks import Task, find
 
@@ -29,17 +29,91 @@ REWARD, REFERENCE, UNIFORM, CEILING = (
     "uniform split",
     "true advantage",
 )
-UNMARKED = "all"
+UNMARKED = "all"  # kind of a mistake whose row names none
+GOOD_AUC = 0.9
 
 
 @dataclass(frozen=True)
-class MarkedAnswer:
-    """An answer some of whose tokens are known to be wrong.
+class Kind:
+    """Detectors on one kind of mistake.
 
     Attributes:
-        scored: The answer and its rewards.
-        spans: For each mistake which tokens make it. Shape [T] each.
-        kind: Kind of the mistake.
+        answers: How many responses have a mistake of this kind.
+        detectors: Detector -> its area under the ROC curve.
+    """
+
+    answers: int
+    detectors: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Credit(Record):
+    """credit.json: how well token rewards find mistakes, beside other detectors.
+
+    Attributes:
+        model: Name of the policy.
+        reference: Name of its reference.
+        beta: Temperature of the rewards: reward per nat.
+        answers: How many responses were marked.
+        mistakes: How many mistakes they have.
+        tokens: How many tokens they have.
+        wrong_tokens: How many of these are part of a mistake.
+        detectors: Detector -> its area under the ROC curve over all responses.
+        kinds: The same for each kind of mistake.
+        differences: Control -> area of the implicit reward minus that of the control.
+        by_token: `detectors`, if each wrong token counts by itself rather than each mistake once.
+        scores: SHA-256 of the scores.jsonl that was measured.
+    """
+
+    NAME: ClassVar[str] = "credit"
+    COMMAND: ClassVar[str] = "qstar score --wrong COLUMN"
+
+    model: str
+    reference: str
+    beta: float
+    answers: int
+    mistakes: int
+    tokens: int
+    wrong_tokens: int
+    detectors: dict[str, Interval]
+    kinds: dict[str, Kind]
+    differences: dict[str, Interval]
+    by_token: dict[str, Interval]
+    scores: str = ""
+
+    def finding(self) -> Finding:
+        """Reproduced where the reward finds mistakes well, and better than each control."""
+        reward, gains = self.detectors[REWARD], self.differences.values()
+        reproduced = None
+        if reward.mean >= GOOD_AUC and all(gain.low > 0 for gain in gains):
+            reproduced = True
+        elif reward.high < GOOD_AUC or any(gain.high < 0 for gain in gains):
+            reproduced = False
+        controls = ", ".join(f"{name} {self.detectors[name]:.3f}" for name in self.differences)
+        ceiling = self.detectors.get(CEILING)
+        return Finding(
+            insight="credit",
+            title="Credit assignment",
+            claim="Trained on labels of whole responses, the policy gives its lowest token rewards to the tokens that "
+            f"are wrong: as a detector of them, the reward has an area under the ROC curve of at least {GOOD_AUC}, and "
+            "more than detectors without preferences.",
+            paper="Coloured by beta (log pi - log pi_ref), the wrong spans of hand-corrupted summaries stand out, and "
+            "the rest hardly changes (Fig. 1, App. C; pictures, no number).",
+            measured=f"AUC {reward:.3f} for {self.mistakes} mistakes among {self.tokens} tokens of {self.answers} "
+            f"responses. Controls: {controls}." + (f" Ceiling, the true advantage: {ceiling:.3f}." if ceiling else ""),
+            reproduced=reproduced,
+            command=self.COMMAND,
+        )
+
+
+@dataclass(frozen=True)
+class MarkedResponse:
+    """A response some of whose tokens are known to be wrong.
+
+    Attributes:
+        scored: The response and its rewards.
+        spans: For each mistake, which tokens it covers. Shape [T] each.
+        kind: Kind of the mistakes.
         advantages: True advantage of each token, where the task knows it. Shape [T].
     """
 
@@ -54,68 +128,60 @@ class MarkedAnswer:
         return np.any(self.spans, axis=0)
 
 
-def measure_credit(scored: ScoredFile) -> dict:
+def measure_credit(scored: ScoredFile) -> Credit:
     """Measures how well low rewards find the tokens that a file marks as wrong, and writes credit.json.
 
     Args:
         scored: What `qstar score` has scored.
 
     Returns:
-        What credit.json holds.
+        The measurements.
 
     Raises:
-        InputError: If the marks do not fit the answers.
+        InputError: If the marks do not fit the responses.
     """
     config, data = scored.config, scored.config.data
     rows, records, _ = read_records(data.eval, data.eval_split, KINDS[config.answers], data, data.max_eval_rows)
-    marked = mark_answers(scored.responses, rows, records, wrong=config.wrong, kind=config.kind, source=data.eval)
+    marked = mark_responses(scored.responses, rows, records, wrong=config.wrong, kind=config.kind, source=data.eval)
     if built_in := find(data.eval):
         marked = _with_true_advantages(marked, rows, built_in[0], scored.tokenizer)
-    record = credit_report(marked, model=config.model, reference=scored.reference)
-    record |= {"scores": file_digest(scored.path)}
-    write_json(scored.out / "credit.json", record)
-    return record
+    credit = compute_credit(marked, model=config.model, reference=scored.reference)
+    credit = replace(credit, scores=file_digest(scored.path))
+    credit.write(scored.out)
+    return credit
 
 
-def _with_true_advantages(
-    marked: Sequence[MarkedAnswer], rows: Sequence[dict], task: Task, tokenizer: Any
-) -> list[MarkedAnswer]:
-    """Adds the rewards that a perfect policy would give to each token: no detector can do better."""
-    advantages = task.advantages(tokenizer, marked[0].scored.beta)
-    return [replace(m, advantages=advantages(rows[m.scored.row]["prompt"], m.scored.token_ids)) for m in marked]
-
-
-def mark_answers(
+def mark_responses(
     scored: Sequence[ScoredResponse],
     rows: Sequence[dict],
-    records: Sequence[Record],
+    records: Sequence[DataRecord],
     *,
     wrong: str,
     kind: str,
     source: str,
-) -> list[MarkedAnswer]:
-    """Brings scored answers and the marks of their rows together.
+) -> list[MarkedResponse]:
+    """Joins scored responses and the marks of their rows.
 
     Args:
-        scored: Answers; those of the role "chosen" are left aside.
+        scored: Responses; those with the role "chosen" are skipped.
         rows: All rows of the file.
-        records: What was made of them; the last answer of each is marked.
+        records: The records made of them; the last response of each is the marked one.
         wrong: Column of the marks, see `marks.read_marks`.
         kind: Column that names the kind of mistake; rows without it are of the kind "all".
         source: The file, for errors.
 
     Returns:
-        One record for each answer.
+        One marked response for each scored one.
 
     Raises:
-        InputError: If a row has no such column, or marks that do not fit its answer.
+        InputError: If a row has no such column, or marks that do not fit its response.
     """
-    read = {record.row: record for record in records}
-    found = []
-    for answer in scored:
-        if answer.role == "chosen":
+    record_of_row = {record.row: record for record in records}
+    marked = []
+    for response in scored:
+        if response.role == "chosen":
             continue
-        row, record, where = rows[answer.row], read[answer.row], f"{source} row {answer.row + 1}"
+        row, record, where = rows[response.row], record_of_row[response.row], f"{source} row {response.row + 1}"
         if wrong not in row:
             raise InputError(
                 f"{where}: no column {wrong!r} (found: {', '.join(map(repr, row))}); name the one that marks what is "
@@ -125,111 +191,106 @@ def mark_answers(
         ranges = read_marks(row[wrong], text, where)
         if record.repeats == "removed" and not all(isinstance(mark, str) for mark in row[wrong]):
             raise InputError(
-                f"{where}: marks are ranges of characters, but the prompt was taken off the answer; mark texts, or set "
-                "--data.repeated_prompt keep"
+                f"{where}: marks are ranges of characters, but a repeated prompt was removed from the response; mark "
+                "texts, or set --data.repeated_prompt keep"
             )
-        spans = tuple(marked_tokens(answer.pieces, text, ranges, where))
-        found.append(MarkedAnswer(answer, spans, str(row.get(kind, UNMARKED))))
-    return found
+        spans = tuple(marked_tokens(response.pieces, text, ranges, where))
+        marked.append(MarkedResponse(response, spans, str(row.get(kind, UNMARKED))))
+    return marked
 
 
-def credit_report(answers: Sequence[MarkedAnswer], *, model: str, reference: str, seed: int = 0) -> dict:
+def _with_true_advantages(
+    marked: Sequence[MarkedResponse], rows: Sequence[dict], task: Task, tokenizer: Any
+) -> list[MarkedResponse]:
+    """Adds the rewards that a perfect policy would give to each token: no detector can do better."""
+    advantages = task.advantages(tokenizer, marked[0].scored.beta)
+    return [replace(m, advantages=advantages(rows[m.scored.row]["prompt"], m.scored.token_ids)) for m in marked]
+
+
+def compute_credit(marked: Sequence[MarkedResponse], *, model: str, reference: str, seed: int = 0) -> Credit:
     """Measures how well token rewards find mistakes, beside the controls.
 
-    A mistake is one thing to be found, however many tokens it has, and its lowest token speaks for it: which of them is
-    blamed is the model's choice (after a wrong first name the last name that goes with it is no further loss). What
-    else the answers say is to be told from it token by token. The same is done for each detector.
+    Each mistake counts once, however many tokens it has, and is scored by its lowest-reward token: which of them is
+    blamed is the model's choice (after a wrong first name, the last name that goes with it costs nothing more). Each
+    right token counts by itself. The same is done for each detector.
 
     Args:
-        answers: Marked answers, at least one.
+        marked: Marked responses, at least one.
         model: Name of the policy, for the record.
         reference: Name of its reference.
-        seed: Of the bootstrap over answers.
+        seed: Seed of the bootstrap over responses.
 
     Returns:
-        The record that credit.json holds: for each detector the area under the ROC curve with its interval, over all
-        answers and for each kind of mistake; what the implicit reward has more than each control; and, as `by_token`,
-        the areas where each wrong token is a thing to be found of its own.
+        The measurements, without the digest of the scores.
     """
-    kinds = list(dict.fromkeys(answer.kind for answer in answers))
-    spans = [_spans(answer) for answer in answers]
-    known = [name for name in _DETECTORS if all(_values(answer, name) is not None for answer in answers)]
+    names = [name for name, scores in _DETECTORS.items() if all(scores(response) is not None for response in marked)]
+    mistakes = [_by_mistake(response, names) for response in marked]
+    tokens = [_by_token(response, names) for response in marked]
+    controls = [name for name in names if name not in (REWARD, CEILING)]
+    kinds = {}
+    for kind in dict.fromkeys(response.kind for response in marked):
+        units = [units for response, units in zip(marked, mistakes, strict=True) if response.kind == kind]
+        kinds[kind] = Kind(len(units), {name: _area(units, name, seed) for name in names})
+    return Credit(
+        model=model,
+        reference=reference,
+        beta=marked[0].scored.beta,
+        answers=len(marked),
+        mistakes=sum(len(response.spans) for response in marked),
+        tokens=sum(len(response.wrong) for response in marked),
+        wrong_tokens=int(sum(response.wrong.sum() for response in marked)),
+        detectors={name: _area(mistakes, name, seed) for name in names},
+        kinds=kinds,
+        differences={name: _area(mistakes, REWARD, seed, minus=name) for name in controls},
+        by_token={name: _area(tokens, name, seed) for name in names},
+    )
 
-    def areas(own: Sequence[Units], names: Sequence[str], minus: str | None = None) -> dict[str, dict[str, float]]:
-        return {name: _interval(own, name, seed, minus) for name in names}
 
-    return {
-        "model": model,
-        "reference": reference,
-        "beta": answers[0].scored.beta,
-        "answers": len(answers),
-        "mistakes": sum(len(answer.spans) for answer in answers),
-        "tokens": sum(len(answer.wrong) for answer in answers),
-        "wrong_tokens": int(sum(answer.wrong.sum() for answer in answers)),
-        "detectors": areas(spans, known),
-        "kinds": {
-            kind: {"answers": len(own), "detectors": areas(own, known)}
-            for kind in kinds
-            if (own := [units for answer, units in zip(answers, spans, strict=True) if answer.kind == kind])
-        },
-        "differences": areas(spans, [name for name in known if name not in (REWARD, CEILING)], REWARD),
-        "by_token": areas([_tokens(answer) for answer in answers], known),
-    }
+# Detector -> the score that it gives to each token, the lowest being the most suspicious; None where it has none.
+_DETECTORS: dict[str, Callable[[MarkedResponse], np.ndarray | None]] = {
+    REWARD: lambda marked: np.array(marked.scored.reward),
+    REFERENCE: lambda marked: np.array(marked.scored.ref_logp),
+    UNIFORM: lambda marked: np.full(len(marked.scored.reward), marked.scored.total_reward / len(marked.scored.reward)),
+    CEILING: lambda marked: marked.advantages,
+}
 
 
 @dataclass(frozen=True)
 class Units:
-    """What is to be told apart in one answer.
+    """The units of one response that detectors classify: mistakes and right tokens, or all tokens.
 
     Attributes:
-        worth: For each detector the worth of each unit; the lowest are its suspects.
-        wrong: Which units are mistakes.
+        scores: Detector -> score of each unit. Shape [U] each.
+        wrong: Which units are wrong. Shape [U].
     """
 
-    worth: dict[str, Float[np.ndarray, " U"]]
+    scores: dict[str, Float[np.ndarray, " U"]]
     wrong: Bool[np.ndarray, " U"]
 
 
-# What each detector takes for the worth of a token.
-_DETECTORS: dict[str, Callable[[MarkedAnswer], np.ndarray | None]] = {
-    REWARD: lambda answer: np.array(answer.scored.reward),
-    REFERENCE: lambda answer: np.array(answer.scored.ref_logp),
-    UNIFORM: lambda answer: np.full(len(answer.scored.reward), answer.scored.total_reward / len(answer.scored.reward)),
-    CEILING: lambda answer: answer.advantages,
-}
+def _by_mistake(marked: MarkedResponse, names: Sequence[str]) -> Units:
+    """Each mistake, scored by its lowest token, and each right token."""
+    right, scores = ~marked.wrong, {}
+    for name in names:
+        values = _DETECTORS[name](marked)
+        scores[name] = np.concatenate([[values[span].min() for span in marked.spans], values[right]])
+    return Units(scores, np.arange(len(marked.spans) + right.sum()) < len(marked.spans))
 
 
-def _values(answer: MarkedAnswer, name: str) -> np.ndarray | None:
-    return _DETECTORS[name](answer)
+def _by_token(marked: MarkedResponse, names: Sequence[str]) -> Units:
+    return Units({name: _DETECTORS[name](marked) for name in names}, marked.wrong)
 
 
-def _spans(answer: MarkedAnswer) -> Units:
-    """Each mistake by its lowest token, and each token that is right."""
-    right = ~answer.wrong
-    worth = {
-        name: np.concatenate([[values[span].min() for span in answer.spans], values[right]])
-        for name in _DETECTORS
-        if (values := _values(answer, name)) is not None
-    }
-    return Units(worth, np.arange(len(answer.spans) + right.sum()) < len(answer.spans))
-
-
-def _tokens(answer: MarkedAnswer) -> Units:
-    worth = {name: values for name in _DETECTORS if (values := _values(answer, name)) is not None}
-    return Units(worth, answer.wrong)
-
-
-def _interval(answers: Sequence[Units], name: str, seed: int, minus: str | None) -> dict[str, float]:
-    """Interval of a detector's area, or of what another one has more than it."""
-    wrong = np.concatenate([units.wrong for units in answers])
-    owner = np.repeat(np.arange(len(answers)), [len(units.wrong) for units in answers])
+def _area(responses: Sequence[Units], name: str, seed: int, minus: str | None = None) -> Interval:
+    """Area under the ROC curve of a detector, perhaps minus that of another, with its bootstrap interval."""
+    wrong = np.concatenate([units.wrong for units in responses])
+    owner = np.repeat(np.arange(len(responses)), [len(units.wrong) for units in responses])
 
     def area(detector: str) -> Callable[[np.ndarray], np.ndarray]:
-        return auc(-np.concatenate([units.worth[detector] for units in answers]), wrong, owner)
+        return auc(-np.concatenate([units.scores[detector] for units in responses]), wrong, owner)
 
-    own, other = area(name), None if minus is None else area(minus)
-
-    def difference(weights: np.ndarray) -> np.ndarray:
-        return other(weights) - own(weights)
-
-    return asdict(bootstrap(own if minus is None else difference, len(answers), seed=seed))
+    area_of_name = area(name)
+    if minus is None:
+        return bootstrap(area_of_name, len(responses), seed=seed)
+    area_of_other = area(minus)
+    return bootstrap(lambda weights: area_of_name(weights) - area_of_other(weights), len(responses), seed=seed)

@@ -1,17 +1,20 @@
-"""Insight 3, decline: how implicit rewards moved in a run, from the metrics that it left."""
+"""Insight 3, decline: how implicit rewards moved in a run, from the metrics that it logged."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
 from qstar_jax import losses
 from qstar_jax.config import DeclineConfig
 from qstar_jax.errors import InputError
-from qstar_jax.store.files import write_json
+from qstar_jax.evaluation.insights.record import Finding, Record
 from qstar_jax.training.run_log import read_metrics
 
-# Curve -> the metrics that it can come from, the first that the run has. Those of held-out pairs come first.
+# Curve -> its metric, which begins with eval_ where the run was evaluated on held-out pairs.
 _CURVES = {
     "chosen": "rewards/chosen",
     "rejected": "rewards/rejected",
@@ -20,14 +23,92 @@ _CURVES = {
 _REFERENCE = "eval_rewards/reference_expected"  # -beta KL(reference || policy) on the reference's own samples
 
 
-def measure_decline(config: DeclineConfig) -> dict:
-    """Gathers how rewards moved in one run or two, and writes decline.json.
+@dataclass(frozen=True)
+class DeclineRun:
+    """How implicit rewards moved in one run.
+
+    Attributes:
+        name: Its name in figures.
+        folder: Its folder.
+        beta: Temperature of its rewards: reward per nat.
+        held_out: Whether the rewards are those of held-out pairs, or else of training pairs.
+        steps: Steps of the curves.
+        curves: Curve (chosen, rejected, margin, reference) -> mean implicit reward at these steps, None where nothing
+            was measured.
+        stderr: Curve -> standard errors, where the run logged them.
+        verdict: The run's own verdict; empty if it gave none.
+    """
+
+    name: str
+    folder: str
+    beta: float
+    held_out: bool
+    steps: list[int]
+    curves: dict[str, list[float | None]]
+    stderr: dict[str, list[float]] = field(default_factory=dict)
+    verdict: str = ""
+
+    def last(self, curve: str) -> tuple[float, float | None]:
+        """Last value of a curve, and two standard errors of it; None where the run logged none."""
+        errors = self.stderr.get(curve)
+        return self.curves[curve][-1], 2 * errors[-1] if errors else None
+
+
+@dataclass(frozen=True)
+class Decline(Record):
+    """decline.json: the runs "with SFT" and "without SFT", or one of them."""
+
+    NAME: ClassVar[str] = "decline"
+    COMMAND: ClassVar[str] = "qstar decline"
+
+    runs: tuple[DeclineRun, ...]
+
+    def finding(self) -> Finding:
+        """Reproduced where chosen rewards fall with SFT and not without it."""
+        runs = {run.name: run for run in self.runs}
+        both = [runs.get("with SFT"), runs.get("without SFT")]
+        return Finding(
+            insight="decline",
+            title="Falling rewards",
+            claim="Implicit rewards of chosen responses fall in training where the reference was fitted to them, as "
+            "-beta KL(reference || policy) of the reference's own responses must (Eq. 16), and not where it was not.",
+            paper="With SFT on the chosen responses both rewards decline while the margin grows; without it chosen "
+            "rewards stay above 0 (Fig. 3).",
+            measured=" ".join(map(_describe, self.runs)),
+            reproduced=None if None in both else _falls_with_sft_only(*both),
+            command=self.COMMAND,
+        )
+
+
+def _falls_with_sft_only(with_sft: DeclineRun, without_sft: DeclineRun) -> bool | None:
+    """Whether one falls and the other does not, or clearly less and not beyond noise; None where noise hides it."""
+    ends = [run.last("chosen") for run in (with_sft, without_sft)]
+    (end, error), (other_end, other_error) = [(value, float("inf") if e is None else e) for value, e in ends]
+    if end > error or other_end < -other_error:
+        return False
+    return True if end < -error and other_end - end > (error**2 + other_error**2) ** 0.5 else None
+
+
+def _describe(run: DeclineRun) -> str:
+    def last(curve: str) -> str:
+        value, error = run.last(curve)
+        return f"{value:+.3f}" + ("" if error is None else f" +- {error:.3f}")
+
+    reference = f", the reference's own responses at {last('reference')}" if "reference" in run.curves else ""
+    return (
+        f"{run.name[0].upper()}{run.name[1:]}, after {run.steps[-1]} steps: chosen {last('chosen')}, rejected "
+        f"{last('rejected')}, margin {last('margin')}{reference}."
+    )
+
+
+def measure_decline(config: DeclineConfig) -> Decline:
+    """Reads how rewards moved in one run or two, and writes decline.json.
 
     Args:
         config: The runs.
 
     Returns:
-        What decline.json holds.
+        The measurements.
 
     Raises:
         InputError: If no run is named, or one cannot be used.
@@ -36,22 +117,20 @@ def measure_decline(config: DeclineConfig) -> dict:
     runs = [decline_run(name, Path(folder).expanduser()) for name, folder in folders.items() if folder is not None]
     if not runs:
         raise InputError("name a DPO run with --with_sft, --without_sft or both")
-    record, out = {"runs": runs}, Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "decline.json", record)
-    return record
+    decline = Decline(tuple(runs))
+    decline.write(Path(config.out))
+    return decline
 
 
-def decline_run(name: str, folder: Path) -> dict:
+def decline_run(name: str, folder: Path) -> DeclineRun:
     """Reads how rewards moved in a run.
 
     Args:
-        name: What the run is called in figures.
+        name: Name of the run in figures.
         folder: Folder of a DPO run.
 
     Returns:
-        One entry of "runs" in decline.json: steps, and for chosen and rejected answers, their margin and the
-        reference's own samples the mean implicit reward at these steps, with standard errors where the run logged them.
+        Its curves, of held-out pairs if the run was evaluated on some.
 
     Raises:
         InputError: If the folder is not that of a run whose loss has implicit rewards.
@@ -62,29 +141,32 @@ def decline_run(name: str, folder: Path) -> dict:
     if f"{prefix}rewards/chosen" not in metrics:
         raise InputError(f"{folder}: its metrics.jsonl has no rewards/chosen; expected a run of `qstar dpo`")
     steps = metrics[f"{prefix}rewards/chosen"][0]
-    named = {curve: prefix + metric for curve, metric in _CURVES.items()} | {"reference": _REFERENCE}
+    names = {curve: prefix + metric for curve, metric in _CURVES.items()} | {"reference": _REFERENCE}
     curves = {
         curve: [dict(zip(*metrics[metric], strict=True)).get(step) for step in steps]
-        for curve, metric in named.items()
+        for curve, metric in names.items()
         if metric in metrics
-    }
-    errors = {
-        curve: values
-        for curve, metric in named.items()
-        if len(values := metrics.get(f"{metric}_stderr", ([], []))[1]) == len(steps)
     }
     summary = folder / "summary.json"
     verdict = json.loads(summary.read_text(encoding="utf-8")).get("verdict") if summary.exists() else None
-    return {
-        "name": name,
-        "folder": str(folder),
-        "beta": losses.make_loss(**options["loss"]).beta,
-        "held_out": held_out,
-        "steps": steps,
-        "curves": {curve: values for curve, values in curves.items() if None not in values},
-        "stderr": errors,
-        "verdict": verdict or "",
-    }
+    return DeclineRun(
+        name=name,
+        folder=str(folder),
+        beta=losses.make_loss(**options["loss"]).beta,
+        held_out=held_out,
+        steps=steps,
+        curves={curve: values for curve, values in curves.items() if None not in values},
+        stderr=_errors(metrics, names, len(steps)),
+        verdict=verdict or "",
+    )
+
+
+def _errors(
+    metrics: Mapping[str, tuple[list[int], list[float]]], names: Mapping[str, str], count: int
+) -> dict[str, list[float]]:
+    """Curve -> standard errors, for curves that have one at every step."""
+    errors = {curve: metrics[f"{metric}_stderr"][1] for curve, metric in names.items() if f"{metric}_stderr" in metrics}
+    return {curve: values for curve, values in errors.items() if len(values) == count}
 
 
 def _read(folder: Path) -> tuple[dict, dict]:

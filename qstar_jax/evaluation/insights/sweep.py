@@ -1,17 +1,17 @@
-"""Insight 2, search: what answers are worth against the width of the beam that found them.
+"""Insight 2, search: responses against the width of the beam that found them.
 
-The paper samples for width 1 and has no greedy control; here both are measured, so that what search gains is told
-apart from what less randomness gains.
+The paper samples for width 1 and has no greedy control; here both are measured, so that the gain of search is told
+apart from the gain of less randomness.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import jax
 import numpy as np
@@ -19,24 +19,132 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.config import DecodeOptions, SweepConfig
-from qstar_jax.console import say, track
+from qstar_jax.console import say
 from qstar_jax.data.dropped import rows_by_reason
 from qstar_jax.decoding.generations_file import GenerationsFile, generation_identity, prompt_texts
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation import trials
-from qstar_jax.evaluation.intervals import mean_interval
+from qstar_jax.evaluation.insights.record import Finding, Record
+from qstar_jax.evaluation.intervals import Interval, mean_interval
 from qstar_jax.evaluation.judges import Comparison, Judge, Verdict, make_judge
 from qstar_jax.evaluation.judges.alpaca_eval import export
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.sharding import make_mesh
-from qstar_jax.store.files import write_json
 from qstar_jax.store.identity import examples_identity, write_identity
-from qstar_jax.store.open import LoadedModel, load_model
+from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta, open_reference
 from qstar_jax.store.user_cache import keep_programs
 from qstar_jax.tasks import TASKS, find
 
 PIVOT = 5  # the width at which the paper's curves are highest
+
+
+@dataclass(frozen=True)
+class Point:
+    """The responses of one decoder, averaged over prompts.
+
+    Attributes:
+        decoder: "sampled", "greedy" or "beam".
+        width: Beams.
+        win_rate: Share of prompts on which the judge preferred the response to the file's; None where it never decided.
+        length: Tokens, EOS included.
+        logp: Sum of log pi, in nats.
+        implicit_reward: Sum of beta * log(pi / pi_ref).
+        true_reward: True reward; None where the task does not know it.
+        truncated: Share of the responses that reached the limit.
+        undecided: How many responses the judge did not decide on.
+    """
+
+    decoder: str
+    width: int
+    win_rate: Interval | None
+    length: Interval | None
+    logp: Interval | None
+    implicit_reward: Interval | None
+    true_reward: Interval | None
+    truncated: float
+    undecided: int = 0
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """The sweep of one model.
+
+    Attributes:
+        name: Label of its curve.
+        model: The model.
+        beta: Temperature of its rewards: reward per nat.
+        points: One for each decoder: intervals are by bootstrap over prompts, and samples of several seeds are averaged
+            per prompt first.
+        pivot: The width that is compared with the controls and with the widest beams.
+        differences: "5 beams - greedy", say -> paired difference of win rates; None where no prompt was decided.
+        unused_rows: Reason -> rows of the file that were not tried, counted from 0.
+    """
+
+    name: str
+    model: str
+    beta: float
+    points: tuple[Point, ...]
+    pivot: int
+    differences: dict[str, Interval | None]
+    unused_rows: dict[str, list[int]] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """The win rate of the pivot, and how it differs from that of other decoders."""
+        pivot = next(point for point in self.points if (point.decoder, point.width) == ("beam", self.pivot))
+        rate = "undecided" if pivot.win_rate is None else f"{pivot.win_rate:.3f}"
+        controls, wider = [], ""
+        for name, gain in self.differences.items():
+            one, _, other = name.partition(" - ")
+            if gain is None:
+                continue
+            if one == f"{self.pivot} beams":
+                controls.append(f"{gain:+.3f} against {other}")
+            else:
+                wider += f"; {one} {gain:+.3f} against {self.pivot}"
+        return f"{self.name}: {rate} with {self.pivot} beams, {', '.join(controls)}{wider}"
+
+
+@dataclass(frozen=True)
+class Sweep(Record):
+    """sweep.json: models whose responses to the same prompts were judged.
+
+    Attributes:
+        judge: Name of the judge.
+        prompts: How many prompts.
+        seeds: Seeds of the samples.
+        runs: One for each model.
+    """
+
+    NAME: ClassVar[str] = "sweep"
+    COMMAND: ClassVar[str] = "qstar sweep"
+
+    judge: str
+    prompts: int
+    seeds: list[int]
+    runs: tuple[SweepRun, ...]
+
+    def finding(self) -> Finding:
+        """Reproduced where the pivot of the first run wins more often than each control."""
+        pivot = f"{self.runs[0].pivot} beams - "
+        gains = [gain for name, gain in self.runs[0].differences.items() if name.startswith(pivot) and gain is not None]
+        reproduced = None
+        if gains and all(gain.low > 0 for gain in gains):
+            reproduced = True
+        elif any(gain.high < 0 for gain in gains):
+            reproduced = False
+        return Finding(
+            insight="search",
+            title="Search",
+            claim="Beam search by likelihood, which is search by reward (Eq. 13), improves a DPO policy over one beam, "
+            "sampled or greedy; very wide beams gain nothing more, or lose.",
+            paper="Five beams win 10 to 15 % more often against the preferred summary than one, which was sampled; "
+            "beyond five, win rates fall and responses grow long (Fig. 2; no greedy control).",
+            measured=f"Win rates against the preferred response ({self.judge}, {self.prompts} prompts). "
+            + "".join(f"{run.describe()}. " for run in self.runs).rstrip(),
+            reproduced=reproduced,
+            command=self.COMMAND,
+        )
 
 
 @dataclass(frozen=True, order=True)
@@ -46,7 +154,7 @@ class Setting:
     Attributes:
         width: Beams.
         decoder: "sampled", "greedy" or "beam".
-        seed: Of the samples; 0 where nothing is drawn.
+        seed: Seed for sampling; 0 where nothing is drawn.
     """
 
     width: int
@@ -57,6 +165,11 @@ class Setting:
     def folder(self) -> str:
         """Name of its folder."""
         return {"sampled": f"sampled-{self.seed}", "greedy": "greedy", "beam": f"beams-{self.width}"}[self.decoder]
+
+    @property
+    def name(self) -> str:
+        """Name of the decoder, whatever the seed."""
+        return f"{self.width} beams" if self.decoder == "beam" else self.decoder
 
     def options(self, config: SweepConfig) -> DecodeOptions:
         """Returns its `decode:` block."""
@@ -72,16 +185,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an answer was worth.
+    """What was measured of one response.
 
     Attributes:
         row: Row of its prompt.
-        win: 1 where the judge preferred it to the file's answer, 0.5 for a tie, 0 where not; None if undecided.
-        length: Its tokens, EOS included.
+        win: 1 where the judge preferred it to the file's response, 0.5 for a tie, 0 where not; None if undecided.
+        length: Tokens, EOS included.
         logp: Sum of log pi, in nats.
         implicit_reward: Sum of beta * log(pi / pi_ref).
         true_reward: Its true reward, where the task knows it.
-        truncated: Whether it ran into the limit.
+        truncated: Whether it reached the limit.
     """
 
     row: int
@@ -115,125 +228,156 @@ def settings(config: SweepConfig) -> list[Setting]:
     return [*sampled, Setting(1, "greedy"), *(Setting(width, "beam") for width in sorted(config.widths))]
 
 
-def sweep_run(outcomes: dict[Setting, Sequence[Outcome]], *, name: str, model: str, beta: float) -> dict:
-    """Sums up the sweep of one model.
+def sweep_run(
+    outcomes: Mapping[Setting, Sequence[Outcome]],
+    *,
+    name: str,
+    model: str,
+    beta: float,
+    unused_rows: dict[str, list[int]] | None = None,
+) -> SweepRun:
+    """Summarizes the sweep of one model.
 
     Args:
-        outcomes: For each setting one outcome a prompt, all in the same order of prompts.
+        outcomes: For each setting one outcome per prompt, all in the same order of prompts.
         name: Label of its curve.
         model: The model.
-        beta: Temperature of its rewards.
+        beta: Temperature of its rewards: reward per nat.
+        unused_rows: Rows of the file that were not tried, by reason.
 
     Returns:
-        One entry of "runs" in sweep.json: means with intervals (bootstrap over prompts; samples of several seeds are
-        averaged for each prompt first), and paired differences of win rates.
+        One entry of "runs" in sweep.json.
     """
-    groups: dict[tuple[str, int], list[Setting]] = {}
-    for setting in outcomes:
-        groups.setdefault((setting.decoder, setting.width), []).append(setting)
-
-    def by_prompt(key: tuple[str, int], of: Callable[[Outcome], float | None]) -> np.ndarray:
-        values = [[of(outcome) for outcome in outcomes[setting]] for setting in groups[key]]
-        filled = np.array(values, float)  # None becomes NaN
-        there = np.isfinite(filled)
-        return np.where(there, filled, 0).sum(0) / np.where(there.any(0), there.sum(0), np.nan)
-
-    def interval(values: np.ndarray) -> dict[str, float] | None:
-        return asdict(mean_interval(values)) if np.isfinite(values).any() else None
-
-    def point(key: tuple[str, int]) -> dict:
-        figures = {
-            "win_rate": lambda outcome: outcome.win,
-            "length": lambda outcome: outcome.length,
-            "logp": lambda outcome: outcome.logp,
-            "implicit_reward": lambda outcome: outcome.implicit_reward,
-            "true_reward": lambda outcome: outcome.true_reward,
-        }
-        return {
-            "decoder": key[0],
-            "width": key[1],
-            **{figure: interval(by_prompt(key, of)) for figure, of in figures.items()},
-            "truncated": float(by_prompt(key, lambda outcome: outcome.truncated).mean()),
-            "undecided": sum(outcome.win is None for setting in groups[key] for outcome in outcomes[setting]),
-        }
-
-    wins = {key: by_prompt(key, lambda outcome: outcome.win) for key in groups}
-    widths = sorted(width for decoder, width in groups if decoder == "beam")
+    decoders: dict[Setting, list[Sequence[Outcome]]] = {}  # samples of all seeds are one decoder
+    for setting, own in outcomes.items():
+        decoders.setdefault(replace(setting, seed=0), []).append(own)
+    wins = {decoder: _by_prompt(seeds, lambda outcome: outcome.win) for decoder, seeds in decoders.items()}
+    beams = {decoder.width: decoder for decoder in decoders if decoder.decoder == "beam"}
+    widths = sorted(beams)
     pivot = PIVOT if PIVOT in widths else widths[len(widths) // 2]
-    pairs = [(("beam", pivot), ("sampled", 1)), (("beam", pivot), ("greedy", 1))]
-    pairs += [(("beam", widths[-1]), ("beam", pivot))] if widths[-1] > pivot else []
-    return {
-        "name": name,
-        "model": model,
-        "beta": beta,
-        "points": [point(key) for key in groups],
-        "pivot": pivot,
-        "differences": {f"{_said(one)} - {_said(other)}": interval(wins[one] - wins[other]) for one, other in pairs},
-    }
+    pairs = [(beams[pivot], Setting(1, "sampled")), (beams[pivot], Setting(1, "greedy"))]
+    pairs += [(beams[widths[-1]], beams[pivot])] if widths[-1] > pivot else []
+    return SweepRun(
+        name=name,
+        model=model,
+        beta=beta,
+        points=tuple(_point(decoder, seeds) for decoder, seeds in decoders.items()),
+        pivot=pivot,
+        differences={f"{one.name} - {other.name}": _interval(wins[one] - wins[other]) for one, other in pairs},
+        unused_rows=unused_rows or {},
+    )
 
 
-def _said(key: tuple[str, int]) -> str:
-    decoder, width = key
-    return f"{width} beams" if decoder == "beam" else decoder
+def _point(decoder: Setting, seeds: Sequence[Sequence[Outcome]]) -> Point:
+    return Point(
+        decoder=decoder.decoder,
+        width=decoder.width,
+        win_rate=_interval(_by_prompt(seeds, lambda outcome: outcome.win)),
+        length=_interval(_by_prompt(seeds, lambda outcome: outcome.length)),
+        logp=_interval(_by_prompt(seeds, lambda outcome: outcome.logp)),
+        implicit_reward=_interval(_by_prompt(seeds, lambda outcome: outcome.implicit_reward)),
+        true_reward=_interval(_by_prompt(seeds, lambda outcome: outcome.true_reward)),
+        truncated=float(_by_prompt(seeds, lambda outcome: outcome.truncated).mean()),
+        undecided=sum(outcome.win is None for outcomes in seeds for outcome in outcomes),
+    )
 
 
-def measure_sweep(config: SweepConfig, console: Console) -> dict:
-    """Decodes with every width, judges the answers, and writes comparisons.jsonl and sweep.json.
+def _by_prompt(seeds: Sequence[Sequence[Outcome]], measure: Callable[[Outcome], float | None]) -> np.ndarray:
+    """Mean of a measure over the seeds that have it, per prompt; NaN where none has. Shape [prompts]."""
+    values = np.array([[measure(outcome) for outcome in outcomes] for outcomes in seeds], float)  # None becomes NaN
+    measured = np.isfinite(values)
+    return np.where(measured, values, 0).sum(0) / np.where(measured.any(0), measured.sum(0), np.nan)
+
+
+def _interval(values: np.ndarray) -> Interval | None:
+    return mean_interval(values) if np.isfinite(values).any() else None
+
+
+def measure_sweep(config: SweepConfig, console: Console) -> Sweep:
+    """Decodes with every width, judges the responses, and writes comparisons.jsonl and sweep.json.
 
     Args:
         config: The sweep.
         console: Where to show progress.
 
     Returns:
-        What sweep.json holds.
+        The measurements.
 
     Raises:
         InputError: If something that is named cannot be used.
     """
-    tried, models = settings(config), _named(config.model)
+    # What options and existing files say is checked before any model is loaded.
+    decoders, models = settings(config), _names(config.model)
     if config.data.eval is None:
-        raise InputError("--data.eval is missing: name a file with prompts and the answers to compare with")
+        raise InputError("--data.eval is missing: name a file with prompts and the responses to compare with")
     out, mesh = Path(config.out), make_mesh(config.mesh)
-    files = {
-        name: {
-            setting: trials.open_generations(config, model, setting.options(config), out / name / setting.folder)
-            for setting in tried
-        }
-        for name, model in models.items()
-    }
+    files = {name: _open_files(config, model, decoders, out / name) for name, model in models.items()}
     keep_programs()
     with jax.set_mesh(mesh):
         judge = _judge(config, mesh, console)
         entries = [_try_model(config, name, model, files[name], mesh, console) for name, model in models.items()]
-        # All at once: what a judge will cost is known before its first call.
-        comparisons = [comparison for entry in entries for own in entry.comparisons.values() for comparison in own]
+        # All models at once: the cost of a judge is known before its first call.
+        comparisons = [pair for entry in entries for pairs in entry.comparisons.values() for pair in pairs]
         verdicts = iter(judge(comparisons))
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out, models)
     with (out / "comparisons.jsonl").open("w", encoding="utf-8") as file:
-        runs = [_sum_up(config, entry, verdicts, judge.name, file) for entry in entries]
-    betas = [run["beta"] for run in runs]
+        runs = [_write_comparisons(config, entry, verdicts, judge.name, file) for entry in entries]
+    # Runs that differ in beta are named by it.
+    betas = [run.beta for run in runs]
     if len(set(betas)) == len(betas) > 1:
-        runs = [run | {"name": f"beta {run['beta']:g}"} for run in runs]
-    prompts = len(entries[0].comparisons[tried[0]])
-    record = {"judge": judge.name, "prompts": prompts, "seeds": config.seeds, "runs": runs}
+        runs = [replace(run, name=f"beta {run.beta:g}") for run in runs]
     identities = {entry.name: entry.identity for entry in entries}
     write_identity(out / "sweep.json", {"options": asdict(config), "models": identities})
-    write_json(out / "sweep.json", record)
-    return record
+    sweep = Sweep(judge.name, len(entries[0].comparisons[decoders[0]]), config.seeds, tuple(runs))
+    sweep.write(out)
+    return sweep
+
+
+def _names(model: list[str] | str) -> dict[str, str]:
+    """Names each model by its folder, or by two levels of folders where one level is ambiguous."""
+    models = [model] if isinstance(model, str) else model
+    if not models or len(set(models)) < len(models):
+        raise InputError(f"--model {models}: expected one or several different runs")
+    for depth in (1, 2):
+        names = ["-".join(Path(source).resolve().parts[-depth:]) for source in models]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, models, strict=True))
+
+
+def _open_files(
+    config: SweepConfig, model: str, decoders: Sequence[Setting], folder: Path
+) -> dict[Setting, GenerationsFile]:
+    return {
+        setting: trials.open_generations(config, model, setting.options(config), folder / setting.folder)
+        for setting in decoders
+    }
 
 
 def _remove_earlier(out: Path, models: Iterable[str]):
-    """Removes what an earlier sweep has measured here, so that nothing of it stands beside what comes."""
+    """Removes the files of an earlier sweep, so that none of them stands beside the new ones."""
     for name in ("sweep.json", "sweep.png", "sweep.identity.json"):
         (out / name).unlink(missing_ok=True)
     for name in models:
         shutil.rmtree(out / "alpaca_eval" / name, ignore_errors=True)
 
 
+def _judge(config: SweepConfig, mesh: Mesh, console: Console) -> Judge:
+    built_in = find(config.data.eval)
+    return make_judge(
+        config.judge,
+        true_reward=(lambda pairs: [built_in[0].true_reward(*pair) for pair in pairs]) if built_in else None,
+        compute=config.compute,
+        mesh=mesh,
+        mesh_options=config.mesh,
+        console=console,
+    )
+
+
 @dataclass(frozen=True)
 class _Entry:
-    """A model's answers before they are judged, who made them, and the rows that were not tried by reason."""
+    """A model's responses before they are judged, its identity, and the rows that were not tried, by reason."""
 
     name: str
     model: str
@@ -247,100 +391,64 @@ class _Entry:
 def _try_model(
     config: SweepConfig, name: str, model: str, files: dict[Setting, GenerationsFile], mesh: Mesh, console: Console
 ) -> _Entry:
-    """Answers in every way, and scores the answers."""
-    policy = load_model(model, config.compute, mesh, config.mesh)
-    reference, beta = _reference(config, policy, model, mesh)
-    dates = [file.date for file in files.values() if file.date]  # what was begun before is gone on with
+    """Generates responses in every way, and scores them."""
+    load = partial(load_model, compute=config.compute, mesh=mesh, mesh_options=config.mesh)
+    policy = load(model)
+    reference = open_reference(policy, config.reference, model, load)
+    beta = find_beta(policy, config.beta, model, "--beta")
+    dates = [file.date for file in files.values() if file.date]  # a sweep is continued with the date of its beginning
     data = replace(config.data, date=dates[0]) if dates else config.data
-    own, dataset = trials.read_trials(data, policy)
+    prompts, dataset = trials.read_trials(data, policy)
     say(console, dataset.report(policy.model, config.max_new_tokens))
     identity, texts = generation_identity(policy), prompt_texts(dataset, policy.tokenizer)
-    for file in files.values():  # all of them before the first answer
+    for file in files.values():  # all of them before the first response
         file.check(identity, texts, dataset.date)
-    size, show = config.batch_size, partial(track, console)
-    answers = {
-        setting: trials.answer_trials(file, policy, setting.options(config), dataset, size, mesh, show)
+    size = config.batch_size
+    responses = {
+        setting: trials.generate_trials(file, policy, setting.options(config), dataset, size, mesh, console)
         for setting, file in files.items()
     }
     return _Entry(
         name,
         model,
         beta,
-        trials.score_trials(answers, own, policy, reference, beta=beta, batch_size=size, mesh=mesh),
-        {setting: trials.compare(found, own) for setting, found in answers.items()},
+        trials.score_trials(responses, prompts, policy, reference, beta=beta, batch_size=size, mesh=mesh),
+        {setting: trials.compare(own, prompts) for setting, own in responses.items()},
         identity | {"reference": reference.identity(), "beta": beta, "data": examples_identity(dataset.examples)},
         rows_by_reason(dataset.dropped),
     )
 
 
-def _sum_up(config: SweepConfig, entry: _Entry, verdicts: Iterator[Verdict], judge: str, file: TextIO) -> dict:
-    """Brings a model's answers and their verdicts together, and writes them down."""
-    found = {}
+def _write_comparisons(
+    config: SweepConfig, entry: _Entry, verdicts: Iterator[Verdict], judge: str, file: TextIO
+) -> SweepRun:
+    """Writes down how each response of a model was judged, and summarizes them."""
+    outcomes = {}
     for setting, comparisons in entry.comparisons.items():
-        own = list(islice(verdicts, len(comparisons)))
-        found[setting] = _outcomes(entry.scored[setting], comparisons, own)
-        for outcome, comparison, verdict in zip(found[setting], comparisons, own, strict=True):
+        judged = list(zip(comparisons, islice(verdicts, len(comparisons)), strict=True))
+        outcomes[setting] = [
+            _outcome(scored, comparison, verdict)
+            for scored, (comparison, verdict) in zip(entry.scored[setting], judged, strict=True)
+        ]
+        for outcome, (comparison, verdict) in zip(outcomes[setting], judged, strict=True):
             parts = {**asdict(setting), **asdict(outcome), **asdict(comparison), "verdict": asdict(verdict)}
             file.write(json.dumps({"model": entry.name, **parts}, ensure_ascii=False) + "\n")
         if config.export:
             folder = Path(config.out) / "alpaca_eval" / entry.name / setting.folder
             names = {"generator": f"{entry.name} {setting.folder}", "baseline": "preferred", "annotator": judge}
-            export(folder, comparisons, own, **names)
-    return sweep_run(found, name=entry.name, model=entry.model, beta=entry.beta) | {"unused_rows": entry.unused}
+            export(folder, comparisons, [verdict for _, verdict in judged], **names)
+    return sweep_run(outcomes, name=entry.name, model=entry.model, beta=entry.beta, unused_rows=entry.unused)
 
 
-def _reference(config: SweepConfig, policy: LoadedModel, model: str, mesh: Mesh) -> tuple[LoadedModel, float]:
-    load = partial(load_model, compute=config.compute, mesh=mesh, mesh_options=config.mesh)
-    reference = open_reference(policy, config.reference, model, load)
-    return reference, find_beta(policy, config.beta, model, "--beta")
-
-
-def _judge(config: SweepConfig, mesh: Mesh, console: Console) -> Judge:
-    built_in = find(config.data.eval)
-    return make_judge(
-        config.judge,
-        true_reward=(lambda pairs: [built_in[0].true_reward(*pair) for pair in pairs]) if built_in else None,
-        compute=config.compute,
-        mesh=mesh,
-        mesh_options=config.mesh,
-        console=console,
-        track=partial(track, console),
+def _outcome(scored: ScoredResponse, comparison: Comparison, verdict: Verdict) -> Outcome:
+    # Prompts of a built-in task have a true reward in whatever file they stand.
+    rewards = (task.true_reward(comparison.prompt, comparison.answer) for task in TASKS)
+    return Outcome(
+        row=scored.row,
+        win=verdict.win,
+        length=len(scored.token_ids),
+        logp=float(sum(scored.logp)),
+        implicit_reward=scored.total_reward,
+        true_reward=next((reward for reward in rewards if reward is not None), None),
+        truncated=scored.truncated,
     )
-
-
-def _named(model: list[str] | str) -> dict[str, str]:
-    """Names each model by its folder; one that shares it with another gets the folder above too."""
-    models = [model] if isinstance(model, str) else model
-    if not models or len(set(models)) < len(models):
-        raise InputError(f"--model {models}: expected one or several different runs")
-    for depth in (1, 2):
-        names = ["-".join(Path(source).resolve().parts[-depth:]) for source in models]
-        if len(set(names)) == len(names):
-            break
-    return dict(zip(names, models, strict=True))
-
-
-def _outcomes(
-    scored: Sequence[ScoredResponse],
-    comparisons: Sequence[Comparison],
-    verdicts: Sequence[Verdict],
-) -> list[Outcome]:
-    """Brings together what is known of each answer."""
-    return [
-        Outcome(
-            row=record.row,
-            win=verdict.win,
-            length=len(record.token_ids),
-            logp=float(sum(record.logp)),
-            implicit_reward=record.total_reward,
-            true_reward=_true_reward(comparison.prompt, comparison.answer),
-            truncated=record.truncated,
-        )
-        for record, comparison, verdict in zip(scored, comparisons, verdicts, strict=True)
-    ]
-
-
-def _true_reward(prompt: str, response: str) -> float | None:
-    """The true reward by the first task whose prompt this is, from whatever file it was read; None without one."""
-    rewards = (task.true_reward(prompt, response) for task in TASKS)
-    return next((reward for reward in rewards if reward is not None), None)

@@ -1,12 +1,14 @@
 """A judge out of the `judge:` block."""
 
+from functools import partial
 from pathlib import Path
 
 from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.config import ComputeOptions, DataOptions, JudgeOptions, MeshOptions
-from qstar_jax.evaluation.judges.base import Judge, Say, Track, no_track, no_words
+from qstar_jax.console import say, track
+from qstar_jax.evaluation.judges.base import Judge, Say, Track
 from qstar_jax.evaluation.judges.chat import ChatServer
 from qstar_jax.evaluation.judges.cost import Budget
 from qstar_jax.evaluation.judges.llm import LlmJudge
@@ -26,7 +28,6 @@ def make_judge(
     mesh: Mesh | None = None,
     mesh_options: MeshOptions = MeshOptions(),
     console: Console | None = None,
-    track: Track = no_track,
 ) -> Judge:
     """Makes a judge.
 
@@ -36,8 +37,7 @@ def make_judge(
         compute: Types of a reward model.
         mesh: Its devices; by default those that `mesh_options` arrange.
         mesh_options: How its parameters are cut.
-        console: Where estimates of cost and counts of what was cut or stays undecided are shown; None: nowhere.
-        track: Wraps what is judged as `track(items, description, total)`, for a progress bar.
+        console: Where to show progress, estimates of cost, and counts of truncated and undecided texts; None: nowhere.
 
     Returns:
         The judge; one of kind llm has also `estimate(comparisons)`.
@@ -46,9 +46,9 @@ def make_judge(
         InputError: If an option has no effect with this kind, is missing or out of range, or names what cannot be used.
     """
     options = check_judge(options, true_reward=true_reward is not None)
-    say = no_words if console is None else _sayer(console)
+    shown = {"say": partial(say, console), "track": partial(track, console)}
     if options.kind == "llm":
-        return _llm(options, say, track)
+        return _llm(options, **shown)
     if options.kind == "true_reward":
         return RewardJudge("true reward", true_reward, options.tolerance)
     reward = load_reward(
@@ -62,8 +62,7 @@ def make_judge(
         batch_size=options.batch_size,
         compute=compute,
         mesh_options=mesh_options,
-        say=say,
-        track=track,
+        **shown,
     )
     return RewardJudge(f"reward model {Path(options.model).name}", reward, options.tolerance)
 
@@ -85,7 +84,3 @@ def _llm(options: JudgeOptions, say: Say, track: Track) -> LlmJudge:
         say=say,
         track=track,
     )
-
-
-def _sayer(console: Console) -> Say:
-    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)

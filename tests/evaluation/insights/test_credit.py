@@ -10,11 +10,10 @@ from qstar_jax.evaluation.insights.credit import (
     REFERENCE,
     REWARD,
     UNIFORM,
-    MarkedAnswer,
-    credit_report,
-    mark_answers,
+    MarkedResponse,
+    compute_credit,
+    mark_responses,
 )
-from qstar_jax.evaluation.insights.findings import findings
 from qstar_jax.evaluation.intervals import auc
 from qstar_jax.evaluation.scored import ScoredResponse
 
@@ -46,28 +45,28 @@ def marked(rng, kind="a", sharp=3.0, reference=0.0, advantages=True):
     wrong[rng.integers(8)] = True
     rewards, ref_logp = rng.normal(size=8) - sharp * wrong, rng.normal(size=8) - reference * wrong
     advantages = -1.0 * wrong if advantages else None
-    return MarkedAnswer(answer(rewards.tolist(), ref_logp.tolist()), (wrong,), kind, advantages)
+    return MarkedResponse(answer(rewards.tolist(), ref_logp.tolist()), (wrong,), kind, advantages)
 
 
 def report(count=80, **options):
     rng = np.random.default_rng(0)
     answers = [marked(rng, kind="ab"[i % 2], **options) for i in range(count)]
-    return answers, credit_report(answers, model="m", reference="r")
+    return answers, compute_credit(answers, model="m", reference="r")
 
 
 def test_areas_are_over_all_tokens_and_by_kind():
     answers, found = report()
     rewards = np.concatenate([a.scored.reward for a in answers])
     wrong = np.concatenate([a.wrong for a in answers])
-    assert found["detectors"][REWARD]["mean"] == pytest.approx(area(rewards, wrong))
-    assert found["detectors"][CEILING]["mean"] == 1.0
-    assert abs(found["detectors"][UNIFORM]["mean"] - 0.5) < 0.05
-    assert (found["answers"], found["tokens"], found["wrong_tokens"]) == (80, 640, 80)
-    assert {kind: part["answers"] for kind, part in found["kinds"].items()} == {"a": 40, "b": 40}
+    assert found.detectors[REWARD].mean == pytest.approx(area(rewards, wrong))
+    assert found.detectors[CEILING].mean == 1.0
+    assert abs(found.detectors[UNIFORM].mean - 0.5) < 0.05
+    assert (found.answers, found.tokens, found.wrong_tokens) == (80, 640, 80)
+    assert {name: kind.answers for name, kind in found.kinds.items()} == {"a": 40, "b": 40}
     own = [a for a in answers if a.kind == "a"]
     rewards, wrong = np.concatenate([a.scored.reward for a in own]), np.concatenate([a.wrong for a in own])
     expected = area(rewards, wrong)
-    assert found["kinds"]["a"]["detectors"][REWARD]["mean"] == pytest.approx(expected)
+    assert found.kinds["a"].detectors[REWARD].mean == pytest.approx(expected)
 
 
 def spread(blamed, count=40):
@@ -75,31 +74,31 @@ def spread(blamed, count=40):
     first, second = np.isin(np.arange(6), [1, 2]), np.isin(np.arange(6), [4])
     rewards = [0.1 * i for i in range(6)]
     rewards[blamed] = rewards[4] = -1.0
-    return credit_report([MarkedAnswer(answer(rewards), (first, second), "k")] * count, model="m", reference="r")
+    return compute_credit([MarkedResponse(answer(rewards), (first, second), "k")] * count, model="m", reference="r")
 
 
 @pytest.mark.parametrize("blamed", [1, 2])
 def test_a_mistake_of_several_tokens_is_found_by_its_lowest(blamed):
     found = spread(blamed)
-    assert found["detectors"][REWARD]["mean"] == 1.0
-    assert (found["mistakes"], found["wrong_tokens"]) == (80, 120)
-    assert 0.5 < found["by_token"][REWARD]["mean"] < 1.0  # its other token is not low
+    assert found.detectors[REWARD].mean == 1.0
+    assert (found.mistakes, found.wrong_tokens) == (80, 120)
+    assert 0.5 < found.by_token[REWARD].mean < 1.0  # its other token is not low
 
 
 def test_blame_of_what_is_right_counts_against_it():
-    assert spread(blamed=3)["detectors"][REWARD]["mean"] < 0.9
+    assert spread(blamed=3).detectors[REWARD].mean < 0.9
 
 
 def test_differences_are_paired():
     _, found = report(reference=3.0)
-    difference, detectors = found["differences"][REFERENCE], found["detectors"]
-    assert difference["mean"] == pytest.approx(detectors[REWARD]["mean"] - detectors[REFERENCE]["mean"])
-    assert difference["low"] < 0 < difference["high"]
-    assert set(found["differences"]) == {REFERENCE, UNIFORM}  # the ceiling is no control
+    difference, detectors = found.differences[REFERENCE], found.detectors
+    assert difference.mean == pytest.approx(detectors[REWARD].mean - detectors[REFERENCE].mean)
+    assert difference.low < 0 < difference.high
+    assert set(found.differences) == {REFERENCE, UNIFORM}  # the ceiling is no control
 
 
 def test_without_a_known_truth_there_is_no_ceiling():
-    assert CEILING not in report(advantages=False)[1]["detectors"]
+    assert CEILING not in report(advantages=False)[1].detectors
 
 
 @pytest.mark.parametrize(
@@ -107,8 +106,8 @@ def test_without_a_known_truth_there_is_no_ceiling():
     [({"sharp": 4.0}, True), ({"sharp": 0.3}, False), ({"sharp": 4.0, "reference": 4.0}, None)],
 )
 def test_the_verdict_follows_the_numbers(options, reproduced):
-    (found,) = findings(credit=report(**options)[1])
-    assert found["reproduced"] is reproduced and "AUC" in found["measured"]
+    finding = report(**options)[1].finding()
+    assert finding.reproduced is reproduced and "AUC" in finding.measured
 
 
 ROWS = [{"rejected": "abc", "wrong": ["b"], "kind": "k"}, {"rejected": "abc", "wrong": [[2, 3]]}]
@@ -118,24 +117,24 @@ MARKS = {"wrong": "wrong", "kind": "kind", "source": "f"}
 
 def test_marks_of_the_file_become_tokens():
     scored = [answer([1, 2, 3], row=r, role=role, pieces="abc") for r in (0, 1) for role in ("chosen", "rejected")]
-    found = mark_answers(scored, ROWS, RECORDS, **MARKS)
+    found = mark_responses(scored, ROWS, RECORDS, **MARKS)
     assert [(m.wrong.tolist(), m.kind) for m in found] == [([0, 1, 0], "k"), ([0, 0, 1], "all")]
     rows = [{"rejected": "abc", "wrong": ["a", "bc"]}]
-    (found,) = mark_answers(scored[:2], rows, RECORDS, **MARKS)
+    (found,) = mark_responses(scored[:2], rows, RECORDS, **MARKS)
     assert [span.tolist() for span in found.spans] == [[1, 0, 0], [0, 1, 1]]
 
 
 def test_a_row_without_marks_is_an_error_that_names_the_option():
     scored = [answer([1, 2, 3], pieces="abc")]
     with pytest.raises(InputError, match=r"f row 1: no column 'spans' .*'rejected', 'wrong', 'kind'.*--wrong"):
-        mark_answers(scored, ROWS, RECORDS, **MARKS | {"wrong": "spans"})
+        mark_responses(scored, ROWS, RECORDS, **MARKS | {"wrong": "spans"})
 
 
 def test_marks_of_an_answer_whose_prompt_was_taken_off():
     scored = [answer([1, 2, 3], row=row, pieces="abc") for row in (0, 1)]
     rows = [row | {"rejected": "p: abc"} for row in ROWS]
     records = [replace(record, repeats="removed") for record in RECORDS]
-    (found,) = mark_answers(scored[:1], rows, records, **MARKS)
+    (found,) = mark_responses(scored[:1], rows, records, **MARKS)
     assert found.wrong.tolist() == [0, 1, 0]
     with pytest.raises(InputError, match=r"f row 2: marks are ranges.*mark texts, or set --data.repeated_prompt keep"):
-        mark_answers(scored, rows, records, **MARKS)
+        mark_responses(scored, rows, records, **MARKS)

@@ -4,8 +4,7 @@ import pytest
 import yaml
 
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.insights.decline import decline_run
-from qstar_jax.evaluation.insights.findings import findings
+from qstar_jax.evaluation.insights.decline import Decline, decline_run
 
 
 def write_run(folder, lines, loss=None, verdict="it fell"):
@@ -36,15 +35,15 @@ def test_held_out_curves_come_first(tmp_path):
         evaluation(10, -1.0),
     ]
     found = decline_run("a run", write_run(tmp_path / "run", lines))
-    assert found["held_out"] and found["beta"] == 0.2 and found["verdict"] == "it fell"
-    assert found["steps"] == [0, 10]
-    assert found["curves"] == {
+    assert found.held_out and found.beta == 0.2 and found.verdict == "it fell"
+    assert found.steps == [0, 10]
+    assert found.curves == {
         "chosen": [0.0, -1.0],
         "rejected": [0.0, -11.0],
         "margin": [0.0, 10.0],
         "reference": [0, -5],
     }
-    assert found["stderr"] == {"chosen": [0.01, 0.01], "reference": [0.1, 0.1]}
+    assert found.stderr == {"chosen": [0.01, 0.01], "reference": [0.1, 0.1]}
 
 
 def test_a_run_without_evaluation_shows_its_training(tmp_path):
@@ -52,7 +51,7 @@ def test_a_run_without_evaluation_shows_its_training(tmp_path):
         {"step": s, "rewards/chosen": -0.1 * s, "rewards/rejected": -s, "rewards/margins": 0.9 * s} for s in range(3)
     ]
     found = decline_run("a run", write_run(tmp_path / "run", lines))
-    assert not found["held_out"] and "reference" not in found["curves"] and found["steps"] == [0, 1, 2]
+    assert not found.held_out and "reference" not in found.curves and found.steps == [0, 1, 2]
 
 
 def test_other_folders_are_refused(tmp_path):
@@ -84,5 +83,5 @@ def test_the_verdict_follows_the_numbers(tmp_path, with_sft, without, reproduced
         for name, end in ends.items()
         if end is not None
     ]
-    (said,) = findings(decline={"runs": runs})
-    assert said["reproduced"] is reproduced and f"chosen {with_sft:+.3f} +- 0.020" in said["measured"]
+    finding = Decline(tuple(runs)).finding()
+    assert finding.reproduced is reproduced and f"chosen {with_sft:+.3f} +- 0.020" in finding.measured

@@ -3,8 +3,8 @@ import pytest
 
 from qstar_jax.config import SweepConfig
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.insights.findings import findings
-from qstar_jax.evaluation.insights.sweep import Outcome, Setting, settings, sweep_run
+from qstar_jax.evaluation.insights.sweep import Outcome, Setting, Sweep, settings, sweep_run
+from qstar_jax.evaluation.intervals import Interval
 
 
 def outcome(row, win, length=3):
@@ -58,36 +58,36 @@ def test_samples_of_several_seeds_are_averaged_for_each_prompt():
     }
     beams = {GREEDY: [outcome(0, 0.0), outcome(1, 0.0)], FIVE: [outcome(0, 1.0), outcome(1, 1.0)]}
     found = sweep_run(seeds | beams, name="n", model="m", beta=0.1)
-    points = {(p["decoder"], p["width"]): p for p in found["points"]}
-    assert points["sampled", 1]["win_rate"]["mean"] == 0.75 and len(points) == 3
-    assert found["differences"]["5 beams - sampled"]["mean"] == 0.25
-    assert found["differences"]["5 beams - greedy"]["mean"] == 1.0
+    points = {(p.decoder, p.width): p for p in found.points}
+    assert points["sampled", 1].win_rate.mean == 0.75 and len(points) == 3
+    assert found.differences["5 beams - sampled"].mean == 0.25
+    assert found.differences["5 beams - greedy"].mean == 1.0
 
 
 def test_differences_are_paired_by_prompt():
     rates = {SAMPLED: 0.5, GREEDY: 0.6, FIVE: 0.7, TWENTY: 0.7}
     found = sweep_run(run(rates, 400), name="n", model="m", beta=0.1)
-    gain = found["differences"]["5 beams - greedy"]
-    assert 0 < gain["low"] < gain["mean"] < gain["high"] < 0.2  # unpaired it would reach below 0.05
-    assert found["differences"]["20 beams - 5 beams"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    gain = found.differences["5 beams - greedy"]
+    assert 0 < gain.low < gain.mean < gain.high < 0.2  # unpaired it would reach below 0.05
+    assert found.differences["20 beams - 5 beams"] == Interval(mean=0.0, low=0.0, high=0.0)
 
 
 def test_undecided_comparisons_count_for_nothing_and_are_counted():
     found = sweep_run(run({SAMPLED: 1.0, GREEDY: 1.0, FIVE: 1.0}, 10, undecided=4), name="n", model="m", beta=0.1)
-    assert all(p["win_rate"]["mean"] == 1.0 and p["undecided"] == 4 for p in found["points"])
+    assert all(p.win_rate.mean == 1.0 and p.undecided == 4 for p in found.points)
     nothing = sweep_run(run({SAMPLED: 1.0, GREEDY: 1.0, FIVE: 1.0}, 4, undecided=4), name="n", model="m", beta=0.1)
-    assert all(p["win_rate"] is None for p in nothing["points"]) and not any(nothing["differences"].values())
+    assert all(p.win_rate is None for p in nothing.points) and not any(nothing.differences.values())
 
 
 def test_what_is_not_known_is_none_and_what_was_cut_is_counted():
     outcomes = {s: [outcome(0, 1.0, length=9), outcome(1, 1.0)] for s in (SAMPLED, GREEDY, FIVE)}
-    (point, *_) = sweep_run(outcomes, name="n", model="m", beta=0.1)["points"]
-    assert point["true_reward"] is None and point["truncated"] == 0.5 and point["length"]["mean"] == 6.0
+    (point, *_) = sweep_run(outcomes, name="n", model="m", beta=0.1).points
+    assert point.true_reward is None and point.truncated == 0.5 and point.length.mean == 6.0
 
 
 def test_without_five_beams_the_middle_width_speaks():
     rates = dict.fromkeys((SAMPLED, GREEDY, Setting(2, "beam"), Setting(3, "beam"), Setting(4, "beam")), 0.5)
-    assert sweep_run(run(rates), name="n", model="m", beta=0.1)["pivot"] == 3
+    assert sweep_run(run(rates), name="n", model="m", beta=0.1).pivot == 3
 
 
 @pytest.mark.parametrize(
@@ -96,5 +96,5 @@ def test_without_five_beams_the_middle_width_speaks():
 )
 def test_the_verdict_follows_the_numbers(rates, reproduced):
     found = sweep_run(run(dict(zip((SAMPLED, GREEDY, FIVE), rates, strict=True))), name="n", model="m", beta=0.1)
-    (said,) = findings(sweep={"judge": "j", "prompts": 100, "seeds": [0], "runs": [found]})
-    assert said["reproduced"] is reproduced and "against greedy" in said["measured"]
+    finding = Sweep("j", prompts=100, seeds=[0], runs=(found,)).finding()
+    assert finding.reproduced is reproduced and "against greedy" in finding.measured

@@ -1,14 +1,14 @@
-"""Points with intervals, one line of them a thing and one colour a series: for credit and for differences."""
+"""Points with intervals: one line per group, one colour per series."""
 
 import textwrap
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
-from qstar_jax.report.figures.panel import Style
-from qstar_jax.report.numbers import Interval
+from qstar_jax.evaluation.intervals import Interval
+from qstar_jax.report.panel import Style
 
-_SPREAD = 0.62  # how much of a group's room its points take
+_SPREAD = 0.62  # share of a group's room that its points take
 
 
 def draw_dots(
@@ -21,26 +21,26 @@ def draw_dots(
     line: float,
     line_label: str | None = None,
 ) -> None:
-    """Draws groups from the top down; in each, one point with its interval a series.
+    """Draws groups from the top down; in each, one point with its interval per series.
 
     Args:
         axes: Where to draw.
         style: Colours.
         groups: Name of a group -> name of a series -> interval; a series may be missing.
         series: All series, in the order of their colours.
-        label: Of the axis.
-        line: Where the line of no effect stands.
-        line_label: What it means, for the legend.
+        label: Label of the axis.
+        line: Place of the line of no effect.
+        line_label: Its meaning, for the legend.
     """
     axes.axvline(line, color=style.quiet, linewidth=1, linestyle=(0, (2, 2)), label=line_label, zorder=1)
     for number, name in enumerate(series):
         offset = (number - (len(series) - 1) / 2) * _SPREAD / max(len(series), 2)
-        found = [(row + offset, group[name]) for row, group in enumerate(groups.values()) if name in group]
+        points = [(row + offset, group[name]) for row, group in enumerate(groups.values()) if name in group]
         mark = style.mark(number)
         axes.errorbar(
-            [interval["mean"] for _, interval in found],
-            [y for y, _ in found],
-            xerr=_arms([interval for _, interval in found]),
+            [interval.mean for _, interval in points],
+            [y for y, _ in points],
+            xerr=_arms([interval for _, interval in points]),
             fmt=mark["marker"],
             color=mark["color"],
             elinewidth=1.4,
@@ -59,6 +59,6 @@ def draw_dots(
 def _arms(intervals: list[Interval]) -> list[list[float]]:
     """Lengths from the mean to both ends; a mean outside its own bootstrap interval has no arm on that side."""
     return [
-        [max(0.0, interval["mean"] - interval["low"]) for interval in intervals],
-        [max(0.0, interval["high"] - interval["mean"]) for interval in intervals],
+        [max(0.0, interval.mean - interval.low) for interval in intervals],
+        [max(0.0, interval.high - interval.mean) for interval in intervals],
     ]
