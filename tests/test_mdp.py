@@ -1,6 +1,6 @@
-import importlib.util
-import inspect
-from dataclasses import dataclass, field, replace
+"""The token MDP by hand, and against restatements in numpy."""
+
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations, product
 
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 from qstar_jax import mdp
 from qstar_jax.mdp import TokenScores
@@ -21,10 +20,7 @@ SCORES = TokenScores(LOGP, REF, LOGZ, MASK)
 
 # Whole, right-padded, left-padded with a hole, left-padded, empty.
 MASKS = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0]], bool)
-CUT = jnp.array([True, False, True, False, True])
-RUBBISH = [jnp.nan, jnp.inf, -jnp.inf, 1e30]
-
-
+TRUNCATED = jnp.array([True, False, True, False, True])
 # Compiled once a shape, which is faster than one by one.
 are_equivalent = jax.jit(mdp.are_equivalent, static_argnames="atol")
 preference_log_prob = jax.jit(mdp.preference_log_prob)
@@ -36,113 +32,8 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-READINGS = ("log_ratios", "rewards", "returns", "v", "q", "advantages")
-
-
-@dataclass(frozen=True)
-class Case:
-    """Arguments of a function, or fields of the scores that a method reads, with one leading batch axis."""
-
-    name: str
-    arrays: dict
-    options: dict = field(default_factory=dict)
-    tag: str = ""
-
-    @property
-    def id(self):
-        return f"{self.name}-{self.tag}" if self.tag else self.name
-
-    @property
-    def key(self):
-        """The argument that says what is padding."""
-        return next((key for key in ("mask", "present") if key in self.arrays), None)
-
-    def __call__(self, arrays=None, module=mdp, **options):
-        arrays = self.arrays if arrays is None else arrays
-        if self.name in READINGS:
-            fields = {"logp": jnp.zeros(arrays["mask"].shape), "ref_logp": None, "logz": None}
-            return [getattr(module.TokenScores(**fields | arrays), self.name)(**self.options | options)]
-        owner = module.TokenScores if self.name == "from_logits" else module
-        return jax.tree.leaves(getattr(owner, self.name)(**arrays, **self.options | options))
-
-    def total(self, arrays, **options):
-        """One number that depends on every entry of the results in its own way."""
-        leaves = [x for x in self(arrays, **options) if is_float(x)]
-        return sum((x * np.cos(np.arange(x.size)).reshape(x.shape).astype(x.dtype)).sum() for x in leaves)
-
-    def spoil(self, *rubbish):
-        """Puts rubbish wherever nothing may be read."""
-        mask = np.asarray(self.arrays[self.key])
-
-        def change(name, x):
-            read = mask if x.ndim == mask.ndim else mask[..., None]
-            if name == "final_values":
-                read = np.asarray(self.arrays["truncated"]) & mask.any(-1)
-            return jnp.asarray(np.where(read, x, np.resize(np.float32(rubbish), x.shape)))
-
-        return {name: change(name, x) if is_float(x) else x for name, x in self.arrays.items()}
-
-
-def is_float(x):
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def tokens(*names):
-    return {name: normal(seed, *MASKS.shape) for seed, name in enumerate(names)} | {"mask": MASKS}
-
-
-BETA = {"beta": 0.3}
-ENDS = {"truncated": CUT, "final_values": normal(9, 5)}
-LOGITS = {"logits": 2 * normal(10, 5, 4, 6), "ref_logits": 2 * normal(11, 5, 4, 6)}
-RESPONSES = {
-    "rewards": normal(12, 2, 5, 4),
-    "other": normal(13, 2, 5, 4),
-    "mask": jnp.stack([MASKS, MASKS[::-1, ::-1]]),
-}
+POLICY_LOGITS, REF_LOGITS = 2 * normal(10, 5, 4, 6), 2 * normal(11, 5, 4, 6)
 STEP_IDS = jnp.array([[0, 0, 1, 2], [1, 1, 0, 0], [5, -1, 2, 2], [-7, 3, 0, 1], [0, 1, 2, 3]])
-CASES = [
-    Case("from_logits", LOGITS | {"tokens": jnp.where(MASKS, jnp.arange(20).reshape(5, 4) % 6, -100), "mask": MASKS}),
-    Case("log_ratios", tokens("logp", "ref_logp")),
-    Case("rewards", tokens("logp", "ref_logp"), BETA),
-    Case("returns", tokens("logp", "ref_logp"), BETA),
-    Case("v", tokens("logz"), BETA),
-    Case("q", tokens("logp", "logz"), BETA),
-    Case("advantages", tokens("logp"), BETA),
-    Case("implicit_rewards", {name: x for name, x in tokens("logp", "ref_logp").items() if name != "mask"}, BETA),
-    Case("successor_values", tokens("values")),
-    Case("successor_values", tokens("values") | ENDS, tag="truncated"),
-    Case("shape_rewards", tokens("rewards", "potentials", "next_potentials")),
-    Case("are_equivalent", RESPONSES),
-    Case("are_equivalent", RESPONSES | {"truncated": jnp.stack([CUT, ~CUT])}, tag="truncated"),
-    Case("preference_log_prob", {"returns": 3 * normal(14, 5, 4)}),
-    Case("preference_log_prob", {"returns": 3 * normal(14, 5, 4), "present": MASKS}, tag="present"),
-    Case("kl_divergence", {"logits": LOGITS["logits"], "other_logits": LOGITS["ref_logits"], "mask": MASKS}),
-    Case("step_rewards", tokens("rewards") | {"step_ids": STEP_IDS}, {"num_steps": 3}),
-]
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-padded_case = pytest.mark.parametrize("case", [case for case in CASES if case.key], ids=lambda case: case.id)
-
-
-@cache
-def compiled(number):
-    case = CASES[number]
-
-    def run(floats, rest):
-        return case(floats | rest)
-
-    def total(floats, rest):
-        return case.total(floats | rest)
-
-    return jax.jit(run), jax.jit(jax.grad(total))
-
-
-def split(arrays):
-    return tuple({k: x for k, x in arrays.items() if is_float(x) == wanted} for wanted in (True, False))
-
-
-def value_and_grad(case, arrays):
-    run, grad = compiled(CASES.index(case))
-    return run(*split(arrays)), grad(*split(arrays))
 
 
 def assert_same(found, expected, **tolerance):
@@ -151,155 +42,7 @@ def assert_same(found, expected, **tolerance):
 
 
 def float64(tree):
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64) if is_float(x) else x, tree)
-
-
-# Of every function.
-
-
-def test_the_table_covers_every_public_function():
-    functions = inspect.getmembers(mdp, inspect.isfunction)
-    public = {name for name, f in functions if f.__module__ == mdp.__name__ and not name.startswith("_")}
-    assert {case.name for case in CASES} == public | {*READINGS, "from_logits"}
-    methods = {name for name, _ in inspect.getmembers(TokenScores, inspect.isroutine) if not name.startswith("_")}
-    assert methods == {*READINGS, "from_logits", "require"}
-
-
-@pytest.mark.parametrize("rubbish", RUBBISH)
-@padded_case
-def test_what_stands_under_the_mask_changes_neither_value_nor_gradient(case, rubbish):
-    assert_same(value_and_grad(case, case.spoil(rubbish)), value_and_grad(case, case.arrays))
-
-
-@padded_case
-def test_neither_does_it_without_jit(case):
-    with jax.disable_jit():
-        dirty = case.spoil(*RUBBISH)
-        found = case(dirty), jax.grad(lambda x, y: case.total(x | y))(*split(dirty))
-    assert_same(found, value_and_grad(case, case.arrays), rtol=1e-5, atol=1e-6)
-
-
-@padded_case
-def test_results_and_gradients_are_zero_under_the_mask(case):
-    mask = np.asarray(case.arrays[case.key])
-    value, grad = value_and_grad(case, case.spoil(jnp.nan))
-    for x in (*value, *grad.values()):
-        if x.shape[: mask.ndim] == mask.shape:
-            assert not np.asarray(x)[~mask].any()
-
-
-@padded_case
-def test_an_empty_response_is_worth_nothing(case):
-    empty = case.arrays | {case.key: jnp.zeros_like(case.arrays[case.key])}
-    broken = {k: jnp.full_like(x, jnp.nan) if is_float(x) else x for k, x in empty.items()}
-    for arrays in (empty, broken):
-        value, grad = value_and_grad(case, arrays)
-        assert not any(x.any() for x in (*value, *grad.values()) if is_float(x))
-
-
-@every_case
-def test_batched_equals_vmapped_and_takes_any_leading_axes(case):
-    def row(x):
-        return x[1]
-
-    def more(x):
-        return jnp.stack([x, x[::-1]])[None]
-
-    @jax.jit
-    def run(arrays):
-        value = case(arrays)
-        found = jax.vmap(case)(arrays), case(jax.tree.map(row, arrays)), case(jax.tree.map(more, arrays))
-        return found, (value, jax.tree.map(row, value), jax.tree.map(more, value))
-
-    found, expected = run(case.arrays)
-    assert_same(found, expected, rtol=1e-5, atol=1e-6)
-
-
-@every_case
-def test_compiled_equals_eager(case):
-    assert_same(value_and_grad(case, case.arrays)[0], case(), rtol=1e-5, atol=1e-6)
-
-
-@every_case
-def test_takes_numpy_arrays(case):
-    assert_same(case({k: np.asarray(x) for k, x in case.arrays.items()}), case())
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if "beta" in case.options], ids=lambda case: case.id)
-def test_temperature_may_be_traced_and_enters_linearly(case):
-    total = jax.jit(jax.value_and_grad(lambda beta: case.total(case.arrays, beta=beta)))
-    (start, slope), (end, _) = total(0.0), total(1.0)
-    np.testing.assert_allclose(slope, end - start, rtol=1e-4)
-    np.testing.assert_allclose(total(0.3)[0], case.total(case.arrays), rtol=1e-4, atol=1e-6)
-
-
-@every_case
-def test_gradients_equal_finite_differences(case):
-    with jax.enable_x64(True):
-        floats, rest = split(float64(case.arrays))
-        check_grads(jax.jit(lambda x: case.total(x | rest)), (floats,), order=1, modes="rev", rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-@every_case
-def test_results_have_the_precision_of_the_arguments(case, dtype):
-    with jax.enable_x64(True):
-        arrays = {k: jax.ShapeDtypeStruct(x.shape, dtype if is_float(x) else x.dtype) for k, x in case.arrays.items()}
-        results = jax.eval_shape(case, arrays)
-    # Whole logits are read in float32 at least: log-ratios of bfloat16 log-probabilities are mostly rounding.
-    expected = "float32" if "logits" in arrays and dtype == "bfloat16" else dtype
-    assert {str(x.dtype) for x in results} - {"bool"} == {expected}
-
-
-def along(case, change):
-    """Changes every argument along the axis of tokens, or of a ranking's places."""
-    shape = case.arrays[case.key].shape
-    return {k: change(x, len(shape) - 1) if x.shape[: len(shape)] == shape else x for k, x in case.arrays.items()}
-
-
-def crop(x, axis, start, length):
-    return np.asarray(x)[(slice(None),) * axis + (slice(start, start + length),)]
-
-
-@padded_case
-def test_padding_on_either_side_changes_nothing(case, length=3):
-    def pad(x, axis):
-        widths = [(2, 3) if i == axis else (0, 0) for i in range(x.ndim)]
-        return np.pad(crop(x, axis, 0, length), widths, constant_values=np.nan if is_float(x) else 0)
-
-    padded, short = along(case, pad), along(case, lambda x, axis: crop(x, axis, 0, length))
-    shape = padded[case.key].shape
-    found, expected = jax.jit(lambda padded, short: (case(padded), case(short)))(padded, short)
-    found = [crop(x, len(shape) - 1, 2, length) if x.shape == shape else x for x in found]
-    assert [x.shape for x in found] == [x.shape for x in expected]
-    assert_same(found, expected, rtol=1e-5, atol=1e-6)
-
-
-@padded_case
-def test_arrays_without_tokens_are_allowed(case):
-    jax.eval_shape(case, along(case, lambda x, axis: crop(x, axis, 0, 0)))
-
-
-@pytest.fixture(scope="module")
-def unchecked():
-    """The module as users have it, without the checks of shapes that tests install."""
-    spec = importlib.util.spec_from_file_location("unchecked_mdp", mdp.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def arguments():
-    for case in CASES:
-        for name in case.arrays if case.key and len(case.arrays) > 1 else ():
-            yield pytest.param(case, name, id=f"{case.id}-{name}")
-
-
-@pytest.mark.parametrize(("case", "name"), arguments())
-def test_shapes_that_would_be_broadcast_raise(unchecked, case, name):
-    jax.eval_shape(lambda x: case(x, unchecked), case.arrays)
-    with pytest.raises((AssertionError, ValueError, TypeError)):
-        jax.eval_shape(lambda x: case(x, unchecked), case.arrays | {name: case.arrays[name][:1]})
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), tree)
 
 
 # Readings of log-probabilities.
@@ -337,23 +80,30 @@ def test_what_was_not_scored_is_named():
 
 
 def test_logits_without_a_reference():
-    scores = from_logits(LOGITS["logits"], None, jnp.zeros((5, 4), int), MASKS)
+    scores = from_logits(POLICY_LOGITS, None, jnp.zeros((5, 4), int), MASKS)
     assert scores.ref_logp is None and scores.logp.shape == scores.logz.shape == (5, 4)
 
 
+def test_scores_from_logits_by_hand():
+    # The policy has probabilities 3/4 and 1/4 and log-normalizer 2 in both states, the reference 1/2 and 1/2.
+    logits = 2 + jnp.log(jnp.array([[0.75, 0.25], [0.75, 0.25]]))
+    scores = from_logits(logits, jnp.zeros((2, 2)), jnp.array([0, 1]), jnp.array([True, True]))
+    np.testing.assert_allclose(scores.logp, np.log([0.75, 0.25]), rtol=1e-5)
+    np.testing.assert_allclose(scores.ref_logp, np.log([0.5, 0.5]), rtol=1e-6)
+    np.testing.assert_allclose(scores.logz, [2, 2], rtol=1e-6)
+
+
 def test_scores_from_logits_restated_in_numpy():
-    arrays = CASES[0].arrays
-    z, ref, chosen = (
-        np.asarray(arrays[k]).astype(t) for k, t in (("logits", "f8"), ("ref_logits", "f8"), ("tokens", int))
-    )
-    chosen = np.where(MASKS, chosen, 0)
+    tokens = jnp.where(MASKS, jnp.arange(20).reshape(5, 4) % 6, -100)
+    chosen = np.where(MASKS, tokens, 0)
 
     def read(x):
         logz = np.log(np.exp(x).sum(-1))
         return np.take_along_axis(x, chosen[..., None], -1)[..., 0] - logz, logz
 
-    scores = from_logits(**arrays)
-    for found, expected in ((scores.logp, read(z)[0]), (scores.logz, read(z)[1]), (scores.ref_logp, read(ref)[0])):
+    (logp, logz), (ref_logp, _) = (read(np.asarray(x, np.float64)) for x in (POLICY_LOGITS, REF_LOGITS))
+    scores = from_logits(POLICY_LOGITS, REF_LOGITS, tokens, MASKS)
+    for found, expected in ((scores.logp, logp), (scores.logz, logz), (scores.ref_logp, ref_logp)):
         np.testing.assert_allclose(found, np.where(MASKS, expected, 0.0), atol=1e-5)
 
 
@@ -397,7 +147,7 @@ def test_the_kl_convention_takes_the_reference_out_of_q_and_advantage():
     np.testing.assert_allclose(SCORES.q(0.3) - reference, SCORES.rewards(0.3) + SCORES.v(0.3), atol=1e-6)
 
 
-# All answers of three tokens over a vocabulary of three, solved by backward induction in numpy.
+# All responses of three tokens over a vocabulary of three, solved by backward induction in numpy.
 
 
 @dataclass(frozen=True)
@@ -490,7 +240,7 @@ def test_successor_values_by_hand():
     np.testing.assert_array_equal(mdp.successor_values(V, MASKS), ended)
     # A row that was not cut does not read its final value.
     cut = [[2, 3, 4, 100], [6, 0, 0, 0], [0, 12, 0, 300], [0, 0, 16, 0], [0, 0, 0, 0]]
-    found = mdp.successor_values(V, MASKS, truncated=CUT, final_values=FINAL)
+    found = mdp.successor_values(V, MASKS, truncated=TRUNCATED, final_values=FINAL)
     np.testing.assert_array_equal(found, cut)
 
 
@@ -508,9 +258,10 @@ def test_successors_of_every_mask_of_five_restated():
 
 @pytest.mark.parametrize("given", ["truncated", "final_values"])
 def test_half_an_ending_raises(given):
-    (missing,) = ENDS.keys() - {given}
+    ends = {"truncated": TRUNCATED, "final_values": FINAL}
+    (missing,) = ends.keys() - {given}
     with pytest.raises(ValueError, match=f"{given} is given without {missing}"):
-        mdp.successor_values(V, MASKS, **{given: ENDS[given]})
+        mdp.successor_values(V, MASKS, **{given: ends[given]})
 
 
 def test_nothing_truncated_is_the_same_as_no_ending_given():
@@ -521,9 +272,23 @@ def test_nothing_truncated_is_the_same_as_no_ending_given():
 # Equivalence of rewards.
 
 
+def test_shaping_and_equivalence_by_hand():
+    # Two responses of two tokens. Phi is 1 at the prompt, 3 and 5 after the two first tokens, and 0 at the end.
+    rewards, mask = jnp.array([[1.0, 2.0], [0.0, 4.0]]), jnp.ones((2, 2), bool)
+    potentials, ahead = jnp.array([[1.0, 3.0], [1.0, 5.0]]), jnp.array([[3.0, 0.0], [5.0, 0.0]])
+    shaped = mdp.shape_rewards(rewards, potentials, ahead, mask)
+    np.testing.assert_array_equal(shaped, [[1 + 3 - 1, 2 + 0 - 3], [0 + 5 - 1, 4 + 0 - 5]])
+    same = mdp.are_equivalent(rewards, shaped, mask)
+    assert same.equivalent and same.spread == 0
+    np.testing.assert_array_equal(same.potentials, potentials)
+    # The returns differ by -1 and 0 now, which no potential of the prompt explains.
+    other = mdp.are_equivalent(rewards, jnp.array([[3.0, -1.0], [4.0, 0.0]]), mask)
+    assert not other.equivalent and other.spread == 1
+
+
 @pytest.fixture
 def shaped():
-    """Rewards of six answers, and the same after shaping; Phi(s_0) = 1.5 for all of them, as they share the prompt."""
+    """Rewards of six responses, and the same after shaping; Phi(s_0) = 1.5 for all, as they share the prompt."""
     mask = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0]], bool)
     with jax.enable_x64(True):
         rewards, potentials = float64((normal(0, 6, 4), 5 * normal(1, 6, 4)))
@@ -575,7 +340,7 @@ def test_a_potential_that_is_not_zero_at_the_end_is_no_shaping(shaped):
     ends = {"truncated": jnp.arange(6) == 2, "final_values": jnp.full(6, 0.5)}
     other = shape(rewards, potentials, mask, **ends)
     assert not are_equivalent(rewards, other, mask).equivalent
-    # Where the answer was cut it may have any.
+    # Where the response was cut it may have any.
     found = are_equivalent(rewards, other, mask, truncated=ends["truncated"])
     assert found.equivalent
     np.testing.assert_allclose(found.potentials, jnp.where(mask, potentials, 0), atol=1e-12)
@@ -588,13 +353,13 @@ def test_responses_that_bind_nothing():
     first = jnp.argmax(mask, -1)
     np.testing.assert_array_equal(everything_cut.potentials[jnp.arange(3), first], 0)
     assert are_equivalent(rewards, normal(1, 3, 4), jnp.zeros((3, 4), bool)).equivalent
-    # A single answer that ended binds only itself.
+    # A single response that ended binds only itself.
     assert are_equivalent(rewards[:1], normal(1, 1, 4), mask[:1]).equivalent
     alone = are_equivalent(rewards, normal(1, 3, 4), mask, truncated=jnp.array([True, False, True]))
     assert alone.equivalent
 
 
-def test_an_empty_answer_binds_nothing(shaped):
+def test_an_empty_response_binds_nothing(shaped):
     rewards, potentials, mask = shaped
     mask = mask.at[1].set(False)
     found = are_equivalent(rewards, shape(rewards, potentials, mask), mask, atol=1e-12)
@@ -602,7 +367,7 @@ def test_an_empty_answer_binds_nothing(shaped):
     np.testing.assert_allclose(found.potentials, jnp.where(mask, potentials, 0), atol=1e-12)
 
 
-def test_answers_that_bind_nothing_do_not_lend_the_others_a_spread():
+def test_responses_that_bind_nothing_do_not_lend_the_others_a_spread():
     rewards, other = jnp.zeros((4, 1)), jnp.full((4, 1), 1000.1)
     mask = jnp.array([[True], [True], [True], [False]])
     assert are_equivalent(rewards[:3], other[:3], mask[:3]).spread == 0
@@ -686,6 +451,13 @@ def test_huge_returns_have_finite_preferences_and_gradients(size, present):
 # Divergences.
 
 
+def test_divergences_by_hand():
+    # KL((3/4, 1/4) || (1/2, 1/2)) = 0.130812, KL((1/2, 1/2) || (3/4, 1/4)) = 0.143841
+    logits, ref, mask = jnp.log(jnp.array([[0.75, 0.25]])), jnp.zeros((1, 2)), jnp.array([True])
+    np.testing.assert_allclose(mdp.kl_divergence(logits, ref, mask), [0.130812], rtol=1e-5)
+    np.testing.assert_allclose(mdp.kl_divergence(ref, logits, mask), [0.143841], rtol=1e-5)
+
+
 def softmax(x):
     e = np.exp(np.asarray(x, np.float64) - np.max(x, -1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
@@ -697,32 +469,25 @@ def divergence(p, q):
 
 
 def test_divergences_restated_in_float64():
-    pi, ref = softmax(LOGITS["logits"]), softmax(LOGITS["ref_logits"])
-    policy, reference = LOGITS.values()
-    to, back = mdp.kl_divergence(policy, reference, MASKS), mdp.kl_divergence(reference, policy, MASKS)
+    pi, ref = softmax(POLICY_LOGITS), softmax(REF_LOGITS)
+    to = mdp.kl_divergence(POLICY_LOGITS, REF_LOGITS, MASKS)
+    back = mdp.kl_divergence(REF_LOGITS, POLICY_LOGITS, MASKS)
     np.testing.assert_allclose(to, np.where(MASKS, divergence(pi, ref), 0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(back, np.where(MASKS, divergence(ref, pi), 0), rtol=1e-5, atol=1e-6)
     assert (np.abs(to - back)[MASKS] > 1e-3).all()
 
 
-def test_divergences_by_hand():
-    # KL((3/4, 1/4) || (1/2, 1/2)) = 0.130812, KL((1/2, 1/2) || (3/4, 1/4)) = 0.143841
-    logits, ref, mask = jnp.log(jnp.array([[0.75, 0.25]])), jnp.zeros((1, 2)), jnp.array([True])
-    np.testing.assert_allclose(mdp.kl_divergence(logits, ref, mask), [0.130812], rtol=1e-5)
-    np.testing.assert_allclose(mdp.kl_divergence(ref, logits, mask), [0.143841], rtol=1e-5)
-
-
 def test_expected_rewards_of_the_reference_by_brute_force():
-    pi, ref = softmax(LOGITS["logits"]), softmax(LOGITS["ref_logits"])
+    pi, ref = softmax(POLICY_LOGITS), softmax(REF_LOGITS)
     expected = np.where(MASKS, (ref * 0.3 * (np.log(pi) - np.log(ref))).sum(-1), 0)
-    found = -0.3 * mdp.kl_divergence(LOGITS["ref_logits"], LOGITS["logits"], MASKS)
+    found = -0.3 * mdp.kl_divergence(REF_LOGITS, POLICY_LOGITS, MASKS)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert (found[MASKS] < 0).all()
 
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_at_the_reference_divergence_and_gradient_are_zero(backwards):
-    ref = LOGITS["ref_logits"].at[..., 0].set(-jnp.inf)
+    ref = REF_LOGITS.at[..., 0].set(-jnp.inf)
     shifted = ref + 3.0  # the same distribution
 
     def divergence(logits):
@@ -737,8 +502,8 @@ def test_at_the_reference_divergence_and_gradient_are_zero(backwards):
 @pytest.mark.parametrize("where", ["both", "first"])
 def test_tokens_that_are_ruled_out_add_nothing(where):
     # KL(p || q): tokens with p = 0 have no part in it, whatever q says of them.
-    p, q = (x.at[..., 5].set(-jnp.inf) for x in LOGITS.values())
-    q = q if where == "both" else LOGITS["ref_logits"]
+    p, q = (x.at[..., 5].set(-jnp.inf) for x in (POLICY_LOGITS, REF_LOGITS))
+    q = q if where == "both" else REF_LOGITS
     expected = np.where(MASKS, divergence(softmax(p), softmax(q)), 0)
     np.testing.assert_allclose(mdp.kl_divergence(p, q, MASKS), expected, rtol=1e-5, atol=1e-6)
     gradient = jax.jit(jax.grad(lambda p, q: mdp.kl_divergence(p, q, MASKS).sum(), argnums=(0, 1)))

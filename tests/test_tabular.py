@@ -359,7 +359,7 @@ STEPS = 120
 
 @pytest.fixture(scope="module", params=[EACH // 5, pytest.param(EACH, marks=pytest.mark.slow)])
 def fits(request):
-    """MDPs of each tree, and their DPO policies from labels of whole answers, at beta 0.5."""
+    """MDPs of each tree, and their DPO policies from labels of whole responses, at beta 0.5."""
     with jax.enable_x64(True):
         return {tree: _fit(tree, request.param) for tree in TREES}
 
@@ -399,13 +399,13 @@ def test_the_bellman_residual_falls_with_the_loss(tree, fits):
     assert (size[:, -1] < 1e-3 * size[:, 0]).all()
 
 
-def test_labels_of_whole_answers_put_the_credit_on_the_right_tokens(tree, fits):
+def test_labels_of_whole_responses_put_the_credit_on_the_right_tokens(tree, fits):
     _, _, learned, _, advantage = fits[tree]
     np.testing.assert_allclose(learned[:, -1], advantage, atol=1e-4)
 
 
 def test_one_wrong_token_is_found():
-    """A reward of -2 for a single token somewhere, labels of whole answers: that token has the lowest advantage."""
+    """A reward of -2 for a single token somewhere, labels of whole responses: that token has the lowest advantage."""
     tree = TokenTree(3, 4)
     wrong = np.array([(0, 1), (2, 0), (7, 2), (30, 1)])
     ref_logp = jnp.full(tree.shape, -jnp.log(3.0))

@@ -17,6 +17,15 @@ GENERATORS = {
 }
 
 
+def test_divergences_by_hand():
+    # Of pi / pi_ref = 2, that is x = log 2: log u, 1 - 1 / u, log(2 u / (1 + u)), (u^-0.5 - 1) / -0.5.
+    x = jnp.log(2.0)
+    np.testing.assert_allclose(losses.reverse_kl(x), np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(losses.forward_kl(x), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(losses.js_divergence(x), np.log(4 / 3), rtol=1e-6)
+    np.testing.assert_allclose(losses.alpha_divergence(x), 2 - 2**0.5, rtol=1e-6)
+
+
 def test_names():
     assert set(losses.DIVERGENCES) == set(GENERATORS)
     assert all(function.__name__ == name for name, function in losses.DIVERGENCES.items())

@@ -18,9 +18,9 @@ def loss(name, *arrays, **options):
 
 
 def of_sums(name, chosen, rejected, **options):
-    """The loss of answers of one token each."""
-    answers = jnp.stack(jnp.broadcast_arrays(jnp.asarray(chosen, float), jnp.asarray(rejected, float)), -1)
-    return loss(name, answers[..., None], jnp.ones((*answers.shape, 1), bool), **options)
+    """The loss of responses of one token each."""
+    responses = jnp.stack(jnp.broadcast_arrays(jnp.asarray(chosen, float), jnp.asarray(rejected, float)), -1)
+    return loss(name, responses[..., None], jnp.ones((*responses.shape, 1), bool), **options)
 
 
 def test_sigmoid_by_hand():
@@ -70,7 +70,7 @@ def test_robust_is_unbiased_under_flipped_labels(eps):
         np.testing.assert_allclose((1 - eps) * kept + eps * flipped, clean, rtol=1e-10)
 
 
-def test_normalised_losses_count_the_tokens_of_each_answer():
+def test_normalized_losses_count_the_tokens_of_each_response():
     # Means: 1.25 / 3 + 0.125, 0.5 - 1, -3 - 2.
     margins = np.array([1.25 / 3 + 0.125, -0.5, -5.0])
     np.testing.assert_allclose(loss("sigmoid_norm", beta=2.0), np.log1p(np.exp(-2 * margins)), rtol=1e-6)
@@ -102,7 +102,7 @@ def test_discopop_by_hand():
     np.testing.assert_allclose(of_sums("discopop", 10.0, 0.0, tau=1.0), 0.353190, rtol=2e-5)
 
 
-def test_dpop_charges_for_a_chosen_answer_below_the_reference():
+def test_dpop_charges_for_a_chosen_response_below_the_reference():
     # 0.5 * (-0.2 - 0.1 - 10 * 0.2) = -1.15; above the reference it is sigmoid.
     np.testing.assert_allclose(
         of_sums("dpop", -0.2, 0.1, beta=0.5, penalty=10.0), math.log1p(math.exp(1.15)), rtol=1e-6

@@ -33,7 +33,7 @@ def test_kto_is_half_at_the_baseline():
 
 
 def test_kto_baseline_is_a_mean_that_stops_at_0():
-    # (3 - 2) / 2: the third answer is empty, as padding rows are, and does not count.
+    # (3 - 2) / 2: the third response is empty, as padding rows are, and does not count.
     np.testing.assert_allclose(losses.kto_baseline(LOG_RATIOS, MASK), 1 / 2, rtol=1e-6)
     np.testing.assert_array_equal(losses.kto_baseline(-LOG_RATIOS, MASK), 0)
     np.testing.assert_allclose(losses.kto_baseline(jnp.where(MASK, LOG_RATIOS, jnp.nan), MASK), 1 / 2, rtol=1e-6)
@@ -46,7 +46,7 @@ def test_kto_takes_one_baseline():
 
 
 @pytest.mark.parametrize("name", ["kto", "implicit_prm"])
-def test_a_label_an_answer(name):
+def test_labels_have_the_shape_of_the_responses(name):
     more = {"baseline": jnp.float32(0.0)} if name == "kto" else {}
     for labels in (LABELS[:1], LABELS[:, None], jnp.bool_(True)):
         with pytest.raises((AssertionError, TypeError)):
@@ -64,7 +64,7 @@ def test_implicit_prm_is_a_probability_of_labels():
     np.testing.assert_allclose(jnp.exp(-right) + jnp.exp(-wrong), 1, rtol=1e-6)
 
 
-def test_bco_pair_classifies_both_answers():
+def test_bco_pair_classifies_both_responses():
     loss, _ = losses.bco_pair(PAIR, PAIR_MASK, beta=0.05)
     parts, _ = losses.implicit_prm(PAIR, PAIR_MASK, LABELS[None, :2])
     np.testing.assert_allclose(loss, parts.sum(-1), rtol=1e-6)
@@ -89,7 +89,7 @@ def test_pairs_by_hand():
     [("nca_pair", (-1, 1)), ("bco_pair", (-1, 1)), ("sppo_hard", (-1, 1)), ("apo_zero", (-1, 1)), ("apo_down", (1, 1))],
 )
 def test_directions(name, signs):
-    # Far from 0, where what apo_down takes from a chosen answer outweighs what the margin gives.
-    answers = jnp.array([[[1.0], [-30.0]]])
-    grad = jax.grad(lambda x: losses.LOSSES[name](x, jnp.ones((1, 2, 1), bool), beta=0.1)[0].sum())(answers)
+    # Far from 0, where what apo_down takes from a chosen response outweighs what the margin gives.
+    responses = jnp.array([[[1.0], [-30.0]]])
+    grad = jax.grad(lambda x: losses.LOSSES[name](x, jnp.ones((1, 2, 1), bool), beta=0.1)[0].sum())(responses)
     np.testing.assert_array_equal(np.sign(grad).ravel(), signs if name != "sppo_hard" else (-1, -1))

@@ -13,6 +13,15 @@ plackett_luce = jax.jit(losses.plackett_luce, static_argnames="beta")  # or each
 PRESENT = jnp.array([[True, True, False, True], [False, False, True, True], [True, False, False, False]])
 
 
+def test_three_responses_by_hand():
+    # Rewards 0.5 * (2, 0, -2) = (1, 0, -1): log(1 + e^-1 + e^-2) for the first place, log(1 + e^-1) for the second.
+    log_ratios = jnp.array([[[2.0], [0.0], [-2.0]]])
+    loss, metrics = losses.plackett_luce(log_ratios, jnp.ones((1, 3, 1), bool), beta=0.5)
+    expected = np.log(1 + np.exp(-1) + np.exp(-2)) + np.log(1 + np.exp(-1))
+    np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+    np.testing.assert_array_equal(metrics.rewards, [[1, 0, -1]])
+
+
 def test_of_two_is_sigmoid():
     expected = losses.sigmoid(LOG_RATIOS[:, :2], MASK[:, :2], beta=0.3)[0]
     found = plackett_luce(LOG_RATIOS[:, :2], MASK[:, :2], beta=0.3)[0]
@@ -31,7 +40,7 @@ def test_is_ln_of_all_orders_where_the_policy_is_its_reference():
     np.testing.assert_allclose(plackett_luce(LOG_RATIOS * 0, MASK)[0], np.log(24), rtol=1e-6)
 
 
-def test_places_that_are_not_filled_are_not_there():
+def test_empty_places_do_not_count():
     found, metrics = plackett_luce(LOG_RATIOS, MASK, PRESENT, beta=0.5)
     for row in range(3):
         kept = np.flatnonzero(PRESENT[row])
@@ -42,7 +51,7 @@ def test_places_that_are_not_filled_are_not_there():
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
-def test_what_stands_in_a_place_that_is_not_filled_changes_nothing(garbage):
+def test_values_in_empty_places_change_nothing(garbage):
     def total(x, mask):
         loss, _ = plackett_luce(x, mask, PRESENT)
         return loss.sum()
@@ -63,7 +72,7 @@ def test_nothing_present_is_0():
     np.testing.assert_array_equal(grad, 0)
 
 
-def test_huge_rewards_with_places_that_are_not_filled():
+def test_huge_rewards_with_empty_places():
     loss, grad = jax.value_and_grad(lambda x: plackett_luce(x, MASK, PRESENT)[0].sum())(LOG_RATIOS * 1e4)
     assert np.isfinite(loss) and np.isfinite(grad).all()
 

@@ -5,7 +5,7 @@ import pytest
 
 from qstar_jax import losses
 
-# Chosen answers have 3, 2 and 0 tokens, rejected ones 1, 2 and 2.
+# Chosen responses have 3, 2 and 0 tokens, rejected ones 1, 2 and 2.
 LOGP = jnp.array([[[-1, -2, -0.5], [-4, 9, 9]], [[-3, -0.25, 9], [-1, -1, 9]], [[9, 9, 9], [-2, -1, 9]]], float)
 MASK = jnp.array([[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [1, 1, 0]], [[0, 0, 0], [1, 1, 0]]], bool)
 CHOSEN, CHOSEN_MASK = LOGP[:, 0], MASK[:, 0]
@@ -21,7 +21,7 @@ def test_negative_log_likelihood_by_hand():
 
 def test_batch_tokens_is_the_usual_cross_entropy():
     found = losses.negative_log_likelihood(CHOSEN, CHOSEN_MASK, normalize="batch_tokens")
-    np.testing.assert_allclose(found.sum() / 2, 6.75 / 5, rtol=1e-6)  # two answers with tokens, five tokens
+    np.testing.assert_allclose(found.sum() / 2, 6.75 / 5, rtol=1e-6)  # two responses with tokens, five tokens
 
 
 @pytest.mark.parametrize("normalize", ["none", "answer_tokens", "batch_tokens"])
@@ -54,7 +54,7 @@ def test_unknown_words_are_refused():
             call()
 
 
-def test_sft_leaves_the_rejected_answer_alone():
+def test_sft_leaves_the_rejected_response_alone():
     grad = jax.grad(lambda x: losses.sft(x, MASK)[0].sum())(LOGP)
     np.testing.assert_array_equal(grad[:, 1], 0)
     np.testing.assert_allclose(losses.sft(LOGP, MASK)[1].rewards, [[-3.5, -4], [-3.25, -2], [0, -3]])
@@ -85,7 +85,7 @@ def test_orpo_by_hand():
     np.testing.assert_allclose(metrics.rewards, 0.4 * np.log([[0.25, 0.2]]), rtol=1e-6)
 
 
-def test_orpo_of_an_answer_of_which_the_model_is_sure_is_finite():
+def test_orpo_is_finite_where_the_model_is_certain():
     for chosen in (0.0, -1e-9, -1e-7):
         logp = jnp.array([[[chosen, chosen], [-1.0, -2.0]]])
         mask = jnp.ones(logp.shape, bool)

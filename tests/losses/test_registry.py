@@ -61,6 +61,19 @@ def direct(name, **options):
     return losses.LOSSES[name](**{array: EVERYTHING[array] for array in ARRAYS[name]}, **options)
 
 
+def test_a_loss_reads_scores_by_hand():
+    # Rewards 0.5 * (-1 + 3) = 1 and 0.5 * (-2 + 1.5) = -0.25; the second token of the rejected response is padding.
+    scores = TokenScores(
+        logp=jnp.array([[[-0.5, -0.5], [-2.0, 9.0]]]),
+        ref_logp=jnp.array([[[-1.0, -2.0], [-1.5, 9.0]]]),
+        logz=None,
+        mask=jnp.array([[[True, True], [True, False]]]),
+    )
+    loss, metrics = make_loss("sigmoid", beta=0.5)(scores)
+    np.testing.assert_allclose(loss, [np.log1p(np.exp(-1.25))], rtol=1e-6)
+    np.testing.assert_allclose(metrics.rewards, [[1.0, -0.25]])
+
+
 def test_arrays_of_every_loss():
     assert set(losses.LOSSES) == set(ARRAYS)
     for name, arrays in ARRAYS.items():
@@ -130,14 +143,14 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts():
     np.testing.assert_array_equal(call(make_loss(["sft", "simpo"]))[1].rewards, direct("sft")[1].rewards)
 
 
-def test_places_of_a_ranking_may_be_left_open():
+def test_places_of_a_ranking_may_be_empty():
     present = jnp.ones(SHAPE[:2], bool).at[0, 1].set(False)
     loss, metrics = make_loss("plackett_luce")(SCORES, present=present)
     np.testing.assert_array_equal(loss, losses.plackett_luce(EVERYTHING["log_ratios"], MASK, present)[0])
     assert loss[0] == 0 and metrics.rewards[0, 1] == 0
 
 
-def test_losses_of_single_answers_in_a_mixture():
+def test_losses_of_single_responses_in_a_mixture():
     found = call(make_loss(["sigmoid", "kto"], weights=[1.0, 2.0]))[0]
     np.testing.assert_allclose(found, direct("sigmoid")[0] + 2 * direct("kto")[0].mean(-1), rtol=1e-6)
 
@@ -147,8 +160,8 @@ def test_ld_alpha_weighs_tokens_of_policy_and_reference(name):
     weights = np.ones(SHAPE)
     for row in range(4):
         shared = min(MASK[row].sum(-1))
-        for answer in range(2):
-            weights[row, answer, np.cumsum(MASK[row, answer]) > shared] = 0.4
+        for response in range(2):
+            weights[row, response, np.cumsum(MASK[row, response]) > shared] = 0.4
     weighed = {array: EVERYTHING[array] * weights for array in ("logp", "ref_logp")}
     found = call(make_loss(name, ld_alpha=0.4))[0]
     np.testing.assert_allclose(found, call(make_loss(name), **weighed)[0], rtol=1e-5)

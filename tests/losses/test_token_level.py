@@ -16,6 +16,25 @@ def sigmoid(log_ratios=LOG_RATIOS, mask=MASK):
     return losses.sigmoid(log_ratios, mask, beta=0.4)[0]
 
 
+def test_tdpo_by_hand():
+    log_ratios = jnp.array([[[1.0, 2.0], [0.5, 9.0]]])
+    kl = jnp.array([[[0.25, 0.5], [2.0, 9.0]]])
+    mask = jnp.array([[[True, True], [True, False]]])
+    # 0.5 * (3 - 0.5 - (2 - 0.75)) = 0.625 and, with alpha = 0.2, 0.5 * (2.5 - 0.25) = 1.125
+    np.testing.assert_allclose(losses.tdpo1(log_ratios, mask, kl, beta=0.5)[0], [np.log1p(np.exp(-0.625))], rtol=1e-6)
+    found = losses.tdpo2(log_ratios, mask, kl, beta=0.5, alpha=0.2)[0]
+    np.testing.assert_allclose(found, [np.log1p(np.exp(-1.125))], rtol=1e-6)
+
+
+def test_tgdpo_by_hand():
+    log_ratios, mask = jnp.array([[[2.0], [3.0]]]), jnp.ones((1, 2, 1), bool)
+    # A token that the guide likes counts more in the chosen response and less in the rejected one.
+    for guide, margin in (([1.0, 0.0], 2 * 1.5 - 3), ([0.0, 1.0], 2 - 3 * 0.5), ([-1.0, -1.0], 2 * 0.5 - 3 * 1.5)):
+        found, metrics = losses.tgdpo(log_ratios, mask, jnp.array(guide)[None, :, None], beta=1.0, alpha=0.5)
+        np.testing.assert_allclose(found, [np.log1p(np.exp(-margin))], rtol=1e-6)
+        np.testing.assert_array_equal(metrics.rewards, [[2, 3]])
+
+
 def test_without_divergence_or_guide_they_are_sigmoid():
     for found in (
         losses.tdpo1(LOG_RATIOS, MASK, KL * 0, beta=0.4),
@@ -42,16 +61,6 @@ def test_the_chosen_divergence_has_a_gradient_in_the_first_form_only():
     np.testing.assert_allclose(two[:, 1], one[:, 1], rtol=1e-6)
 
 
-def test_tdpo_by_hand():
-    log_ratios = jnp.array([[[1.0, 2.0], [0.5, 9.0]]])
-    kl = jnp.array([[[0.25, 0.5], [2.0, 9.0]]])
-    mask = jnp.array([[[True, True], [True, False]]])
-    # 0.5 * (3 - 0.5 - (2 - 0.75)) = 0.625 and, with alpha = 0.2, 0.5 * (2.5 - 0.25) = 1.125
-    np.testing.assert_allclose(losses.tdpo1(log_ratios, mask, kl, beta=0.5)[0], [np.log1p(np.exp(-0.625))], rtol=1e-6)
-    found = losses.tdpo2(log_ratios, mask, kl, beta=0.5, alpha=0.2)[0]
-    np.testing.assert_allclose(found, [np.log1p(np.exp(-1.125))], rtol=1e-6)
-
-
 def test_tdpo_goes_down_from_the_reference_along_its_gradient():
     logits = jax.random.normal(KEYS[0], (1, 2, 3, 5))
     tokens, mask = jnp.array([[[0, 1, 2], [3, 4, 0]]]), jnp.ones((1, 2, 3), bool)
@@ -64,15 +73,6 @@ def test_tdpo_goes_down_from_the_reference_along_its_gradient():
     value, grad = jax.jit(jax.value_and_grad(loss))(logits)
     np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
     assert loss(logits - grad) < value
-
-
-def test_tgdpo_by_hand():
-    log_ratios, mask = jnp.array([[[2.0], [3.0]]]), jnp.ones((1, 2, 1), bool)
-    # A token that the guide likes counts more in the chosen answer and less in the rejected one.
-    for guide, margin in (([1.0, 0.0], 2 * 1.5 - 3), ([0.0, 1.0], 2 - 3 * 0.5), ([-1.0, -1.0], 2 * 0.5 - 3 * 1.5)):
-        found, metrics = losses.tgdpo(log_ratios, mask, jnp.array(guide)[None, :, None], beta=1.0, alpha=0.5)
-        np.testing.assert_allclose(found, [np.log1p(np.exp(-margin))], rtol=1e-6)
-        np.testing.assert_array_equal(metrics.rewards, [[2, 3]])
 
 
 @pytest.mark.parametrize("loss", [losses.tdpo1, losses.tdpo2, losses.tgdpo])

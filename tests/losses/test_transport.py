@@ -19,6 +19,27 @@ def loss(name, logp, ref, mask, **options):
     return losses.LOSSES[name](*arrays, mask, **options)[0]
 
 
+def one_token(values):
+    return jnp.asarray(values, float)[..., None], jnp.ones((len(values), 2, 1), bool)
+
+
+def test_paired_by_hand():
+    # Margins 3, -4, -2 (ranks 2, 0, 1) against the reference's -1, 1, 0 sorted: -1, 0, 1.
+    logp, mask = one_token([[3, 0], [1, 5], [2, 4]])
+    ref, _ = one_token([[0, 1], [1, 0], [2, 2]])
+    found, metrics = losses.aot(logp, ref, mask, beta=1.0)
+    np.testing.assert_allclose(found, np.log1p(np.exp([-2.0, 3.0, 2.0])), rtol=1e-6)
+    np.testing.assert_array_equal(metrics.rewards, [[3, -1], [0, 5], [0, 2]])
+
+
+def test_unpaired_by_hand():
+    # Chosen 3, 1, 2 (ranks 2, 0, 1) against rejected 0, 5, 4 sorted: 0, 4, 5.
+    log_ratios, mask = one_token([[3, 0], [1, 5], [2, 4]])
+    found, metrics = losses.aot_unpaired(log_ratios, mask, beta=1.0)
+    np.testing.assert_allclose(found, np.log1p(np.exp([2.0, -1.0, 2.0])), rtol=1e-6)
+    np.testing.assert_array_equal(metrics.rewards, [[3, 0], [1, 5], [2, 4]])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_row_is_sigmoid(name):
     logp, ref, mask = make(rows=1)
@@ -64,34 +85,13 @@ def test_a_batch_of_padding_is_finite(name):
     np.testing.assert_array_equal(grad, 0)
 
 
-def one_token(values):
-    return jnp.asarray(values, float)[..., None], jnp.ones((len(values), 2, 1), bool)
-
-
-def test_unpaired_by_hand():
-    # Chosen 3, 1, 2 (ranks 2, 0, 1) against rejected 0, 5, 4 sorted: 0, 4, 5.
-    log_ratios, mask = one_token([[3, 0], [1, 5], [2, 4]])
-    found, metrics = losses.aot_unpaired(log_ratios, mask, beta=1.0)
-    np.testing.assert_allclose(found, np.log1p(np.exp([2.0, -1.0, 2.0])), rtol=1e-6)
-    np.testing.assert_array_equal(metrics.rewards, [[3, 0], [1, 5], [2, 4]])
-
-
-def test_paired_by_hand():
-    # Margins 3, -4, -2 (ranks 2, 0, 1) against the reference's -1, 1, 0 sorted: -1, 0, 1.
-    logp, mask = one_token([[3, 0], [1, 5], [2, 4]])
-    ref, _ = one_token([[0, 1], [1, 0], [2, 2]])
-    found, metrics = losses.aot(logp, ref, mask, beta=1.0)
-    np.testing.assert_allclose(found, np.log1p(np.exp([-2.0, 3.0, 2.0])), rtol=1e-6)
-    np.testing.assert_array_equal(metrics.rewards, [[3, -1], [0, 5], [0, 2]])
-
-
 def test_ties_are_matched_one_to_one():
     log_ratios, mask = one_token([[1, 0], [1, 2], [1, 2]])
     found, _ = losses.aot_unpaired(log_ratios, mask, beta=1.0)
     np.testing.assert_allclose(sorted(found), np.log1p(np.exp([-1.0, 1.0, 1.0])), rtol=1e-6)
 
 
-def test_the_gradient_goes_to_the_matched_answer():
+def test_the_gradient_goes_to_the_matched_response():
     log_ratios, mask = one_token([[3, 0], [1, 5], [2, 4]])
     grad = jax.grad(lambda x: losses.aot_unpaired(x, mask, beta=1.0)[0][0])(log_ratios)
     pull = 1 / (1 + np.exp(-2.0))  # chosen 3 of row 0 against rejected 5 of row 1

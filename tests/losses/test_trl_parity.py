@@ -16,7 +16,7 @@ spec.loader.exec_module(runner)
 SEEDS = [0, 1, 2]
 CASES = [pytest.param(case, id=case.id) for case in runner.CASES]
 GOLDEN_CASES = [pytest.param(case, id=case.id) for case in runner.CASES if case.golden]
-# Of one row, the mean over the batch's tokens is the mean over the answer's.
+# Of one row, the mean over the batch's tokens is the mean over the response's.
 BY_ANSWER = {"normalize": "answer_tokens"}
 ROW_CASES = [pytest.param(case, id=case.id) for case in runner.CASES if not case.couples_rows] + [
     pytest.param(runner.Case(loss, BY_ANSWER, trainer), id=f"{trainer}-{loss}")
