@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one qstar command as N processes on this machine, joined over loopback: to try a multi-host run without a cluster.
+# Runs one qstar command as N processes on this machine, connected over loopback, to try a multi-host run locally.
 #   N=2 launch/processes.sh dpo --model MODEL --out runs/two --data.train pairs.jsonl ...
 set -euo pipefail
 export JAX_NUM_PROCESSES=${N:?number of processes} JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-12345}

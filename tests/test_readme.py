@@ -1,11 +1,13 @@
 """The README's code, run as it stands there."""
 
+import importlib.util
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from qstar_jax.losses import make_loss
 from qstar_jax.training.objectives import preference_loss_fn
@@ -50,3 +52,19 @@ def test_a_training_step_of_ones_own(tiny_model, tiny_params, pair_batch):
     state, metrics = names["train_step"](state, batch)
     np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], expected, rtol=1e-6)
     assert state.step == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", ".github/CONTRIBUTING.md"])
+def test_every_path_and_module_named_in_a_document_exists(name):
+    root = README.parent
+    text = (root / name).read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:qstar_jax|tests|configs|launch|\.github)/[\w./-]+)`", text))
+    paths |= set(re.findall(r"(?<![\w/])(?:tests|configs|launch)/[\w/-]+\.\w+", text))
+    rooms = [
+        path for path in re.findall(r"`(\w+/[\w./-]*)`", text) if (root / "qstar_jax" / path.split("/")[0]).is_dir()
+    ]
+    paths |= {f"qstar_jax/{path}" for path in rooms}
+    modules = re.findall(r"python -m (qstar_jax[\w.]+)|from (qstar_jax[\w.]*) import", text)
+    assert paths  # or the pattern finds nothing
+    assert not [path for path in sorted(paths) if not (root / path).exists()]
+    assert not [module for module in map("".join, modules) if importlib.util.find_spec(module) is None]
