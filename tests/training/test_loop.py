@@ -1,43 +1,110 @@
-import math
-import statistics
-
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from qstar_jax.training.diagnostics.first_loss import check_first_loss
-from qstar_jax.training.metrics import mean_metrics
+from qstar_jax.config import TrainOptions
+from qstar_jax.training.loop import Loop
+from qstar_jax.training.source import Source
+from qstar_jax.training.step import TrainState, make_train_step
+
+ARM_REWARDS = jnp.array([0.0, 0.5, 1.0])
 
 
-def metrics(loss):
-    return {"loss": loss, "rewards/chosen": 0.25, "rewards/rejected": -0.5}
+class Bandit(Source):
+    """Three arms, pulled on policy."""
+
+    name = "a bandit"
+
+    def at_step(self, step, state):
+        arms = jax.random.categorical(jax.random.key(step), state.params["logits"], shape=(64,))
+        return {"arms": arms, "rewards": ARM_REWARDS[arms]}
 
 
-def test_the_loss_of_a_policy_that_is_its_reference_is_accepted():
-    check_first_loss(metrics(math.log(2)), math.log(2))
-    check_first_loss(metrics(math.log(2) + 9e-4), math.log(2))
-    check_first_loss(metrics(25.02), 25.0)  # ipo: relative to what is expected
+def reinforce(params, ref_params, batch):
+    """The policy gradient: -(reward - baseline) log pi(arm)."""
+    logp = jax.nn.log_softmax(params["logits"])[batch["arms"]]
+    advantages = batch["rewards"] - batch["rewards"].mean()
+    total, count = -(advantages * logp).sum(), jnp.float32(len(logp))
+    return total / count, {"loss": (total, count), "reward": (batch["rewards"].sum(), count)}
 
 
-@pytest.mark.parametrize("loss", [math.log(2) + 2e-3, math.log(2) - 2e-3, 0.0])
-def test_any_other_first_loss_is_refused_with_what_was_found(loss):
-    with pytest.raises(
-        RuntimeError, match=r"expected 0\.693147.*rewards/chosen 0\.25.*rewards/rejected -0\.5.*reference"
-    ):
-        check_first_loss(metrics(loss), math.log(2))
+def test_a_policy_gradient_on_policy_raises_the_expected_reward():
+    optimizer, params = optax.adam(0.1), {"logits": jnp.zeros(3)}
+    train_step = jax.jit(make_train_step(reinforce, optimizer))
+    loop = Loop(TrainOptions(), steps=60, train_step=train_step, source=Bandit())
+    state, summary = loop.run(TrainState(jnp.int32(0), params, optimizer.init(params)))
+    expected_reward = jax.nn.softmax(state.params["logits"]) @ ARM_REWARDS  # 0.5 at first
+    assert expected_reward > 0.95 and summary["reward"] > 0.9
+    assert "epoch" not in summary and "perf/tokens_per_second" not in summary and summary["perf/seconds_per_step"] > 0
 
 
-def test_means_weigh_sums_by_their_denominators():
-    parts = [{"a": (6.0, 3.0), "b": (1.0, 1.0)}, {"a": (1.0, 1.0), "b": (0.0, 0.0)}]
-    assert mean_metrics(parts) == {"a": 7 / 4, "b": 1.0}
+class Numbers(Source):
+    """Batches are the numbers of their steps, or NaN."""
+
+    name = "numbers"
+
+    def __init__(self, bad_step=None):
+        self.bad_step, self.made = bad_step, []
+
+    def at_step(self, step, state):
+        self.made.append(step)
+        return jnp.float32(np.nan if step == self.bad_step else step)
 
 
-def test_squares_become_the_standard_error_of_the_mean():
-    values = [1.0, 2.0, 4.0, 5.0]
-    parts = [{"a": (sum(x), 2.0), "squares/a": (sum(v * v for v in x), 2.0)} for x in (values[:2], values[2:])]
-    found = mean_metrics(parts)
-    assert found == {"a": 3.0, "a_stderr": pytest.approx(statistics.stdev(values) / 2)}
-    assert mean_metrics([{"a": (3.0, 1.0), "squares/a": (9.0, 1.0)}]) == {"a": 3.0}  # one row says nothing of it
+def linear(params, ref_params, batch):
+    total = params["x"] * batch
+    return total, {"loss": (total, jnp.ones(())), "number": (batch, jnp.ones(()))}
 
 
-def test_means_add_up_in_float64():
-    # 2^24 + 1 is no float32.
-    assert mean_metrics([{"a": (2.0**24, 1.0)}, {"a": (1.0, 0.0)}])["a"] == 2**24 + 1
+class Log:
+    """Keeps what a log would write."""
+
+    def __init__(self):
+        self.lines = []
+
+    def write(self, step, means):
+        self.lines.append((step, "eval" if "eval" in means else means["number"]))
+
+    def advance(self, done):
+        """As a progress bar would."""
+
+
+def run_linear(source, saved, start=0, batch=None, **options):
+    """Minimizes `x * batch` in five steps; appends (step, x) of checkpoints to `saved`, returns the lines logged."""
+    log = Log()
+    loop = Loop(
+        TrainOptions(log_every=2, **options),
+        steps=5,
+        train_step=jax.jit(make_train_step(linear, optax.sgd(0.1))),
+        source=source,
+        evaluate=lambda policy, ref_params: {"eval": float(policy["x"])},
+        save=lambda state, step: saved.append((step, round(float(state.params["x"]), 6))),
+        log=log,
+    )
+    params = {"x": jnp.ones(())}
+    loop.run(TrainState(jnp.int32(start), params, optax.sgd(0.1).init(params)), start, batch)
+    return log.lines
+
+
+def test_lines_are_means_since_the_last_and_evaluations_and_checkpoints_follow_their_intervals():
+    lines = run_linear(Numbers(), saved := [], eval_every=4, save_every=2)
+    # Steps 1 and 3 end a window because a checkpoint follows them.
+    assert lines == [(0, "eval"), (0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, "eval"), (4, 4.0), (5, "eval")]
+    assert saved == [(2, 0.9), (4, 0.4), (5, 0.0)]
+    lines = run_linear(Numbers(), saved := [])
+    assert lines == [(0, "eval"), (0, 0.0), (2, 1.5), (4, 3.5), (5, "eval")] and saved == [(5, 0.0)]
+
+
+def test_the_first_batch_is_made_once():
+    source = Numbers()
+    lines = run_linear(source, [], start=3, batch=jnp.float32(3.0))
+    assert source.made == [4] and lines == [(3, 3.0), (4, 4.0), (5, "eval")]
+
+
+def test_a_step_that_is_not_finite_ends_the_run_and_the_state_before_it_is_kept():
+    saved = []
+    with pytest.raises(FloatingPointError, match=r"step 3 of numbers: loss nan, grad_norm nan; .* as checkpoint 3"):
+        run_linear(Numbers(bad_step=3), saved)
+    assert saved == [(3, 0.7)]
