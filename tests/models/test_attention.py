@@ -124,6 +124,15 @@ def found(way, scale, softcap, dtype=jnp.float32):
     return answers
 
 
+@pytest.mark.parametrize("option", ["dense", "blockwise"])
+def test_two_tokens_by_hand(option):
+    # The second query has the scores 0 and ln 3, hence the weights 1/4 and 3/4 on the values 0 and 4.
+    q, k, v = (jnp.array(x).reshape(1, 2, 1, 1) for x in ([1.0, 1.0], [0.0, np.log(3)], [0.0, 4.0]))
+    mask, positions = PackedMask(*jnp.zeros((2, 1, 2), int)), jnp.array([[0, 1]])
+    out = masked_attention(mask, positions, option, scale=1.0)(q, k, v)
+    np.testing.assert_allclose(out.ravel(), [0.0, 3.0], atol=1e-6)
+
+
 def test_distance_is_of_positions_and_not_of_slots():
     slots, ids = np.arange(LENGTH), PackedMask(*map(jnp.asarray, (BLOCKS, BRANCHES))).ids(jnp.asarray(POSITIONS))
     within = partial(visible, (slots[:, None], *ids[..., None]), (slots, *ids[..., None, :]))

@@ -8,6 +8,14 @@ from qstar_jax.models.cache import LayerCache
 ROWS, TOKENS, HEADS, GROUPS, PROMPT, POOL, WIDTH = 2, 3, 4, 2, 5, 10, 8
 
 
+def test_a_prompt_and_one_generated_token_by_hand():
+    # The scores 0 and ln 3 give the weights 1/4 and 3/4 on the values 0 and 4.
+    one = jnp.ones((1, 1, 1, 1))
+    layer = LayerCache.from_prompt(0 * one, 0 * one, slots=2).write(np.log(3) * one, 4 * one, jnp.int32(0))
+    out = layer.attend(one, jnp.array([[[True]]]), jnp.array([[[True, False]]]), jnp.int32(1), scale=1.0)
+    np.testing.assert_allclose(out.ravel(), [3.0], atol=1e-6)
+
+
 @pytest.mark.parametrize(("part", "parts"), [(2, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("used", [3, 5, 6, 10])
 @pytest.mark.parametrize(("scale", "softcap"), [(WIDTH**-0.5, None), (0.7, 1.5)])

@@ -53,6 +53,11 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+def test_two_logits_by_hand():
+    head = Head(table=jnp.array([[1.0, 0.0], [0.0, 1.0]]), bias=jnp.array([0.0, -1.0]), scale=2.0)
+    np.testing.assert_array_equal(head.logits(jnp.array([1.0, 2.0])), [2.0, 3.0])
+
+
 def test_a_head_makes_float32_logits_of_any_leading_shape():
     rng = np.random.default_rng(0)
     hidden, table = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 3, 8), (60, 8)))

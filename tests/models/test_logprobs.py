@@ -49,6 +49,13 @@ def weighted(function, targets, hidden, head):
     return (logp * weights).sum() + (logz * jnp.cos(weights)).sum()
 
 
+def test_one_token_by_hand():
+    # Logits ln 1 and ln 3: the second token has the probability 3/4.
+    hidden, head = jnp.array([[[1.0]]]), Head(jnp.log(jnp.array([[1.0], [3.0]])))
+    logp, logz = token_logprobs(hidden, head, jnp.array([[1]]))
+    np.testing.assert_allclose([logp[0, 0], logz[0, 0]], [np.log(3 / 4), np.log(4)], rtol=1e-6)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 5, 10, 128])
 def test_equals_log_softmax_of_the_full_logits(inputs, chunk_size):
     # 1, 5, 10 divide the ten positions, 3 does not, and 128 is longer than all of them.

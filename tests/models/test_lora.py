@@ -12,7 +12,7 @@ from qstar_jax.config import ComputeOptions, OptimizerOptions
 from qstar_jax.errors import InputError
 from qstar_jax.losses import make_loss
 from qstar_jax.models import CausalLM
-from qstar_jax.models.lora import attach_adapter, merge_adapter, split_adapter
+from qstar_jax.models.lora import Lora, attach_adapter, merge_adapter, split_adapter
 from qstar_jax.training.objectives import preference_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step
@@ -42,6 +42,13 @@ def params(tiny_params, adapter):
 @pytest.fixture(scope="module")
 def tokens():
     return jnp.asarray(np.random.default_rng(0).integers(3, 60, (2, 9)), jnp.int32)
+
+
+def test_a_merge_by_hand():
+    one = jnp.ones((1, 1, 1))  # layers, inputs, outputs
+    params = {"q": {"kernel": 2 * one, "lora": {"lora_a": 3 * one, "lora_b": 4 * one}}}
+    merged = merge_adapter(params, Lora(rank=1, alpha=0.5, targets=("q_proj",)))
+    np.testing.assert_array_equal(merged["q"]["kernel"], (2 + 0.5 * 3 * 4) * one)
 
 
 def test_a_fresh_adapter_changes_nothing(model, tiny_model, tiny_params, tokens):

@@ -24,6 +24,12 @@ SCALINGS = {
 }
 
 
+def test_frequencies_and_a_quarter_turn_by_hand():
+    np.testing.assert_allclose(Rope(theta=100.0).frequencies(head_dim=4), [1.0, 0.1])
+    x, quarter = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2), (jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1)))
+    np.testing.assert_array_equal(rotate(x, quarter).ravel(), [0.0, 1.0])
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("fraction", [1.0, 0.5])

@@ -17,6 +17,13 @@ LAYOUTS = {
 PIECES = [np.s_[0:6, 0:12], np.s_[2:5, 3:11], np.s_[1:2, 7:8], np.s_[0:6, 4:4]]
 
 
+def test_a_fused_tensor_by_hand():
+    q, k = (Tensor("qk.weight", transposed=True, part=part) for part in fused(1, 2))
+    stored = join([(q, np.array([[1.0]])), (k, np.array([[2.0, 3.0]]))])
+    np.testing.assert_array_equal(stored, [[1.0], [2.0], [3.0]])  # [outputs, inputs], as in torch
+    np.testing.assert_array_equal(k.read(stored, (slice(0, 1), slice(1, 2))), [[3.0]])
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_is_joined_is_read_back(name):
     values = np.random.default_rng(0).normal(size=(len(LAYOUTS[name]), *SHAPE))

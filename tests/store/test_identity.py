@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qstar_jax.config import ComputeOptions, MeshOptions
+from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.decoder_config import LayerKind
@@ -25,6 +26,14 @@ from qstar_jax.store.identity import (
     write_identity,
 )
 from qstar_jax.store.open import LoadedModel
+
+
+def test_a_token_that_moves_from_prompt_to_response_changes_the_identity():
+    def identity(prompt, response):
+        return examples_identity([Example(np.array(prompt), False, (Response(np.array(response), False),), row=0)])
+
+    assert identity([1, 2], [3])["rows"] == 1
+    assert identity([1, 2], [3]) == identity([1, 2], [3]) != identity([1], [2, 3])
 
 
 def test_a_tokenizer_is_itself_after_a_round_trip_and_after_use(tiny_tokenizer, tmp_path):
