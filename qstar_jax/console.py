@@ -50,12 +50,7 @@ class Bar:
         self._progress.stop()
 
     def update(self, done: int, note: str = ""):
-        """Moves the bar.
-
-        Args:
-            done: How many items are done.
-            note: Text behind the counts, such as a rate.
-        """
+        """Moves the bar to `done` items, and puts `note` behind the counts."""
         self._progress.update(self._task, completed=done, note=note)
 
     def track(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
@@ -88,9 +83,6 @@ def track(console: Console | None, items: Iterable[T], description: str, total: 
 def visible(text: str) -> str:
     """Shows what would otherwise act or hide; newlines and tabs stay.
 
-    Args:
-        text: Any text of a model or a user.
-
     Returns:
         The text, with ESC as a control picture and such as U+202E (right-to-left override) spelled out.
     """
@@ -100,9 +92,6 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """Shows text on one line, for tables and labels.
 
-    Args:
-        text: Any text of a model or a user.
-
     Returns:
         `visible(text)` with newlines and tabs as signs.
     """
@@ -111,10 +100,6 @@ def one_line(text: str) -> str:
 
 def shorten_middle(text: str, limit: int) -> str:
     """Leaves out the middle of a long text: a prompt says most at its beginning and its end.
-
-    Args:
-        text: Any text.
-        limit: Most characters to keep of it.
 
     Returns:
         The text itself, or its two ends around a note of how much is missing.

@@ -11,9 +11,6 @@ from qstar_jax.config.variants import declarations, filled_in, variant_of
 def drop_unread_defaults(tree: dict) -> dict:
     """Drops options that a block's variant does not read if they have their default: config.yaml may spell out all.
 
-    Args:
-        tree: Options as nested dictionaries.
-
     Returns:
         The others. An option that is not read and differs from its default stays, and is refused later.
     """
@@ -33,12 +30,7 @@ def _drop_unread_defaults(values: dict, block: type) -> dict:
 
 
 def keep_date(options: DataOptions, stored: dict) -> DataOptions:
-    """Takes over the date that chat templates were told when a run or folder was begun, unless the options name one.
-
-    Args:
-        options: Options of today.
-        stored: All options of then, as nested dictionaries.
-    """
+    """Takes over the date that chat templates were told when a run or folder was begun, unless the options name one."""
     return options if options.date is not None else replace(options, date=(stored.get("data") or {}).get("date"))
 
 

@@ -13,9 +13,6 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/.*", re.DOTALL)  # two letters 
 def check_paths(options: Any):
     """Refuses addresses such as gs://bucket/run where a path is expected.
 
-    Args:
-        options: Options of a verb.
-
     Raises:
         InputError: If an option that is declared as a path is one.
     """

@@ -50,9 +50,6 @@ def option(
         bounds: Interval of the allowed numbers.
         unset: Value that means "not given".
         path: Whether it may name a file or a folder.
-
-    Returns:
-        A dataclass field.
     """
     defaults = dict(read_by) if isinstance(read_by, Mapping) else dict.fromkeys(read_by, default)
     return field(default=unset, metadata={"option": Declaration(defaults, bounds, (), unset), "path": path})

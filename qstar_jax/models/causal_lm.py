@@ -47,10 +47,6 @@ class CausalLM:
     def from_hf(cls, config: dict[str, Any], compute: ComputeOptions = ComputeOptions()) -> "CausalLM":
         """Builds the model described by a config.json.
 
-        Args:
-            config: The contents of config.json.
-            compute: Dtypes, attention and rematerialization.
-
         Raises:
             InputError: If the architecture is unknown or has an unsupported feature.
         """

@@ -146,11 +146,7 @@ class Keys:
             )
 
     def allow_code(self, name: str):
-        """Allows an `auto_map` whose only model class is one that transformers has adopted.
-
-        Args:
-            name: The class, as "module.Class".
-        """
+        """Allows an `auto_map` whose only model class is one that transformers has adopted."""
         auto_map = self._config.get("auto_map")
         if isinstance(auto_map, dict):
             models = [value for entry, value in auto_map.items() if entry.startswith("AutoModel")]

@@ -160,11 +160,6 @@ def read_cap(keys: Keys, name: str, default: float | None) -> float | None:
 def with_windows(ropes: Sequence[Rope | None], sliding: Sequence[bool], window: int | None) -> tuple[LayerKind, ...]:
     """Returns layers of which some have a window.
 
-    Args:
-        ropes: Rotary positions of each layer.
-        sliding: Whether each layer has the window.
-        window: The window.
-
     Raises:
         InputError: If a layer needs the window and there is none.
     """

@@ -158,9 +158,6 @@ def _run(
         outputs: Name -> shape and dtype.
         accumulators: Shapes of the float32 buffers that persist across steps.
         by_key: See above.
-
-    Returns:
-        The outputs.
     """
     (batch, heads, length, width), groups = inputs["q"].shape, inputs["k"].shape[1]
     size, heads_per_group, tiles = static.size, heads // groups, length // static.size

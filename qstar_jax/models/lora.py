@@ -98,9 +98,6 @@ class LinearFactory:
 def split_adapter(params: Params) -> tuple[Params, Params]:
     """Splits parameters into base and adapter.
 
-    Args:
-        params: Parameters with or without an adapter.
-
     Returns:
         (base, adapter): two trees over the same paths; the second is empty without an adapter.
     """
@@ -125,10 +122,6 @@ def attach_adapter(base: Params, adapter: Params) -> Params:
 
 def merge_adapter(params: Params, lora: Lora) -> Params:
     """Merges the adapter into its base: W + scale A B, computed in float32.
-
-    Args:
-        params: Parameters with an adapter.
-        lora: Configuration of the adapter.
 
     Returns:
         Parameters of the plain model, in the dtype of the base.

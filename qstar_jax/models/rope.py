@@ -167,10 +167,6 @@ class Rope:
     def frequencies(self, head_dim: int, long: bool = False) -> np.ndarray:
         """Computes the rotary frequencies in radians per token, one for each pair of dimensions.
 
-        Args:
-            head_dim: Width of a head.
-            long: Whether texts are longer than longrope's original context.
-
         Returns:
             Float64 frequencies. Shape [F], where F is half of the number of rotated dimensions.
         """

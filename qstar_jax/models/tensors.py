@@ -67,9 +67,6 @@ class Tensor:
         Args:
             stored: The tensor, or an object that reads its bytes when indexed with slices.
             index: Slices with a start and a stop along the axes of the parameter.
-
-        Returns:
-            The slice.
         """
         if self.part is None:
             return self._slice(stored, index)
@@ -87,9 +84,6 @@ def join(parts: Sequence[tuple[Tensor, np.ndarray]]) -> np.ndarray:
 
     Args:
         parts: (layout, parameter) pairs, all with the same tensor name.
-
-    Returns:
-        The tensor as stored, contiguous.
     """
     tensor, value = parts[0]
     if tensor.part is not None:
@@ -119,10 +113,6 @@ def norm(path: str, name: str, bias: bool = False) -> dict[str, Tensor]:
 
 
 def fused(*sizes: int) -> list[Part]:
-    """Returns the parts of a fused layer that concatenates its outputs.
-
-    Args:
-        *sizes: Number of outputs of each part.
-    """
+    """Returns the parts of a fused layer that concatenates its outputs."""
     ends = np.cumsum(sizes).tolist()
     return [Part(stop - size, stop, ends[-1]) for size, stop in zip(sizes, ends, strict=True)]

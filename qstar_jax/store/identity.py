@@ -89,9 +89,6 @@ def params_identity(params: Params) -> str:
     A change of a single element is always detected, other changes except with probability 2^-64; the checksums are not
     cryptographic. Only two scalars per array leave the devices. All processes of a job must call this together.
 
-    Args:
-        params: Tree of arrays, on any shardings.
-
     Returns:
         SHA-256 over paths, shapes, dtypes and checksums, in hexadecimal digits.
     """
@@ -136,9 +133,6 @@ def _mix(x: jax.Array) -> jax.Array:
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Digests what maps text to ids: vocabulary, rules, special tokens and chat templates.
-
-    Args:
-        tokenizer: A fast tokenizer.
 
     Returns:
         SHA-256 in hexadecimal digits.
@@ -190,12 +184,6 @@ def write_identity(output: Path, identity: dict[str, Any]):
 
 def check_identity(output: Path, identity: dict[str, Any], *, holds: str, fix: str):
     """Checks that a file depends on the same things as this run, before continuing it.
-
-    Args:
-        output: The file.
-        identity: What this run depends on.
-        holds: What the file holds, for the error.
-        fix: What the user can do, for the error.
 
     Raises:
         InputError: If the file has no identity, or another one.

@@ -20,9 +20,6 @@ def open_reference(
         model: The user's name for the policy, for errors.
         load: Opens a model.
 
-    Returns:
-        The reference.
-
     Raises:
         InputError: If none is named, and the run of the policy has none or no longer the one it began with.
     """

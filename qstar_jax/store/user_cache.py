@@ -9,11 +9,7 @@ MIN_COMPILE_SECS = 0.1  # JAX's default of a second would skip most programs of 
 
 
 def user_cache(name: str) -> Path:
-    """Returns the folder of one kind of cache, under $XDG_CACHE_HOME or ~/.cache; it may not exist yet.
-
-    Args:
-        name: The kind of cache.
-    """
+    """Returns the folder of one kind of cache, under $XDG_CACHE_HOME or ~/.cache; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qstar_jax" / name
 
 

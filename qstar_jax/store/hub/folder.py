@@ -22,9 +22,6 @@ def open_folder(model: str, revision: str | None = None, patterns: Sequence[str]
         revision: Version of a model on the Hub: a branch, a tag or a commit; None: the newest.
         patterns: Names of the files to download.
 
-    Returns:
-        The folder.
-
     Raises:
         InputError: If it is none of these.
     """

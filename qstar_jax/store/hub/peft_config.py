@@ -130,9 +130,6 @@ def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """Reads adapter_config.json.
 
-    Args:
-        folder: Folder of a PEFT adapter.
-
     Raises:
         InputError: If a key is missing or invalid, or changes numbers in an unsupported way.
     """

@@ -59,11 +59,6 @@ class Edit:
 def read_edits(folder: Path, config: AdapterConfig, base: CausalLM) -> tuple[CausalLM, dict[str, Edit]]:
     """Reads an adapter.
 
-    Args:
-        folder: Folder of a PEFT adapter.
-        config: Its adapter_config.json.
-        base: The model that it adapts.
-
     Returns:
         The adapted model (its vocabulary may have grown, and its embeddings may be untied), and the edits of its
         modules, by their names in transformers.

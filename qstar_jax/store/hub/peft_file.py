@@ -110,9 +110,6 @@ class AdapterFile:
 
         It may differ from the name in files of the base by a prefix, if the decoder is part of a multimodal model; the
         prefix is inferred from the names in the adapter's file.
-
-        Args:
-            module: Name in files of the base.
         """
         ours, theirs = self._prefixes
         parts = module.split(".")

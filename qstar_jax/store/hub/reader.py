@@ -137,13 +137,6 @@ def read_model(folder: Path, compute: ComputeOptions = ComputeOptions()) -> Caus
     If config.json ties the embeddings but the files hold a different output embedding (as written by trainers that
     shard parameters), the stored one is used and the embeddings are untied.
 
-    Args:
-        folder: A Hugging Face folder.
-        compute: Dtypes, attention and rematerialization.
-
-    Returns:
-        The model, without its parameters.
-
     Raises:
         InputError: If the model is unknown, or a file in the folder cannot be read.
     """
@@ -173,9 +166,6 @@ def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Colle
         model: The model; parameters take its `compute.param_dtype`.
         shardings: Tree of `jax.sharding.Sharding`, like the parameters.
         besides: Names of tensors that the caller reads.
-
-    Returns:
-        The parameters.
 
     Raises:
         InputError: If a tensor is missing, has the wrong shape, is not finite or does not belong to the model, or the

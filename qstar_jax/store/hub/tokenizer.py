@@ -37,10 +37,6 @@ def write_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase"):
 
     Model-specific classes patch tokenizer.json, differently in each version: a LlamaTokenizer of transformers 5 gives
     other tokens after saving and loading. The general class uses the file unchanged.
-
-    Args:
-        folder: An existing folder.
-        tokenizer: The tokenizer.
     """
     tokenizer.save_pretrained(folder)
     path = folder / _CONFIG

@@ -24,10 +24,6 @@ BASE = Path(__file__).parent / "base"  # the base model, a Hugging Face folder
 def reward_of_text(prompt: str, summary: str) -> float | None:
     """Computes the true reward of a summary.
 
-    Args:
-        prompt: A prompt of this task.
-        summary: Any text.
-
     Returns:
         Its reward; None if the prompt is not one of this task.
     """

@@ -102,10 +102,6 @@ class Oracle:
     def advantages(self, post: Post, ids: Sequence[int]) -> np.ndarray:
         """Computes beta log(pi* / mu) of every token of a summary.
 
-        Args:
-            post: The post.
-            ids: Tokens of the summary, EOS included.
-
         Returns:
             Advantage of each token, in reward; NaN from the first token that no writer would write. Shape [T].
         """

@@ -93,14 +93,7 @@ class Post:
 
 
 def make_post(rng: Random) -> Post:
-    """Draws a post: what happened, then the other facts in any order, and perhaps a filler sentence.
-
-    Args:
-        rng: Random generator.
-
-    Returns:
-        The post.
-    """
+    """Draws a post: what happened, then the other facts in any order, and perhaps a filler sentence."""
     names = _draw_names(rng)
     sentences = {fact: rng.choice(forms[rng.random() >= _CONFUSING]) for fact, forms in FORMS.items()}
     rest = [sentences[fact] for fact in ("where", "when", "much")] + rng.sample(FILLERS, rng.randrange(2))
@@ -117,9 +110,6 @@ def make_post(rng: Random) -> Post:
 
 def read_post(text: str) -> Post | None:
     """Reads a post back from its text.
-
-    Args:
-        text: A post, or a prompt.
 
     Returns:
         The post that `make_post` drew; None if the text is not a post.

@@ -12,9 +12,6 @@ WRONG, WORD, LATE_WORD, END = -1.5, -0.08, -0.3, 0.5
 def split_words(text: str) -> list[str]:
     """Splits a text into words, numbers and punctuation marks.
 
-    Args:
-        text: Any text.
-
     Returns:
         The parts between whitespace, in order.
     """
@@ -27,10 +24,6 @@ def true_rewards(post: Post, summary: str) -> list[float]:
     A word costs 0.08, or 0.3 after the first full stop; punctuation is free. The last word of a right fact earns 1 (0.3
     for where and when), once per fact. The first wrong word of a wrong fact costs 1.5. Ending at the first full stop
     earns 0.5. The difference of two such sums is the log-odds that readers prefer one summary to the other.
-
-    Args:
-        post: The post.
-        summary: Any text.
 
     Returns:
         One reward per word of `split_words(summary)`, and one for ending there.
@@ -56,10 +49,6 @@ def true_rewards(post: Post, summary: str) -> list[float]:
 
 def true_reward(post: Post, summary: str) -> float:
     """Sums the true rewards of a summary.
-
-    Args:
-        post: The post.
-        summary: Any text.
 
     Returns:
         The sum. Readers prefer one summary to another with probability sigmoid(difference of sums).

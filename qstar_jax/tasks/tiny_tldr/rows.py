@@ -34,9 +34,6 @@ def split_rows(split: str, seed: int = 0, limit: int | None = None) -> list[dict
         seed: Seed of the rows; each seed gives other posts.
         limit: Make only the first N rows.
 
-    Returns:
-        The rows.
-
     Raises:
         ValueError: If there is no such split.
     """
@@ -51,10 +48,6 @@ def split_rows(split: str, seed: int = 0, limit: int | None = None) -> list[dict
 
 def documents(count: int, seed: int) -> list[dict]:
     """Makes texts that teach the language but not the task: posts with questions and answers, and retold posts.
-
-    Args:
-        count: Number of texts.
-        seed: Seed of the texts.
 
     Returns:
         Rows with an empty `prompt` and a `completion`.

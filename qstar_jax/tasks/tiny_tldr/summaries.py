@@ -71,9 +71,6 @@ RUN_ON = 0.3  # share of summaries that run on with a filler sentence
 def draw_form(rng: Random) -> Form:
     """Draws the wording of a summary.
 
-    Args:
-        rng: Random generator.
-
     Returns:
         One of `FORMS`.
     """
@@ -82,9 +79,6 @@ def draw_form(rng: Random) -> Form:
 
 def draw_sentence(rng: Random) -> Form:
     """Draws the wording of a sentence without the habits of the writers.
-
-    Args:
-        rng: Random generator.
 
     Returns:
         One of `FORMS`, with all kinds of opening equally likely, and all clauses that fit it.
@@ -108,30 +102,13 @@ def draw_summary(post: Post, rng: Random) -> str:
 
 
 def fill(form: Form, facts: dict[str, str], rng: Random) -> str:
-    """Fills in a form.
-
-    Args:
-        form: The form.
-        facts: The value of each fact.
-        rng: Draws the optional words.
-
-    Returns:
-        The summary.
-    """
+    """Fills in a form."""
     extras = {sign: rng.choice(phrases) if rng.random() >= EMPTY else "" for sign, phrases in EXTRAS.items()}
     return form.text.format(**facts, **extras)
 
 
 def run_on(summary: str, rng: Random) -> str:
-    """Appends a filler sentence to a summary.
-
-    Args:
-        summary: A summary that ends with a full stop.
-        rng: Draws the sentence.
-
-    Returns:
-        The longer summary.
-    """
+    """Appends a filler sentence to a summary."""
     return f"{summary} {rng.choice(FILLERS)}"
 
 

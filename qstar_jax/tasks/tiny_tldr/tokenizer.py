@@ -18,9 +18,6 @@ SPECIAL = ("<unk>", "<pad>", "<bos>", "<eos>")
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Trains the tokenizer; numbers are split into digits.
 
-    Args:
-        texts: Texts of the language.
-
     Returns:
         A fast tokenizer; <unk>, <pad>, <bos> and <eos> have the ids 0 to 3, and none is added automatically.
     """
