@@ -21,7 +21,7 @@ from qstar_jax.data.dropped import BadRow
 from qstar_jax.errors import InputError
 
 _DEFAULT, _TOOLS, _CLOCK = "default", "tool_use", "strftime_now"
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of messages for thoughts before the response
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of messages that hold reasoning
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class ChatTemplate:
 
     Args:
         tokenizer: The tokenizer, which has the special tokens.
-        texts: The template for dialogues without tools, and for those with tools.
+        texts: Source of the template for dialogues without tools, and for those with tools.
         arguments: Additional variables of the template.
-        day: Date that the template prints; None: the current date.
+        date: Date that the template prints; None: the current date.
     """
 
     tokenizer: Any
     texts: tuple[str, str]
     arguments: dict[str, Any]
-    day: str | None
+    date: str | None
 
     @classmethod
     def find(cls, tokenizer: Any, options: DataOptions, tools: Collection[bool] = (False,)) -> "ChatTemplate":
@@ -47,23 +47,27 @@ class ChatTemplate:
         Args:
             tokenizer: A Hugging Face tokenizer.
             options: Reads `chat_template`, `chat_template_kwargs` and `date`.
-            tools: Whether dialogues have tools, for each kind of dialogue in the data.
+            tools: Kinds of dialogues in the data: True for those with tools, False for those without.
 
         Raises:
             InputError: There is no such template, it does not render messages, or an option has no effect on it.
         """
-        used = {has: find_template(tokenizer, options.chat_template, tools=has) for has in tools}
-        if not all("messages" in _names(text) for text in used.values()):
+        # Find a template for each kind of dialogue; each must read the messages.
+        texts = {has_tools: find_template(tokenizer, options.chat_template, tools=has_tools) for has_tools in tools}
+        if not all("messages" in _names(text) for text in texts.values()):
             which = "" if options.chat_template is None else f" {options.chat_template!r}"
             raise InputError(
                 f"the chat template{which} never reads `messages`, so all prompts would be equal; expected a Jinja "
                 "template like the chat_template.jinja of chat models"
             )
-        texts = (used.get(False, ""), used.get(True, ""))
-        template = cls(tokenizer, texts, options.chat_template_kwargs, options.date)
-        _check_arguments(options.chat_template_kwargs, frozenset().union(*map(_variables, used.values())), tokenizer)
+
+        # Refuse arguments that none of them reads, and a date that none prints.
+        variables = frozenset().union(*map(_variables, texts.values()))
+        _check_arguments(options.chat_template_kwargs, variables, tokenizer)
+        both = (texts.get(False, ""), texts.get(True, ""))
+        template = cls(tokenizer, both, options.chat_template_kwargs, options.date)
         if options.date is not None:
-            _day(options.date)
+            _parse_date(options.date)
             if not template.prints_date:
                 raise InputError(
                     f"data.date {options.date} has no effect: the chat template prints no date; remove the option"
@@ -91,7 +95,7 @@ class ChatTemplate:
     def omitted(self, prompt: Messages, response: Messages, tools: list[dict] | None, text: str) -> str | None:
         """Finds a part of a dialogue that its rendered text does not depend on, which a model would never see.
 
-        Thoughts and words of the assistant are checked in the response only: many templates omit the thoughts of
+        Reasoning and words of the assistant are checked in the response only: many templates omit the reasoning of
         earlier turns on purpose.
 
         Args:
@@ -111,20 +115,20 @@ class ChatTemplate:
             except BadRow:
                 return False  # some templates require what was removed
 
-        # Remove tools, tool calls and thoughts: the text must change.
+        # Remove tools, tool calls and reasoning: the text must change.
         if tools is not None and unchanged(prompt + response, None):
             return "tools"
         without = {"tool_calls": _without("tool_calls", prompt + response)}
-        without |= {key: prompt + _without(key, response) for key in _THOUGHTS}
+        without |= {key: prompt + _without(key, response) for key in _REASONING}
         for key, messages in without.items():
             if messages != prompt + response and unchanged(messages, tools):
                 return key
 
         # Edit each message of the prompt that does not appear verbatim: the text must change.
         for index, message in enumerate(prompt):
-            edited = [{**message, "content": message["content"] + "."}]
             if message["role"] == "assistant" or _strip_spaces(message["content"]) in rendered:
                 continue
+            edited = [{**message, "content": message["content"] + "."}]
             if unchanged(prompt[:index] + edited + prompt[index + 1 :] + response, tools):
                 return f"messages of the role {message['role']!r}"
 
@@ -133,8 +137,8 @@ class ChatTemplate:
         return None if verbatim else "all words of the response"
 
     def _render(self, text: str, messages: Messages, tools: list[dict] | None, *, open_turn: bool) -> str:
-        if self.day is not None:
-            text = _with_date(self.day, text)
+        if self.date is not None:
+            text = _with_date(self.date, text)
         arguments = {"tools": tools, "add_generation_prompt": open_turn, "chat_template": text, "tokenize": False}
         try:
             return self.tokenizer.apply_chat_template(messages, **arguments, **self.arguments)
@@ -151,7 +155,7 @@ def _strip_spaces(text: str) -> str:
     return "".join(text.split())
 
 
-def named_templates(tokenizer: Any) -> dict[str, str]:
+def _named_templates(tokenizer: Any) -> dict[str, str]:
     """Returns all chat templates of a tokenizer by name; a single one is called `default`."""
     templates = tokenizer.chat_template or {}
     return {_DEFAULT: templates} if isinstance(templates, str) else dict(templates)
@@ -168,7 +172,7 @@ def find_template(tokenizer: Any, choice: str | None, *, tools: bool = False) ->
     Raises:
         InputError: There is none, or none of that name.
     """
-    templates = named_templates(tokenizer)
+    templates = _named_templates(tokenizer)
     names = f"templates of this tokenizer: {', '.join(sorted(templates)) or 'none'}"
     if choice is None:
         name = _TOOLS if tools and _TOOLS in templates else _DEFAULT
@@ -211,14 +215,15 @@ def adopt_template(tokenizer: Any, choice: str | None) -> Any:
     """
     if choice is None:
         return tokenizer
-    text, templates = find_template(tokenizer, choice), named_templates(tokenizer)
+    text, templates = find_template(tokenizer, choice), _named_templates(tokenizer)
     adopted = copy.copy(tokenizer)
     if len(templates) < 2:
         adopted.chat_template = text
         return adopted
-    before = {f"{name}_before": templates[name] for name in (_DEFAULT, _TOOLS) if templates.get(name, text) != text}
-    kept = {name: other for name, other in templates.items() if f"{name}_before" not in before}
-    adopted.chat_template = kept | before | {_DEFAULT: text}
+    # Rename the templates that would otherwise be used instead of the chosen one, and keep all others.
+    renamed = {f"{name}_before": templates[name] for name in (_DEFAULT, _TOOLS) if templates.get(name, text) != text}
+    kept = {name: other for name, other in templates.items() if f"{name}_before" not in renamed}
+    adopted.chat_template = kept | renamed | {_DEFAULT: text}
     return adopted
 
 
@@ -236,13 +241,13 @@ def check_without_chats(options: DataOptions) -> None:
         )
 
 
-def _check_arguments(arguments: dict[str, Any], read: Collection[str], tokenizer: Any) -> None:
+def _check_arguments(arguments: dict[str, Any], variables: Collection[str], tokenizer: Any) -> None:
     reserved = {"messages", _CLOCK, *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents"}
     for name, value in arguments.items():
         if name in reserved:
             raise InputError(f"data.chat_template_kwargs: {name!r} is set by the program; remove it")
-        if name not in read:
-            readable = ", ".join(sorted(set(read) - reserved)) or "nothing"
+        if name not in variables:
+            readable = ", ".join(sorted(set(variables) - reserved)) or "nothing"
             raise InputError(
                 f"data.chat_template_kwargs: the chat template does not read {name!r}; it reads {readable}"
             )
@@ -261,7 +266,7 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _day(text: str) -> datetime:
+def _parse_date(text: str) -> datetime:
     try:
         return datetime.combine(date.fromisoformat(text), datetime.min.time())
     except ValueError as error:
@@ -277,7 +282,7 @@ def _with_date(day: str, text: str) -> str:
     from transformers.utils import chat_template_utils
 
     text = f"{{# today is {day} #}}\n{text}"
-    chat_template_utils._compile_jinja_template(text).globals[_CLOCK] = _day(day).strftime
+    chat_template_utils._compile_jinja_template(text).globals[_CLOCK] = _parse_date(day).strftime
     return text
 
 

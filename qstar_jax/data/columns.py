@@ -1,4 +1,4 @@
-"""Checks the values in the columns of a row: text, chat messages or tools."""
+"""Parses the columns of a row: text, chat messages or tools. Any other value makes it a bad row."""
 
 import json
 import re
@@ -17,13 +17,13 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _FIRST_KEY = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
-def checked_turns(value: Any, column: str, encoded: bool = False) -> Turns:
-    """Returns text unchanged, or chat messages without null entries (which columnar files add for missing keys).
+def parse_turns(value: Any, column: str, encoded: bool = False) -> Turns:
+    """Parses text, or chat messages, whose null entries are removed (columnar files add them for missing keys).
 
     Args:
         value: Value of the column.
-        column: Its name, for the reason.
-        encoded: Parse text that looks like chat messages in JSON, see `holds_encoded_messages`.
+        column: Its name, for errors.
+        encoded: Whether to decode texts that look like chat messages in JSON, see `holds_encoded_messages`.
 
     Returns:
         A string, or a list of dictionaries with at least the strings `role` and `content`.
@@ -64,12 +64,12 @@ def _check_message(message: Any, number: int, column: str):
         )
 
 
-def checked_tools(value: Any, column: str) -> list[dict] | None:
-    """Returns the tools of a row as JSON schemas, for the chat template.
+def parse_tools(value: Any, column: str) -> list[dict] | None:
+    """Parses the tools of a row, for the chat template.
 
     Args:
-        value: Value of the column: a list of schemas, or JSON strings of each schema or of the list.
-        column: Its name, for the reason.
+        value: Value of the column: a list of JSON schemas; the list, or each schema, may be a JSON string.
+        column: Its name, for errors.
 
     Returns:
         At least one schema, or None if the row has no tools.
@@ -90,8 +90,8 @@ def checked_tools(value: Any, column: str) -> list[dict] | None:
     return None
 
 
-def checked_system(value: Any, column: str) -> str | None:
-    """Returns the system message of a row, or None if it has none.
+def parse_system(value: Any, column: str) -> str | None:
+    """Parses the system message of a row; None if it has none.
 
     Raises:
         BadRow: The value is neither text nor null.

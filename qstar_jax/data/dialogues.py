@@ -4,7 +4,7 @@ from qstar_jax.data.columns import Turns
 from qstar_jax.data.dropped import BadRow
 
 ASSISTANT_MARKER = "\n\nAssistant:"  # dialogues in plain text, in the format of Anthropic's HH data
-HUMAN_MARKER = "\n\nHuman:"
+_HUMAN_MARKER = "\n\nHuman:"
 
 
 def is_dialogue(turns: Turns) -> bool:
@@ -33,7 +33,7 @@ def split_dialogues(dialogues: list[Turns]) -> tuple[Turns, list[Turns]]:
 def _split(turns: Turns) -> tuple[Turns, Turns]:
     if isinstance(turns, str):
         before, marker, response = turns.rpartition(ASSISTANT_MARKER)
-        if HUMAN_MARKER in response:
+        if _HUMAN_MARKER in response:
             raise BadRow("dialogue does not end with an assistant turn")
         return before + marker, response
     if not turns or turns[-1]["role"] != "assistant":
@@ -76,7 +76,7 @@ def _is_whole_dialogue(prompt: Turns, response: Turns) -> bool:
 
 
 def _begins_dialogue(turns: Turns) -> bool:
-    return isinstance(turns, str) and turns.lstrip().startswith(HUMAN_MARKER.strip())
+    return isinstance(turns, str) and turns.lstrip().startswith(_HUMAN_MARKER.strip())
 
 
 def unify_form(prompt: Turns, responses: list[Turns], as_chat: bool) -> tuple[Turns, list[Turns]]:

@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from qstar_jax.errors import InputError
 
-MAX_BAD_SHARE = 0.1  # with more bad rows, something is wrong with the file as a whole, and the run stops
+_MAX_BAD_SHARE = 0.1  # with more bad rows, something is wrong with the file as a whole, and the run stops
 _ROWS, _REASONS = 3, 8  # how many to list
 
 Item, Used = TypeVar("Item"), TypeVar("Used")
@@ -131,7 +131,7 @@ def check_bad_rows(dropped: Sequence[Dropped], total: int, bad_rows: Literal["dr
     first = f"row {bad[0].row + 1}: {bad[0].fault}"
     if bad_rows == "stop":
         raise InputError(f"{source} {first}; fix the row, or drop bad rows with --data.bad_rows drop")
-    if len(bad) > MAX_BAD_SHARE * total:
+    if len(bad) > _MAX_BAD_SHARE * total:
         raise InputError(
             f"{source}: too many bad rows to drop ({len(bad):,} of {total:,}; at most a tenth may be bad): "
             f"{reasons_with_rows(bad)}; {first}; fix these rows or remove them from the file"

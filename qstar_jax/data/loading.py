@@ -10,7 +10,7 @@ from qstar_jax.data.preferences import completion_records, preference_records, p
 from qstar_jax.data.reading import read_rows
 from qstar_jax.data.records import Record
 from qstar_jax.data.repeats import repeats_note
-from qstar_jax.data.tokenization import Example, settle_date, tokenize
+from qstar_jax.data.tokenization import Example, resolve_date, tokenize
 from qstar_jax.models import CausalLM
 
 Kind = Literal["preferences", "completions", "prompts"]
@@ -147,7 +147,7 @@ def make_dataset(
     Args, result and errors are those of `load_examples`.
     """
     total = len(records) + len(dropped)
-    options = settle_date(options, records, tokenizer)
+    options = resolve_date(options, records, tokenizer)
     examples, also_dropped = tokenize(
         records, tokenizer, options, vocabulary=vocabulary, eos_ids=eos_ids, source=source
     )

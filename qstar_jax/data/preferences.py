@@ -5,8 +5,8 @@ from dataclasses import replace
 from qstar_jax.config import DataOptions
 from qstar_jax.data.columns import holds_encoded_messages
 from qstar_jax.data.dropped import BadRow, Dropped, check_some_left, sift
-from qstar_jax.data.records import Layout, Record, check_responses, read_record
-from qstar_jax.data.repeats import settle_repeats
+from qstar_jax.data.records import FileLayout, Record, check_responses, read_record
+from qstar_jax.data.repeats import remove_repeated_prompts
 
 Rows = list[dict | BadRow]
 Columns = dict[str, tuple[str, str]]  # label of a response -> (option that names its column, column)
@@ -16,7 +16,7 @@ def preference_records(rows: Rows, options: DataOptions, source: str) -> tuple[l
     """Turns rows with two responses into records with two responses: chosen, rejected.
 
     Detected for the whole file: its columns (those in any row), which of them hold messages as JSON (by most texts),
-    and whether responses repeat their prompt (by most rows, see `settle_repeats`).
+    and whether responses repeat their prompt (by most rows, see `remove_repeated_prompts`).
 
     Args:
         rows: Rows as read.
@@ -91,18 +91,18 @@ def _records(
 
     # Responses must not repeat their prompt, and must differ; prompts alone need no check.
     if kind != "prompts":
-        records, uneven = settle_repeats(records, options.repeated_prompt)
+        records, uneven = remove_repeated_prompts(records, options.repeated_prompt)
         records, useless = sift(((record.row, record) for record in records), lambda r: check_responses(r, layout))
         dropped = sorted(dropped + uneven + useless, key=lambda entry: entry.row)
     check_some_left(dropped, len(rows), source)
     return records, dropped
 
 
-def _layout(kind: str, prompt: str | None, responses: Columns, rows: Rows, options: DataOptions) -> Layout:
+def _layout(kind: str, prompt: str | None, responses: Columns, rows: Rows, options: DataOptions) -> FileLayout:
     tools, system = (
         getattr(options, option) if _has_column(rows, option, options) else None for option in ("tools", "system")
     )
-    layout = Layout(kind, prompt, responses, tools, system)
+    layout = FileLayout(kind, prompt, responses, tools, system)
     readable = [row for row in rows if isinstance(row, dict)]
     encoded = (name for name in layout.columns if holds_encoded_messages(row.get(name) for row in readable))
     return replace(layout, encoded=frozenset(encoded))

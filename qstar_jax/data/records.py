@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.columns import Messages, Turns, checked_system, checked_tools, checked_turns
+from qstar_jax.data.columns import Messages, Turns, parse_system, parse_tools, parse_turns
 from qstar_jax.data.dialogues import (
     ASSISTANT_MARKER,
     is_dialogue,
@@ -43,7 +43,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """The columns of a file.
 
     Args:
@@ -69,7 +69,7 @@ class Layout:
         return columns if self.prompt is None else [self.prompt, *columns]
 
 
-def read_record(row: dict | BadRow, index: int, layout: Layout, options: DataOptions) -> Record:
+def read_record(row: dict | BadRow, index: int, layout: FileLayout, options: DataOptions) -> Record:
     """Parses the prompt and the responses of a row.
 
     Args:
@@ -100,14 +100,14 @@ def read_record(row: dict | BadRow, index: int, layout: Layout, options: DataOpt
 
     # Bring both into the same form, then add what only chats can have.
     prompt, responses = unify_form(prompt, responses, options.as_chat)
-    system = layout.system and checked_system(_value(row, "system", layout.system, layout), layout.system)
-    tools = layout.tools and checked_tools(_value(row, "tools", layout.tools, layout), layout.tools)
+    system = layout.system and parse_system(_value(row, "system", layout.system, layout), layout.system)
+    tools = layout.tools and parse_tools(_value(row, "tools", layout.tools, layout), layout.tools)
     if tools and isinstance(prompt, str):
         raise _needs_chat(layout.tools, "tools")
     return Record(_with_system(prompt, system, layout.system) if system else prompt, tuple(responses), index, tools)
 
 
-def check_responses(record: Record, layout: Layout) -> Record:
+def check_responses(record: Record, layout: FileLayout) -> Record:
     """Returns the record if its responses can be trained on.
 
     Raises:
@@ -126,7 +126,7 @@ def check_responses(record: Record, layout: Layout) -> Record:
     return record
 
 
-def _value(row: dict, option: str, column: str, layout: Layout) -> Any:
+def _value(row: dict, option: str, column: str, layout: FileLayout) -> Any:
     """Returns the value in a column; optional columns may be missing in some rows."""
     if column in row or (option in ("tools", "system") and column == getattr(DataOptions, option)):
         return row.get(column)
@@ -134,15 +134,15 @@ def _value(row: dict, option: str, column: str, layout: Layout) -> Any:
     raise BadRow(f"no column {column!r}", f" ({_columns(row)}); expected {_EXPECTED[layout.kind]}{fix}")
 
 
-def _turns(row: dict, option: str, column: str, layout: Layout) -> Turns:
-    return checked_turns(_value(row, option, column, layout), column, encoded=column in layout.encoded)
+def _turns(row: dict, option: str, column: str, layout: FileLayout) -> Turns:
+    return parse_turns(_value(row, option, column, layout), column, encoded=column in layout.encoded)
 
 
 def _columns(row: dict) -> str:
     return "found: " + (", ".join(map(repr, row)) or "none")
 
 
-def _check_dialogue(turns: Turns, column: str, row: dict, layout: Layout, options: DataOptions):
+def _check_dialogue(turns: Turns, column: str, row: dict, layout: FileLayout, options: DataOptions):
     if not is_dialogue(turns):
         raise BadRow(
             f"no column {options.prompt!r}",

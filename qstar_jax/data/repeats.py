@@ -8,7 +8,7 @@ from qstar_jax.data.dropped import BadRow, Dropped, first_rows, sift
 from qstar_jax.data.records import Record
 
 
-def settle_repeats(
+def remove_repeated_prompts(
     records: list[Record], repeated_prompt: Literal["remove", "keep"]
 ) -> tuple[list[Record], list[Dropped]]:
     """Removes repeated prompts from responses, if that is the format of the file.
@@ -23,22 +23,24 @@ def settle_repeats(
     Returns:
         The records, with `repeats` set, and the rows where only one response repeats the prompt.
     """
-    # Decide for the whole file.
-    rests = {record.row: [_remainder(record.prompt, response) for response in record.responses] for record in records}
-    with_prompt = sum(bool(_last_text(record.prompt).strip()) for record in records)
-    remove = repeated_prompt == "remove" and 2 * sum(None not in rest for rest in rests.values()) > with_prompt
+    # What each response holds after its prompt; None if it does not begin with it.
+    remainders = {record.row: [_remainder(record.prompt, text) for text in record.responses] for record in records}
 
-    def settle(record: Record) -> Record:
-        rest = rests[record.row]
-        if None not in rest and remove:
-            return replace(record, responses=tuple(rest), repeats="removed")
-        if None not in rest:
-            return replace(record, repeats="kept")
-        if remove and any(part is not None for part in rest):
+    # Decide for the whole file: is repetition the rule, or a coincidence in a few rows?
+    num_prompts = sum(bool(_last_text(record.prompt).strip()) for record in records)
+    num_repeating = sum(None not in remainder for remainder in remainders.values())
+    remove = repeated_prompt == "remove" and 2 * num_repeating > num_prompts
+
+    def resolve(record: Record) -> Record:
+        remainder = remainders[record.row]
+        if None not in remainder:
+            changes = {"responses": tuple(remainder), "repeats": "removed"} if remove else {"repeats": "kept"}
+            return replace(record, **changes)
+        if remove and any(rest is not None for rest in remainder):
             raise BadRow("only one of the responses repeats the prompt")
         return record
 
-    return sift(((record.row, record) for record in records), settle)
+    return sift(((record.row, record) for record in records), resolve)
 
 
 def repeats_note(records: list[Record]) -> str:

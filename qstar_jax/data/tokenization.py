@@ -116,7 +116,7 @@ def chat_template(records: list[Record], tokenizer: Any, options: DataOptions) -
     return None
 
 
-def settle_date(options: DataOptions, records: list[Record], tokenizer: Any) -> DataOptions:
+def resolve_date(options: DataOptions, records: list[Record], tokenizer: Any) -> DataOptions:
     """Sets `options.date` to today if it is unset and the chat template prints a date, so that a run keeps its date."""
     template = chat_template(records, tokenizer, options)
     if template is None or options.date is not None or not template.prints_date:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-MIN_COMPILE_SECS = 0.1  # JAX's default of a second would skip most programs of small models
+_MIN_COMPILE_SECS = 0.1  # JAX's default of a second would skip most programs of small models
 
 
 def user_cache(name: str) -> Path:
@@ -25,4 +25,4 @@ def keep_programs():
         return
     jax.config.update("jax_compilation_cache_dir", str(user_cache("programs")))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECS)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECS)

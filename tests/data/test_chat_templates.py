@@ -7,7 +7,7 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.chat_templates import ChatTemplate, adopt_template, find_template
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.data.records import Record
-from qstar_jax.data.tokenization import settle_date, tokenize
+from qstar_jax.data.tokenization import resolve_date, tokenize
 from qstar_jax.errors import InputError
 
 DIALOGUE = [{"role": "user", "content": "hi"}]
@@ -127,12 +127,12 @@ def test_a_date_is_settled_where_it_is_printed_only(character_tokenizer):
     chats, texts, today = [Record(DIALOGUE, (), 0)], [Record("hi", (), 0)], datetime.now().date().isoformat()
     with_date = character_tokenizer(chat_template=TODAY + LOOP)
     for tokenizer, records, date in ((with_date, chats, today), (with_date, texts, None)):
-        assert settle_date(DataOptions(), records, tokenizer).date == date
-    assert settle_date(DataOptions(date="2024-02-29"), chats, with_date).date == "2024-02-29"
-    assert settle_date(DataOptions(), chats, character_tokenizer(chat_template=LOOP)) == DataOptions()
+        assert resolve_date(DataOptions(), records, tokenizer).date == date
+    assert resolve_date(DataOptions(date="2024-02-29"), chats, with_date).date == "2024-02-29"
+    assert resolve_date(DataOptions(), chats, character_tokenizer(chat_template=LOOP)) == DataOptions()
     named = character_tokenizer(chat_template={"default": LOOP, "today": TODAY + LOOP})
-    assert settle_date(DataOptions(), chats, named).date is None
-    assert settle_date(DataOptions(chat_template="today"), chats, named).date == today
+    assert resolve_date(DataOptions(), chats, named).date is None
+    assert resolve_date(DataOptions(chat_template="today"), chats, named).date == today
 
 
 def test_what_a_template_cannot_render_is_a_reason(character_tokenizer):
