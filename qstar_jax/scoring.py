@@ -15,10 +15,8 @@ from qstar_jax.models.lora import split_adapter
 from qstar_jax.models.masks import PackedMask
 
 
-def response_logprobs(
-    model: CausalLM, params: Params, batch: Batch
-) -> tuple[Float[Array, "B R T"], Float[Array, "B R T"]]:
-    """Log-probabilities and log-normalizers of the response tokens, in one pass over the sequences.
+def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
+    """Scores responses under one model, in one pass over the sequences.
 
     Args:
         model: The model.
@@ -26,47 +24,11 @@ def response_logprobs(
         batch: B prompts with R responses each.
 
     Returns:
-        (logp, logz), float32 in nats, shape [B, R, T]; 0 after the end of a response.
+        Scores of shape [B, R, T], float32, without `ref_logp`.
     """
     scores = token_logprobs(_scored_states(model, params, batch), model.head(params), batch.targets)
     # Gathers from the slots of the sequences to the responses; only floats move, so this is cheap across devices too.
-    return tuple(jnp.where(batch.response_mask, x.reshape(-1)[batch.index], 0.0) for x in scores)
-
-
-def response_alternatives(
-    model: CausalLM, params: Params, ref_params: Params | None, batch: Batch, count: int
-) -> tuple[Int[Array, "B R T K"], Float[Array, "B R T K"], Float[Array, "B R T K"]]:
-    """Ranks the tokens that the policy could have chosen at each position of the responses.
-
-    Args:
-        model: The model; policy and reference have the same shape, except for an adapter.
-        params: The policy's parameters.
-        ref_params: The reference's parameters, without an adapter; None where it is the policy without its adapter.
-        batch: B prompts with R responses each.
-        count: Tokens per position, K; at most the size of the vocabulary.
-
-    Returns:
-        (ids, logp, ref_logp) of the policy's most likely tokens, most likely first; float32 in nats. Shape
-        [B, R, T, K]; entries after the end of a response are undefined.
-    """
-    base = split_adapter(params)[0] if ref_params is None else ref_params
-    hidden, ref_hidden = _scored_states(model, params, batch), _scored_states(model.base, base, batch)
-    ranked = top_logprobs(hidden, model.head(params), ref_hidden, model.base.head(base), count)
-    return tuple(x.reshape(-1, count)[batch.index] for x in ranked)
-
-
-def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
-    """Scores responses under the policy alone, in one pass: what losses without a reference read.
-
-    Args:
-        model: The model.
-        params: The policy's parameters.
-        batch: B prompts with R responses each.
-
-    Returns:
-        Scores of shape [B, R, T] without `ref_logp`.
-    """
-    logp, logz = response_logprobs(model, params, batch)
+    logp, logz = (jnp.where(batch.response_mask, x.reshape(-1)[batch.index], 0.0) for x in scores)
     return TokenScores(logp, None, logz, batch.response_mask)
 
 
@@ -91,8 +53,30 @@ def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, bat
     scores, ref_logp = score_policy(model, params, batch), batch.ref_logp
     if ref_logp is None:
         base = split_adapter(params)[0] if ref_params is None else ref_params
-        ref_logp, _ = response_logprobs(model.base, base, batch)
+        ref_logp = score_policy(model.base, base, batch).logp
     return replace(scores, ref_logp=jax.lax.stop_gradient(ref_logp))
+
+
+def response_alternatives(
+    model: CausalLM, params: Params, ref_params: Params | None, batch: Batch, count: int
+) -> tuple[Int[Array, "B R T K"], Float[Array, "B R T K"], Float[Array, "B R T K"]]:
+    """Ranks the tokens that the policy could have chosen at each position of the responses.
+
+    Args:
+        model: The model; policy and reference have the same shape, except for an adapter.
+        params: The policy's parameters.
+        ref_params: The reference's parameters, without an adapter; None where it is the policy without its adapter.
+        batch: B prompts with R responses each.
+        count: Tokens per position, K; at most the size of the vocabulary.
+
+    Returns:
+        (ids, logp, ref_logp) of the policy's most likely tokens, most likely first; float32 in nats. Shape
+        [B, R, T, K]; entries after the end of a response are undefined.
+    """
+    base = split_adapter(params)[0] if ref_params is None else ref_params
+    hidden, ref_hidden = _scored_states(model, params, batch), _scored_states(model.base, base, batch)
+    ranked = top_logprobs(hidden, model.head(params), ref_hidden, model.base.head(base), count)
+    return tuple(x.reshape(-1, count)[batch.index] for x in ranked)
 
 
 def _scored_states(model: CausalLM, params: Params, batch: Batch) -> Float[Array, "N K D"]:

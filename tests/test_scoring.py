@@ -8,7 +8,7 @@ import pytest
 from qstar_jax.config import ComputeOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
-from qstar_jax.scoring import response_logprobs, score_tokens
+from qstar_jax.scoring import score_policy, score_tokens
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +17,12 @@ def other_params(tiny_params):
 
 
 @pytest.fixture(scope="module")
-def logprobs(tiny_model):
-    return jax.jit(lambda params, batch: response_logprobs(tiny_model, params, batch))
+def score(tiny_model):
+    return jax.jit(lambda params, batch: score_policy(tiny_model, params, batch))
 
 
 def by_hand(logits_of, params, examples):
-    """Every answer by itself, behind its prompt: no padding, the whole [S, V] logits, float64 sums."""
+    """Every response by itself after its prompt: no padding, the whole [S, V] logits, float64 sums."""
     for example in examples:
         for response in example.responses:
             row = jnp.zeros((1, 16), jnp.int32)
@@ -38,12 +38,14 @@ LAYOUTS = ["packed", "shared", "plain"]
 
 @pytest.mark.parametrize("attention", ["dense", "blockwise"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_equals_full_logits_answer_by_answer(
+def test_every_layout_equals_full_logits_response_by_response(
     layout, attention, tiny_model, tiny_params, pair_batch, random_examples
 ):
     model = replace(tiny_model, compute=ComputeOptions(attention=attention))
     batch = pair_batch(5, layout=layout, fill_to=6, answers=3)
-    scores = jax.jit(lambda *x: response_logprobs(model, *x))(tiny_params, batch)
+    scores = jax.jit(lambda *x: score_policy(model, *x))(tiny_params, batch)
+    np.testing.assert_array_equal(scores.mask, batch.response_mask)
+    scores = scores.logp, scores.logz
     assert all(x.dtype == jnp.float32 and x.shape[:2] == (6, 3) for x in scores)
     expected = by_hand(jax.jit(tiny_model.logits), tiny_params, random_examples(5, answers=3))
     for n, values in enumerate(expected):
@@ -55,54 +57,55 @@ def test_every_layout_equals_full_logits_answer_by_answer(
 
 def test_layouts_take_as_many_slots_as_they_say(pair_batch, random_examples):
     examples = random_examples(5)
-    answers = sum(len(r.ids) for e in examples for r in e.responses)
+    tokens = sum(len(r.ids) for e in examples for r in e.responses)
     prompts = sum(len(e.prompt) - 1 for e in examples)
     for layout, copies in (("packed", 1), ("shared", 1), ("plain", 2)):
-        assert (pair_batch(5, layout=layout).blocks >= 0).sum() == answers + copies * prompts
+        assert (pair_batch(5, layout=layout).blocks >= 0).sum() == tokens + copies * prompts
     rows = {layout: len(pair_batch(5, layout=layout).tokens) for layout in LAYOUTS}
     assert rows["packed"] < rows["shared"] == 5 and rows["plain"] == 10
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_padding_ids_change_nothing(layout, tiny_params, pair_batch, logprobs):
+def test_padding_ids_change_nothing(layout, tiny_params, pair_batch, score):
     batch = pair_batch(4, layout=layout)
     padding = batch.blocks < 0
     assert padding.any() and not batch.tokens[padding].any()
-    # Also where padding is a token that answers hold, such as EOS.
+    # Also where padding is a token that responses contain, such as EOS.
     padded = replace(batch, tokens=jnp.where(padding, 7, batch.tokens))
-    one, other = (logprobs(tiny_params, each) for each in (batch, padded))
-    for x, y in zip(one, other, strict=True):
-        np.testing.assert_array_equal(x, y)
+    one, other = (score(tiny_params, each) for each in (batch, padded))
+    np.testing.assert_array_equal(one.logp, other.logp)
+    np.testing.assert_array_equal(one.logz, other.logz)
 
 
-def test_the_other_answer_and_the_neighbours_change_nothing(tiny_params, random_examples, logprobs):
+def test_the_other_response_and_the_neighbors_change_nothing(tiny_params, random_examples, score):
     examples = random_examples(4)
     shapes = Shapes.of(examples, batch_size=4, row_length=64, multiple=4)
 
     def scores(examples):
-        return logprobs(tiny_params, jax.tree.map(jnp.asarray, make_batch(examples, shapes)))[0]
+        return score(tiny_params, jax.tree.map(jnp.asarray, make_batch(examples, shapes))).logp
 
     before = scores(examples)
     chosen, rejected = examples[1].responses
     other = replace(examples[1], responses=(chosen, replace(rejected, ids=rejected.ids[::-1] % 7 + 3)))
-    neighbour = replace(examples[2], prompt=examples[2].prompt[::-1] % 5 + 3)
-    after = scores([examples[0], other, neighbour, examples[3]])
+    neighbor = replace(examples[2], prompt=examples[2].prompt[::-1] % 5 + 3)
+    after = scores([examples[0], other, neighbor, examples[3]])
     np.testing.assert_array_equal(before[1, 0], after[1, 0])
     np.testing.assert_array_equal(before[jnp.array([0, 3])], after[jnp.array([0, 3])])
     assert (before[1, 1] != after[1, 1]).any() and (before[2] != after[2]).any()
 
 
-def test_more_room_changes_nothing(tiny_params, pair_batch, logprobs):
+def test_more_room_changes_nothing(tiny_params, pair_batch, score):
     small, wide = pair_batch(4), pair_batch(4, row_length=96)
     assert small.tokens.shape != wide.tokens.shape
-    for one, other in zip(logprobs(tiny_params, small), logprobs(tiny_params, wide), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    one, other = score(tiny_params, small), score(tiny_params, wide)
+    np.testing.assert_allclose(one.logp, other.logp, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(one.logz, other.logz, rtol=0, atol=1e-5)
 
 
-def test_given_reference_equals_live_reference(tiny_model, tiny_params, other_params, pair_batch, logprobs):
+def test_given_reference_equals_live_reference(tiny_model, tiny_params, other_params, pair_batch, score):
     batch = pair_batch(4)
     live = jax.jit(lambda *x: score_tokens(tiny_model, *x))(tiny_params, other_params, batch)
-    cached = replace(batch, ref_logp=logprobs(other_params, batch)[0])
+    cached = replace(batch, ref_logp=score(other_params, batch).logp)
     given = jax.jit(lambda params, batch: score_tokens(tiny_model, params, None, batch))(tiny_params, cached)
     np.testing.assert_allclose(live.ref_logp, given.ref_logp, rtol=0, atol=1e-5)
     np.testing.assert_allclose(live.logp, given.logp, rtol=0, atol=1e-5)

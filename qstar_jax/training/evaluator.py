@@ -9,7 +9,7 @@ from qstar_jax.data.batches import Batch
 from qstar_jax.data.feeder import Feeder, Track
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.scoring import response_logprobs
+from qstar_jax.scoring import score_policy
 from qstar_jax.training.metrics import COUNT, Metrics, mean_metrics
 from qstar_jax.training.objectives import LossFn
 from qstar_jax.training.plan import RunPlan
@@ -73,7 +73,7 @@ def make_evaluator(
     """
     if not plan.runs_reference or plan.moves_reference:
         return Evaluator(feeder, jax.jit(lambda *args: loss_fn(*args)[1]), track=track)
-    logprobs = jax.jit(lambda params, batch: response_logprobs(model.base, params, batch)[0])
+    logprobs = jax.jit(lambda params, batch: score_policy(model.base, params, batch).logp)
     reference = state.frozen if state.ref_params is None else state.ref_params
     eval_step = jax.jit(lambda params, _, batch: loss_fn(params, None, batch)[1])
     return Evaluator(feeder, eval_step, lambda batch: logprobs(reference, batch), track)

@@ -14,7 +14,7 @@ from qstar_jax.data.feeder import Feeder, Track
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.scoring import response_logprobs
+from qstar_jax.scoring import score_policy
 from qstar_jax.store.reference_cache import ReferenceCache, fingerprint
 from qstar_jax.training.objectives import Objective
 
@@ -121,7 +121,7 @@ def make_scorer(model: CausalLM, feeder: Feeder) -> Callable[[Params, Iterable[B
         `score(params, batches, start)` on the feeder's batches from example `start` on: yields the index of a batch's
         first example, and for each of its examples log pi of each response's tokens in nats, shape [T].
     """
-    logprobs = jax.jit(lambda params, batch: response_logprobs(model, params, batch)[0])
+    logprobs = jax.jit(lambda params, batch: score_policy(model, params, batch).logp)
     examples = feeder.dataset.examples
 
     def score(params: Params, batches: Iterable[Batch], start: int):

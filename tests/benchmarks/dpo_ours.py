@@ -22,7 +22,7 @@ from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Layout
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.losses import make_loss
-from qstar_jax.scoring import response_logprobs
+from qstar_jax.scoring import score_policy
 from qstar_jax.sharding import make_mesh
 from qstar_jax.store.open import load_model
 from qstar_jax.training.objectives import preference_loss_fn
@@ -80,7 +80,7 @@ def main(
         dataset = Dataset(examples, (), pairs)
         feeder = Feeder(dataset, batch, mesh, options, "batch", accumulate=accumulate)
         if reference == "cached":
-            logprobs = jax.jit(lambda params, batch: response_logprobs(loaded.model, params, batch)[0])
+            logprobs = jax.jit(lambda params, batch: score_policy(loaded.model, params, batch).logp)
             in_order = Feeder(dataset, batch, mesh, options, "batch").in_order()
             values = np.concatenate([logprobs(loaded.params, b) for b in in_order])
             known = [[values[i, r, : len(a.ids)] for r, a in enumerate(e.responses)] for i, e in enumerate(examples)]

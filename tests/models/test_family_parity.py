@@ -14,7 +14,7 @@ from qstar_jax.data.packing import Shapes
 from qstar_jax.losses import make_loss
 from qstar_jax.models import CausalLM, attention
 from qstar_jax.models.flash_attention import flash_attention
-from qstar_jax.scoring import response_logprobs
+from qstar_jax.scoring import score_policy
 from qstar_jax.store import hub
 from qstar_jax.training.objectives import preference_loss_fn
 
@@ -139,6 +139,6 @@ def test_all_layouts_and_kinds_of_attention_say_the_same(layout, family, ways, o
     expected = plain_logprobs(model, params, examples, batch.index.shape)
     for way in WAYS:
         model = replace(model, compute=replace(model.compute, attention=way))
-        found = jax.jit(response_logprobs, static_argnums=0)(model, params, batch)
-        for own, other in zip(found, expected, strict=True):
+        scores = jax.jit(score_policy, static_argnums=0)(model, params, batch)
+        for own, other in zip((scores.logp, scores.logz), expected, strict=True):
             assert_close(own, other, 1e-5)

@@ -1,4 +1,4 @@
-"""What a head does to logits reaches everybody who reads them: scoring, the likeliest tokens, searches and trees."""
+"""What a head does to logits reaches everybody who reads them: scoring, the most_likely tokens, searches and trees."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from qstar_jax.decoding.search.mcts import MctsOptions, mcts
 from qstar_jax.models import CausalLM
 from qstar_jax.models.head import Head
 from qstar_jax.models.masks import right_padded
-from qstar_jax.scoring import response_alternatives, response_logprobs
+from qstar_jax.scoring import response_alternatives, score_policy
 
 BIAS, SOFTCAP, SCALE = np.linspace(1.0, -1.0, 60, dtype=np.float32), 2.0, 0.5
 PROMPT = [1, 9, 30, 4]
@@ -72,20 +72,22 @@ def test_a_head_makes_float32_logits_of_any_leading_shape():
 
 def test_scores_are_of_shaped_logits(shaped, tiny_model, tiny_params, plain_logits, pair_batch, random_examples):
     batch = pair_batch(3)
-    logp, logz = jax.jit(lambda *x: response_logprobs(shaped, *x))(tiny_params, batch)
+    scores = jax.jit(lambda *x: score_policy(shaped, *x))(tiny_params, batch)
     ids, top, ref_top = jax.jit(lambda *x: response_alternatives(shaped, *x, count=3))(tiny_params, tiny_params, batch)
-    assert np.abs(logp - response_logprobs(tiny_model, tiny_params, batch)[0]).max() > 0.5
+    assert np.abs(scores.logp - score_policy(tiny_model, tiny_params, batch).logp).max() > 0.5
     np.testing.assert_array_equal(top, ref_top)  # the same model, by the same head
     for b, example in enumerate(random_examples(3)):
         for r, response in enumerate(example.responses):
             whole = np.concatenate([example.prompt, response.ids])
             logits = plain_logits(whole)[len(example.prompt) - 1 : -1]
             at, expected = (b, r, slice(len(response.ids))), log_softmax(logits)
-            np.testing.assert_allclose(logp[at], expected[np.arange(len(logits)), response.ids], rtol=0, atol=2e-5)
-            np.testing.assert_allclose(logz[at], np.log(np.exp(logits).sum(-1)), rtol=0, atol=2e-5)
-            likeliest = np.argsort(-expected, axis=-1)[:, :3]
-            np.testing.assert_array_equal(ids[at], likeliest)
-            np.testing.assert_allclose(top[at], np.take_along_axis(expected, likeliest, -1), rtol=0, atol=2e-5)
+            np.testing.assert_allclose(
+                scores.logp[at], expected[np.arange(len(logits)), response.ids], rtol=0, atol=2e-5
+            )
+            np.testing.assert_allclose(scores.logz[at], np.log(np.exp(logits).sum(-1)), rtol=0, atol=2e-5)
+            most_likely = np.argsort(-expected, axis=-1)[:, :3]
+            np.testing.assert_array_equal(ids[at], most_likely)
+            np.testing.assert_allclose(top[at], np.take_along_axis(expected, most_likely, -1), rtol=0, atol=2e-5)
 
 
 def test_logits_prompts_and_paths_are_shaped(shaped, tiny_params, plain_logits):

@@ -19,7 +19,7 @@ from qstar_jax.losses import make_loss
 from qstar_jax.models import attention
 from qstar_jax.models.attention import _attend_batched, _attend_sequentially, blockwise_attention, scale_and_cap
 from qstar_jax.models.masks import PackedMask, visible
-from qstar_jax.scoring import response_logprobs
+from qstar_jax.scoring import score_policy
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.objectives import preference_loss_fn, sft_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
@@ -133,7 +133,7 @@ def test_rematerialisation(remat, tiny_model, tiny_params, ref_params, examples,
 
 
 def test_cached_reference(tiny_model, tiny_params, ref_params, examples, plain, same):
-    logps = jax.jit(lambda *x: response_logprobs(tiny_model, *x)[0])(ref_params, batch_of(examples, "plain"))
+    logps = jax.jit(lambda *x: score_policy(tiny_model, *x).logp)(ref_params, batch_of(examples, "plain"))
     cached = [
         [np.asarray(logps[b, r, : len(answer.ids)]) for r, answer in enumerate(example.responses)]
         for b, example in enumerate(examples)

@@ -510,8 +510,13 @@ def test_a_cached_reference_is_not_computed_again(cached_run, tiny_train, tmp_pa
 
 def test_a_cache_that_does_not_fit_is_refused_before_training(cached_run, tiny_train, tmp_path, monkeypatch):
     config, _, _ = cached_run
-    real = reference_module.response_logprobs
-    monkeypatch.setattr(reference_module, "response_logprobs", lambda *x: tuple(y + 0.01 for y in real(*x)))
+    real = reference_module.score_policy
+
+    def shifted(*inputs):
+        scores = real(*inputs)
+        return replace(scores, logp=scores.logp + 0.01)
+
+    monkeypatch.setattr(reference_module, "score_policy", shifted)
     with pytest.raises(InputError, match=r"0\.01"):
         tiny_train(replace(config, out=str(tmp_path / "run")))
     assert find_checkpoint(tmp_path / "run") is None

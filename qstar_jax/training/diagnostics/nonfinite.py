@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from qstar_jax.data.batches import Batch
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.scoring import response_logprobs
+from qstar_jax.scoring import score_policy
 from qstar_jax.training.objectives import LossFn
 from qstar_jax.training.step import TrainState, first_nonfinite, with_frozen
 
@@ -43,7 +43,7 @@ def find_cause(
     # Log-probabilities of each example.
     micro_batches = [batch] if accumulate == 1 else [jax.tree.map(lambda x: x[i], batch) for i in range(accumulate)]  # noqa: B023
     size = micro_batches[0].index.shape[0]
-    logprobs = jax.jit(lambda params, batch: response_logprobs(model, params, batch)[0])
+    logprobs = jax.jit(lambda params, batch: score_policy(model, params, batch).logp)
     for name, values_of in (("log pi", lambda b: logprobs(state.policy, b)), ("log pi_ref", lambda b: b.ref_logp)):
         bad = []
         for number, micro_batch in enumerate(micro_batches):

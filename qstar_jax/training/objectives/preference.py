@@ -41,7 +41,7 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
         lambda model: preference_loss_fn(model, loss),
         kind="preferences",
         headline=("loss", *(f"rewards/{name}" for name in ("chosen", "reference_samples", "margins", "accuracies"))),
-        description=str(loss),
+        description=f"{loss} (plackett_luce is sigmoid on pairs)" if "plackett_luce" in loss.terms else str(loss),
         uses_reference=loss.uses_reference,
         couples_examples=loss.couples_rows,
         loss_at_reference=loss.loss_at_reference,

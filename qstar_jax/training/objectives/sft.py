@@ -6,7 +6,7 @@ from qstar_jax import losses
 from qstar_jax.data.batches import Batch
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.scoring import response_logprobs
+from qstar_jax.scoring import score_policy
 from qstar_jax.training.objectives.base import LossFn, Objective
 from qstar_jax.training.objectives.responses import response_metrics, token_counts
 
@@ -20,10 +20,10 @@ def sft_loss_fn(model: CausalLM) -> LossFn:
     """Makes the loss `loss_fn(params, ref_params, batch)`; `ref_params` is not used and may be None."""
 
     def loss_fn(params: Params, ref_params: Params | None, batch: Batch):
-        logp, _ = response_logprobs(model, params, batch)
+        scores = score_policy(model, params, batch)
         weights = batch.weights[:, None]
         tokens = (batch.response_lengths * weights).sum()
-        total = (losses.negative_log_likelihood(logp, batch.response_mask) * weights).sum()
+        total = (losses.negative_log_likelihood(scores.logp, scores.mask) * weights).sum()
         metrics = {"loss": (total, tokens), **response_metrics(batch, ("completion",)), **token_counts(batch)}
         return total / jnp.maximum(tokens, 1), metrics
 

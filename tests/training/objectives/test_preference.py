@@ -15,7 +15,7 @@ from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.errors import InputError
 from qstar_jax.losses import make_loss
 from qstar_jax.mdp import TokenScores
-from qstar_jax.scoring import response_logprobs, score_tokens
+from qstar_jax.scoring import score_policy, score_tokens
 from qstar_jax.training.metrics import mean_metrics
 from qstar_jax.training.objectives import preference_loss_fn, preference_objective, sft_loss_fn
 from qstar_jax.training.step import TrainState, make_train_step
@@ -55,6 +55,11 @@ def test_a_model_learns_a_ranking(tiny_model, tiny_params, pair_batch):
         found.append(mean_metrics([metrics]))
     assert found[0]["loss"] == pytest.approx(math.log(6), rel=1e-5)  # one of 3! orders
     assert found[-1]["loss"] < found[0]["loss"] - 0.1 and found[-1]["rewards/margins"] > 0.1
+
+
+def test_plackett_luce_is_named_sigmoid_where_pairs_are_read():
+    objective = preference_objective(make_loss("plackett_luce", beta=0.5))
+    assert objective.description == "plackett_luce(beta=0.5) (plackett_luce is sigmoid on pairs)"
 
 
 def test_what_the_objective_says_of_its_loss():
@@ -115,7 +120,7 @@ def loss_of_scores(scores, batch):
 
 def test_dpo_equals_a_plain_computation(tiny_model, tiny_params, ref_params, batch):
     loss, metrics = jax.jit(preference_loss_fn(tiny_model, LOSS))(tiny_params, ref_params, batch)
-    logprobs = jax.jit(lambda params: response_logprobs(tiny_model, params, batch)[0])
+    logprobs = jax.jit(lambda params: score_policy(tiny_model, params, batch).logp)
     logp, ref = (np.asarray(logprobs(p), np.float64).sum(-1)[:6] for p in (tiny_params, ref_params))
     rewards = 0.5 * (logp - ref)
     margin = rewards[:, 0] - rewards[:, 1]
