@@ -117,7 +117,7 @@ def beam_search(
             t = jnp.minimum(t, max_new_tokens - 1)
         path = (chosen.ancestry[..., None] == jnp.arange(count)).reshape(len(prompts), count, -1)
         tokens = jax.lax.dynamic_index_in_dim(chosen.live.tokens, t, axis=2, keepdims=False)
-        # The limit's tokens are run for nothing: a first choice outside the loop would have to be compiled once more.
+        # The last tokens are run for nothing: a first choice outside the loop would have to be compiled once more.
         logits, memory = model.extend(params, memory, tokens, path, t * count)
         return (chosen, objective(logits), memory), None
 
@@ -135,7 +135,7 @@ def beam_search(
 
 def block_size(steps: int) -> int:
     """Steps per block: as many as `BLOCK` if they come out even, else as many as waste least, a single step at most."""
-    return min(range(min(BLOCK, steps), min(2, steps) - 1, -1), key=lambda size: -steps % size)
+    return min(range(min(BLOCK, steps), 1, -1), key=lambda size: -steps % size, default=1)
 
 
 def _start(step: StepScores, options: BeamOptions, stop_strings: StopStrings | None, key: jax.Array | None) -> _Beams:

@@ -50,6 +50,17 @@ def assert_same(found, row, texts, scores):
     assert (found.finish[row, count:] == Finish.INVALID).all()
 
 
+def test_two_beams_of_a_bigram_model(search, table_lm):
+    # Tokens: 0 ends a response, 1, 2. Behind the prompt 1, then behind 1, then behind 2:
+    bigrams = [[[1.0, 0.0, 0.0], [0.1, 0.6, 0.3], [0.5, 0.4, 0.1]]]
+    found = search(table_lm(bigrams), BeamOptions(2, 2, (0,)), [[1]], width=1)
+    # First step: 1 (0.6) and 2 (0.3) live, the empty response (0.1) ended. Second step: 1 1 (0.36) and 1 2 (0.18) reach
+    # the limit; 2 0 (0.15) ended and comes third.
+    assert found.tokens[0].tolist() == [[1, 1], [1, 2]] and found.finish[0].tolist() == [Finish.LENGTH] * 2
+    np.testing.assert_allclose(np.exp(found.score[0]), [0.36, 0.18], rtol=1e-5)
+    assert found.certified.tolist() == [True]
+
+
 # Wide enough that no live prefix is ever dropped: there are at most (V - 1) ** (T - 1) of these.
 WIDE = {3: 85, 4: 341, 5: 364}
 SPACES = [(3, "compete"), (4, "compete"), (5, "compete"), (4, "drop")]

@@ -12,7 +12,7 @@ import pytest
 from qstar_jax.decoding.constraints import Constraints
 from qstar_jax.decoding.objectives import ImplicitReward, LogitArithmetic, RegularisedReward
 from qstar_jax.decoding.responses import Finish
-from qstar_jax.decoding.search.beam import BLOCK, beam_search
+from qstar_jax.decoding.search.beam import BLOCK, beam_search, block_size
 from qstar_jax.decoding.search.beam_options import BeamOptions, hf_compat, t5x_compat
 from qstar_jax.decoding.stop_strings import StopStrings
 
@@ -95,6 +95,29 @@ def test_a_batch_that_is_done_takes_no_further_block_of_steps(search, table_lm):
         search((policy, params), BeamOptions(2, 2 * BLOCK, (0,)), [[1]])
         jax.effects_barrier()
         assert len(policy.steps) == blocks * BLOCK
+
+
+def test_blocks_waste_one_step_at_most():
+    sizes = {1: 1, 2: 2, 3: 3, 4: 4, 5: 3, 6: 3, 7: 4, 8: 4, 13: 2, 31: 4, 32: 4, 33: 3, 127: 4, 128: 4}
+    assert {steps: block_size(steps) for steps in sizes} == sizes
+    assert all(-steps % block_size(steps) <= 1 < block_size(steps) for steps in range(2, 300))
+
+
+@pytest.mark.thin("5", "31")
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 5, 7, 31])
+def test_a_step_past_the_limit_changes_nothing(max_new_tokens, padded, history_lm, monkeypatch):
+    policy, options = history_lm(1, bias=-12.0), BeamOptions(3, max_new_tokens, (0,))
+
+    def search():
+        fresh = jax.jit(lambda params, *prompts: beam_search.__wrapped__(policy[0], params, *prompts, options))
+        return jax.device_get(fresh(policy[1], *padded(PROMPTS)))
+
+    in_blocks = search()
+    monkeypatch.setattr("qstar_jax.decoding.search.beam.BLOCK", 1)
+    one_by_one = search()
+    for one, other in zip(jax.tree.leaves(in_blocks), jax.tree.leaves(one_by_one), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (in_blocks.lengths == max_new_tokens).any()  # some have reached the limit
 
 
 def test_the_three_rules_for_stopping_differ(search, history_lm, history_next, plain_beam_search, read_answers):
