@@ -43,18 +43,18 @@ from qstar_jax.training.throughput import Throughput, peak_flops, peak_memory_by
 
 @dataclass(frozen=True)
 class Run:
-    """What a run makes once, and every phase reads.
+    """The parts of a run that are made once and that every phase reads.
 
     Attributes:
-        plan: Its options and its objective.
+        plan: Resolved options and objective.
         start: The model, and the step at which the run begins.
-        inputs: Its examples.
-        steps: Its optimizer steps.
+        inputs: The examples.
+        steps: Optimizer steps.
         loss_fn: The objective's loss of the model.
         optimizer: The optax transformation.
         description: What is stored beside the parameters.
-        mesh: Its devices.
-        console: Where it shows progress.
+        mesh: The devices.
+        console: Where to show progress.
     """
 
     plan: RunPlan
@@ -84,21 +84,26 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
         FloatingPointError: If the loss is not finite.
     """
     began = time.perf_counter()
+    # Plan: resolve the options, before anything is loaded or written.
     console = (console or Console()) if jax.process_index() == 0 else Console(quiet=True)
     plan = _announce(make_plan(config), console)
     mesh = make_mesh(plan.config.mesh)
     keep_programs()
     with jax.set_mesh(mesh), CheckpointStore(plan.out, plan.config.train.keep_checkpoints) as store:
+        # Start: open the model or a checkpoint, and the data.
         run = _prepare(plan, store, mesh, console)
         if run.start.step >= run.steps:
-            return _stay_complete(run)
+            return _read_summary(run)
         run = replace(run, inputs=with_cached_reference(run.plan, run.start, run.inputs, console))
+        # State: put parameters and optimizer on the mesh.
         state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
         _begin_folder(run)
+        # Loop: train, evaluate and save.
         with _open_log(run) as log:
             probe = make_probe(run.plan, run.start, state.policy, run.inputs.prompts, mesh, console)
             loop, batch = _make_loop(run, state, store, probe, log)
             _, summary = loop.run(state, run.start.step, batch)
+    # Summary.
     return _finish(run, summary, probe, time.perf_counter() - began)
 
 
@@ -130,8 +135,8 @@ def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console
     )
 
 
-def _stay_complete(run: Run) -> dict[str, float | str]:
-    """Leaves a run that has taken all its steps as it is, and returns its summary."""
+def _read_summary(run: Run) -> dict[str, float | str]:
+    """The summary of a run that has taken all its steps already."""
     out = run.plan.out
     say(run.console, f"{out} is complete: {run.start.step} of {run.steps} steps are done")
     summary = out / "summary.json"
@@ -139,7 +144,7 @@ def _stay_complete(run: Run) -> dict[str, float | str]:
 
 
 def _begin_folder(run: Run):
-    """Writes config.yaml; a fresh run removes what one that ended before its first checkpoint has left."""
+    """Writes config.yaml; a fresh run removes the files of one that ended before its first checkpoint."""
     if jax.process_index() != 0:
         return
     if run.start.step == 0:
@@ -160,7 +165,7 @@ def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
 def _make_loop(
     run: Run, state: TrainState, store: CheckpointStore, probe: Probe | None, log: RunLog | None
 ) -> tuple[Loop, Batch]:
-    """Makes the training loop and its first batch, and shows what a step will need before anything is compiled."""
+    """Makes the training loop and its first batch; estimates what a step needs before anything is compiled."""
     plan, options, model, loss_fn = run.plan, run.plan.config.train, run.start.model, run.loss_fn
     # What evaluation measures: held-out examples, and the reference's own samples.
     evaluator = None
@@ -204,7 +209,7 @@ def _estimate(run: Run, state: TrainState, batch: Batch, throughput: Throughput)
 
 
 def _jit_step(run: Run, state: TrainState) -> TrainStep:
-    """Compiles the step so that a state comes out on the shardings on which it went in, in the same buffers."""
+    """Jits the step; the state keeps its shardings and its buffers."""
     train_step = make_train_step(
         run.loss_fn,
         run.optimizer,

@@ -1,1 +1,1 @@
-"""What watches a run: its estimate, what was not finite, and whether chosen rewards move as theory expects."""
+"""Diagnostics of a run: memory, its first loss, what was not finite, whether chosen rewards fall as expected."""

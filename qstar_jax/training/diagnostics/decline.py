@@ -1,8 +1,9 @@
-"""The ordinary decline: how far the rewards of what the reference itself would say have fallen, while a run goes.
+"""The expected decline: how far the rewards of the reference's own samples have fallen during a run.
 
-Eq. 16: answers drawn from the reference have the mean implicit reward -beta KL(reference || policy), which is 0 at step
-0 and never above it. A reference that was fitted to the chosen answers likes them as it likes its own, so theirs must
-fall along. It holds for prefixes too: an answer that was cut is one of a game that ends there, with the KL up to there.
+Eq. 16: responses sampled from the reference have the mean implicit reward -beta KL(reference || policy), which is 0 at
+step 0 and never above it. A reference that was fitted to the chosen responses treats them like its own, so their
+rewards must fall too. The same holds for prefixes: a truncated sample is complete in a game that ends there, with the
+KL up to there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,25 +32,25 @@ from qstar_jax.training.reference import make_scorer
 from qstar_jax.training.setup import Start
 
 FILE = "reference_samples.jsonl"
-LONGEST = 128  # tokens of a sample: more would cost time, and a prefix serves as well
+LONGEST = 128  # tokens per sample: a prefix serves as well, and costs less
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean of independent values and its standard error. Shape [N], N of at least 2."""
+    """Mean of independent values, and its standard error. Shape [N], N at least 2."""
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def expected_log_ratio(log_ratios: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Estimates -KL(pi_ref || pi) from the reference's samples with less noise than their mean has.
+    """Estimates -KL(pi_ref || pi) from the reference's samples with less noise than their mean.
 
     The sum of pi / pi_ref - 1 over the tokens of a sample has expectation 0 and is strongly correlated with the sum of
-    log pi / pi_ref: a control variate. Its weight is fitted, as the usual weight 1 is worse than 0 once pi is far away.
+    log pi / pi_ref: a control variate. Its weight is fitted: the usual weight 1 is worse than 0 once pi is far away.
 
     Args:
         log_ratios: log pi / pi_ref of each sample's tokens in nats. Shape [T] each; at least two samples.
 
     Returns:
-        Mean a sample, and its standard error.
+        Mean per sample, and its standard error.
     """
     totals = np.array([ratios.sum() for ratios in log_ratios])
     zero_mean = np.array([np.expm1(ratios).sum() for ratios in log_ratios])
@@ -57,8 +58,8 @@ def expected_log_ratio(log_ratios: Sequence[np.ndarray]) -> tuple[float, float]:
     if len(totals) < 3 or not 0 < variance < np.inf:
         return mean_and_error(totals)
     weight = np.mean((totals - totals.mean()) * (zero_mean - zero_mean.mean())) / variance
-    rest = totals - weight * zero_mean
-    return float(rest.mean()), float((rest.var(ddof=2) / len(rest)) ** 0.5)
+    residuals = totals - weight * zero_mean
+    return float(residuals.mean()), float((residuals.var(ddof=2) / len(residuals)) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Probe:
 
     Attributes:
         samples: The samples, the same through the whole run.
-        beta: Temperature of the loss (of the first one with a reference, which `rewards/chosen` has too).
-        logps: `params -> log pi` of each answer's tokens, shape [T] each; all processes call it together.
+        beta: Reward per nat, as in `rewards/chosen`.
+        logps: `params -> log pi` of each sample's tokens, shape [T] each; all processes call it together.
     """
 
     samples: Samples
@@ -76,9 +77,9 @@ class Probe:
     logps: Callable[[Params], list[np.ndarray]]
 
     def __call__(self, params: Params, ref_params: Params | None = None) -> dict[str, float]:
-        """Computes two estimates of -beta KL(reference || policy), in reward an answer, with their standard errors.
+        """Computes two estimates of -beta KL(reference || policy), in reward per response, with their standard errors.
 
-        `reference_samples` is the mean implicit reward of the samples, `reference_expected` their mean by
+        `reference_samples` is the mean implicit reward of the samples, `reference_expected` that of
         `expected_log_ratio`. `ref_params` are not used.
         """
         pairs = zip(self.logps(params), self.samples.ref_logps, strict=True)
@@ -94,7 +95,7 @@ class Probe:
         return metrics
 
     def verdict(self, summary: Mapping[str, float]) -> str:
-        """Says in one line whether rewards of chosen answers moved as theory expects; see `verdict`."""
+        """Says in one line whether rewards of chosen responses moved as theory expects; see `verdict`."""
         samples = self.samples
         return sentence(collect(summary, samples=len(samples.examples), length=samples.mean_length, beta=self.beta))
 

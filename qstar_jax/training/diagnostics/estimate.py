@@ -1,4 +1,4 @@
-"""What a step will need, said before anything is compiled: memory of each device, and arithmetic."""
+"""An estimate of what a step needs, before anything is compiled: memory per device, and FLOPs."""
 
 import math
 import os
@@ -23,9 +23,9 @@ class Estimate:
     Attributes:
         memory: Bytes on each device, by what they hold.
         flops: Model FLOPs of the step, over all devices.
-        steps: Length of the run.
-        limit: Bytes that a device has, where that is known.
-        peak_flops: FLOP/s of all devices, where they are known.
+        steps: Remaining steps of the run.
+        limit: Bytes that a device has, if known.
+        peak_flops: FLOP/s of all devices, if known.
     """
 
     memory: dict[str, int]
@@ -36,23 +36,22 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Bytes on each device together."""
+        """Sum of the bytes on each device."""
         return sum(self.memory.values())
 
     def __str__(self) -> str:
-        """One or two lines in plain words."""
+        """One or two lines for the terminal."""
         parts = ", ".join(f"{name} {filesize.decimal(size)}" for name, size in self.memory.items() if size)
         has = f" of {filesize.decimal(self.limit)}" if self.limit else ""
-        line = (
-            f"estimate: at least {filesize.decimal(self.total)}{has} a device ({parts}); {self.flops:.2e} FLOPs a step"
-        )
+        line = f"estimate: at least {filesize.decimal(self.total)}{has} per device ({parts}); "
+        line += f"{self.flops:.2e} FLOPs per step"
         if self.peak_flops:
             seconds = self.flops / self.peak_flops
-            whole = timedelta(seconds=math.ceil(seconds * self.steps))
-            line += f": {seconds:.2g} s at the hardware's peak, {whole} for {self.steps} steps"
+            duration = timedelta(seconds=math.ceil(seconds * self.steps))
+            line += f": {seconds:.2g} s at the hardware's peak, {duration} for {self.steps} steps"
         if self.limit and self.total > self.limit:
             line += (
-                "\nthis may not fit; what helps: train.accumulate, compute.remat full, reference.mode cached, "
+                "\nthis may not fit; try train.accumulate, compute.remat full, reference.mode cached, "
                 "lora.rank, compute.param_dtype bfloat16, shorter data.max_length, or more devices along mesh.fsdp"
             )
         return line
@@ -70,20 +69,20 @@ def estimate(
     limit: int | None = None,
     peak_flops: float | None = None,
 ) -> Estimate:
-    """Adds up what a step holds; only shapes are looked at, and nothing is compiled.
+    """Adds up the memory of a step from shapes alone; nothing is compiled.
 
-    Activations are what the backward pass keeps of the forward pass, as JAX traces it, for the rows of one device. What
-    the compiler needs besides is not known before: a compiled step of SmolLM2-135M needed 5 to 10 % more with remat
-    none and dots, and up to half as much again with full, where the rest is small.
+    Activations are what the backward pass keeps of the forward pass, as JAX traces it, for the sequences of one device.
+    Temporary buffers of the compiler come on top: a compiled step of SmolLM2-135M needed 5 to 10 % more with remat none
+    and dots, and up to half as much again with full, where the rest is small.
 
     Args:
-        loss_fn: The objective.
+        loss_fn: The objective's loss.
         state: The state of the run.
         batch: The batch of a step.
-        mesh: Devices.
+        mesh: The devices.
         flops: Model FLOPs of the step.
-        steps: Length of the run.
-        accumulate: Micro-batches a step.
+        steps: Remaining steps of the run.
+        accumulate: Micro-batches per step.
         limit: Bytes that a device has.
         peak_flops: FLOP/s of all devices.
 
@@ -91,14 +90,15 @@ def estimate(
         The estimate.
     """
 
-    def kept(params: Params, frozen: Params | None, ref_params: Params | None, batch: Batch):
+    def residuals_of(params: Params, frozen: Params | None, ref_params: Params | None, batch: Batch):
         return jax.vjp(lambda p: loss_fn(with_frozen(p, frozen), ref_params, batch)[0], params)[1]
 
-    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[accumulate > 1 :], x.dtype), batch)
-    residuals = jax.eval_shape(kept, state.params, state.frozen, state.ref_params, micro)
-    # The backward pass needs parameters too; they are counted already.
+    # Activations: what one micro-batch leaves for the backward pass, but for parameters, which are counted already.
+    micro_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[accumulate > 1 :], x.dtype), batch)
+    residuals = jax.eval_shape(residuals_of, state.params, state.frozen, state.ref_params, micro_batch)
     parameters = {(x.shape, x.dtype) for x in jax.tree.leaves(state.policy)}
     activations = sum(_bytes(x) for x in jax.tree.leaves(residuals) if (x.shape, x.dtype) not in parameters)
+    # Gradients are accumulated in float32.
     gradients = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params))
     return Estimate(
         memory={
@@ -125,7 +125,7 @@ def _on_device(tree) -> int:
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Bytes that a device has for this program; of a CPU, those of the machine."""
+    """Bytes that a device has for this program; for a CPU, its share of the machine's memory."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats or device.platform != "cpu":
         return stats.get("bytes_limit")

@@ -1,4 +1,4 @@
-"""What the reference itself would say: answers drawn from it, and the file that keeps them with a run."""
+"""Responses sampled from the reference, and the file that keeps them with a run."""
 
 import json
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Samples:
-    """Answers of the reference.
+    """Responses sampled from the reference.
 
     Attributes:
-        examples: A prompt with one answer each.
-        ref_logps: log pi_ref of each answer's tokens in nats. Shape [T] each.
+        examples: A prompt with one response each.
+        ref_logps: log pi_ref of each response's tokens in nats. Shape [T] each.
     """
 
     examples: list[Example]
@@ -36,7 +36,7 @@ class Samples:
 
     @property
     def mean_length(self) -> float:
-        """Tokens of an answer on average."""
+        """Mean tokens per response."""
         return float(np.mean([len(logps) for logps in self.ref_logps]))
 
 
@@ -51,44 +51,45 @@ def draw(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
 ) -> list[Response]:
-    """Samples one answer to each prompt at temperature 1 from the whole vocabulary.
+    """Samples one response per prompt, at temperature 1 from the whole vocabulary.
 
     Args:
         model: The model.
         params: Its parameters; in a job of several processes all must call this together.
         prompts: Token ids of each prompt, at least one each.
         mesh: Devices of the model.
-        seed: Of the samples.
+        seed: Seed for sampling.
         rows: Prompts decoded at once.
-        max_new_tokens: Longest answer, EOS included.
-        eos_ids: Tokens that end an answer.
+        max_new_tokens: Longest response in tokens, EOS included.
+        eos_ids: Tokens that end a response.
 
     Returns:
-        The answers; one that reached `max_new_tokens` without EOS is truncated.
+        The responses; one that reached `max_new_tokens` without EOS is truncated.
     """
+    # One shape for all batches.
     width = -(-max(len(prompt) for prompt in prompts) // 64) * 64
     replicated = NamedSharding(mesh, PartitionSpec())
-    answers: list[Response] = []
+    responses: list[Response] = []
     for start in range(0, len(prompts), rows):
-        own = prompts[start : start + rows]
-        padded, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)  # one shape for all
-        for b, prompt in enumerate(own):
+        batch = prompts[start : start + rows]
+        padded, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+        for b, prompt in enumerate(batch):
             padded[b, : len(prompt)], lengths[b] = prompt, len(prompt)
         padded, lengths = (
             jax.make_array_from_callback(x.shape, replicated, lambda index, x=x: x[index]) for x in (padded, lengths)
         )
-        # A key for each prompt: what is drawn does not depend on how many are decoded at once.
+        # A key per prompt: samples do not depend on how many are decoded at once.
         keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(start + np.arange(rows))
-        found = sample(model, params, padded, lengths, keys, SampleOptions(max_new_tokens, eos_ids))
+        samples = sample(model, params, padded, lengths, keys, SampleOptions(max_new_tokens, eos_ids))
         tokens, ends, finished = multihost_utils.process_allgather(
-            (found.tokens, found.lengths, found.finished), tiled=True
+            (samples.tokens, samples.lengths, samples.finished), tiled=True
         )
-        answers += [Response(tokens[b, 0, : ends[b, 0]], not finished[b, 0]) for b in range(len(own))]
-    return answers
+        responses += [Response(tokens[b, 0, : ends[b, 0]], not finished[b, 0]) for b in range(len(batch))]
+    return responses
 
 
 def write_samples(path: Path, samples: Samples, tokenizer: "PreTrainedTokenizerBase"):
-    """Writes one line of JSON a sample, with its text for readers; the file is there whole or not at all."""
+    """Writes one line of JSON per sample, with its text for readers; atomically."""
     lines = [
         {
             "row": example.row,
@@ -125,9 +126,9 @@ def read_samples(path: Path) -> Samples:
         ]
         samples = Samples(examples, [np.array(line["ref_logp"], np.float32) for line in lines])
         shapes = [(e.responses[0].ids.shape, logps.shape) for e, logps in zip(examples, samples.ref_logps, strict=True)]
-        sound = len(lines) > 1 and all(answer == logps and answer > (0,) for answer, logps in shapes)
-        if not sound or not all(np.isfinite(logps).all() for logps in samples.ref_logps):
-            raise ValueError("there must be two answers or more, with a finite number for each of their tokens")
+        complete = len(lines) > 1 and all(ids == logps and ids > (0,) for ids, logps in shapes)
+        if not complete or not all(np.isfinite(logps).all() for logps in samples.ref_logps):
+            raise ValueError("expected two responses or more, with a finite number for each of their tokens")
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(
             f"{path}: not the reference's samples with which the run began ({error!r}); restore that file, or delete "

@@ -1,4 +1,4 @@
-"""Whether the rewards of chosen answers moved as theory expects, in one sentence at the end of a run."""
+"""Whether the rewards of chosen responses moved as theory expects, in one sentence at the end of a run."""
 
 import math
 from collections.abc import Mapping
@@ -7,25 +7,25 @@ from typing import Literal
 
 Case = Literal["rose", "unmoved", "ordinary", "slight", "displaced", "unsure"]
 
-CLEAR = 2.0  # standard errors beyond which a difference is no noise
-ORDINARY = 2.0  # a fall of up to so many times the expected one is ordinary: no reference fits its data exactly
-SLIGHT = 1.0  # nats an answer: a fall below it takes from the answers less than a factor e, and alarms nobody
+CLEAR = 2.0  # standard errors beyond which a difference is not noise
+ORDINARY = 2.0  # a fall of up to this many times the expected one is ordinary: no reference fits its data exactly
+SLIGHT = 1.0  # nats per response: a smaller fall makes responses less than e times less likely, and is harmless
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The figures at the end of a run; rewards are means of an answer, and all were 0 at step 0.
+    """The figures at the end of a run; rewards are means per response, and all were 0 at step 0.
 
     Attributes:
-        chosen: Implicit reward of chosen answers.
+        chosen: Implicit reward of chosen responses.
         chosen_error: Its standard error.
         chosen_length: Their mean length in tokens.
         expected: Implicit reward of the reference's own samples, -beta KL(reference || policy).
         expected_error: Its standard error.
         expected_length: Mean length of the samples in tokens.
-        samples: How many samples there are.
-        beta: Reward a nat.
-        held_out: Whether the chosen answers are held out, or those of the last training steps.
+        samples: Number of samples.
+        beta: Reward per nat.
+        held_out: Whether the chosen responses are held out, or those of the last training steps.
     """
 
     chosen: float
@@ -40,26 +40,26 @@ class Evidence:
 
     @property
     def scale(self) -> float:
-        """How much longer chosen answers are: samples are cut short, and each further token has its share of the KL."""
+        """How much longer chosen responses are than samples, which are truncated; each further token adds its KL."""
         return self.chosen_length / self.expected_length
 
     @property
     def ordinary(self) -> tuple[float, float]:
-        """What the reference's samples would have at the chosen answers' length, at most 0, and its standard error."""
+        """Reward of the reference's samples at the chosen responses' length, at most 0, and its standard error."""
         return min(self.expected, 0.0) * self.scale, self.expected_error * self.scale
 
 
 def collect(summary: Mapping[str, float], *, samples: int, length: float, beta: float) -> Evidence:
-    """Takes the figures from a run's summary, of held-out pairs where they were evaluated.
+    """Collects the figures from a run's summary, preferably those of held-out pairs.
 
-    With `loss.ld_alpha`, rewards of chosen answers are weighted and so are a little smaller than what they are compared
+    With `loss.ld_alpha`, rewards of chosen responses are weighted, and so a little smaller than what they are compared
     with.
 
     Args:
         summary: Metrics at the end of the run.
-        samples: How many samples of the reference there are.
+        samples: Number of samples of the reference.
         length: Their mean length in tokens.
-        beta: Reward a nat.
+        beta: Reward per nat.
 
     Returns:
         The evidence.
@@ -80,22 +80,22 @@ def collect(summary: Mapping[str, float], *, samples: int, length: float, beta: 
 
 
 def decide(evidence: Evidence) -> Case:
-    """Compares the fall of chosen answers with the ordinary one.
+    """Compares the fall of chosen rewards with the expected one.
 
     Args:
         evidence: The figures.
 
     Returns:
-        rose, unmoved: clearly above 0; not clearly different from it. Otherwise they fell. ordinary, displaced: clearly
-        less, clearly more than `ORDINARY` times what is expected; slight: not clearly less, but by less than `SLIGHT`
-        nats. unsure: noise hides which.
+        rose: clearly above 0; unmoved: not clearly different from 0. Otherwise they fell, ordinary: clearly by less
+        than `ORDINARY` times the expected fall; slight: by less than `SLIGHT` nats; displaced: clearly by more;
+        unsure: noise hides which.
     """
     if evidence.chosen > CLEAR * evidence.chosen_error:
         return "rose"
     if abs(evidence.chosen) <= CLEAR * evidence.chosen_error:
         return "unmoved"
     expected, error = evidence.ordinary
-    excess = ORDINARY * expected - evidence.chosen  # above 0: they fell more
+    excess = ORDINARY * expected - evidence.chosen  # above 0: they fell by more
     noise = CLEAR * math.hypot(evidence.chosen_error, ORDINARY * error)
     if excess < -noise:
         return "ordinary"
@@ -105,7 +105,7 @@ def decide(evidence: Evidence) -> Case:
 
 
 def sentence(evidence: Evidence) -> str:
-    """Says the verdict and its figures.
+    """States the verdict and its figures.
 
     Args:
         evidence: The figures.
@@ -118,26 +118,27 @@ def sentence(evidence: Evidence) -> str:
     chosen = f"{_number(evidence.chosen)} +- {_number(evidence.chosen_error, '')} on {where}"
     theory = f"{_number(expected)} +- {_number(error, '')}"
     factor = math.exp(min(evidence.chosen / evidence.beta, 700.0))
-    said = {
-        "rose": f"rewards of chosen answers rose to {chosen}, where the reference's own answers would be at {theory}: "
-        "the policy moves towards the chosen answers",
-        "unmoved": f"rewards of chosen answers are {chosen}, no further from 0 than noise; the reference's own answers "
-        f"would be at {theory}",
-        "ordinary": f"rewards of chosen answers fell to {chosen}, which is ordinary: theory expects {theory} of "
-        "answers on which the reference was fitted (Eq. 16: what the reference likes loses beta KL(reference || "
+    sentences = {
+        "rose": f"rewards of chosen responses rose to {chosen}, where the reference's own responses would be at "
+        f"{theory}: the policy moves towards the chosen responses",
+        "unmoved": f"rewards of chosen responses are {chosen}, no further from 0 than noise; the reference's own "
+        f"responses would be at {theory}",
+        "ordinary": f"rewards of chosen responses fell to {chosen}, which is ordinary: theory expects {theory} for "
+        "responses to which the reference was fitted (Eq. 16: what the reference likes loses beta KL(reference || "
         "policy)); what counts is the margin",
-        "slight": f"rewards of chosen answers fell to {chosen}, which is little: they are {factor:.2f} times as likely "
-        f"as under the reference; its own answers would be at {theory}",
-        "displaced": f"rewards of chosen answers fell to {chosen}, more than {ORDINARY:g} times the {theory} that "
-        "theory expects of answers on which the reference was fitted: probability leaves them for other answers "
+        "slight": f"rewards of chosen responses fell to {chosen}, which is little: they are {factor:.2f} times as "
+        f"likely as under the reference; its own responses would be at {theory}",
+        "displaced": f"rewards of chosen responses fell to {chosen}, more than {ORDINARY:g} times the {theory} that "
+        "theory expects for responses to which the reference was fitted: probability moves to other responses "
         "(likelihood displacement); a lower optimizer.learning_rate, a higher loss.beta, loss.name dpop or a mixture "
         "with sft usually helps",
-        "unsure": f"rewards of chosen answers fell to {chosen}; theory expects {theory} of answers on which the "
-        "reference was fitted, and noise hides whether this is more; a higher train.reference_samples and more pairs "
-        "of evaluation would tell",
-    }[decide(evidence)]
+        "unsure": f"rewards of chosen responses fell to {chosen}; theory expects {theory} for responses to which the "
+        "reference was fitted, and noise hides whether this is more; a higher train.reference_samples and more "
+        "evaluation pairs would tell",
+    }
+    text = sentences[decide(evidence)]
     scaled = f", scaled from {evidence.expected_length:.0f} to {evidence.chosen_length:.0f} tokens"
-    return f"{said} ({evidence.samples} samples of the reference{scaled})"
+    return f"{text} ({evidence.samples} samples of the reference{scaled})"
 
 
 def _number(value: float, sign: str = "+") -> str:

@@ -174,7 +174,7 @@ def test_a_run_logs_samples_at_each_evaluation_and_gives_a_verdict(whole, metric
     assert all(value == 0 for value in of_reference(evaluations[0]).values())
     assert len({line["eval_rewards/reference_samples"] for line in evaluations}) == 4
     assert of_reference(summary) == of_reference(evaluations[-1])
-    assert summary["verdict"].startswith("rewards of chosen answers ") and "held-out pairs" in summary["verdict"]
+    assert summary["verdict"].startswith("rewards of chosen responses ") and "held-out pairs" in summary["verdict"]
     assert "6 samples of the reference" in summary["verdict"] and "\n" not in summary["verdict"]
     assert json.loads((out / "summary.json").read_text()) == summary
 

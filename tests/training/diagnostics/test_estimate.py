@@ -105,8 +105,8 @@ def test_plain_words():
     memory = {"policy": 2_000_000_000, "reference": 0, "activations": 500_000_000}
     text = str(Estimate(memory, flops=3e12, steps=100, limit=24_000_000_000, peak_flops=1.5e11))
     assert text == (
-        "estimate: at least 2.5 GB of 24.0 GB a device (policy 2.0 GB, activations 500.0 MB); 3.00e+12 FLOPs a step: "
-        "20 s at the hardware's peak, 0:33:20 for 100 steps"
+        "estimate: at least 2.5 GB of 24.0 GB per device (policy 2.0 GB, activations 500.0 MB); "
+        "3.00e+12 FLOPs per step: 20 s at the hardware's peak, 0:33:20 for 100 steps"
     )
     tight = str(Estimate(memory, flops=3e12, steps=100, limit=2_400_000_000))
     assert "may not fit" in tight and "compute.remat full" in tight and "peak" not in tight
@@ -126,4 +126,4 @@ def test_a_run_says_it_before_it_compiles(changes, make_config, tmp_path, capsys
     run_module.train(make_config(tmp_path / "run", **changes | {"train": train}), Console(width=400))
     printed = capsys.readouterr().out
     assert printed.index("estimate: at least") < printed.index("step 0/1")
-    assert np.isfinite(float(printed.split("FLOPs a step")[0].split()[-1]))
+    assert np.isfinite(float(printed.split("FLOPs per step")[0].split()[-1]))
