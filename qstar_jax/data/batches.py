@@ -69,7 +69,7 @@ def make_batch(
 
     Args:
         examples: At least one; all with the same number of responses.
-        shapes: Shapes of the data set.
+        shapes: Shapes of the dataset.
         fill_to: Add examples without tokens, of weight 0, up to this many.
         ref_logps: log pi_ref of each token of each response of each example, in nats.
         at_least: N and K are at least these.

@@ -1,4 +1,4 @@
-"""Batches of a data set on the mesh: those of a training step, and all of them in order."""
+"""Batches of a dataset on the mesh: those of a training step, and all of them in order."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -87,7 +87,7 @@ def _lengths(name: str, items: list[tuple[int, int, bool]], end: str) -> str:
 def read_records(
     source: str, split: str, kind: Kind, options: DataOptions, limit: int | None = None
 ) -> tuple[list[dict | BadRow], list[Record], list[Dropped]]:
-    """Reads a file or a data set on the Hub as text or chat messages; arguments and errors as for `load_examples`.
+    """Reads a file or a dataset on the Hub as text or chat messages; arguments and errors as for `load_examples`.
 
     Returns:
         All rows as read, their records, and the dropped rows.
@@ -109,7 +109,7 @@ def load_examples(
     vocabulary: int | None = None,
     eos_ids: Collection[int] = (),
 ) -> Dataset:
-    """Reads and tokenizes a file or a data set on the Hub.
+    """Reads and tokenizes a file or a dataset on the Hub.
 
     Args:
         source: Path of a JSON or Parquet file, or a name on the Hub.

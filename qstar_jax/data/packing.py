@@ -81,7 +81,7 @@ def pack(blocks: Sequence[Block], length: int, layout: Layout) -> list[list[Bloc
 
 @dataclass(frozen=True)
 class Shapes:
-    """The few shapes that batches of a data set take, so that few programs are compiled.
+    """The few shapes that batches of a dataset take, so that few programs are compiled.
 
     Attributes:
         layout: How prompts and responses share sequences.
@@ -125,7 +125,7 @@ class Shapes:
         longest = max(block.length for block in blocks)
         length = _round_up(max(longest, row_length if layout == "packed" else 0), multiple)
         response_length = _round_up(max(len(r.ids) for e in examples for r in e.responses), multiple)
-        # Steps of a quarter of the batch, and of the sequence: at most sixteen programs, of which most data sets need
+        # Steps of a quarter of the batch, and of the sequence: at most sixteen programs, of which most datasets need
         # two or three. For short sequences in steps of at least `FEW`.
         sequences = _round_up(_round_up(batch_size, 4) // 4 if layout == "packed" else 1, shards)
         most = length if layout == "packed" else max(block.scored for block in blocks)
@@ -151,7 +151,7 @@ def plan_batch(examples: Sequence[Example], shapes: Shapes, fill_to: int = 0) ->
 
     Args:
         examples: At least one; all with the same number of responses.
-        shapes: Shapes of the data set.
+        shapes: Shapes of the dataset.
         fill_to: Reserve room for at least this many examples.
 
     Returns:
@@ -176,7 +176,7 @@ def _check(examples: Sequence[Example], blocks: Sequence[Block], shapes: Shapes)
         if len(example.responses) != responses:
             raise ValueError(
                 f"row {example.row + 1} has {len(example.responses)} responses and the first of its batch {responses}; "
-                "all examples of a data set need the same number"
+                "all examples of a dataset need the same number"
             )
     for block in blocks:
         example = examples[block.example]

@@ -1,4 +1,4 @@
-"""Reads rows from JSON files, Parquet files or data sets on the Hub as dictionaries, and never loads pickles."""
+"""Reads rows from JSON files, Parquet files or datasets on the Hub as dictionaries, and never loads pickles."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.tasks import TASKS, Task, find
 
 _ACCEPTED = (
-    ".jsonl, .json (one object per line, or one array of objects; both also .gz), .parquet, the name of a data set on "
+    ".jsonl, .json (one object per line, or one array of objects; both also .gz), .parquet, the name of a dataset on "
     f"the Hugging Face Hub, or {', '.join(task.source for task in TASKS)}"
 )
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin"}
@@ -25,7 +25,7 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict | 
     the caller drops or raises it. Blank lines are not rows.
 
     Args:
-        source: Path of a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file, the name of a data set on the Hub, or
+        source: Path of a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file, the name of a dataset on the Hub, or
             builtin:tiny-tldr (builtin:tiny-tldr?seed=3: other posts).
         split: Split to read if `source` is on the Hub or built in; files have none.
         limit: Read only the first `limit` rows.
@@ -129,6 +129,6 @@ def _hub_rows(source: str, split: str, limit: int | None) -> list[dict]:
     except Exception as error:  # the client of the Hub may fail in many ways
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
-            f"{source!r} is neither a local file nor a data set that could be loaded from the Hub, "
+            f"{source!r} is neither a local file nor a dataset that could be loaded from the Hub, "
             f"split {split!r} ({reason})"
         ) from error

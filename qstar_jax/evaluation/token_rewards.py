@@ -35,7 +35,7 @@ def score_dataset(
     first: int | None = None,
     track: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
 ) -> list[ScoredResponse]:
-    """Scores all responses of a data set.
+    """Scores all responses of a dataset.
 
     Args:
         policy: The preference-trained model.
@@ -73,7 +73,7 @@ def score_dataset(
         ranked = None
         if number * batch_size < with_alternatives:
             ranked = jax.device_get(rank(policy.params, ref_params, batch))
-        # strict=False: examples that only fill up the last batch come after the last of the data set.
+        # strict=False: examples that only fill up the last batch come after the last of the dataset.
         for b, (index, example) in zip(range(batch_size), examples, strict=False):
             for r, response in enumerate(example.responses):
                 tokens = (b, r, slice(len(response.ids)))

@@ -60,7 +60,7 @@ def read_trials(data: DataOptions, policy: LoadedModel) -> tuple[list[Trial], Da
         policy: The policy.
 
     Returns:
-        At least one trial, and the data set of their examples, which lists the rows that are not tried.
+        At least one trial, and the dataset of their examples, which lists the rows that are not tried.
 
     Raises:
         InputError: If the file cannot be used.

@@ -47,7 +47,7 @@ def fingerprint(dataset_examples: Sequence[Example], ref_identity: str, dtype: s
 
 
 class ReferenceCache:
-    """Log-probabilities of the responses of one data set under one reference, in nats; see `open`.
+    """Log-probabilities of the responses of one dataset under one reference, in nats; see `open`.
 
     In a job of several processes, only the main process may call `write`, and the others must wait for it before they
     `read`; the caller takes care of both. All other methods only read from disk.

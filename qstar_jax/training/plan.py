@@ -66,7 +66,7 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     """
     check_paths(config)
     if not config.data.train:
-        raise InputError("--data.train is missing: name a JSONL or Parquet file, or a data set of the hub")
+        raise InputError("--data.train is missing: name a JSONL or Parquet file, or a dataset of the hub")
     if isinstance(config, SftConfig):
         return RunPlan("sft", config, sft_objective())
     loss = make_loss(**asdict(config.loss))

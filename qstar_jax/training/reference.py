@@ -71,7 +71,7 @@ def cached_logprobs(
     """Reads a reference's log-probabilities of all responses from the cache, after computing what is missing there.
 
     Args:
-        feeder: The data set, in batches.
+        feeder: The dataset, in batches.
         model: The model.
         params: The reference's parameters; None if they are not loaded, and the cache must be complete.
         identity: Identity of the reference.
@@ -111,11 +111,11 @@ def cached_logprobs(
 
 
 def make_scorer(model: CausalLM, feeder: Feeder) -> Callable[[Params, Iterable[Batch], int], Iterator]:
-    """Compiles the log-probabilities of a data set's responses, gathered onto every host.
+    """Compiles the log-probabilities of a dataset's responses, gathered onto every host.
 
     Args:
         model: The model.
-        feeder: The data set, in batches.
+        feeder: The dataset, in batches.
 
     Returns:
         `score(params, batches, start)` on the feeder's batches from example `start` on: yields the index of a batch's

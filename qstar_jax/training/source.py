@@ -15,7 +15,7 @@ class Source(Protocol):
     """Batches for the training loop. A subclass need write only `at_step`.
 
     Attributes:
-        name: What messages call it: a file, a data set, an environment.
+        name: What messages call it: a file, a dataset, an environment.
     """
 
     name: str = "the source of batches"
@@ -43,10 +43,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class DatasetSource(Source):
-    """Batches of a data set, shuffled anew each epoch.
+    """Batches of a dataset, shuffled anew each epoch.
 
     Attributes:
-        feeder: The data set, in batches.
+        feeder: The dataset, in batches.
         seed: Fixes the order.
     """
 
@@ -55,7 +55,7 @@ class DatasetSource(Source):
 
     @property
     def name(self) -> str:
-        """File or data set of the hub."""
+        """File or dataset of the hub."""
         return self.feeder.dataset.source
 
     def at_step(self, step: int, state: TrainState | None = None) -> Batch:
@@ -63,7 +63,7 @@ class DatasetSource(Source):
         return self.feeder.at_step(self.seed, step)
 
     def epochs(self, steps: int) -> float:
-        """Passes over the data set after some steps."""
+        """Passes over the dataset after some steps."""
         return steps * self.feeder.batch_size / len(self.feeder.dataset.examples)
 
     def locate(self, step: int, examples: Sequence[int]) -> str:

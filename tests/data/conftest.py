@@ -1,4 +1,4 @@
-"""Tiny tokenizers: one token a character, so that lengths can be counted by eye."""
+"""Tiny tokenizers with one token per character, so that lengths can be counted by eye."""
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -12,7 +12,10 @@ CHAT_TEMPLATE = (
 
 
 def build(*, bos=None, eos="[E]", pad="[P]", chat_template=None, merges=(), before="", after=""):
-    """One token a character, and one for each of `merges`; `before` and `after` are put around with special tokens."""
+    """Builds a tokenizer with a token per character and per string of `merges`.
+
+    With special tokens, texts begin with `before` and end with `after`.
+    """
     specials = list(dict.fromkeys(name for name in (bos, eos, pad) if name))
     vocabulary = {name: index for index, name in enumerate([*specials, "[U]", *CHARACTERS, *merges])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[U]"))
@@ -42,11 +45,11 @@ def character_tokenizer():
 
 @pytest.fixture(scope="session")
 def plain_tokenizer():
-    """No BOS; pad is EOS, as in many published tokenizers."""
+    """Has no BOS, and pads with EOS, as many published tokenizers do."""
     return build(pad="[E]")
 
 
 @pytest.fixture(scope="session")
 def chat_tokenizer():
-    """BOS before plain text (by the tokenizer) and before chats (by the template)."""
+    """Puts BOS before plain text (by the tokenizer) and before chats (by the template)."""
     return build(bos="[B]", chat_template=CHAT_TEMPLATE, before="[B]")

@@ -135,7 +135,7 @@ def test_examples_that_do_not_fit(layout, length, response_length):
 
 def test_examples_with_other_numbers_of_responses():
     for pair in ([PAIRS[0], example([1], [2])], [example([1], [2]), PAIRS[0]]):
-        with pytest.raises(ValueError, match="all examples of a data set need the same number"):
+        with pytest.raises(ValueError, match="all examples of a dataset need the same number"):
             batch_of(pair)
 
 

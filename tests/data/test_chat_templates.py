@@ -29,6 +29,12 @@ def rendered(tokenizer, tools=None, **options):
     return ChatTemplate.find(tokenizer, DataOptions(**options), {tools is not None})(DIALOGUE, tools)
 
 
+def test_a_dialogue_becomes_text(character_tokenizer):
+    tokenizer = character_tokenizer(chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    template = ChatTemplate.find(tokenizer, DataOptions())
+    assert template([{"role": "user", "content": "hi"}]) == "<user>hi"
+
+
 def test_templates_are_chosen_as_transformers_does(named_tokenizer):
     for tools in (None, TOOLS):
         expected = named_tokenizer.apply_chat_template(DIALOGUE, tools=tools, tokenize=False)
@@ -36,7 +42,7 @@ def test_templates_are_chosen_as_transformers_does(named_tokenizer):
 
 
 def test_a_template_by_name_or_from_a_file(named_tokenizer, tmp_path):
-    path = tmp_path / "own.jinja"
+    path = tmp_path / "custom.jinja"
     path.write_text("F" + LOOP)
     for tools in (None, TOOLS):
         assert rendered(named_tokenizer, tools, chat_template="rag") == "Rhi"
@@ -44,25 +50,25 @@ def test_a_template_by_name_or_from_a_file(named_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("choice", ["rag", "tool_use", "default", "file"])
-def test_the_choice_becomes_the_default_and_nothing_is_lost(named_tokenizer, choice, tmp_path):
+def test_the_choice_becomes_the_default_and_no_template_is_lost(named_tokenizer, choice, tmp_path):
     if choice == "file":
-        choice = str(tmp_path / "own.jinja")
-        (tmp_path / "own.jinja").write_text("F" + LOOP)
+        choice = str(tmp_path / "custom.jinja")
+        (tmp_path / "custom.jinja").write_text("F" + LOOP)
     text = find_template(named_tokenizer, choice)
     adopted = adopt_template(named_tokenizer, choice)
     assert named_tokenizer.chat_template == NAMED
     adopted.save_pretrained(tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert again.get_vocab() == named_tokenizer.get_vocab() and again.eos_token == "[E]"
-    for tools in (None, TOOLS):  # also where transformers would take another for tools
+    for tools in (None, TOOLS):  # transformers must not choose tool_use for dialogues with tools
         assert again.apply_chat_template(DIALOGUE, tools=tools, tokenize=False) == text[0] + "hi"
         assert rendered(again, tools) == rendered(again, tools, chat_template=choice) == text[0] + "hi"
     assert set(again.chat_template.values()) == {*NAMED.values(), text}
 
 
 def test_a_single_template_is_replaced(chat_tokenizer, tmp_path):
-    (tmp_path / "own.jinja").write_text("F" + LOOP)
-    assert adopt_template(chat_tokenizer, str(tmp_path / "own.jinja")).chat_template == "F" + LOOP
+    (tmp_path / "custom.jinja").write_text("F" + LOOP)
+    assert adopt_template(chat_tokenizer, str(tmp_path / "custom.jinja")).chat_template == "F" + LOOP
     assert adopt_template(chat_tokenizer, None) is chat_tokenizer
 
 
@@ -88,7 +94,7 @@ def test_a_single_template_is_replaced(chat_tokenizer, tmp_path):
         (TODAY + LOOP, {"date": "31.1.2026"}, "data.date '31.1.2026': expected a date such as 2026-01-31"),
     ],
 )
-def test_what_is_refused(character_tokenizer, templates, options, message):
+def test_invalid_choices_are_refused(character_tokenizer, templates, options, message):
     tokenizer = character_tokenizer(chat_template=templates)
     with pytest.raises(InputError, match=message):
         tokenize([Record(DIALOGUE, (), 0)], tokenizer, DataOptions(**options))
@@ -105,15 +111,15 @@ def test_options_without_a_chat(chat_tokenizer, options):
 def test_arguments_reach_the_template(character_tokenizer):
     text = "{% if enable_thinking is defined and not enable_thinking %}no {% endif %}{{ documents }}" + LOOP
     tokenizer = character_tokenizer(chat_template=text)
-    given = {"enable_thinking": False, "documents": [{"title": "t", "text": "x"}]}
-    expected = tokenizer.apply_chat_template(DIALOGUE, tokenize=False, **given)
-    assert rendered(tokenizer, chat_template_kwargs=given) == expected
+    arguments = {"enable_thinking": False, "documents": [{"title": "t", "text": "x"}]}
+    expected = tokenizer.apply_chat_template(DIALOGUE, tokenize=False, **arguments)
+    assert rendered(tokenizer, chat_template_kwargs=arguments) == expected
     assert expected.startswith("no ") and not rendered(tokenizer).startswith("no ")
     marked, bare = "{% generation %}" + LOOP + "{% endgeneration %}", LOOP
     assert rendered(character_tokenizer(chat_template=marked)) == rendered(character_tokenizer(chat_template=bare))
 
 
-def test_the_day_is_the_one_that_is_named(character_tokenizer):
+def test_a_template_prints_the_date_of_the_options(character_tokenizer):
     tokenizer = character_tokenizer(chat_template="\n" + TODAY + LOOP + "\n")
     now = rendered(tokenizer)
     assert now == tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
@@ -123,7 +129,7 @@ def test_the_day_is_the_one_that_is_named(character_tokenizer):
     assert rendered(tokenizer) == tokenizer.apply_chat_template(DIALOGUE, tokenize=False) != then
 
 
-def test_a_date_is_settled_where_it_is_printed_only(character_tokenizer):
+def test_today_is_recorded_only_if_the_template_prints_a_date(character_tokenizer):
     chats, texts, today = [Record(DIALOGUE, (), 0)], [Record("hi", (), 0)], datetime.now().date().isoformat()
     with_date = character_tokenizer(chat_template=TODAY + LOOP)
     for tokenizer, records, date in ((with_date, chats, today), (with_date, texts, None)):
@@ -135,7 +141,7 @@ def test_a_date_is_settled_where_it_is_printed_only(character_tokenizer):
     assert resolve_date(DataOptions(chat_template="today"), chats, named).date == today
 
 
-def test_what_a_template_cannot_render_is_a_reason(character_tokenizer):
+def test_a_template_that_fails_makes_the_row_bad(character_tokenizer):
     for text, reason in (
         ("{{ raise_exception('no') }}" + LOOP, "no"),
         ("{{ 1 + messages[0].content }}", "unsupported operand"),

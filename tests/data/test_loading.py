@@ -22,6 +22,16 @@ def pair(prompt, chosen, rejected):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def test_a_file_becomes_examples(tmp_path, plain_tokenizer):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "ab", "chosen": "cd", "rejected": "e"}\n')
+    data = load_examples(str(path), "train", "preferences", plain_tokenizer, OPTIONS)
+    [example] = data.examples
+    assert plain_tokenizer.decode(example.prompt) == "ab"
+    assert [plain_tokenizer.decode(response.ids) for response in example.responses] == ["cd[E]", "e[E]"]
+    assert data.dropped == ()
+
+
 def test_rows_dropped_at_either_stage_are_counted_together(tmp_path, plain_tokenizer):
     rows = [pair("a", "b", "b"), pair("", "b", "c"), *[pair("a", "b", "c")] * 17, pair("", "d", "e")]
     data = load_examples(write(tmp_path, *rows), "train", "preferences", plain_tokenizer, OPTIONS)
@@ -33,7 +43,7 @@ def test_rows_dropped_at_either_stage_are_counted_together(tmp_path, plain_token
     assert [example.row for example in data.examples] == list(range(2, 19))
 
 
-def test_summary(tmp_path, plain_tokenizer):
+def test_the_summary_counts_rows_and_tokens(tmp_path, plain_tokenizer):
     rows = [pair("abcdef", "b", "cdefghijk"), pair("a", "b", "cde"), pair("a", "b", "b")]
     source = write(tmp_path, *rows)
     assert load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS).summary == (
@@ -66,7 +76,7 @@ def test_completions(tmp_path, plain_tokenizer):
     assert [len(response.ids) for response in data.examples[0].responses] == [2]
 
 
-def test_nothing_left_after_tokenisation(tmp_path, plain_tokenizer):
+def test_nothing_left_after_tokenization(tmp_path, plain_tokenizer):
     source = write(tmp_path, pair("", "b", "c"), pair("a", "b", "b"))
     with pytest.raises(
         InputError,
@@ -91,24 +101,24 @@ def test_a_bad_row_among_many(tmp_path, plain_tokenizer, bad):
     source = write(tmp_path, *[pair("a", "b", "c")] * 4, bad)
     with pytest.raises(InputError) as too_many:
         load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS)
-    said = f"too many bad rows to drop (1 of 5; at most a tenth may be bad): 1 {dropped.reason} (row 5);"
-    assert said in str(too_many.value)
+    message = f"too many bad rows to drop (1 of 5; at most a tenth may be bad): 1 {dropped.reason} (row 5);"
+    assert message in str(too_many.value)
 
 
-def test_the_first_rows_that_were_cut(tmp_path, plain_tokenizer):
+def test_the_summary_names_the_first_truncated_rows(tmp_path, plain_tokenizer):
     rows = [pair("a", "b", "c"), *[pair("abcde", "bcdefgh", "cdefghi")] * 4]
     summary = load_examples(write(tmp_path, *rows), "train", "preferences", plain_tokenizer, OPTIONS).summary
     assert "4 (80.0%) lost their beginning (row 2, 3, 4, ...)" in summary
     assert "8 (80.0%) lost their end (row 2, 3, 4, ...)" in summary
 
 
-def test_a_prompt_that_was_taken_off_is_told(tmp_path, plain_tokenizer):
+def test_the_summary_reports_removed_prompts(tmp_path, plain_tokenizer):
     data = load_examples(write(tmp_path, pair("a", "a b", "a c")), "train", "preferences", plain_tokenizer, OPTIONS)
     assert [plain_tokenizer.decode(r.ids) for r in data.examples[0].responses] == [" b[E]", " c[E]"]
     assert "Responses repeated their prompt, which was removed: 1 (row 1);" in data.summary
 
 
-def test_row_numbers_are_those_of_the_file_behind_a_broken_line(tmp_path, plain_tokenizer):
+def test_a_broken_line_does_not_shift_row_numbers(tmp_path, plain_tokenizer):
     path = tmp_path / "data.jsonl"
     lines = [json.dumps(pair("a", "b", "c"))] * 20
     path.write_text("\n".join([*lines[:2], "{", *lines[3:9], json.dumps(pair("a", "b", "b")), *lines[10:]]))

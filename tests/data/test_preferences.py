@@ -29,8 +29,11 @@ def failure(records, *rows, **options):
     return str(caught.value)
 
 
-def test_text():
-    assert preferences(PAIR) == ([Record("p", ("c", "r"), 0)], [])
+def test_a_pair_of_texts():
+    rows = [{"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}]
+    records, dropped = preference_records(rows, DataOptions(), "data.jsonl")
+    assert records == [Record(prompt="Why?", responses=("Because.", "No idea."), row=0)]
+    assert dropped == []
 
 
 def test_columns_by_another_name():
@@ -52,17 +55,17 @@ CHAT = Record([user("p")], ([assistant("c")], [assistant("r")]), 0)
         {"prompt": [user("p")], "chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
     ],
 )
-def test_chat_forms(row):
+def test_every_form_of_a_chat_gives_the_same_record(row):
     assert preferences(row) == ([CHAT], [])
 
 
-def test_whole_chats_are_split_before_the_last_answer():
+def test_whole_chats_are_split_before_the_last_response():
     before = [user("1"), assistant("2"), user("3")]
     records, _ = preferences({"chosen": [*before, assistant("c")], "rejected": [*before, assistant("r")]})
     assert records == [Record(before, ([assistant("c")], [assistant("r")]), 0)]
 
 
-def test_null_entries_of_messages_go():
+def test_null_entries_of_messages_are_removed():
     message = {"role": "assistant", "content": "c", "tool_calls": None}
     assert preferences({**PAIR, "chosen": [message]})[0][0].responses[0] == [assistant("c")]
 
@@ -73,13 +76,13 @@ def test_dialogues_in_text_are_split_after_the_last_marker():
     assert records == [Record(before, (" c", " r"), 0)] and not dropped
 
 
-def test_as_chat():
+def test_as_chat_turns_text_into_messages():
     assert preferences(PAIR, as_chat=True) == ([CHAT], [])
     chat = {"prompt": CHAT.prompt, "chosen": CHAT.responses[0], "rejected": CHAT.responses[1]}
     assert preferences(chat, as_chat=True) == ([CHAT], [])
 
 
-def test_as_chat_cannot_take_dialogues_in_text():
+def test_as_chat_refuses_dialogues_in_text():
     row = {"chosen": "\n\nHuman: 1\n\nAssistant: c", "rejected": "\n\nHuman: 1\n\nAssistant: r"}
     assert "cannot split 'chosen', which holds dialogues in plain text" in failure(
         preference_records, row, as_chat=True
@@ -88,8 +91,8 @@ def test_as_chat_cannot_take_dialogues_in_text():
 
 
 def faults(records, *rows, **options):
-    """What is wrong with the bad rows among some."""
-    return [one.fault for one in records(list(rows), DataOptions(**options), "data.jsonl")[1]]
+    """Describes what is wrong with each bad row."""
+    return [row.fault for row in records(list(rows), DataOptions(**options), "data.jsonl")[1]]
 
 
 HH = "\n\nHuman: 1\n\nAssistant:"
@@ -136,7 +139,7 @@ def test_unusable_dialogues_are_counted_by_reason(chosen, rejected, reason):
     assert dropped == [Dropped(0, reason)]
 
 
-def test_an_empty_prompt_in_text_is_kept_for_the_tokenizer_to_judge():
+def test_an_empty_prompt_in_text_is_kept_for_the_tokenizer():
     assert preferences({**PAIR, "prompt": ""})[0][0].prompt == ""
 
 
@@ -165,7 +168,7 @@ def test_a_column_missing_in_one_row_of_many(place):
     assert preferences(*rows)[1] == [Dropped(place, "column 'prompt' is null")]
 
 
-def test_columns_of_nulls_are_none():
+def test_columns_of_nulls_count_as_missing():
     nulls = {"prompt": None, "completion": None, "tools": None, "system": None}
     dialogues = {"chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")], **nulls}
     assert preferences(dialogues) == ([CHAT], [])
@@ -178,14 +181,14 @@ def test_neither_prompt_nor_dialogues():
     assert "not a whole dialogue" in message and "name yours with --data.prompt" in message
 
 
-def test_a_column_that_the_user_names_is_never_passed_over():
+def test_a_column_named_by_the_user_is_never_ignored():
     dialogues = {"chosen": HH + " c", "rejected": HH + " r"}
     assert "no column 'q'" in failure(preference_records, dialogues, prompt="q")
     assert "no column 'a'" in failure(completion_records, PAIR, completion="a")
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "problem"),
     [
         (None, "column 'rejected' is null"),
         (3, "column 'rejected' holds int"),
@@ -202,18 +205,18 @@ def test_a_column_that_the_user_names_is_never_passed_over():
         ([{"role": "assistant", "content": ["a"]}], "a message whose 'content' holds list (message 1,"),
     ],
 )
-def test_wrong_types(value, found):
+def test_wrong_types(value, problem):
     [fault] = faults(preference_records, PAIR, {**PAIR, "rejected": value})
     assert fault.startswith("column 'rejected'")
-    assert found in fault and "expected text or a list of chat messages" in fault
+    assert problem in fault and "expected text or a list of chat messages" in fault
 
 
-@pytest.mark.parametrize(("role", "known"), [("human", "user"), ("gpt", "assistant")])
-def test_roles_that_no_chat_template_knows(role, known):
+@pytest.mark.parametrize(("role", "expected"), [("human", "user"), ("gpt", "assistant")])
+def test_share_gpt_roles_are_refused(role, expected):
     [fault] = faults(prompt_records, {"prompt": "p"}, {"prompt": [{"role": role, "content": "p"}]})
     assert fault == (
         f"column 'prompt' has a message of the role {role!r} (message 1); expected roles that chat templates know: "
-        f"use {known!r}"
+        f"use {expected!r}"
     )
 
 
@@ -233,17 +236,17 @@ HALF = "hi \ud83d"
         ("system", HALF),
     ],
 )
-def test_lone_surrogates_are_found_wherever_they_are(column, value):
+def test_lone_surrogates_are_refused_everywhere(column, value):
     chat = {"prompt": [user("p")], "chosen": "c", "rejected": "r"}
     [fault] = faults(preference_records, chat, {**chat, column: value})
     assert fault.startswith(f"column {column!r} holds half a character, a lone surrogate (U+D83D at character ")
 
 
-def test_whole_emoji_and_other_columns_are_no_matter():
+def test_whole_emoji_and_unused_columns_are_accepted():
     assert not faults(preference_records, {**PAIR, "chosen": "\U0001f600", "id": HALF, "score": None})
 
 
-def test_nothing_left():
+def test_an_error_lists_why_no_row_is_left():
     message = failure(preference_records, {**PAIR, "chosen": ""}, {**PAIR, "rejected": "c"}, {**PAIR, "rejected": "c"})
     reasons = "2 chosen equals rejected (row 2, 3), 1 empty chosen response (row 1)"
     assert message == f"data.jsonl: none of its 3 rows can be used ({reasons}); row 1: empty chosen response"
@@ -261,7 +264,7 @@ def test_nothing_left():
         {"chosen": HH + " c", "rejected": HH + " r"},
     ],
 )
-def test_completions(row):
+def test_every_form_of_a_completion(row):
     [record], dropped = completion_records([row], DataOptions(), "data.jsonl")
     chat = isinstance(record.prompt, list)
     assert record.responses == (([assistant("c")],) if chat else (" c" if "rejected" in row else "c",))
@@ -292,7 +295,7 @@ def test_a_row_without_messages():
         ({"chosen": HH + " c", "rejected": HH + " r"}, HH),
     ],
 )
-def test_prompts(row, prompt):
+def test_every_form_of_a_prompt(row, prompt):
     assert prompt_records([row], DataOptions(), "data.jsonl") == ([Record(prompt, (), 0)], [])
 
 
@@ -320,7 +323,7 @@ def test_no_tools(value, as_chat):
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "problem"),
     [
         (3, "column 'tools' holds int; expected a list of JSON schemas"),
         (TOOL, "column 'tools' holds dict; expected"),
@@ -330,9 +333,9 @@ def test_no_tools(value, as_chat):
         ('"f"', "column 'tools' holds str; expected"),
     ],
 )
-def test_wrong_tools(value, found):
+def test_wrong_tools(value, problem):
     [fault] = faults(prompt_records, {"prompt": [user("p")]}, {"prompt": [user("p")], "tools": value})
-    assert fault.startswith(found)
+    assert fault.startswith(problem)
 
 
 def test_a_system_column_goes_before_the_messages():
@@ -340,17 +343,17 @@ def test_a_system_column_goes_before_the_messages():
     records, _ = preferences(*rows, as_chat=True)
     system = {"role": "system", "content": "s"}
     assert [record.prompt for record in records] == [[system, user("p")], *[[user("p")]] * 3]
-    there = {"prompt": [system, user("p")], "system": "s"}
-    records, dropped = prompt_records([there, {**there, "system": "t"}, {**there, "system": 3}], DataOptions(), "")
+    row = {"prompt": [system, user("p")], "system": "s"}
+    records, dropped = prompt_records([row, {**row, "system": "t"}, {**row, "system": 3}], DataOptions(), "")
     assert [record.prompt for record in records] == [[system, user("p")]]
-    assert [one.reason for one in dropped] == [
+    assert [row.reason for row in dropped] == [
         "the column 'system' and the system message of the prompt differ",
         "column 'system' holds int",
     ]
 
 
 @pytest.mark.parametrize(("column", "value"), [("system", "s"), ("tools", [TOOL])])
-def test_plain_text_has_no_place_for_them(column, value):
+def test_plain_text_cannot_hold_them(column, value):
     row = {**PAIR, column: value}
     message = failure(preference_records, row)
     assert f"row 1: the column {column!r} needs chat messages, but this is plain text" in message
@@ -375,7 +378,7 @@ def test_other_keys_of_messages_are_kept():
     assert record.prompt[1] == {"role": "assistant", "content": "", "tool_calls": [{"x": None}]}
 
 
-def test_as_chat_cannot_take_a_prompt_column_of_dialogues_in_text():
+def test_as_chat_refuses_a_prompt_column_of_dialogues_in_text():
     row = {"prompt": HH, "chosen": " c", "rejected": " r"}
     assert "cannot split 'prompt', which holds dialogues in plain text" in failure(
         preference_records, row, as_chat=True

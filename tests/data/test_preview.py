@@ -4,9 +4,9 @@ from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import tokenize
 
 
-def shown(tokenizer, prompt, *answers):
+def shown(tokenizer, prompt, *responses):
     options = DataOptions(max_length=12, max_prompt_length=6)
-    [example], _ = tokenize([Record(prompt, answers, 0)], tokenizer, options)
+    [example], _ = tokenize([Record(prompt, responses, 0)], tokenizer, options)
     return preview(example, tokenizer)
 
 
@@ -22,17 +22,17 @@ def test_pair_as_plain_text(plain_tokenizer):
 
 
 def test_colours(plain_tokenizer):
-    found = styles(shown(plain_tokenizer, "ab", "cd", "e"))
-    assert (found["ab"], found["cd"], found["e"]) == ("dim", "green", "red")
-    assert "reverse" in found["[E]"]
+    style = styles(shown(plain_tokenizer, "ab", "cd", "e"))
+    assert (style["ab"], style["cd"], style["e"]) == ("dim", "green", "red")
+    assert "reverse" in style["[E]"]
 
 
-def test_one_answer_and_none(plain_tokenizer):
+def test_one_response_and_none(plain_tokenizer):
     assert "\n\nresponse (3 tokens, in the loss)\ncd[E]" in shown(plain_tokenizer, "ab", "cd").plain
     assert shown(plain_tokenizer, "ab").plain == "prompt (2 tokens, not in the loss)\nab"
 
 
-def test_truncation_is_said(plain_tokenizer):
+def test_truncation_is_shown(plain_tokenizer):
     plain = shown(plain_tokenizer, "abcdefgh", "ijklmnop", "q").plain
     assert "prompt (6 tokens, not in the loss; truncated at the beginning)\ncdefgh\n" in plain
     assert "chosen (6 tokens, in the loss; truncated at the end, without EOS)\nijklmn\n" in plain

@@ -16,6 +16,16 @@ def failure(source, split="train", limit=None):
     return str(caught.value)
 
 
+def test_each_line_is_a_row(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"prompt": "Why?", "chosen": "Because."}\n{"prompt": "How?", "chosen": "So."}\n'
+    )
+    assert read_rows(str(tmp_path / "pairs.jsonl"), split="train") == [
+        {"prompt": "Why?", "chosen": "Because."},
+        {"prompt": "How?", "chosen": "So."},
+    ]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "A.JSONL"])
 def test_reads_json_lines_in_order(tmp_path, name):
     (tmp_path / name).write_text(LINES, encoding="utf-8")
@@ -39,7 +49,7 @@ def test_reads_parquet(tmp_path):
     assert read_rows(str(tmp_path / "a.parquet"), "train", limit=3) == rows[:3]
 
 
-def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path):
+def test_blank_lines_and_byte_order_marks_are_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n  \n{"a": 2}')
     assert read_rows(str(tmp_path / "a.jsonl"), "train") == [{"a": 1}, {"a": 2}]
 
@@ -49,11 +59,11 @@ def test_a_limit_stops_before_a_broken_line(tmp_path):
     assert read_rows(str(tmp_path / "a.jsonl"), "train", limit=1) == [{"a": 1}]
 
 
-def read_bad(path, place):
-    """The bad row in a place of a file whose other rows can be read."""
+def read_bad(path, index_of_bad):
+    """Reads a file in which one row is bad, and returns that row."""
     rows = read_rows(str(path), "train")
-    assert [isinstance(row, dict) for row in rows] == [index != place for index in range(len(rows))]
-    return rows[place]
+    assert [isinstance(row, dict) for row in rows] == [index != index_of_bad for index in range(len(rows))]
+    return rows[index_of_bad]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +86,7 @@ def test_broken_line_is_named_by_its_number_in_the_file(tmp_path, line, reason):
 
 
 @pytest.mark.parametrize("line", ["[1]", '"a"', "3", "null"])
-def test_line_that_is_no_object_is_named(tmp_path, line):
+def test_a_line_that_is_not_an_object_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n' + line)
     bad = read_bad(tmp_path / "a.jsonl", 1)
     assert bad.fault == f"not a JSON object in line 2: found {line}; expected one JSON object per line"
@@ -90,7 +100,7 @@ def test_line_ends_and_separators(tmp_path):
 
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
-def test_array(tmp_path, name, indent):
+def test_reads_an_array(tmp_path, name, indent):
     text = "\ufeff\n" + json.dumps([*ROWS, 3], indent=indent)
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     *rows, bad = read_rows(str(tmp_path / name), "train")
@@ -120,7 +130,7 @@ def write_parquet(path, columns):
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, names), path)
 
 
-def test_parquet_row_that_is_no_utf_8(tmp_path):
+def test_parquet_row_that_is_not_utf_8(tmp_path):
     import pyarrow
 
     buffers = pyarrow.array([b"p", b"\xed\xa0\xbd", b"q"]).buffers()
@@ -129,7 +139,7 @@ def test_parquet_row_that_is_no_utf_8(tmp_path):
     assert read_bad(tmp_path / "a.parquet", 1).fault.startswith("not valid UTF-8 (")
 
 
-def test_parquet_structs_lose_the_keys_of_others_and_columns_keep_their_nulls(tmp_path):
+def test_parquet_structs_lose_null_keys_and_columns_keep_nulls(tmp_path):
     import pyarrow
 
     messages = [[{"role": "user", "content": "p", "name": {"x": 1}}, None], [{"role": "tool", "name": {"y": 2}}]]
@@ -197,7 +207,7 @@ def test_limit_must_be_positive(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands for the hub: one data set with the split `train`."""
+    """Replaces the Hub: one dataset with the split `train`."""
     import datasets
 
     def load_dataset(source, *, split):
@@ -216,5 +226,5 @@ def test_hub_name(hub):
 
 def test_hub_failure_gives_the_reason(hub):
     message = failure("owner/set-v1.0", "validation")
-    assert "neither a local file nor a data set that could be loaded" in message
+    assert "neither a local file nor a dataset that could be loaded" in message
     assert "Unknown split 'validation'" in message

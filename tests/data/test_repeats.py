@@ -27,6 +27,13 @@ def pair(prompt, chosen, rejected):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def test_a_repeated_prompt_is_removed():
+    rows = [{"prompt": "What is wet?", "chosen": "What is wet? Water.", "rejected": "What is wet? Bread."}]
+    [record], dropped = preference_records(rows, DataOptions(), "data.jsonl")
+    assert record.prompt == "What is wet?" and record.responses == (" Water.", " Bread.")
+    assert dropped == []
+
+
 @pytest.mark.parametrize(
     ("prompt", "before", "kept"),
     [
@@ -41,7 +48,7 @@ def pair(prompt, chosen, rejected):
         ("水是什么", "水是什么", ""),
     ],
 )
-def test_text(prompt, before, kept):
+def test_prompts_are_removed_from_texts(prompt, before, kept):
     rows = [pair(prompt, before + "Water.", before + "Bread.")] * 2
     records, dropped = preferences(*rows)
     assert not dropped and [record.row for record in records] == [0, 1]
@@ -52,7 +59,7 @@ def test_text(prompt, before, kept):
 
 
 @pytest.mark.parametrize("as_chat", [False, True])
-def test_chats(as_chat):
+def test_prompts_are_removed_from_chats(as_chat):
     rows = [
         pair(user(ASK), assistant(ASK + "\nWater."), assistant(ASK + " Bread.")),
         pair(user(ASK), ASK + "\nWater.", ASK + " Bread."),
@@ -63,20 +70,20 @@ def test_chats(as_chat):
         assert (record.prompt, record.responses) == (user(ASK), (assistant("Water."), assistant("Bread.")))
 
 
-def test_dialogues_in_text_beside_their_question():
+def test_text_dialogues_beside_a_prompt_column():
     records, dropped = preferences(pair(ASK, HH + " Water.", HH + " Bread."))
     assert (records[0].prompt, records[0].responses) == (HH, (" Water.", " Bread.")) and not dropped
     _, [dropped] = preferences(pair("Else?", HH + " Water.", HH + " Bread."), pair("p", "c", "r"))
     assert dropped.reason == "the prompt column and the prompt of the dialogues differ"
 
 
-def test_completions():
+def test_prompts_are_removed_from_completions():
     [record], _ = completion_records([{"prompt": ASK, "completion": ASK + "\nWater."}], DataOptions(), "data.jsonl")
     assert record.responses == ("\nWater.",)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_few_answers_may_begin_with_their_prompt(rows):
+def test_a_few_responses_may_begin_with_their_prompt(rows):
     rows = [pair("Yes", "Yes, of course", "Yes.")] * rows + [pair("p", "c", "r")] * rows
     records, dropped = preferences(*rows)
     assert [record.responses for record in records] == [(row["chosen"], row["rejected"]) for row in rows]
@@ -89,13 +96,13 @@ def test_a_few_answers_may_begin_with_their_prompt(rows):
     "row",
     [pair("Yes", "Yesterday", "Yes-man"), pair("Yes", "Yes, I do", "No"), pair(" ", " a", " b"), pair("", "a", "b")],
 )
-def test_what_is_no_repetition(row):
+def test_texts_that_do_not_repeat_their_prompt_are_unchanged(row):
     records, dropped = preferences(row)
     assert (records[0].prompt, records[0].responses) == (row["prompt"], (row["chosen"], row["rejected"]))
     assert not dropped and repeats_note(records) == ""
 
 
-def test_other_rows_of_a_file_that_repeats_prompts():
+def test_rows_without_repetition_in_a_file_that_repeats_prompts():
     repeating = pair(ASK, ASK + " Water.", ASK + " Bread.")
     rows = [repeating, pair(ASK, "Water.", "Bread."), pair(ASK, ASK + " Water.", "Bread."), repeating, repeating]
     rows += [pair(ASK, ASK, ASK + " Bread.")]
@@ -107,7 +114,7 @@ def test_other_rows_of_a_file_that_repeats_prompts():
     assert all(one.fault for one in dropped)
 
 
-def test_keep():
+def test_keep_leaves_repeated_prompts():
     row = pair(ASK, ASK + " Water.", ASK + " Bread.")
     records, _ = preferences(row, repeated_prompt="keep")
     assert records[0].responses == (row["chosen"], row["rejected"])
@@ -116,18 +123,18 @@ def test_keep():
 
 def test_chats_as_json():
     row = pair(ASK, json.dumps(user(ASK) + assistant("Water.")), json.dumps(user(ASK) + assistant("Bread.")))
-    answers = ((assistant("Water."), assistant("Bread.")),)
-    assert [preferences(row)[0][0].responses] == list(answers)
+    responses = ((assistant("Water."), assistant("Bread.")),)
+    assert [preferences(row)[0][0].responses] == list(responses)
     broken = {**row, "chosen": row["chosen"][:-2]}
     python = {**row, "chosen": repr(user(ASK) + assistant("Water."))}
     records, dropped = preferences(row, broken, python, row)
-    assert [(record.row, record.responses) for record in records] == [(0, *answers), (3, *answers)]
+    assert [(record.row, record.responses) for record in records] == [(0, *responses), (3, *responses)]
     assert dropped == [Dropped(1, "column 'chosen' holds broken JSON"), Dropped(2, "column 'chosen' holds broken JSON")]
     prompts = [{"prompt": json.dumps(user(ASK))}] * 2
     assert prompt_records(prompts, DataOptions(), "data.jsonl")[0][1].prompt == user(ASK)
 
 
-def test_an_answer_that_speaks_of_messages_stays_text():
+def test_a_response_about_messages_stays_text():
     example = json.dumps(assistant("Hello"))
     records, dropped = preferences(pair("p", "c", "r"), pair("Show me messages", example, "[]"), pair("p", "c", "r"))
     assert records[1].responses == (example, "[]") and not dropped

@@ -19,24 +19,41 @@ def assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
-def one(tokenizer, prompt, *answers, max_length=100, max_prompt_length=50):
-    """The example of one record, and its prompt and answers as text."""
+def one(tokenizer, prompt, *responses, max_length=100, max_prompt_length=50):
+    """Tokenizes one record, and decodes its prompt and responses."""
     options = DataOptions(max_length=max_length, max_prompt_length=max_prompt_length)
-    [example], dropped = tokenize([Record(prompt, answers, 7)], tokenizer, options)
+    [example], dropped = tokenize([Record(prompt, responses, 7)], tokenizer, options)
     assert not dropped
     return example, [tokenizer.decode(ids) for ids in (example.prompt, *(r.ids for r in example.responses))]
 
 
-def dropped_reason(tokenizer, prompt, *answers, **lengths):
-    examples, dropped = tokenize([Record(prompt, answers, 0)], tokenizer, DataOptions(**lengths))
+def dropped_reason(tokenizer, prompt, *responses, **lengths):
+    examples, dropped = tokenize([Record(prompt, responses, 0)], tokenizer, DataOptions(**lengths))
     assert examples == []
-    [one] = dropped
-    assert one.row == 0
-    return one.reason
+    [dropped_row] = dropped
+    assert dropped_row.row == 0
+    return dropped_row.reason
 
 
-def test_nothing_is_put_behind_a_text_but_the_end(tiny_tokenizer):
-    """Some tokenizers end every text by themselves, by EOS or by something else."""
+def test_text_is_tokenized_and_ends_with_eos(plain_tokenizer):
+    records = [Record(prompt="ab", responses=("cd", "e"), row=0)]
+    [example], dropped = tokenize(records, plain_tokenizer, DataOptions(max_length=8, max_prompt_length=4))
+    assert plain_tokenizer.decode(example.prompt) == "ab"
+    assert [plain_tokenizer.decode(response.ids) for response in example.responses] == ["cd[E]", "e[E]"]
+    assert dropped == []
+
+
+def test_text_ends_with_one_eos(plain_tokenizer):
+    example, texts = one(plain_tokenizer, "ab", "cde", "f[E]")
+    assert texts == ["ab", "cde[E]", "f[E]"]
+    assert [len(r.ids) for r in example.responses] == [4, 2]
+    assert not example.prompt_truncated and not any(r.truncated for r in example.responses)
+    assert example.row == 7
+    assert example.prompt.dtype == example.responses[0].ids.dtype == np.int32
+
+
+def test_only_eos_follows_a_text(tiny_tokenizer):
+    """Some tokenizers end every text with EOS or with another token."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS] [UNK]", special_tokens=[("[BOS]", 1), ("[EOS]", 2), ("[UNK]", 3)]
@@ -48,15 +65,6 @@ def test_nothing_is_put_behind_a_text_but_the_end(tiny_tokenizer):
     assert [response.ids.tolist() for response in example.responses] == [[7, 2], [8, 9, 2]]
     (example,), _ = tokenize([Record("", ("w3",), 0)], tokenizer, DataOptions())
     assert (example.prompt.tolist(), example.responses[0].ids.tolist()) == ([1], [7, 2])
-
-
-def test_plain_text_ends_with_eos_once(plain_tokenizer):
-    example, texts = one(plain_tokenizer, "ab", "cde", "f[E]")
-    assert texts == ["ab", "cde[E]", "f[E]"]
-    assert [len(r.ids) for r in example.responses] == [4, 2]
-    assert not example.prompt_truncated and not any(r.truncated for r in example.responses)
-    assert example.row == 7
-    assert example.prompt.dtype == example.responses[0].ids.dtype == np.int32
 
 
 def test_several_eos_become_one(plain_tokenizer):
@@ -79,7 +87,7 @@ def test_no_token_spans_the_boundary(character_tokenizer):
     assert example.responses[0].ids.tolist() == [*tokenizer.convert_tokens_to_ids(["c", "d"]), tokenizer.eos_token_id]
 
 
-def test_chat_answer_is_what_the_template_adds(chat_tokenizer):
+def test_chat_response_is_what_the_template_adds(chat_tokenizer):
     _, texts = one(chat_tokenizer, user("ab"), assistant("c"), assistant("d"))
     assert texts == ["[B]<user>ab[E]\n<assistant>", "c[E]", "d[E]"]
 
@@ -132,19 +140,19 @@ def test_long_chat_prompt_keeps_its_bos(chat_tokenizer):
     assert one(chat_tokenizer, user("ab"), assistant("c"), max_prompt_length=12)[1] == ["[B]<assistant>", "c[E]"]
 
 
-def test_long_answer_loses_its_end_and_eos(plain_tokenizer):
+def test_long_response_loses_its_end_and_eos(plain_tokenizer):
     example, texts = one(plain_tokenizer, "ab", "cdefgh", "cd", max_length=6, max_prompt_length=3)
     assert texts == ["ab", "cdef", "cd[E]"]
     assert [r.truncated for r in example.responses] == [True, False]
 
 
-def test_answer_that_leaves_no_room_for_eos_alone_is_truncated(plain_tokenizer):
+def test_response_that_leaves_no_room_for_eos_is_truncated(plain_tokenizer):
     example, texts = one(plain_tokenizer, "ab", "cdef", "cde", max_length=6, max_prompt_length=3)
     assert texts == ["ab", "cdef", "cde[E]"]
     assert [r.truncated for r in example.responses] == [True, False]
 
 
-def test_room_for_the_answer_counts_the_prompt_as_it_was_cut(plain_tokenizer):
+def test_room_for_the_response_counts_the_truncated_prompt(plain_tokenizer):
     assert one(plain_tokenizer, "abcdef", "gh", max_length=5, max_prompt_length=2)[1] == ["ef", "gh[E]"]
 
 
@@ -155,17 +163,17 @@ def test_empty_prompt(plain_tokenizer, chat_tokenizer, character_tokenizer):
     assert dropped_reason(plain_tokenizer, "", "c") == "empty prompt"
 
 
-def test_eos_inside_an_answer(plain_tokenizer, chat_tokenizer):
+def test_eos_inside_a_response(plain_tokenizer, chat_tokenizer):
     assert dropped_reason(plain_tokenizer, "a", "b[E]c") == "EOS token inside a response"
     assert dropped_reason(chat_tokenizer, user("a"), assistant("b[E]c")) == "EOS token inside a response"
 
 
-def test_eos_inside_an_answer_whose_turn_ends_otherwise(character_tokenizer, chat_tokenizer):
+def test_eos_inside_a_response_whose_turn_ends_with_something_else(character_tokenizer, chat_tokenizer):
     tokenizer = character_tokenizer(chat_template=chat_tokenizer.chat_template.replace("{{ eos_token }}", "|"))
     assert dropped_reason(tokenizer, user("a"), assistant("b[E]c")) == "EOS token inside a response"
 
 
-def test_answers_that_differ_beyond_the_limit_only(plain_tokenizer):
+def test_responses_that_differ_only_beyond_the_limit(plain_tokenizer):
     reason = dropped_reason(plain_tokenizer, "a", "bcdX", "bcdY", max_length=4, max_prompt_length=1)
     assert reason == "the tokens of the two responses are equal within max_length"
 
@@ -186,7 +194,7 @@ def test_tokens_beyond_the_embedding(plain_tokenizer, character_tokenizer):
     size = len(plain_tokenizer)
     added = character_tokenizer(pad="[E]")
     added.add_tokens(["Zebra"])
-    added.add_special_tokens({"pad_token": "[PAD]"})  # what pads is in no row, so it does not matter
+    added.add_special_tokens({"pad_token": "[PAD]"})  # padding is in no row, so it does not matter
     records = [Record("a", ("b", "c"), 0), Record("a", ("b Zebra", "c"), 4)]
     assert len(tokenize(records[:1], added, DataOptions(), vocabulary=size)[0]) == 1
     message = rf"pairs.jsonl row 5: the token 'Zebra' has id {size}, but the model has only {size} tokens; resize"
@@ -196,9 +204,9 @@ def test_tokens_beyond_the_embedding(plain_tokenizer, character_tokenizer):
         tokenize([Record("Zebra", (), 4)], added, DataOptions(), vocabulary=size)
     assert len(tokenize(records, added, DataOptions(), vocabulary=size + 1)[0]) == 2
     added.add_special_tokens({"eos_token": "[END]", "bos_token": "[BEGIN]"})
-    with pytest.raises(InputError, match=r"row 1: the token '\[END\]' has id"):  # what ends an answer
+    with pytest.raises(InputError, match=r"row 1: the token '\[END\]' has id"):  # it ends a response
         tokenize(records[:1], added, DataOptions(), vocabulary=size)
-    with pytest.raises(InputError, match=r"row 1: the token '\[BEGIN\]' has id"):  # what stands for an empty prompt
+    with pytest.raises(InputError, match=r"row 1: the token '\[BEGIN\]' has id"):  # it stands for an empty prompt
         tokenize([Record("", (), 0)], added, DataOptions(), vocabulary=size)
 
 

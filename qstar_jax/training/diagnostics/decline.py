@@ -109,7 +109,7 @@ def make_probe(
         plan: The run.
         start: Where it begins.
         params: Parameters of the policy, which at step 0 equals the reference.
-        feeder: The data set whose prompts are used.
+        feeder: The dataset whose prompts are used.
         mesh: Devices of the model.
         console: Where to say what was drawn.
 
