@@ -7,6 +7,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from qstar_jax.config import ComputeOptions, ExportConfig
+from qstar_jax.console import say
 from qstar_jax.errors import InputError
 from qstar_jax.models.lora import split_adapter
 from qstar_jax.sharding import join_processes, make_mesh
@@ -24,7 +25,7 @@ def run(config: ExportConfig):
     with jax.set_mesh(mesh):
         (_export_model if config.part == "model" else _export_adapter)(config, out, mesh)
     if jax.process_index() == 0:
-        Console().print(f"written: {out}", markup=False, highlight=False, soft_wrap=True)
+        say(Console(), f"written: {out}")
 
 
 def _check(config: ExportConfig, out: Path):

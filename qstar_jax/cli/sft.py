@@ -6,7 +6,7 @@ from qstar_jax.config import SftConfig
 
 
 def run(config: SftConfig):
-    """Fine-tunes a model on answers."""
+    """Fine-tunes a model on responses."""
     import jax
 
     from qstar_jax.report.curves import write_curves

@@ -1,8 +1,8 @@
 """Is search for reward the same as search for likelihood? Measured on random token MDPs, where all optima are known.
 
 With token rewards r + beta * log pi_ref and leaf values V*, every path's sum is beta * log pi* plus the constant
-V*(s_0) (Eq. 13). So beams are the same, answer for answer, and search trees, node for node; a node's value differs by
-V* of its state. Leave out one part of that objective, or divide sums by lengths, and they are not.
+V*(s_0) (Eq. 13). So beams are the same, response for response, and search trees, node for node; a node's value differs
+by V* of its state. Leave out one part of that objective, or divide sums by lengths, and they are not.
 
     python -m qstar_jax.demo.equivalence --mdps 200
 
@@ -69,7 +69,7 @@ class Comparison:
     Attributes:
         search: The search.
         objective: The objective.
-        agree: MDPs in which all answers, or all nodes of the trees, are the same.
+        agree: MDPs in which all responses, or all nodes of the trees, are the same.
         total: All MDPs.
         equal: Whether theory says that they agree in all.
         error: Largest difference between found and predicted constants, in reward; None where none is predicted.
@@ -127,7 +127,7 @@ def random_problems(count: int, *, vocabulary: int = 4, depth: int = 4, beta: fl
     Args:
         count: How many, B.
         vocabulary: V, in tokens.
-        depth: T, the longest answer, in tokens.
+        depth: T, the longest response, in tokens.
         beta: Temperature: reward per nat.
         seed: Of everything that is drawn.
     """
@@ -147,7 +147,7 @@ def random_problems(count: int, *, vocabulary: int = 4, depth: int = 4, beta: fl
 
 
 def compare_beams(problems: Problems, beams: int) -> list[Comparison]:
-    """Compares beam searches: all their answers, in order.
+    """Compares beam searches: all their responses, in order.
 
     Args:
         problems: MDPs.
@@ -172,7 +172,7 @@ def compare_beams(problems: Problems, beams: int) -> list[Comparison]:
 
 
 def compare_trees(problems: Problems, policy: Literal["puct", "gumbel"], simulations: int) -> list[Comparison]:
-    """Compares tree searches: all nodes, visits and answers.
+    """Compares tree searches: all nodes, visits and responses.
 
     Args:
         problems: MDPs.
@@ -313,7 +313,7 @@ def main(mdps: int = 200, vocabulary: int = 4, depth: int = 4, beta: float = 0.5
     Args:
         mdps: How many.
         vocabulary: Tokens, EOS among them.
-        depth: Longest answer, in tokens.
+        depth: Longest response, in tokens.
         beta: Temperature: reward per nat.
         simulations: Of tree searches.
         seed: Of the MDPs.

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 
 from qstar_jax.config import ScoreConfig
-from qstar_jax.console import say, track
+from qstar_jax.console import say
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.loading import load_examples
 from qstar_jax.decoding.eos import eos_token_ids
@@ -92,9 +92,7 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
             mesh=mesh,
             alternatives=config.alternatives,
             first=config.show,
-            track=lambda batches: track(
-                console, batches, "scoring", total=-(-len(dataset.examples) // config.batch_size)
-            ),
+            console=console,
         )
         identity = {"model": policy.identity(), "reference": reference.identity(), "beta": beta}
     scored = ScoredFile(config, responses, policy.tokenizer, str(config.reference or reference.source))

@@ -1,15 +1,16 @@
 """The implicit reward of every response token, from one pass of policy and reference."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.batches import Batch
+from qstar_jax.console import track
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
@@ -33,7 +34,8 @@ def score_dataset(
     mesh: Mesh,
     alternatives: int = 0,
     first: int | None = None,
-    track: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
+    console: Console | None = None,
+    description: str = "scoring",
 ) -> list[ScoredResponse]:
     """Scores all responses of a dataset.
 
@@ -46,7 +48,8 @@ def score_dataset(
         mesh: Devices of the models.
         alternatives: How many of the policy's most likely tokens to keep at each position.
         first: Keep them for the first N examples only; for all by default.
-        track: Wraps the batches, for a progress bar.
+        console: Where to show progress; None: nowhere.
+        description: Label of the progress bar.
 
     Returns:
         One record per response, in file order.
@@ -67,7 +70,7 @@ def score_dataset(
     with_alternatives = 0 if alternatives == 0 else len(dataset.examples) if first is None else first
     examples = iter(enumerate(dataset.examples))
     records: list[ScoredResponse] = []
-    for number, batch in enumerate(track(feeder.in_order())):
+    for number, batch in enumerate(track(console, feeder.in_order(), description, feeder.batches)):
         # One pass over the batch, and a second for alternatives where some of its examples keep them.
         scores = _columns(jax.device_get(score(policy.params, ref_params, batch)), beta)
         ranked = None

@@ -1,4 +1,4 @@
-"""The running sum of rewards as the points of an SVG line; the answers of a row share one frame."""
+"""The running sum of rewards as the points of an SVG line; the responses of a row share one frame."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ class Bounds:
     """The frame of a chart.
 
     Args:
-        length: Tokens of the longest answer.
+        length: Tokens of the longest response.
         low: Lowest running sum, at most 0.
         high: Highest running sum, at least 0.
     """
@@ -38,7 +38,7 @@ def chart_bounds(series: Sequence[Sequence[float]]) -> Bounds:
     """Finds the frame that holds every line of a row, and zero.
 
     Args:
-        series: Running sums of each answer; values that are not finite are left aside.
+        series: Running sums of each response; values that are not finite are left aside.
 
     Returns:
         The common frame.
@@ -51,7 +51,7 @@ def chart_points(line: Sequence[float], bounds: Bounds) -> str:
     """Draws a line from zero, before the first token, through the sum after each token.
 
     Args:
-        line: Running sums of one answer; the line ends before the first that is not finite.
+        line: Running sums of one response; the line ends before the first that is not finite.
         bounds: Frame from `chart_bounds`.
 
     Returns:

@@ -33,13 +33,13 @@ TERMINAL = Ramp(("#6d7076", "#86605d", "#a44b43", "#b93427"), ("#6d7076", "#5a70
 
 
 def reward_scale(rewards: Iterable[float]) -> float:
-    """Finds the reward that gets the full colour, for all answers that are shown together.
+    """Finds the reward that gets the full colour, for all responses that are shown together.
 
     The largest |reward|, but at most three times the 98th percentile: the maximum alone would let one odd token wash
     out all others, the percentile alone would paint ordinary noise as deep as the one token that matters.
 
     Args:
-        rewards: Token rewards of all answers; those that are not finite are left aside.
+        rewards: Token rewards of all responses; those that are not finite are left aside.
 
     Returns:
         A positive number of nats; 1 where every reward is zero.

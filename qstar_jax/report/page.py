@@ -1,4 +1,4 @@
-"""Answers as one self-contained web page, each token on the colour of its reward.
+"""Responses as one self-contained web page, each token on the colour of its reward.
 
 Nothing is loaded from anywhere (a content security policy forbids it), and every text of a model is escaped.
 """
@@ -21,10 +21,10 @@ _LEGEND_STEPS = 10
 
 
 def heatmap_page(responses: Sequence[ScoredResponse], title: str, notes: Sequence[str] = ()) -> str:
-    """Draws answers side by side on one colour scale.
+    """Draws responses side by side on one colour scale.
 
     Args:
-        responses: Answers to show; those of one row stand under their common prompt.
+        responses: Responses to show; those of one row stand under their common prompt.
         title: Heading of the page.
         notes: Paragraphs under it.
 
@@ -35,10 +35,10 @@ def heatmap_page(responses: Sequence[ScoredResponse], title: str, notes: Sequenc
 
 
 def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
-    """Prepares answers for the macros of `_heatmaps.html.j2`.
+    """Prepares responses for the macros of `_heatmaps.html.j2`.
 
     Args:
-        responses: Answers to show on one colour scale.
+        responses: Responses to show on one colour scale.
 
     Returns:
         Texts, colours and points of lines.

@@ -1,4 +1,4 @@
-"""Answers on a terminal, each token on the colour of its reward; in words where there is no colour."""
+"""Responses on a terminal, each token on the colour of its reward; in words where there is no colour."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ _PLAIN_BELOW = 0.15  # part of the scale that stays uncoloured: what is close to
 
 
 def heatmap_text(response: ScoredResponse, scale: float) -> Text:
-    """Colours the tokens of an answer.
+    """Colours the tokens of a response.
 
     Args:
-        response: The answer.
+        response: The response.
         scale: Reward of the full colour (nats), from `reward_scale`.
 
     Returns:
@@ -34,12 +34,12 @@ def heatmap_text(response: ScoredResponse, scale: float) -> Text:
 
 
 def print_heatmaps(responses: Sequence[ScoredResponse], console: Console | None = None) -> None:
-    """Prints prompts, answers, totals and which answer the model prefers.
+    """Prints prompts, responses, totals and which response the model prefers.
 
-    Without colours (NO_COLOR, output to a file) the answers are plain and the extreme tokens are named below them.
+    Without colours (NO_COLOR, output to a file) the responses are plain and the extreme tokens are named below them.
 
     Args:
-        responses: Answers to show together, on one scale.
+        responses: Responses to show together, on one scale.
         console: Where to print; standard output by default.
     """
     console = console or Console()

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qstar_jax.console import Bar, say
 from qstar_jax.store.files import write_atomically
 
 
@@ -35,32 +35,29 @@ class RunLog:
         for metrics in kept:
             if metrics["step"] == start:  # TensorBoard drops all of that step
                 self._to_board(start, metrics)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-        self._steps = steps
-        self._task = self._bar.add_task("training", total=steps, completed=start)
+        self._steps, self._bar = steps, Bar(console, "training", steps, start)
 
     def __enter__(self) -> "RunLog":
         """Starts the bar."""
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_):
         """Ends the bar and closes the files."""
-        self._bar.stop()
+        self._bar.__exit__()
         self._board.close()
         self._file.close()
 
     def advance(self, done: int):
         """Moves the bar."""
-        self._bar.update(self._task, completed=done)
+        self._bar.update(done)
 
     def track(self, items: Iterable, description: str, total: int) -> Iterator:
         """Yields items under a bar of their own; without a terminal, a line says that they begin."""
         if self.console.is_terminal:
-            yield from self._bar.track(items, total=total, description=description)
+            yield from self._bar.track(items, description, total)
         else:
-            self.console.print(f"{description}: {total} batches", markup=False, highlight=False)
+            say(self.console, f"{description}: {total} batches")
             yield from items
 
     def write(self, step: int, metrics: dict[str, float]):
@@ -76,7 +73,7 @@ class RunLog:
         prefix = "eval_" if any(name.startswith("eval_") for name in metrics) else ""
         shown = [(name, metrics[prefix + name]) for name in self._headline if prefix + name in metrics]
         text = "  ".join(f"{prefix}{name} {value:.4g}" for name, value in shown)
-        self.console.print(f"step {step}/{self._steps}  {text}", markup=False, highlight=False)
+        say(self.console, f"step {step}/{self._steps}  {text}")
 
     def _to_board(self, step: int, metrics: dict[str, float]):
         for name, value in metrics.items():

@@ -1,4 +1,4 @@
-"""Who decides which of two answers to a prompt is better: a reward, a reward model or a language model."""
+"""Who decides which of two responses to a prompt is better: a reward, a reward model or a language model."""
 
 from qstar_jax.evaluation.judges.base import Comparison as Comparison
 from qstar_jax.evaluation.judges.base import Judge as Judge

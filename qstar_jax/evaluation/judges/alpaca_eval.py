@@ -1,6 +1,6 @@
-"""Answers and verdicts in the files of AlpacaEval, for its metrics and leaderboards.
+"""Responses and verdicts in the files of AlpacaEval, for its metrics and leaderboards.
 
-Its `evaluate` takes the reference's answers as output_1 and the model's as output_2; a preference is a number from 1
+Its `evaluate` takes the reference's responses as output_1 and the model's as output_2; a preference is a number from 1
 (output_1 is better) to 2 (output_2 is better), 1.5 is a tie, and a missing one (null) is left out of the win rate,
 which is the mean of preference - 1 in per cent.
 

@@ -1,32 +1,20 @@
-"""What a judge takes and gives: comparisons of two answers, verdicts, and the win rate that they amount to."""
+"""Judges: comparisons of two responses in, verdicts out, and their win rate."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, description, total) -> items, for a progress bar
-Say = Callable[[str], None]  # shows a sentence to the user
-
-
-def no_track(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
-    """Shows no progress."""
-    return items
-
-
-def no_words(text: str):
-    """Says nothing."""
+from typing import Protocol
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to a prompt.
+    """Two responses to a prompt.
 
     Args:
         row: Row of the data file.
         prompt: The prompt, as plain text.
-        answer: The answer that is on trial.
-        baseline: The one that it is compared with.
+        answer: The response that is judged.
+        baseline: The response that it is compared with.
     """
 
     row: int
@@ -37,13 +25,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which of the two is better.
+    """Which response of a comparison is better.
 
     Args:
-        win: 1.0 where the answer wins, 0.5 for a tie, 0.0 where the baseline wins; None where no decision could be got,
-            which is never the same as a tie.
-        answer_score: What a judge by rewards gave the answer; None where it gave nothing.
-        baseline_score: The same of the baseline.
+        win: 1.0 where the response wins, 0.5 for a tie, 0.0 where the baseline wins; None where there is no decision,
+            which is not a tie.
+        answer_score: Reward of the response, from judges that compare rewards; None if it has none.
+        baseline_score: The same for the baseline.
         note: How the verdict came about, for people.
     """
 
@@ -54,7 +42,7 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Decides which of two answers is better."""
+    """Decides which of two responses is better."""
 
     name: str
 
@@ -70,7 +58,7 @@ class WinRate:
     Args:
         rate: Mean of `win` over the decided comparisons, so a tie is half a win; None where none is decided.
         stderr: Standard error of that mean; None below two decided comparisons.
-        wins: Comparisons that the answer wins.
+        wins: Comparisons that the response wins.
         ties: Comparisons that nobody wins.
         losses: Comparisons that the baseline wins.
         undecided: Comparisons without a decision; they are in none of the other numbers.

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
+from rich.console import Console
 
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
+from qstar_jax.console import say, track
 from qstar_jax.data.chat_templates import ChatTemplate
 from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import DroppedRow
 from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import check_vocabulary, tokenize
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.masks import PackedMask
@@ -33,15 +34,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIX, HEAD = "ForSequenceClassification", "score.weight"
-_MULTIPLE = 64  # rows are padded to multiples of it, so that few programs are compiled
+_MULTIPLE = 64  # texts are padded to multiples of it, so that few programs are compiled
 
 
 @dataclass(frozen=True)
 class ClassifierReward:
-    """The score of (prompt, answer) by a sequence classifier with one label.
+    """The score of (prompt, response) by a sequence classifier with one label.
 
-    Texts are read as prompt, answer and EOS; with `data.as_chat` as the chat template writes the conversation, without
-    any change, since that is how such models are trained and used.
+    Texts are read as prompt, response and EOS; with `data.as_chat`, as the chat template renders the conversation:
+    that is how such models are trained and used.
 
     Args:
         model: The language model below the head.
@@ -50,10 +51,9 @@ class ClassifierReward:
         tokenizer: Its tokenizer.
         pad_id: `pad_token_id` of its config.json.
         data: `as_chat`, `max_length` and (without chats) `max_prompt_length` are read.
-        batch_size: Answers scored at once; (data * fsdp) of the mesh must divide it.
+        batch_size: Responses scored at once; (data * fsdp) of the mesh must divide it.
         mesh: Devices of the model.
-        say: Is told of texts that were cut or cannot be read.
-        track: Wraps batches, for a progress bar.
+        console: Where to show progress, and counts of truncated and unreadable texts; None: nowhere.
     """
 
     model: CausalLM
@@ -64,8 +64,7 @@ class ClassifierReward:
     data: DataOptions
     batch_size: int
     mesh: Mesh
-    say: Say = no_words
-    track: Track = no_track
+    console: Console | None = None
 
     @classmethod
     def load(cls, folder: Path, compute: ComputeOptions, mesh_options: MeshOptions, **more) -> "ClassifierReward":
@@ -73,8 +72,8 @@ class ClassifierReward:
 
         Args:
             folder: A Hugging Face folder.
-            compute: Types.
-            mesh_options: How parameters are cut.
+            compute: Dtypes.
+            mesh_options: How parameters are sharded.
             **more: `data` and what follows it.
 
         Raises:
@@ -94,23 +93,23 @@ class ClassifierReward:
         return cls(model, params, head, hub.read_tokenizer(folder), config.get("pad_token_id"), **more)
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Scores (prompt, answer) pairs; NaN where one cannot be tokenised."""
+        """Scores (prompt, response) pairs; NaN where one cannot be tokenized."""
         ids = self._encode(pairs)
         longest = max(map(len, ids.values()), default=0)
         if warning := self.model.check_length(longest, "the longest text for judge.model"):
-            self.say(warning)
-        found = [math.nan] * len(pairs)
+            say(self.console, warning)
+        rewards = [math.nan] * len(pairs)
         order = sorted(ids, key=lambda row: len(ids[row]))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         replicated = NamedSharding(self.mesh, PartitionSpec())  # so that every host can read the result
         score = jax.jit(partial(_scores, self.model), out_shardings=replicated)
         with jax.set_mesh(self.mesh):
-            for rows in self.track(batches, "judging", len(batches)):
+            for rows in track(self.console, batches, "judging", len(batches)):
                 arrays = jax.device_put(self._arrays([ids[row] for row in rows]), NamedSharding(self.mesh, BATCH))
                 values = jax.device_get(score(self.params, self.head, *arrays))
-                for row, value in zip(rows, values, strict=False):  # rows that only fill up the batch come last
-                    found[row] = float(value)
-        return found
+                for row, value in zip(rows, values, strict=False):  # padding rows come last
+                    rewards[row] = float(value)
+        return rewards
 
     def _arrays(self, rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         width = -(-max(map(len, rows)) // _MULTIPLE) * _MULTIPLE
@@ -125,7 +124,7 @@ class ClassifierReward:
     def _encode(self, pairs: Sequence[tuple[str, str]]) -> dict[int, np.ndarray]:
         """Token ids by row, without those that cannot be read."""
         if self.data.as_chat:
-            ids, cut, dropped = self._encode_chats(pairs)
+            ids, truncated, dropped = self._encode_chats(pairs)
         else:
             records = [Record(prompt, (answer,), row) for row, (prompt, answer) in enumerate(pairs)]
             size = self.model.config.vocab_size
@@ -133,19 +132,19 @@ class ClassifierReward:
                 records, self.tokenizer, self.data, vocabulary=size, source="judge.model, text of"
             )
             ids = {e.row: np.concatenate([e.prompt, e.responses[0].ids]) for e in examples}
-            cut, dropped = sum(e.responses[0].truncated for e in examples), [one.reason for one in unused]
+            truncated, dropped = sum(e.responses[0].truncated for e in examples), [one.reason for one in unused]
         if dropped:
-            self.say(f"no reward for {len(pairs) - len(ids)} answers: {', '.join(sorted(set(dropped)))}")
-        if cut:
-            part = "chats lost their beginning" if self.data.as_chat else "answers lost their end"
-            self.say(f"{cut} of {len(ids)} {part}, as they exceed judge.max_length")
+            say(self.console, f"no reward for {len(pairs) - len(ids)} responses: {', '.join(sorted(set(dropped)))}")
+        if truncated:
+            part = "chats lost their beginning" if self.data.as_chat else "responses were truncated"
+            say(self.console, f"{truncated} of {len(ids)} {part}: they exceed judge.max_length")
         return ids
 
     def _encode_chats(self, pairs: Sequence[tuple[str, str]]) -> tuple[dict[int, np.ndarray], int, list[str]]:
         if not self.tokenizer.chat_template:
             raise InputError("judge.as_chat: the reward model's tokenizer has no chat template; leave it off")
         template = ChatTemplate.find(self.tokenizer, self.data)
-        ids, cut, dropped, longest = {}, 0, [], self.data.max_length
+        ids, truncated, dropped, longest = {}, 0, [], self.data.max_length
         for row, (prompt, answer) in enumerate(pairs):
             messages = [message for turn in as_messages(prompt, answer) for message in turn]
             try:
@@ -153,11 +152,13 @@ class ClassifierReward:
             except DroppedRow as reason:
                 dropped.append(str(reason))
                 continue
-            found = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-            check_vocabulary(found, self.model.config.vocab_size, self.tokenizer, f"judge.model, text of row {row + 1}")
-            cut += len(found) > longest
-            ids[row] = np.asarray(found[-longest:], np.int32)
-        return ids, cut, dropped
+            text_ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            check_vocabulary(
+                text_ids, self.model.config.vocab_size, self.tokenizer, f"judge.model, text of row {row + 1}"
+            )
+            truncated += len(text_ids) > longest
+            ids[row] = np.asarray(text_ids[-longest:], np.int32)
+        return ids, truncated, dropped
 
 
 def is_classifier(folder: Path) -> bool:
@@ -168,7 +169,7 @@ def is_classifier(folder: Path) -> bool:
 
 
 def as_messages(prompt: str, answer: str) -> tuple[Messages, Messages]:
-    """Wraps a prompt as a user's message and an answer as the assistant's."""
+    """Wraps a prompt as a user's message and a response as the assistant's."""
     return [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
 
 

@@ -1,4 +1,4 @@
-"""A language model as judge: it reads both answers, in an order that it cannot guess, and names the better one."""
+"""A language model as judge: it reads both responses, in an order that it cannot guess, and names the better one."""
 
 import asyncio
 import contextlib
@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from rich.console import Console
+
+from qstar_jax.console import say, track
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.judges.base import Comparison, Say, Track, Verdict, no_track, no_words
+from qstar_jax.evaluation.judges.base import Comparison, Verdict
 from qstar_jax.evaluation.judges.chat import ChatServer
 from qstar_jax.evaluation.judges.cost import Budget, Estimate, estimate_tokens
 from qstar_jax.evaluation.judges.prompts import Template
@@ -24,9 +27,9 @@ class Question:
 
     Args:
         prompt: The prompt.
-        answer: The answer on trial.
+        answer: The response that is judged.
         baseline: The other one.
-        answer_is: Which letter the answer has.
+        answer_is: The letter of the response.
     """
 
     prompt: str
@@ -37,12 +40,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Talk:
-    """How far a question has come.
+    """The state of a question.
 
     Args:
         messages: The conversation that the next call would send.
-        attempt: Calls that were made.
-        letter: What was decided; None: nothing yet.
+        attempt: Calls made so far.
+        letter: The decision; None if there is none yet.
         text: The last reply.
         over: Whether no further call is made.
     """
@@ -55,22 +58,21 @@ class Talk:
 
 
 class LlmJudge:
-    """Asks a model, keeps its replies on disk, and never takes one that does not decide for a tie.
+    """Asks a model and keeps its replies on disk; a reply without a decision is never counted as a tie.
 
-    The order of the two answers is a pure function of the seed and the texts, so that the same comparison meets the
-    same kept reply in any run. Equal answers tie without a call, and each distinct comparison is asked for once.
+    The order of the two responses is a pure function of the seed and the texts, so that the same comparison meets the
+    same kept reply in any run. Equal responses tie without a call, and each distinct comparison is asked for once.
 
     Args:
         server: The model.
         template: The question.
         cache: Folder of kept replies; None keeps them in memory only.
-        seed: Of the orders.
-        both_orders: Ask in both orders; where the letters disagree on the answer, it is a tie.
+        seed: Seed for the orders.
+        both_orders: Ask in both orders; where the letters disagree on the response, it is a tie.
         retries: Further calls for a reply that names no letter; each says what was wrong with the one before.
-        concurrency: Calls on their way at once.
-        budget: Prices and limit.
-        say: Shows the estimate before calls are made, and what became of them.
-        track: Wraps finished questions, for a progress bar.
+        concurrency: Calls in flight at once.
+        budget: Prices and the limit.
+        console: Where to show the estimate before calls are made, progress, and undecided comparisons; None: nowhere.
 
     Raises:
         InputError: If a number is out of range.
@@ -87,8 +89,7 @@ class LlmJudge:
         retries: int = 2,
         concurrency: int = 8,
         budget: Budget | None = None,
-        say: Say = no_words,
-        track: Track = no_track,
+        console: Console | None = None,
     ):
         if retries < 0 or concurrency < 1:
             raise InputError(
@@ -97,7 +98,7 @@ class LlmJudge:
         self.name = f"llm {server.model} ({template.name})"
         self.server, self.template, self.replies = server, template, ReplyCache(cache)
         self.seed, self.both_orders, self.retries, self.concurrency = seed, both_orders, retries, concurrency
-        self.budget, self._say, self._track = budget or Budget(), say, track
+        self.budget, self._console = budget or Budget(), console
         self._address, self._parameters = server.address, server.parameters
 
     def __call__(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
@@ -108,7 +109,7 @@ class LlmJudge:
             RuntimeError: If the server fails; replies that came before are kept.
         """
         estimate = self.estimate(comparisons)
-        self._say(f"{self.name}: {estimate}")
+        say(self._console, f"{self.name}: {estimate}")
         self.budget.check(estimate)
         if estimate.calls:
             questions = [question for question in self._questions(comparisons) if not self._talk(question).over]
@@ -116,13 +117,14 @@ class LlmJudge:
         verdicts = [self._verdict(comparison) for comparison in comparisons]
         undecided = sum(verdict.win is None for verdict in verdicts)
         if undecided:
-            self._say(
-                f"{self.name}: {undecided} of {len(verdicts)} comparisons undecided, as its replies name no letter"
+            say(
+                self._console,
+                f"{self.name}: {undecided} of {len(verdicts)} comparisons undecided, as its replies name no letter",
             )
         return verdicts
 
     def estimate(self, comparisons: Sequence[Comparison]) -> Estimate:
-        """Says what judging would come to; makes no call."""
+        """Estimates the cost of judging; makes no call."""
         talks = [self._talk(question) for question in self._questions(comparisons)]
         ahead = [talk.messages for talk in talks if not talk.over]
         tokens = sum(map(estimate_tokens, ahead)), len(ahead) * self.server.max_tokens
@@ -130,7 +132,7 @@ class LlmJudge:
         return Estimate(len(ahead), len(talks) - len(ahead), *tokens, dollars, self.retries)
 
     def _questions(self, comparisons: Iterable[Comparison]) -> list[Question]:
-        """All that is asked, each once; equal texts are one question, whatever comparison they come from."""
+        """All questions; equal texts are one question, whichever comparison they come from."""
         questions = [question for c in comparisons if not _same(c) for question in self._orders(c)]
         return list({self._render(question): question for question in questions}.values())
 
@@ -145,16 +147,16 @@ class LlmJudge:
 
     def _talk(self, question: Question) -> Talk:
         """Follows the kept replies as far as they go."""
-        messages, said = [{"role": "user", "content": self._render(question)}], ""
+        messages, text = [{"role": "user", "content": self._render(question)}], ""
         for attempt in range(self.retries + 1):
             reply = self.replies.get(self._key(messages, attempt))
             if reply is None:
-                return Talk(messages, attempt, None, said, over=False)
-            said = reply.text
-            letter = self.template.parse(said)
+                return Talk(messages, attempt, None, text, over=False)
+            text = reply.text
+            letter = self.template.parse(text)
             if letter or attempt == self.retries:
-                return Talk(messages, attempt + 1, letter, said, over=True)
-            again = [("assistant", said.strip() or "(no reply)"), ("user", self.template.reminder)]
+                return Talk(messages, attempt + 1, letter, text, over=True)
+            again = [("assistant", text.strip() or "(no reply)"), ("user", self.template.reminder)]
             messages = messages + [{"role": role, "content": content} for role, content in again]
         raise AssertionError("the last try is the end")
 
@@ -170,13 +172,13 @@ class LlmJudge:
                     while not broken.is_set() and not (talk := self._talk(question)).over:
                         await self._call(talk, ask)
                 except Exception:
-                    broken.set()  # no call begins any more; those on their way are paid for, so they are awaited
+                    broken.set()  # no further call begins; those in flight are paid for, so they are awaited
                     raise
 
         with self.replies:
             async with self.server.connect() as ask:
                 tasks = [asyncio.create_task(answer(question, ask)) for question in questions]
-                for finished in self._track(asyncio.as_completed(tasks), "judging", len(tasks)):
+                for finished in track(self._console, asyncio.as_completed(tasks), "judging", len(tasks)):
                     with contextlib.suppress(Exception):
                         await finished
         for task in tasks:
@@ -193,15 +195,15 @@ class LlmJudge:
     def _verdict(self, comparison: Comparison) -> Verdict:
         if _same(comparison):
             return Verdict(0.5, note="identical answers, not asked")
-        found = [(question.answer_is, self._talk(question)) for question in self._orders(comparison)]
+        talks = [(question.answer_is, self._talk(question)) for question in self._orders(comparison)]
         note = "; ".join(
             f"answer shown as {letter}, reply {talk.attempt}: {talk.text.strip()!r}"
             + ("" if talk.letter else " (undecided: names no letter)")
-            for letter, talk in found
+            for letter, talk in talks
         )
-        if any(talk.letter is None for _, talk in found):
+        if any(talk.letter is None for _, talk in talks):
             return Verdict(None, note=note)
-        return Verdict(sum(talk.letter == letter for letter, talk in found) / len(found), note=note)
+        return Verdict(sum(talk.letter == letter for letter, talk in talks) / len(talks), note=note)
 
 
 def _same(comparison: Comparison) -> bool:
@@ -213,6 +215,6 @@ def _run(coroutine: Awaitable[None]):
         asyncio.get_running_loop()
     except RuntimeError:
         run = asyncio.run
-    else:  # in a notebook, which runs a loop of its own
+    else:  # in a notebook, which runs its own loop
         run = lambda coroutine: ThreadPoolExecutor(1).submit(asyncio.run, coroutine).result()  # noqa: E731
     run(coroutine)

@@ -1,14 +1,12 @@
 """A judge out of the `judge:` block."""
 
-from functools import partial
 from pathlib import Path
 
 from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.config import ComputeOptions, DataOptions, JudgeOptions, MeshOptions
-from qstar_jax.console import say, track
-from qstar_jax.evaluation.judges.base import Judge, Say, Track
+from qstar_jax.evaluation.judges.base import Judge
 from qstar_jax.evaluation.judges.chat import ChatServer
 from qstar_jax.evaluation.judges.cost import Budget
 from qstar_jax.evaluation.judges.llm import LlmJudge
@@ -33,10 +31,10 @@ def make_judge(
 
     Args:
         options: The block.
-        true_reward: The task's reward of (prompt, answer) pairs, where it is known.
-        compute: Types of a reward model.
+        true_reward: The task's reward of (prompt, response) pairs, where it is known.
+        compute: Dtypes of a reward model.
         mesh: Its devices; by default those that `mesh_options` arrange.
-        mesh_options: How its parameters are cut.
+        mesh_options: How its parameters are sharded.
         console: Where to show progress, estimates of cost, and counts of truncated and undecided texts; None: nowhere.
 
     Returns:
@@ -46,9 +44,8 @@ def make_judge(
         InputError: If an option has no effect with this kind, is missing or out of range, or names what cannot be used.
     """
     options = check_judge(options, true_reward=true_reward is not None)
-    shown = {"say": partial(say, console), "track": partial(track, console)}
     if options.kind == "llm":
-        return _llm(options, **shown)
+        return _llm(options, console)
     if options.kind == "true_reward":
         return RewardJudge("true reward", true_reward, options.tolerance)
     reward = load_reward(
@@ -62,12 +59,12 @@ def make_judge(
         batch_size=options.batch_size,
         compute=compute,
         mesh_options=mesh_options,
-        **shown,
+        console=console,
     )
     return RewardJudge(f"reward model {Path(options.model).name}", reward, options.tolerance)
 
 
-def _llm(options: JudgeOptions, say: Say, track: Track) -> LlmJudge:
+def _llm(options: JudgeOptions, console: Console | None) -> LlmJudge:
     template = load_template(options.prompt)
     budget = Budget(options.price_in, options.price_out, options.max_cost)
     names = ("model", "base_url", "temperature", "max_tokens", "http_retries", "timeout")
@@ -81,6 +78,5 @@ def _llm(options: JudgeOptions, say: Say, track: Track) -> LlmJudge:
         retries=options.retries,
         concurrency=options.concurrency,
         budget=budget,
-        say=say,
-        track=track,
+        console=console,
     )

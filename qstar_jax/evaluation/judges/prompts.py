@@ -65,9 +65,9 @@ class Template:
     label: str | None
 
     def render(self, prompt: str, a: str, b: str) -> str:
-        """Fills the fields in; white space around them is dropped, as it would tell the answers apart."""
+        """Fills the fields in; white space around them is dropped, as it would tell the responses apart."""
         values = dict(zip(FIELDS, (prompt.strip(), a.strip(), b.strip()), strict=True))
-        # In one pass: what a post or an answer has in braces is not filled in again.
+        # In one pass: what a post or a response has in braces is not filled in again.
         return re.sub(r"\{(prompt|a|b)\}", lambda match: values[match[1]], self.text)
 
     def parse(self, reply: str) -> Literal["A", "B"] | None:
@@ -127,6 +127,6 @@ def load_template(name: str) -> Template:
     if missing:
         raise InputError(
             f"judge.prompt {path}: no {' and no '.join(missing)} in it; the prompt goes where {{prompt}} stands, the "
-            "two answers where {a} and {b} stand"
+            "two responses where {a} and {b} stand"
         )
     return Template(str(path), text, None)

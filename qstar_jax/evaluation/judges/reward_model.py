@@ -1,4 +1,4 @@
-"""Rewards of whole answers by a model: the implicit reward of a DPO run of ours, or the score of a classifier."""
+"""Rewards of whole responses by a model: the implicit reward of a DPO run of ours, or the score of a classifier."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,16 @@ from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
+from qstar_jax.console import say
 from qstar_jax.data.dropped import counted_reasons
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import tokenize
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.judges.base import Say, Track, no_track, no_words
 from qstar_jax.evaluation.judges.classifier import ClassifierReward, as_messages, is_classifier
 from qstar_jax.evaluation.judges.rewards import Reward
 from qstar_jax.evaluation.token_rewards import score_dataset
@@ -29,19 +30,18 @@ from qstar_jax.store.references import find_beta, open_reference
 
 @dataclass(frozen=True)
 class SummedReward:
-    """beta * log(pi / pi_ref), summed over the tokens of an answer, its EOS included.
+    """beta * log(pi / pi_ref), summed over the tokens of a response, its EOS included.
 
-    Programs are compiled for the lengths of what is given, so many answers at once take less time than few by few.
+    Programs are compiled for the lengths of the responses, so one call with many of them is faster than many calls.
 
     Args:
         policy: The preference-trained model.
         ref_params: Parameters of its reference.
-        beta: Reward a nat.
+        beta: Temperature of the rewards: reward per nat.
         data: `as_chat`, `max_length` and `max_prompt_length` are read.
-        batch_size: Answers scored at once; (data * fsdp) of the mesh must divide it.
+        batch_size: Responses scored at once; (data * fsdp) of the mesh must divide it.
         mesh: Devices of the models.
-        say: Is told of answers that lost their end.
-        track: Wraps batches, for a progress bar.
+        console: Where to show progress, and counts of truncated and unreadable responses; None: nowhere.
     """
 
     policy: LoadedModel
@@ -50,26 +50,27 @@ class SummedReward:
     data: DataOptions
     batch_size: int
     mesh: Mesh
-    say: Say = no_words
-    track: Track = no_track
+    console: Console | None = None
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Scores (prompt, answer) pairs; NaN where one cannot be tokenised (it has an EOS token inside, say)."""
+        """Scores (prompt, response) pairs; NaN where one cannot be tokenized (it has an EOS token inside, say)."""
         records = [_record(pair, row, self.data.as_chat) for row, pair in enumerate(pairs)]
         model = {"vocabulary": self.policy.model.config.vocab_size, "eos_ids": eos_token_ids(self.policy)}
         examples, dropped = tokenize(records, self.policy.tokenizer, self.data, **model, source="judge.model, text of")
         rewards = [math.nan] * len(pairs)
         if dropped:
-            self.say(f"no reward: {counted_reasons(dropped)}")
+            say(self.console, f"no reward: {counted_reasons(dropped)}")
         if not examples:
             return rewards
-        cut = sum(example.responses[0].truncated for example in examples)
-        if cut:
-            self.say(f"{cut} of {len(examples)} answers lost their end, as they exceed judge.max_length")
+        truncated = sum(example.responses[0].truncated for example in examples)
+        if truncated:
+            say(
+                self.console,
+                f"{truncated} of {len(examples)} responses were truncated: they exceed judge.max_length",
+            )
         dataset = Dataset(examples, tuple(dropped), "judge")
         if warning := self.policy.model.check_length(dataset.longest(), "the longest text for judge.model"):
-            self.say(warning)
-        batches = -(-len(examples) // self.batch_size)
+            say(self.console, warning)
         with jax.set_mesh(self.mesh):
             scored = score_dataset(
                 self.policy,
@@ -78,16 +79,17 @@ class SummedReward:
                 beta=self.beta,
                 batch_size=self.batch_size,
                 mesh=self.mesh,
-                track=lambda items: self.track(items, "judging", batches),
+                console=self.console,
+                description="judging",
             )
-        for answer in scored:
-            rewards[answer.row] = answer.total_reward
+        for response in scored:
+            rewards[response.row] = response.total_reward
         return rewards
 
 
 def _record(pair: tuple[str, str], row: int, as_chat: bool) -> Record:
-    prompt, answer = as_messages(*pair) if as_chat else pair
-    return Record(prompt, (answer,), row)
+    prompt, response = as_messages(*pair) if as_chat else pair
+    return Record(prompt, (response,), row)
 
 
 def load_reward(
@@ -100,8 +102,7 @@ def load_reward(
     batch_size: int = 4,
     compute: ComputeOptions = ComputeOptions(),
     mesh_options: MeshOptions = MeshOptions(),
-    say: Say = no_words,
-    track: Track = no_track,
+    console: Console | None = None,
 ) -> Reward:
     """Opens a reward model.
 
@@ -110,16 +111,15 @@ def load_reward(
             classifier with one label.
         mesh: Devices.
         reference: Folder or hub name of the policy's reference; a DPO run carries its own.
-        beta: Reward a nat; a DPO run carries its own.
+        beta: Temperature of the rewards: reward per nat; a DPO run carries its own.
         data: `as_chat`, `max_length` and `max_prompt_length` are read.
-        batch_size: Answers scored at once; (data * fsdp) of the mesh must divide it.
-        compute: Types.
-        mesh_options: How parameters are cut.
-        say: Is told what was cut or could not be scored.
-        track: Wraps batches, for a progress bar.
+        batch_size: Responses scored at once; (data * fsdp) of the mesh must divide it.
+        compute: Dtypes.
+        mesh_options: How parameters are sharded.
+        console: Where to show progress, and counts of truncated and unreadable responses; None: nowhere.
 
     Returns:
-        A function from (prompt, answer) pairs to rewards.
+        A function from (prompt, response) pairs to rewards.
 
     Raises:
         InputError: If the model cannot be used, or an option has no effect on it.
@@ -127,10 +127,10 @@ def load_reward(
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size < 1 or batch_size % parts:
         raise InputError(
-            f"judge.batch_size {batch_size} cannot be cut evenly over {parts} devices (mesh data * fsdp); choose a "
+            f"judge.batch_size {batch_size} cannot be sharded evenly over {parts} devices (mesh data * fsdp); choose a "
             f"multiple of {parts}"
         )
-    common = {"data": data, "batch_size": batch_size, "mesh": mesh, "say": say, "track": track}
+    common = {"data": data, "batch_size": batch_size, "mesh": mesh, "console": console}
     with jax.set_mesh(mesh):
         if find_checkpoint(Path(model).expanduser()) is None and is_classifier(folder := hub.open_folder(model)):
             given = [name for name, value in (("reference", reference), ("beta", beta)) if value is not None]
@@ -145,9 +145,9 @@ def load_reward(
                 "...ForSequenceClassification) nor a run with a reference; name the reference by judge.reference"
             )
         beta = find_beta(policy, beta, model, "--judge.beta")
-        found = open_reference(policy, reference, model, load)
-        if found.model != policy.model:
+        opened = open_reference(policy, reference, model, load)
+        if opened.model != policy.model:
             raise InputError(
-                f"judge.reference {found.source} and judge.model {model} have different shapes (config.json)"
+                f"judge.reference {opened.source} and judge.model {model} have different shapes (config.json)"
             )
-    return SummedReward(policy, found.params, beta, **common)
+    return SummedReward(policy, opened.params, beta, **common)

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from qstar_jax.evaluation.judges.base import Comparison, Verdict
 
-Reward = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]  # (prompt, answer) pairs -> one reward each
+Reward = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]  # (prompt, response) pairs -> one reward each
 
 
 @dataclass(frozen=True)
 class RewardJudge:
-    """Compares the rewards of both answers; each distinct (prompt, answer) is scored once.
+    """Compares the rewards of both responses; each distinct (prompt, response) is scored once.
 
     Args:
         name: Of the judge, for reports.
-        reward: Rewards of (prompt, answer) pairs, all given at once; None or NaN where one has none.
+        reward: Rewards of (prompt, response) pairs, all given at once; None or NaN where one has none.
         tolerance: Rewards that differ by no more than this tie, in units of the reward.
     """
 

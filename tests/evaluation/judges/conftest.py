@@ -1,5 +1,6 @@
 """Servers on loopback: one that judges by a plain rule, at once, and a real model behind a proxy that counts."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 REAL_MODEL = os.environ.get("QSTAR_REAL_MODEL", "")
 
@@ -89,6 +91,23 @@ def judge_by_length(body: bytes) -> tuple[int, bytes]:
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
     reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "rule", "choices": [choice], "usage": usage}
     return 200, json.dumps(reply).encode()
+
+
+class Recorder(Console):
+    """A console that keeps its lines."""
+
+    def __init__(self, **options):
+        super().__init__(file=io.StringIO(), **options)
+
+    @property
+    def lines(self) -> list[str]:
+        return self.file.getvalue().splitlines()
+
+
+@pytest.fixture
+def recorder():
+    """A console with its `lines`."""
+    return Recorder()
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_on_a_mesh(make):
     found = load_reward(folder, mesh=mesh, mesh_options=MeshOptions(min_shard_size=64))(PAIRS)
     one = load_reward(folder, mesh=make_mesh(MeshOptions(data=1), devices=mesh.devices.flat[:1]))(PAIRS)
     np.testing.assert_allclose(found, one, atol=1e-5)
-    with pytest.raises(InputError, match=r"judge\.batch_size 3 cannot be cut evenly over 4 devices"):
+    with pytest.raises(InputError, match=r"judge\.batch_size 3 cannot be sharded evenly over 4 devices"):
         load_reward(folder, mesh=mesh, batch_size=3)
 
 
@@ -106,25 +106,23 @@ def test_bfloat16(make, one_device):
     np.testing.assert_allclose(found, load_reward(folder, mesh=one_device)(PAIRS), atol=0.3)
 
 
-def test_what_is_cut_or_unreadable_is_said(make, one_device):
-    said = []
+def test_what_is_cut_or_unreadable_is_said(make, one_device, recorder):
     reward = load_reward(
-        str(make()), mesh=one_device, data=DataOptions(max_length=20, max_prompt_length=8), say=said.append
+        str(make()), mesh=one_device, data=DataOptions(max_length=20, max_prompt_length=8), console=recorder
     )
     found = reward([("w1", "w2 " * 30), ("w1", "w2 [EOS] w3"), ("w1", "w2")])
     assert math.isnan(found[1]) and not math.isnan(found[0] + found[2])
-    assert said == [
-        "no reward for 1 answers: EOS token inside a response",
-        "1 of 2 answers lost their end, as they exceed judge.max_length",
+    assert recorder.lines == [
+        "no reward for 1 responses: EOS token inside a response",
+        "1 of 2 responses were truncated: they exceed judge.max_length",
     ]
 
 
-def test_long_chats_lose_their_beginning(make, one_device):
-    said = []
+def test_long_chats_lose_their_beginning(make, one_device, recorder):
     folder = str(make(chat=True))
     data = DataOptions(as_chat=True, max_length=12)
-    found = load_reward(folder, mesh=one_device, data=data, say=said.append)([("w1 " * 30, "w2 w3"), ("w9", "w2 w3")])
-    assert said == ["1 of 2 chats lost their beginning, as they exceed judge.max_length"]
+    found = load_reward(folder, mesh=one_device, data=data, console=recorder)([("w1 " * 30, "w2 w3"), ("w9", "w2 w3")])
+    assert recorder.lines == ["1 of 2 chats lost their beginning: they exceed judge.max_length"]
     assert not np.isnan(found).any()
 
 
@@ -169,6 +167,6 @@ def test_a_word_beyond_the_embedding(as_chat, tmp_path, tiny_config, hf_folder, 
     folder = write_classifier(tmp_path / "model", tiny_config, hf_folder, tokenizer)
     reward = load_reward(str(folder), mesh=one_device, data=DataOptions(as_chat=as_chat))
     with pytest.raises(
-        InputError, match=r"judge\.model, text of row 2: the token 'Zebra' has id 60, and the model knows 60"
+        InputError, match=r"judge\.model, text of row 2: the token 'Zebra' has id 60, but the model has only 60"
     ):
         reward([("w1", "w2"), ("w1", "w2 Zebra")])

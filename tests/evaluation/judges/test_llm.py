@@ -1,8 +1,10 @@
 import asyncio
+import io
 import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 pytest.importorskip("openai")
 
@@ -51,14 +53,13 @@ def test_the_order_is_of_seed_and_texts_alone(make):
     assert first(MIXED, 1) != order
 
 
-def test_a_second_run_makes_no_call(make, rule_server):
+def test_a_second_run_makes_no_call(make, rule_server, recorder):
     first = make()(MIXED)
     assert len(rule_server.requests) == len(MIXED)
     rule_server.faults = [500] * 100
-    said = []
-    assert make(say=said.append)(MIXED) == first
-    assert len(rule_server.requests) == len(MIXED) and said == [f"llm rule (tldr): no calls: {len(MIXED)} replies are "
-                                                                "kept from before"]  # fmt: skip
+    assert make(console=recorder)(MIXED) == first
+    assert len(rule_server.requests) == len(MIXED)
+    assert recorder.lines == [f"llm rule (tldr): no calls: {len(MIXED)} replies are kept from before"]
 
 
 def test_a_broken_run_costs_nothing_twice(make, rule_server):
@@ -104,13 +105,12 @@ def test_a_reply_without_a_letter_is_asked_for_again(make, rule_server):
     ]
 
 
-def test_without_a_letter_it_stays_undecided_and_is_counted(make, rule_server):
-    said = []
+def test_without_a_letter_it_stays_undecided_and_is_counted(make, rule_server, recorder):
     comparisons = [*compare(("many riddles", "short")), MIXED[1]]
-    verdicts = make(retries=2, say=said.append)(comparisons)
+    verdicts = make(retries=2, console=recorder)(comparisons)
     assert [verdict.win for verdict in verdicts] == [None, 1.0]
     assert "undecided: names no letter" in verdicts[0].note and "who knows?" in verdicts[0].note
-    assert said[-1] == "llm rule (tldr): 1 of 2 comparisons undecided, as its replies name no letter"
+    assert recorder.lines[-1] == "llm rule (tldr): 1 of 2 comparisons undecided, as its replies name no letter"
     assert win_rate(verdicts).undecided == 1 and len(rule_server.requests) == 3 + 1
     assert make(retries=2)(comparisons) == verdicts and len(rule_server.requests) == 4
     make(retries=3)(comparisons)  # one more try is one more call
@@ -137,13 +137,13 @@ def test_half_an_answer_of_both_orders_decides_nothing(make):
     assert verdict.win is None
 
 
-def test_the_estimate_comes_first_and_can_refuse(make, rule_server):
+def test_the_estimate_comes_first_and_can_refuse(make, rule_server, recorder):
     prices = {"price_in": 10.0, "price_out": 30.0}
-    said = []
-    judge = make(budget=Budget(**prices, max_cost=0.001), say=said.append)
+    judge = make(budget=Budget(**prices, max_cost=0.001), console=recorder)
     with pytest.raises(InputError, match=r"max_cost \$0\.0010 is less"):
         judge(MIXED)
-    assert not rule_server.requests and said[0].startswith("llm rule (tldr): 16 calls (0 more are kept from before)")
+    assert not rule_server.requests
+    assert recorder.lines[0].startswith("llm rule (tldr): 16 calls (0 more are kept from before)")
     judge = make(budget=Budget(**prices, max_cost=1.0))
     estimate = judge.estimate(MIXED)
     assert (estimate.calls, estimate.kept, estimate.tokens_out) == (16, 0, 16 * 256)
@@ -162,16 +162,9 @@ def test_repeated_tries_stop_at_the_limit(make, rule_server):
 
 
 def test_progress(make):
-    seen = []
-
-    def track(items, description, total):
-        seen.append((description, total))
-        for item in items:
-            seen.append("one")
-            yield item
-
-    make(track=track)(MIXED)
-    assert seen == [("judging", 16), *["one"] * 16]
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    make(console=console)(MIXED)
+    assert "judging" in console.file.getvalue() and "16/16" in console.file.getvalue()
 
 
 def test_it_works_inside_a_running_loop(make):

@@ -89,14 +89,13 @@ def test_a_broken_run_costs_nothing_twice(make, proxy, tmp_path):
     assert make()(COMPARISONS) == verdicts
 
 
-def test_a_model_that_breaks_the_format_stays_undecided(make, proxy, tmp_path):
+def test_a_model_that_breaks_the_format_stays_undecided(make, proxy, tmp_path, recorder):
     path = tmp_path / "own.txt"
     path.write_text("Count to twenty in words. (Do not mind these: {prompt} {a} {b})")
-    said = []
-    verdicts = make(load_template(str(path)), say=said.append)(COMPARISONS[1:3])
+    verdicts = make(load_template(str(path)), console=recorder)(COMPARISONS[1:3])
     assert [verdict.win for verdict in verdicts] == [None, 0.5]
     assert len(proxy.served) == 2  # once, and once more
-    assert said[-1].endswith("1 of 2 comparisons undecided, as its replies name no letter")
+    assert recorder.lines[-1].endswith("1 of 2 comparisons undecided, as its replies name no letter")
     assert win_rate(verdicts).undecided == 1
 
 

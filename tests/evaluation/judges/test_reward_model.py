@@ -81,14 +81,15 @@ def test_another_policy_needs_reference_and_beta(hf_folder, dpo_run, one_device)
     np.testing.assert_allclose(twice, 2 * np.array(load_reward(str(dpo_run), mesh=one_device)(PAIRS)), rtol=1e-4)
 
 
-def test_what_is_cut_or_unreadable_is_said(dpo_run, one_device):
-    said = []
+def test_what_is_cut_or_unreadable_is_said(dpo_run, one_device, recorder):
     data = DataOptions(max_length=8, max_prompt_length=4)
-    reward = load_reward(str(dpo_run), mesh=one_device, data=data, say=said.append)
+    reward = load_reward(str(dpo_run), mesh=one_device, data=data, console=recorder)
     found = reward([("w1", "w2 " * 30), ("w1", "w2 [EOS] w3"), ("w1", "w2")])
     assert math.isnan(found[1]) and not math.isnan(found[0] + found[2])
-    assert said == ["no reward: 1 EOS token inside a response", "1 of 2 answers lost their end, as they exceed "
-                    "judge.max_length"]  # fmt: skip
+    assert recorder.lines == [
+        "no reward: 1 EOS token inside a response",
+        "1 of 2 responses were truncated: they exceed judge.max_length",
+    ]
     assert np.isnan(reward([("w1", "w2 [EOS] w3")])).all()
 
 
