@@ -20,21 +20,21 @@ from qstar_jax.data.tokenization import Example
 class Batch:
     """B prompts with R responses each (2: chosen, rejected; 1: fine-tuning), packed into N sequences of S slots.
 
-    See `packing` for the layout. Masks come from lengths and from where tokens lie, not from token ids.
+    See `packing` for the layout. Masks are derived from lengths and positions, never from token ids.
 
     Args:
-        tokens: Inputs of the model; 0 for padding, which any model knows, whatever its tokenizer pads with.
+        tokens: Inputs of the model; 0 for padding, an id that every model has.
         positions: Rotary positions; those of each response continue those of its prompt.
         blocks: Which prompt of the sequence a slot belongs to, from 0; -1 for padding.
         branches: Which of its responses, from 1; 0 for what they share.
-        slots: Slots whose next token is scored, K per sequence; 0 where there are fewer.
+        slots: Slots whose next token is scored, K per sequence, padded with 0.
         targets: Those next tokens.
-        index: Where each token of each response stands among the N * K scored ones; 0 after its end.
+        index: Index of each token of each response among the N * K scored ones; 0 after its end.
         prompt_lengths: Tokens of each prompt.
         response_lengths: Tokens of each response, EOS included.
         truncated: The response lost its end, and its EOS.
-        weights: 1, or 0 for examples that only fill up the last batch of an evaluation, and have no tokens.
-        ref_logp: log pi_ref of the responses' tokens in nats, where it is cached.
+        weights: 1, or 0 for empty examples that only fill up the last batch of an evaluation.
+        ref_logp: Cached log pi_ref of the responses' tokens in nats, if any.
     """
 
     tokens: Int[Array, "N S"]

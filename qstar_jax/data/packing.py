@@ -1,9 +1,8 @@
-"""Where tokens lie in sequences: prompts are shared by their responses, and several of them share a sequence.
+"""Packs examples into sequences: responses share their prompt, and several prompts share a sequence.
 
-A *block* is what must lie in one sequence: a prompt and the responses that share it. It holds prompt[:-1] once, then
-for each response a branch prompt[-1] + response[:-1], whose positions continue those of the prompt. So each slot of a
-branch predicts one token of its response, each branch has its own first prediction, and nothing else enters the
-log-prob kernel.
+A *block* is a prompt with the responses that share it, and stays within one sequence. It holds prompt[:-1] once, then
+for each response a branch prompt[-1] + response[:-1], whose positions continue those of the prompt. Each slot of a
+branch thus predicts one token of its response, and nothing else enters the log-prob kernel.
 """
 
 from collections.abc import Sequence

@@ -331,7 +331,7 @@ def is_unstacked(params: Params) -> bool:
 
 
 def _unwrap(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config.json of the decoder inside of a multimodal model; any other config.json unchanged."""
+    """Returns the config.json of the decoder inside a multimodal model; any other config.json unchanged."""
     unwraps = {outer: unwrap for family in FAMILIES.values() for outer, unwrap in family.unwrap.items()}
     return next((unwrap(config) for outer, unwrap in unwraps.items() if outer == config.get("model_type")), config)
 

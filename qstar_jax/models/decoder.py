@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
             layer, (window, rope) = layer_and_settings
             cache = None
 
-            # Keys and values are known inside of the layer only, so attention itself caches them.
+            # Keys and values are known inside the layer only, so attention itself caches them.
             def attend_and_cache(q, k, v):
                 nonlocal cache
                 cache = LayerCache.from_prompt(k, v, slots)

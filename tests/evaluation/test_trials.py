@@ -51,6 +51,6 @@ def test_of_rows_with_one_prompt_the_first_counts_and_the_others_are_named(read)
 def test_the_answer_to_beat_is_the_one_that_is_scored(read):
     rows = [{"prompt": f"w{i}", "chosen": f"w{i} w20 w21"} for i in range(1, 4)]
     found, dataset = read(rows)
-    assert [trial.baseline.strip() for trial in found] == ["w20 w21"] * 3 and "taken off" in dataset.summary
+    assert [trial.baseline.strip() for trial in found] == ["w20 w21"] * 3 and "which was removed" in dataset.summary
     found, _ = read(rows, repeated_prompt="keep")
     assert [trial.baseline for trial in found] == ["w1 w20 w21", "w2 w20 w21", "w3 w20 w21"]

@@ -99,5 +99,5 @@ def test_what_is_refused(run, tmp_path):
     with pytest.raises(InputError, match=r"data\.chat_template has no effect: no row is a chat"):
         run("text", "plain", as_chat=False)
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "w1", "chosen": "Zebra", "rejected": "w3"}\n')
-    with pytest.raises(InputError, match=r"pairs\.jsonl row 1: the token 'Zebra' has id 61, and the model knows 60"):
+    with pytest.raises(InputError, match=r"pairs\.jsonl row 1: the token 'Zebra' has id 61, but the model has only 60"):
         run("word", "plain", train=str(tmp_path / "pairs.jsonl"))
