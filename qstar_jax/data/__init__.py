@@ -1,1 +1,1 @@
-"""From a file of preferences to batches of token ids: read, split, tokenise, batch, look."""
+"""Reads files of preferences, tokenizes them, and packs them into batches."""

@@ -92,8 +92,8 @@ def _records(
     # Responses must not repeat their prompt, and must differ; prompts alone need no check.
     if kind != "prompts":
         records, uneven = remove_repeated_prompts(records, options.repeated_prompt)
-        records, useless = sift(((record.row, record) for record in records), lambda r: check_responses(r, layout))
-        dropped = sorted(dropped + uneven + useless, key=lambda entry: entry.row)
+        records, unusable = sift(((record.row, record) for record in records), lambda r: check_responses(r, layout))
+        dropped = sorted(dropped + uneven + unusable, key=lambda entry: entry.row)
     check_some_left(dropped, len(rows), source)
     return records, dropped
 

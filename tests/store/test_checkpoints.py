@@ -54,14 +54,14 @@ def optimizer():
 
 @pytest.fixture(scope="module")
 def opt_state(optimizer, tiny_params):
-    """Moments that are not zero."""
+    """Optimizer state whose moments are not zero."""
     shake = jax.tree.map(lambda x: x * 0.5 + 1, tiny_params)
     return optimizer.update(shake, optimizer.init(tiny_params), tiny_params)[1]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_model, tiny_params, opt_state, optimizer, description):
-    """A run's folder as a 2 x 4 mesh leaves it: steps 2 and 4 of three saved ones, and a reference."""
+    """The folder of a run on a 2 x 4 mesh: steps 2 and 4 of three that were saved, and a reference."""
     folder = tmp_path_factory.mktemp("checkpoints") / "run"
     params_shardings, opt_shardings = shardings_of(tiny_model, optimizer, WRITER)
     params = jax.tree.map(jax.device_put, tiny_params, params_shardings)
@@ -75,8 +75,21 @@ def run(tmp_path_factory, tiny_model, tiny_params, opt_state, optimizer, descrip
     return folder
 
 
+def test_a_checkpoint_is_restored_as_it_was_saved(tmp_path):
+    params = {"kernel": jnp.array([1.0, 2.0])}
+    description = Description(verb="sft", model={"model_type": "llama"}, options={"steps": 3}, tokenizer={})
+    with CheckpointStore(tmp_path, keep=1) as store:
+        store.save(3, {"params": params}, description)
+    with CheckpointStore(tmp_path, keep=1) as store:
+        assert store.latest_step == 3
+        assert store.describe(3) == description
+        shardings = {"kernel": jax.sharding.SingleDeviceSharding(jax.devices()[0])}
+        restored = store.restore(3, {"params": abstract_with_shardings(params, shardings)})
+    assert restored["params"]["kernel"].tolist() == [1.0, 2.0]
+
+
 @pytest.mark.parametrize("name", READERS)
-def test_what_one_mesh_wrote_another_reads_bit_for_bit(name, run, tiny_model, tiny_params, opt_state, optimizer):
+def test_another_mesh_restores_the_same_bits(name, run, tiny_model, tiny_params, opt_state, optimizer):
     options = READERS[name]
     params_shardings, opt_shardings = shardings_of(tiny_model, optimizer, options)
     abstract = abstract_with_shardings(tiny_model.abstract_params(), params_shardings)
@@ -88,10 +101,10 @@ def test_what_one_mesh_wrote_another_reads_bit_for_bit(name, run, tiny_model, ti
         params, state = arrays["params"], arrays["opt_state"]
     jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(lambda x: x * 4, tiny_params))
     jax.tree.map(np.testing.assert_array_equal, state, opt_state)
-    found = jax.tree.map(lambda x: x.sharding, (params, state))
+    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     assert jax.tree.all(
         jax.tree.map(
-            lambda a, b, x: a.is_equivalent_to(b, x.ndim), found, (params_shardings, opt_shardings), (params, state)
+            lambda a, b, x: a.is_equivalent_to(b, x.ndim), shardings, (params_shardings, opt_shardings), (params, state)
         )
     )
 
@@ -105,7 +118,7 @@ def test_models_are_opened_from_a_checkpoint_on_any_mesh(name, run, tiny_model, 
     assert loaded.reference == run / REFERENCE
 
 
-def test_parameters_alone_in_another_type(run, tiny_model, tiny_params, one_device):
+def test_parameters_are_read_in_another_dtype(run, tiny_model, tiny_params, one_device):
     model = type(tiny_model)(tiny_model.model_type, tiny_model.config, ComputeOptions(param_dtype="bfloat16"))
     params = read_checkpoint_params(run / STEPS / "2", model, param_shardings(model, one_device, MeshOptions()))
     expected = jax.tree.map(lambda x: (x * 2).astype(jnp.bfloat16), tiny_params)
@@ -116,7 +129,7 @@ def test_only_the_newest_are_kept(run):
     assert sorted(path.name for path in (run / STEPS).iterdir() if path.name.isdigit()) == ["2", "4"]
 
 
-def test_every_folder_stands_for_a_checkpoint(run, tmp_path, description):
+def test_a_checkpoint_is_found_from_every_folder(run, tmp_path, description):
     newest = run / STEPS / "4"
     for folder in (run, run / STEPS, newest):
         assert find_checkpoint(folder) == newest
@@ -139,14 +152,14 @@ def test_a_step_without_reference_has_none(run, tmp_path, description):
 
 
 @pytest.mark.parametrize("folder", [f"{STEPS}/4", f"{STEPS}/2", REFERENCE])
-def test_descriptions_survive(folder, run, description):
-    found = read_description(run / folder)
-    assert found.verb == "dpo" and found.model == description.model
-    assert json.loads(json.dumps(found.options)) == json.loads(json.dumps(description.options))
-    assert found.tokenizer == description.tokenizer
+def test_descriptions_are_restored(folder, run, description):
+    restored = read_description(run / folder)
+    assert restored.verb == "dpo" and restored.model == description.model
+    assert json.loads(json.dumps(restored.options)) == json.loads(json.dumps(description.options))
+    assert restored.tokenizer == description.tokenizer
 
 
-def test_tokenizers_come_back_from_a_description_alone(description, tiny_tokenizer):
+def test_a_description_restores_the_tokenizer(description, tiny_tokenizer):
     tokenizer = description.build_tokenizer()
     for text in ("w1 w2 w55", "w0", "no such word"):
         assert tokenizer(text).input_ids == tiny_tokenizer(text).input_ids
@@ -156,7 +169,7 @@ def test_tokenizers_come_back_from_a_description_alone(description, tiny_tokeniz
         assert getattr(tokenizer, name) == getattr(tiny_tokenizer, name)
 
 
-def test_chat_templates_travel_with_the_tokenizer(tiny_tokenizer):
+def test_a_description_restores_the_chat_template(tiny_tokenizer):
     import copy
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -174,8 +187,8 @@ def test_tokenizer_files_cannot_leave_their_folder(description, tmp_path):
     assert not target.exists()
 
 
-def torn(run, tmp_path, remove):
-    """A copy of a step from which a part is lost."""
+def incomplete(run, tmp_path, remove):
+    """Copies a step without some of its files."""
     folder = tmp_path / STEPS / "4"
     shutil.copytree(run / STEPS / "4", folder)
     for path in sorted(folder.glob(remove), reverse=True):
@@ -183,28 +196,28 @@ def torn(run, tmp_path, remove):
     return folder
 
 
-def test_a_step_that_lost_a_part_is_none(run, tmp_path):
-    assert find_checkpoint(torn(run, tmp_path, "params")) is None
+def test_a_step_without_parameters_is_not_a_checkpoint(run, tmp_path):
+    assert find_checkpoint(incomplete(run, tmp_path, "params")) is None
 
 
 @pytest.mark.parametrize("remove", ["description/*", "_CHECKPOINT_METADATA"])
-def test_torn_descriptions_are_named(remove, run, tmp_path):
-    folder = torn(run, tmp_path, remove)
+def test_incomplete_descriptions_are_named(remove, run, tmp_path):
+    folder = incomplete(run, tmp_path, remove)
     try:
-        found = read_description(folder)
+        restored = read_description(folder)
     except InputError as error:
         assert f"{folder}: not a complete checkpoint" in str(error)
     else:  # Orbax may do without a file; what it then reads must be whole.
-        assert remove == "_CHECKPOINT_METADATA" and found.verb == "dpo"
+        assert remove == "_CHECKPOINT_METADATA" and restored.verb == "dpo"
 
 
-def test_torn_parameters_are_named(run, tmp_path, one_device):
-    folder = torn(run, tmp_path, "params/*")
+def test_missing_parameters_are_named(run, tmp_path, one_device):
+    folder = incomplete(run, tmp_path, "params/*")
     with pytest.raises(InputError, match="not a complete checkpoint"):
         load_model(folder, ComputeOptions(), one_device, MeshOptions())
 
 
-def test_lost_data_files_are_named(run, tmp_path, one_device):
-    folder = torn(run, tmp_path, "params/d/*")
+def test_missing_data_files_are_named(run, tmp_path, one_device):
+    folder = incomplete(run, tmp_path, "params/d/*")
     with pytest.raises(InputError, match="not a complete checkpoint"):
         load_model(folder, ComputeOptions(), one_device, MeshOptions())

@@ -36,7 +36,7 @@ def test_a_token_that_moves_from_prompt_to_response_changes_the_identity():
     assert identity([1, 2], [3]) == identity([1, 2], [3]) != identity([1], [2, 3])
 
 
-def test_a_tokenizer_is_itself_after_a_round_trip_and_after_use(tiny_tokenizer, tmp_path):
+def test_a_tokenizer_keeps_its_identity_after_a_round_trip_and_after_use(tiny_tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
     before = tokenizer_identity(tiny_tokenizer)
@@ -100,26 +100,29 @@ def test_examples_are_told_apart_by_tokens_and_order(random_examples):
 
 
 def test_a_difference_is_named_with_both_values_and_the_fix(tmp_path):
-    output, given = tmp_path / "found.jsonl", {"model": {"parameters": "a" * 64, "config": {"layers": 2}}, "beta": None}
+    output, recorded = (
+        tmp_path / "rows.jsonl",
+        {"model": {"parameters": "a" * 64, "config": {"layers": 2}}, "beta": None},
+    )
 
     def refused(identity):
         with pytest.raises(InputError) as error:
-            check_identity(output, identity, holds="answers", fix="choose another --out")
+            check_identity(output, identity, holds="responses", fix="choose another --out")
         return str(error.value)
 
-    assert "found.identity.json is missing" in refused(given) and "choose another --out" in refused(given)
-    write_identity(output, given)
-    check_identity(output, given, holds="answers", fix="")
-    other = given | {"model": {"parameters": "b" * 64, "config": {"layers": 2}}}
-    assert "answers made with model.parameters aaaaaaaaaaaa..., and it is bbbbbbbbbbbb... now (other w" in refused(
+    assert "rows.identity.json is missing" in refused(recorded) and "choose another --out" in refused(recorded)
+    write_identity(output, recorded)
+    check_identity(output, recorded, holds="responses", fix="")
+    other = recorded | {"model": {"parameters": "b" * 64, "config": {"layers": 2}}}
+    assert "responses made with model.parameters aaaaaaaaaaaa..., and it is bbbbbbbbbbbb... now (other w" in refused(
         other
     )
-    other = given | {"model": {"parameters": "a" * 64, "config": {"layers": 3}}}
+    other = recorded | {"model": {"parameters": "a" * 64, "config": {"layers": 3}}}
     assert "model.config.layers 2, and it is 3 now; choose another --out" in refused(other)
-    assert "beta None, and it is 0.1 now" in refused(given | {"beta": 0.1})
+    assert "beta None, and it is 0.1 now" in refused(recorded | {"beta": 0.1})
     for text in ("{", "[]", ""):
         identity_file(output).write_text(text)
-        assert "not readable as the identity of found.jsonl" in refused(given)
+        assert "not readable as the identity of rows.jsonl" in refused(recorded)
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,13 @@ from qstar_jax.store.reference_cache import ReferenceCache, fingerprint
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    """Ten examples are three parts: of four, four and two."""
+    """Makes ten examples three parts: four, four and two."""
     monkeypatch.setattr(reference_cache, "PART_EXAMPLES", 4)
 
 
 @pytest.fixture(scope="module")
 def examples():
-    """Ten: with 0 to 3 answers of 0 to 6 tokens, from rows with holes between them."""
+    """Ten examples with 0 to 3 responses of 0 to 6 tokens each, from every other row of a file."""
     rng = np.random.default_rng(0)
 
     def ids(length):
@@ -49,7 +49,7 @@ def key(examples):
 
 
 def fill(cache, logps, batch_size=3, stop=None):
-    """Writes as a run does: batch by batch, from where the cache ends; `stop` breaks the run off."""
+    """Writes batch by batch from where the cache ends, as a run does; `stop` interrupts the run."""
     for start in range(cache.done, len(logps) if stop is None else stop, batch_size):
         cache.write(start, logps[start : start + batch_size])
     return cache
@@ -68,9 +68,9 @@ def contents(cache):
     return {path.name: path.read_bytes() for path in cache.path.iterdir()}
 
 
-def assert_same(found, expected):
-    assert [[(x.dtype, x.tolist()) for x in answers] for answers in found] == [
-        [(x.dtype, x.tolist()) for x in answers] for answers in expected
+def assert_same(actual, expected):
+    assert [[(x.dtype, x.tolist()) for x in responses] for responses in actual] == [
+        [(x.dtype, x.tolist()) for x in responses] for responses in expected
     ]
 
 
@@ -91,16 +91,16 @@ def test_a_cache_of_two_examples(tmp_path):
 # --- fingerprints
 
 
-def test_the_fingerprint_takes_tokens_reference_and_dtype_and_nothing_else(examples):
+def test_the_fingerprint_depends_on_tokens_reference_and_dtype_only(examples):
     def same():
         return [replace(e, prompt=e.prompt.copy(), row=e.row + 1, prompt_truncated=True) for e in examples]
 
     def with_prompt(ids):
         return [*examples[:4], replace(examples[4], prompt=np.asarray(ids, np.int32)), *examples[5:]]
 
-    def with_answers(index, *answers):
-        made = tuple(Response(np.asarray(ids, np.int32), False) for ids in answers)
-        return [*examples[:index], replace(examples[index], responses=made), *examples[index + 1 :]]
+    def with_responses(index, *responses):
+        responses = tuple(Response(np.asarray(ids, np.int32), False) for ids in responses)
+        return [*examples[:index], replace(examples[index], responses=responses), *examples[index + 1 :]]
 
     e = examples[4]
     prompt, (a, b, c) = e.prompt, [r.ids for r in e.responses]
@@ -111,17 +111,17 @@ def test_the_fingerprint_takes_tokens_reference_and_dtype_and_nothing_else(examp
     others = {
         "reference": fingerprint(examples, "b model", "float32"),
         "dtype": fingerprint(examples, "a model", "bfloat16"),
-        "border of reference and dtype": fingerprint(examples, "a modelf", "loat32"),
+        "boundary of reference and dtype": fingerprint(examples, "a modelf", "loat32"),
         "prompt token": fingerprint(with_prompt([*prompt[:-1], prompt[-1] + 1]), "a model", "float32"),
         "shorter prompt": fingerprint(with_prompt(prompt[1:]), "a model", "float32"),
-        "answer token": fingerprint(with_answers(4, a, [b[0] + 1, *b[1:]], c), "a model", "float32"),
-        "answers swapped": fingerprint(with_answers(4, b, a, c), "a model", "float32"),
-        "an answer less": fingerprint(with_answers(4, a, b), "a model", "float32"),
-        "token over a border of answers": fingerprint(with_answers(4, [*a, b[0]], b[1:], c), "a model", "float32"),
-        "token from prompt to answer": fingerprint([*examples[:4], moved, *examples[5:]], "a model", "float32"),
-        "an empty response more": fingerprint(with_answers(2, []), "a model", "float32"),
+        "response token": fingerprint(with_responses(4, a, [b[0] + 1, *b[1:]], c), "a model", "float32"),
+        "responses swapped": fingerprint(with_responses(4, b, a, c), "a model", "float32"),
+        "one response less": fingerprint(with_responses(4, a, b), "a model", "float32"),
+        "token moved between responses": fingerprint(with_responses(4, [*a, b[0]], b[1:], c), "a model", "float32"),
+        "token moved from prompt to response": fingerprint([*examples[:4], moved, *examples[5:]], "a model", "float32"),
+        "one empty response more": fingerprint(with_responses(2, []), "a model", "float32"),
         "order of rows": fingerprint(examples[::-1], "a model", "float32"),
-        "a row less": fingerprint(examples[:-1], "a model", "float32"),
+        "one row less": fingerprint(examples[:-1], "a model", "float32"),
     }
     assert len({base, *others.values()}) == 1 + len(others)
 
@@ -146,7 +146,7 @@ def test_files_are_plain_float32_safetensors(full, examples, logps):
     np.testing.assert_array_equal(arrays["lengths"], [5, 6, 2, 2, 2, 0, 6, 1])
 
 
-@pytest.mark.parametrize("empty", [(0,), ()], ids=["empty responses", "no answers"])
+@pytest.mark.parametrize("empty", [(0,), ()], ids=["empty responses", "no responses"])
 def test_a_cache_without_any_token(tmp_path, empty):
     made = tuple(Response(np.zeros(n, np.int32), False) for n in empty)
     examples = [Example(np.ones(2, np.int32), False, made, row) for row in range(5)]
@@ -156,13 +156,13 @@ def test_a_cache_without_any_token(tmp_path, empty):
     cache.verify([0, 4], [logps[0], logps[4]])
 
 
-def test_arrays_of_a_device_and_of_other_types_are_taken_as_float32(tmp_path, key, examples, logps):
+def test_device_arrays_of_other_dtypes_are_stored_as_float32(tmp_path, key, examples, logps):
     halves = [[jnp.asarray(x, jnp.bfloat16) for x in row] for row in logps]
     cache = fill(ReferenceCache.open(tmp_path, key, examples), halves)
     assert_same(cache.read(), [[np.asarray(x, np.float32) for x in row] for row in halves])
 
 
-def test_a_buffer_that_is_used_again_does_no_harm(tmp_path, key, examples, logps):
+def test_the_caller_may_reuse_its_buffer(tmp_path, key, examples, logps):
     cache = ReferenceCache.open(tmp_path, key, examples)
     for start, row in enumerate(logps):
         buffer = [x.copy() for x in row]
@@ -172,13 +172,13 @@ def test_a_buffer_that_is_used_again_does_no_harm(tmp_path, key, examples, logps
     assert_same(cache.read(), logps)
 
 
-def test_nothing_is_made_before_something_is_written(tmp_path, key, examples):
+def test_no_folder_exists_before_the_first_write(tmp_path, key, examples):
     cache = ReferenceCache.open(tmp_path / "caches", key, examples)
     assert cache.done == 0 and not cache.complete
     assert not (tmp_path / "caches").exists()
 
 
-def test_the_files_do_not_depend_on_batches_or_breaks(tmp_path, key, examples, logps):
+def test_files_do_not_depend_on_batch_sizes_or_interruptions(tmp_path, key, examples, logps):
     makers = {"a": (3, None), "b": (10, None), "c": (1, 7)}
     made = {}
     for name, (batch_size, stop) in makers.items():
@@ -187,10 +187,10 @@ def test_the_files_do_not_depend_on_batches_or_breaks(tmp_path, key, examples, l
     assert made["a"] == made["b"] == made["c"] and len(made["a"]) == 4
 
 
-# --- runs that break
+# --- interrupted runs
 
 
-def test_a_broken_run_goes_on_at_done(tmp_path, key, examples, logps):
+def test_an_interrupted_run_continues_at_done(tmp_path, key, examples, logps):
     for stop, done, files in [(3, 0, 0), (6, 4, 1), (9, 8, 2)]:
         fill(ReferenceCache.open(tmp_path, key, examples), logps, batch_size=1, stop=stop)
         cache = ReferenceCache.open(tmp_path, key, examples)
@@ -203,9 +203,7 @@ def test_a_broken_run_goes_on_at_done(tmp_path, key, examples, logps):
 
 @pytest.mark.parametrize("broken_call", [1, 2, 3, 4], ids=[*PARTS, "complete.json"])
 @pytest.mark.parametrize("killed", [False, True], ids=["exception", "killed"])
-def test_a_run_that_breaks_within_a_write_leaves_no_torn_file(
-    tmp_path, key, examples, logps, monkeypatch, broken_call, killed
-):
+def test_an_interrupted_write_leaves_no_partial_file(tmp_path, key, examples, logps, monkeypatch, broken_call, killed):
     class Broken(BaseException):
         pass
 
@@ -220,7 +218,7 @@ def test_a_run_that_breaks_within_a_write_leaves_no_torn_file(
     cache = ReferenceCache.open(tmp_path, key, examples)
     with monkeypatch.context() as patch, pytest.raises(Broken):
         patch.setattr(os, "replace", breaking)
-        if killed:  # a process that was killed does not clean up
+        if killed:  # a killed process does not clean up
             patch.setattr(Path, "unlink", lambda *args, **options: None)
         fill(cache, logps)
     leftovers = [name for name in names(cache) if name not in [*PARTS, "complete.json"]]
@@ -233,7 +231,7 @@ def test_a_run_that_breaks_within_a_write_leaves_no_torn_file(
     assert_same(ReferenceCache.open(tmp_path, key, examples).read(), logps)
 
 
-def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, key, examples, logps, monkeypatch):
+def test_files_are_synced_before_they_are_renamed(tmp_path, key, examples, logps, monkeypatch):
     events = []
     real_sync, real_replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("sync"), real_sync(fd)))
@@ -244,18 +242,18 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, key, examples, logps
 
 def test_two_runs_that_fill_one_cache_at_once_agree(tmp_path, key, examples, logps):
     caches = [ReferenceCache.open(tmp_path, key, examples) for _ in range(2)]
-    nearly = [[x - np.float32(1e-6) for x in row] for row in logps]  # another kind of device
+    nearly = [[x - np.float32(1e-6) for x in row] for row in logps]  # as on another kind of device
     for start in range(10):
         for run in (0, 1) if start // 4 == 1 else (1, 0):
             caches[run].write(start, [(logps, nearly)[run][start]])
-    found = [cache.read() for cache in [*caches, ReferenceCache.open(tmp_path, key, examples)]]
-    assert_same(found[0], found[1])
-    assert_same(found[0], found[2])
-    assert_same(found[0], nearly[:4] + logps[4:8] + nearly[8:])  # whoever was first is kept
+    read = [cache.read() for cache in [*caches, ReferenceCache.open(tmp_path, key, examples)]]
+    assert_same(read[0], read[1])
+    assert_same(read[0], read[2])
+    assert_same(read[0], nearly[:4] + logps[4:8] + nearly[8:])  # the first to write a part wins
     caches[0].verify(range(10), logps)
 
 
-def test_a_slower_run_keeps_what_a_faster_one_has_finished(tmp_path, key, examples, logps):
+def test_a_slower_run_keeps_the_files_of_a_faster_one(tmp_path, key, examples, logps):
     slow = ReferenceCache.open(tmp_path, key, examples)
     slow.write(0, logps[:3])
     fast = fill(ReferenceCache.open(tmp_path, key, examples), logps)
@@ -271,19 +269,19 @@ def test_a_cache_may_be_opened_while_another_run_writes_it(tmp_path, key, exampl
     writer = fill(ReferenceCache.open(tmp_path, key, examples), logps, stop=1, batch_size=1)
     real = Path.is_file
 
-    def looked_for(path):
-        found = real(path)
+    def is_file(path):
+        exists = real(path)
         if path.name.startswith("part") and writer.done == 0:
-            writer.write(1, logps[1:])  # just behind the first look at a part
-        return found
+            writer.write(1, logps[1:])  # right after the first check of a part
+        return exists
 
-    monkeypatch.setattr(Path, "is_file", looked_for)
+    monkeypatch.setattr(Path, "is_file", is_file)
     cache = ReferenceCache.open(tmp_path, key, examples)
     assert writer.done == 10 and cache.done == 8
     assert_same(cache.read(), logps)
 
 
-# --- what is refused
+# --- refusals
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -295,7 +293,7 @@ def test_numbers_that_are_not_finite_name_the_row(tmp_path, key, examples, logps
     with pytest.raises(InputError, match=rf"row 7: .* token 3 of response 2 is {value}"):
         cache.write(3, bad[3:])
     assert not cache.path.exists()
-    cache.write(3, logps[3:])  # nothing of what was refused was kept
+    cache.write(3, logps[3:])  # the refused numbers were not kept
     assert_same(cache.read(), logps)
 
 
@@ -371,15 +369,15 @@ def test_a_part_at_another_place_is_refused(tmp_path):
     assert ReferenceCache.open(tmp_path, "b", examples).done == 8
 
 
-def test_gaps_and_strangers_are_refused(full, tmp_path, key, examples, logps):
+def test_missing_and_foreign_parts_are_refused(full, tmp_path, key, examples, logps):
     def opened():
         return ReferenceCache.open(tmp_path, key, examples)
 
-    stranger = full.path / "part-000003.safetensors"
-    stranger.write_bytes((full.path / PARTS[0]).read_bytes())
+    foreign_part = full.path / "part-000003.safetensors"
+    foreign_part.write_bytes((full.path / PARTS[0]).read_bytes())
     with pytest.raises(InputError, match=r"part-000003.safetensors: not a part of this cache, which has 3; "):
         opened()
-    stranger.unlink()
+    foreign_part.unlink()
     middle = (full.path / PARTS[1]).read_bytes()
     (full.path / PARTS[1]).unlink()
     with pytest.raises(InputError, match=rf"{PARTS[1]}: missing, though there is a complete.json"):
@@ -389,7 +387,7 @@ def test_gaps_and_strangers_are_refused(full, tmp_path, key, examples, logps):
     (full.path / "complete.json").unlink()
     with pytest.raises(InputError, match=rf"{PARTS[2]}: the part before it, {PARTS[1]}, is missing; delete this file"):
         opened()
-    (full.path / PARTS[2]).unlink()  # what the message says
+    (full.path / PARTS[2]).unlink()  # as the message says
     assert opened().done == 4
     (full.path / PARTS[1]).write_bytes(middle)
     assert_same(fill(opened(), logps).read(), logps)
@@ -408,7 +406,7 @@ def test_gaps_and_strangers_are_refused(full, tmp_path, key, examples, logps):
     ],
     ids=["key", "examples", "tokens", "digest", "no digest", "a list", "torn"],
 )
-def test_a_false_complete_json_is_named(full, tmp_path, key, examples, change):
+def test_an_invalid_complete_json_is_named(full, tmp_path, key, examples, change):
     path = full.path / "complete.json"
     changed = change(json.loads(path.read_text()))
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
@@ -448,11 +446,11 @@ def test_pickles_are_never_opened(full, tmp_path, key, examples):
             ReferenceCache.open(tmp_path, key, examples).read()
         (full.path / name).write_bytes(good)
     assert not marker.exists()
-    pickle.loads(evil)  # so it would have been noticed
+    pickle.loads(evil)  # the test would have noticed
     assert marker.exists()
 
 
-# --- comparing
+# --- verification
 
 
 def test_verify_accepts_what_is_near(full, logps):
@@ -477,7 +475,7 @@ def test_verify_looks_at_every_example_it_is_given(full, logps):
             full.verify([9, 0, 4], fresh)
 
 
-def test_verify_compares_the_cache_of_a_broken_run_as_far_as_it_goes(tmp_path, key, examples, logps):
+def test_verify_compares_the_finished_part_of_an_interrupted_run(tmp_path, key, examples, logps):
     fill(ReferenceCache.open(tmp_path, key, examples), logps, stop=6)
     cache = ReferenceCache.open(tmp_path, key, examples)
     cache.verify([0, 3], [logps[0], logps[3]])

@@ -1,10 +1,10 @@
 """Reads and writes generation_config.json, which lists the EOS ids of a model; its other settings are kept."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qstar_jax.errors import InputError
+from qstar_jax.store.files import write_json
 from qstar_jax.store.hub.folder import read_json_object
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def write_generation_config(folder: Path, generation: dict[str, Any]):
     ids = generation.get("eos_token_id") or []
     generation = {key: value for key, value in generation.items() if key != "eos_token_id"} | eos_entry(ids)
     if generation:
-        (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / GENERATION, generation)
 
 
 def eos_entry(eos_ids: list[int]) -> dict[str, int | list[int]]:

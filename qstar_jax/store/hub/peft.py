@@ -4,7 +4,6 @@ To read one, `peft_config` parses which modules are adapted and how, `peft_edits
 and `peft_merge` applies them.
 """
 
-import json
 import re
 from collections import defaultdict
 from functools import reduce
@@ -16,6 +15,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.lora import Params
 from qstar_jax.models.tensors import Tensor
+from qstar_jax.store.files import write_json
 from qstar_jax.store.hub.folder import read_config_of
 from qstar_jax.store.hub.peft_config import CONFIG
 from qstar_jax.store.hub.peft_file import PREFIX, TENSORS
@@ -87,7 +87,7 @@ def write_adapter(folder: Path, model: CausalLM, adapter: Params, base: str):
         "fan_in_fan_out": any(not tensor.transposed for parts in pairs.values() for tensor, _ in parts),
         "inference_mode": True,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)
 
 
 def _shortest_suffix(name: str, names: set[str]) -> str:
