@@ -1,6 +1,6 @@
 """The words of the language, and the values of its facts.
 
-Every value takes several tokens (first and last name, colour and thing, three digits), so right and wrong values may
+Every value takes several tokens (first and last name, color and thing, three digits), so right and wrong values may
 share a beginning.
 """
 
