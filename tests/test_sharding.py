@@ -66,8 +66,8 @@ def test_a_mesh_of_three_axes_computes_the_same(lora):
     options = MeshOptions(data=2, fsdp=2, tensor=2, min_shard_size=0)
     mesh = make_mesh(options)
     with jax.set_mesh(mesh):
-        found = gradients(jax.device_put(params, param_shardings(model, mesh, options)))
-    for ours, expected in zip(jax.tree.leaves(found), jax.tree.leaves(gradients(params)), strict=True):
+        actual = gradients(jax.device_put(params, param_shardings(model, mesh, options)))
+    for ours, expected in zip(jax.tree.leaves(actual), jax.tree.leaves(gradients(params)), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max() + 1e-7)
 
 

@@ -32,7 +32,7 @@ LAYOUTS = {
     "plain": [text(0, 0, 0, LENGTH)],
     "padded": [text(0, 0, 0, 97), padding(53)],
     "packed": [text(0, 0, 0, 45), text(1, 0, 0, 85), text(2, 0, 0, 13), padding(7)],
-    # The second answer is near its prompt, from which a long first one parts it.
+    # The second response is near its prompt, from which a long first one parts it.
     "shared": [text(0, 0, 0, 20), text(0, 1, 20, 60), text(0, 2, 20, 30), text(1, 0, 0, 15), text(1, 1, 15, 25)],
 }
 BLOCKS, BRANCHES, POSITIONS = np.stack([np.concatenate(row, axis=1) for row in LAYOUTS.values()], axis=1)
@@ -69,13 +69,13 @@ def oracle(q, k, v, slope, seen, scale, softcap):
     dweights = slope @ v.swapaxes(2, 3)
     dproducts = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) * to_products
     of_groups = lambda x: x.reshape(x.shape[0], -1, share, *x.shape[2:]).sum(2)  # noqa: E731
-    found = (
+    actual = (
         weights @ v,
         dproducts @ k,
         of_groups(dproducts.swapaxes(2, 3) @ q),
         of_groups(weights.swapaxes(2, 3) @ slope),
     )
-    return dict(zip(("out", "dq", "dk", "dv"), (np.moveaxis(x, 1, 2) for x in found), strict=True))
+    return dict(zip(("out", "dq", "dk", "dv"), (np.moveaxis(x, 1, 2) for x in actual), strict=True))
 
 
 @cache
@@ -90,7 +90,7 @@ def arrays():
 
 @cache
 def expected(scale, softcap):
-    """The oracle's answers for each window, stacked."""
+    """The oracle's results for each window, stacked."""
     seen = [seen_by(BLOCKS, BRANCHES, POSITIONS, window) for window in WINDOWS]
     layers = [oracle(*x, own, scale, softcap) for *x, own in zip(*arrays(), seen, strict=True)]
     return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
@@ -109,8 +109,8 @@ def layers_of(way, scale, softcap, q, k, v, slope, blocks, branches, positions, 
     return dict(zip(("out", "dq", "dk", "dv"), (out, *pull_back(slope)), strict=True))
 
 
-def found(way, scale, softcap, dtype=jnp.float32):
-    """What a way to compute attention answers for each window, stacked."""
+def computed(way, scale, softcap, dtype=jnp.float32):
+    """Results of an implementation of attention for each window, stacked."""
     x = [jnp.asarray(y, dtype) for y in arrays()]
     rows = [jnp.asarray(y, jnp.int32) for y in (BLOCKS, BRANCHES, POSITIONS)]
     windows = jnp.array(WINDOWS, jnp.int32)
@@ -119,9 +119,9 @@ def found(way, scale, softcap, dtype=jnp.float32):
     mesh = make_mesh(MeshOptions(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, *BATCH, None, "tensor")))
-        answers = layers_of(way, scale, softcap, *x, *jax.device_put(rows, NamedSharding(mesh, BATCH)), windows)
-    assert all(y.addressable_shards[0].data.size == y.size // 8 for y in answers.values())
-    return answers
+        results = layers_of(way, scale, softcap, *x, *jax.device_put(rows, NamedSharding(mesh, BATCH)), windows)
+    assert all(y.addressable_shards[0].data.size == y.size // 8 for y in results.values())
+    return results
 
 
 @pytest.mark.parametrize("option", ["dense", "blockwise"])
@@ -146,10 +146,10 @@ def test_distance_is_of_positions_and_not_of_slots():
 
 def test_the_oracle_tells_windows_caps_and_scales_apart():
     usual, capped, scaled = expected(0.5, None), expected(0.5, 1.5), expected(0.35, None)
-    for name, answers in usual.items():
+    for name, results in usual.items():
         # Of itself alone, a query sees all whatever the score is.
         pairs = [(usual[name][i], usual[name][j]) for i, j in combinations(range(len(WINDOWS)), 2)]
-        pairs += [(answers[1:], other[name][1:]) for other in (capped, scaled)]
+        pairs += [(results[1:], other[name][1:]) for other in (capped, scaled)]
         for x, y in pairs:
             assert np.linalg.norm(x - y) > 0.02 * np.linalg.norm(x), name
 
@@ -157,16 +157,16 @@ def test_the_oracle_tells_windows_caps_and_scales_apart():
 @pytest.mark.parametrize(("scale", "softcap"), [(0.5, None), (0.5, 1.5)])
 @pytest.mark.parametrize("way", WAYS)
 def test_scanned_layers_with_windows_of_their_own(way, scale, softcap, assert_norm_close):
-    assert_norm_close(found(way, scale, softcap), expected(scale, softcap), 1e-5)
+    assert_norm_close(computed(way, scale, softcap), expected(scale, softcap), 1e-5)
 
 
 @pytest.mark.thin("flash")
 @pytest.mark.parametrize("way", WAYS)
 def test_bfloat16_loses_what_its_eight_bits_lose(way, assert_norm_close):
-    answers = found(way, 0.5, 1.5, jnp.bfloat16)
-    assert {x.dtype for x in answers.values()} == {jnp.dtype(jnp.bfloat16)}
+    results = computed(way, 0.5, 1.5, jnp.bfloat16)
+    assert {x.dtype for x in results.values()} == {jnp.dtype(jnp.bfloat16)}
     rounded = [jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in arrays()]
     seen = [seen_by(BLOCKS, BRANCHES, POSITIONS, window) for window in WINDOWS]
     for layer, (*x, own) in enumerate(zip(*rounded, seen, strict=True)):
         exact = oracle(*x, own, 0.5, 1.5)
-        assert_norm_close({name: y[layer].astype(jnp.float32) for name, y in answers.items()}, exact, 1e-2)
+        assert_norm_close({name: y[layer].astype(jnp.float32) for name, y in results.items()}, exact, 1e-2)

@@ -34,7 +34,7 @@ def test_decoding_attends_to_prompt_and_own_path_and_reads_no_part_of_the_pool_t
     path = (rng.random((ROWS, TOKENS, POOL)) < 0.5) & (np.arange(POOL) < used)
     path[..., used - TOKENS : used] |= np.eye(TOKENS, dtype=bool)  # a token always sees itself
     cut = (keys[:, :, :PROMPT], values[:, :, :PROMPT], keys[:, :, PROMPT:], values[:, :, PROMPT:])
-    found = LayerCache(*map(jnp.asarray, cut)).attend(
+    actual = LayerCache(*map(jnp.asarray, cut)).attend(
         *map(jnp.asarray, (q, prompt_mask, path)), jnp.int32(used), scale=scale, softcap=softcap
     )
     for b, k, h in np.ndindex(ROWS, TOKENS, HEADS):
@@ -44,4 +44,4 @@ def test_decoding_attends_to_prompt_and_own_path_and_reads_no_part_of_the_pool_t
         scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max())
         expected = weights @ values[b, group, seen] / weights.sum()
-        np.testing.assert_allclose(found[b, k, h], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(actual[b, k, h], expected, rtol=1e-5, atol=1e-5)

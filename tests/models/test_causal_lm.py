@@ -38,17 +38,17 @@ def decode(model, params, prompts, lengths, pool, *, width=8, reorder=None, mask
     rows, slots = pool.shape
     prompts = jnp.pad(prompts, ((0, 0), (0, width - prompts.shape[1])), constant_values=3)
     first, cache = prefill(model, params, prompts, lengths, slots)
-    found = []
+    actual = []
     for slot, pasts in CALLS:
         path = np.zeros((rows, len(pasts), slots), bool)
         for k, past in enumerate(pasts):
             path[:, k, [*past, slot + k]] = True
         tokens = pool[:, slot : slot + len(pasts)]
         logits, cache = extend(model, params, cache, tokens, jnp.asarray(mask(path)), jnp.int32(slot))
-        found.append(logits)
+        actual.append(logits)
         if reorder is not None:
             cache = cache.reorder(jnp.broadcast_to(jnp.asarray(reorder), (rows, slots)))
-    return first, jnp.concatenate(found, axis=1)
+    return first, jnp.concatenate(actual, axis=1)
 
 
 def texts_of(prompts, lengths, pool):
@@ -88,8 +88,8 @@ def branches(policy, tokens):
 def test_decoding_with_a_cache_equals_the_full_pass(stacked, policy, branches):
     (model, params), (prompts, lengths, pool, expected) = policy, branches
     form = params if stacked else model.unstack(params)
-    first, found = decode(model, form, prompts, lengths, pool)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    first, actual = decode(model, form, prompts, lengths, pool)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
     full_pass = logits_of(model, params, prompts, lengths)
     last = np.asarray(full_pass)[np.arange(3), np.asarray(lengths) - 1]
     np.testing.assert_allclose(first, last, rtol=0, atol=1e-5)
@@ -141,9 +141,9 @@ def test_logits_of_right_padded_rows_ignore_what_follows(tiny_model, tiny_params
     rows = jnp.asarray(tokens[:2, :6])
     expected = logits_of(tiny_model, tiny_params, rows)
     assert expected.shape == (2, 6, 60) and expected.dtype == jnp.float32
-    found = logits_of(tiny_model, tiny_params, rows.at[0, 4:].set(9), jnp.array([4, 6]))
-    np.testing.assert_allclose(found[0, :4], expected[0, :4], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=1e-5)
+    actual = logits_of(tiny_model, tiny_params, rows.at[0, 4:].set(9), jnp.array([4, 6]))
+    np.testing.assert_allclose(actual[0, :4], expected[0, :4], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=0, atol=1e-5)
 
 
 def loss_of(model, tokens):
@@ -151,17 +151,17 @@ def loss_of(model, tokens):
 
 
 def test_rematerialisation_changes_no_gradient_but_the_program(tiny_config, tiny_params, tokens):
-    found, programs = {}, {}
+    actual, programs = {}, {}
     for remat in ("none", "dots", "attention", "full"):
         model = CausalLM.from_hf(tiny_config, ComputeOptions(remat=remat))
         grad = jax.grad(loss_of(model, jnp.asarray(tokens[:, :8])))
-        found[remat] = jax.jit(grad)(tiny_params)
+        actual[remat] = jax.jit(grad)(tiny_params)
         programs[remat] = str(jax.make_jaxpr(grad)(tiny_params))
     for remat in ("dots", "attention", "full"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max() + 1)),
-            found[remat],
-            found["none"],
+            actual[remat],
+            actual["none"],
         )
     assert len(set(programs.values())) == 4 and "checkpoint" not in programs["none"]
 

@@ -72,8 +72,8 @@ def test_every_field_is_tried():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_each_field_changes_the_logits(name, plain):
-    found = logits(replace(CONFIG, **{name: OTHERS[name]}))
-    assert np.isfinite(found).all() and np.abs(found - plain).max() > 1e-2
+    actual = logits(replace(CONFIG, **{name: OTHERS[name]}))
+    assert np.isfinite(actual).all() and np.abs(actual - plain).max() > 1e-2
 
 
 def test_norms_of_all_heads_are_not_those_of_each():
@@ -87,8 +87,8 @@ def test_scales_that_are_stored_less_one_are_scales():
     def less_one(path, x):
         return x - 1 if "scale" in jax.tree_util.keystr(path) else x
 
-    found = logits(replace(CONFIG, norm="rms_plus_one"), jax.tree_util.tree_map_with_path(less_one, params))
-    np.testing.assert_allclose(found, logits(CONFIG, params), atol=1e-5)
+    actual = logits(replace(CONFIG, norm="rms_plus_one"), jax.tree_util.tree_map_with_path(less_one, params))
+    np.testing.assert_allclose(actual, logits(CONFIG, params), atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -113,13 +113,13 @@ def test_stacked_layers_and_layers_apart_decode_the_same():
     params, lengths = shaken(model), jnp.array([6, 4])
     expected = np.asarray(logits_of(model, params, TOKENS))
     for form in (params, model.unstack(params)):
-        found, cache = prefill(model, form, TOKENS[:, :6], lengths, 4)
-        np.testing.assert_allclose(found, expected[np.arange(2), lengths - 1], atol=1e-5)
+        actual, cache = prefill(model, form, TOKENS[:, :6], lengths, 4)
+        np.testing.assert_allclose(actual, expected[np.arange(2), lengths - 1], atol=1e-5)
         for step in range(3):
             path = jnp.broadcast_to(jnp.arange(4) <= step, (2, 1, 4))
             tokens = TOKENS[jnp.arange(2), lengths + step][:, None]
-            found, cache = extend(model, form, cache, tokens, path, jnp.int32(step))
-            np.testing.assert_allclose(found[:, 0], expected[np.arange(2), lengths + step], atol=1e-5)
+            actual, cache = extend(model, form, cache, tokens, path, jnp.int32(step))
+            np.testing.assert_allclose(actual[:, 0], expected[np.arange(2), lengths + step], atol=1e-5)
 
 
 def test_windows_count_positions_when_the_pool_is_out_of_order():
@@ -132,8 +132,8 @@ def test_windows_count_positions_when_the_pool_is_out_of_order():
         _, cache = extend(model, params, cache, TOKENS[:, 4 + step][:, None], path, jnp.int32(step))
     cache = cache.reorder(jnp.broadcast_to(jnp.array([3, 1, 0, 2, 4, 5]), (2, 6)))
     path = jnp.broadcast_to(jnp.arange(6) <= 4, (2, 1, 6))
-    found, _ = extend(model, params, cache, TOKENS[:, 8][:, None], path, jnp.int32(4))
-    np.testing.assert_allclose(found[:, 0], expected[:, 8], atol=1e-5)
+    actual, _ = extend(model, params, cache, TOKENS[:, 8][:, None], path, jnp.int32(4))
+    np.testing.assert_allclose(actual[:, 0], expected[:, 8], atol=1e-5)
 
 
 def test_longrope_is_not_guessed():
@@ -141,21 +141,21 @@ def test_longrope_is_not_guessed():
     config = replace(CONFIG, layers=(LayerKind(Rope(10.0, 1.0, scaling)),))
     params = shaken(CausalLM("llama", config))
 
-    def found(choice: str, length: int):
+    def logits_with(choice: str, length: int):
         model = CausalLM("llama", config, ComputeOptions(longrope=choice))
         model.check_length(length, "rows")
         return logits_of(model, params, TOKENS[:, :length])
 
-    np.testing.assert_array_equal(found("auto", 8), found("short", 8))
-    assert np.abs(found("long", 8) - found("short", 8)).max() > 1e-2
-    assert np.isfinite(found("long", 9)).all()
+    np.testing.assert_array_equal(logits_with("auto", 8), logits_with("short", 8))
+    assert np.abs(logits_with("long", 8) - logits_with("short", 8)).max() > 1e-2
+    assert np.isfinite(logits_with("long", 9)).all()
     with pytest.raises(InputError, match=r"compute\.longrope auto.*more than 8 tokens, and 9 slots"):
         CausalLM("llama", config).logits(params, TOKENS)
     with pytest.raises(InputError, match=r"compute\.longrope auto.*more than 8 tokens, and 12 slots"):
         prefill(CausalLM("llama", config), params, TOKENS[:, :6], jnp.array([6, 6]), 6)
     for choice in ("auto", "short"):
         with pytest.raises(InputError, match=r"rows: 9 tokens; beyond 8 .* set compute\.longrope to long"):
-            found(choice, 9)
+            logits_with(choice, 9)
     said = CausalLM("llama", CONFIG, ComputeOptions(longrope="long")).check_length(9, "rows")
     assert said == "compute.longrope long has no effect on this model"
 

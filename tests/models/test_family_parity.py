@@ -26,10 +26,10 @@ LENGTHS = np.array([24, 7, 1])  # the first is longer than any window and than t
 logits_of = jax.jit(CausalLM.logits, static_argnums=0)
 
 
-def assert_close(found, expected, tolerance):
+def assert_close(actual, expected, tolerance):
     """No number is further off than that share of their standard deviation."""
     assert expected.std() > 0.1  # flat logits would agree with anything
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * expected.std())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * expected.std())
 
 
 def padded(texts):
@@ -45,13 +45,13 @@ def test_logits(family, families, open_family, torch_family):
     tokens, mask = padded([row[:length] for row, length in zip(families.rows(), LENGTHS, strict=True)])
     with torch.no_grad():
         expected = torch_family(family)(torch.tensor(tokens), attention_mask=torch.tensor(mask).long()).logits.numpy()
-    found = logits_of(*open_family(family), jnp.asarray(tokens), jnp.asarray(LENGTHS))
-    assert_close(np.asarray(found)[mask], expected[mask], 3e-5)
+    actual = logits_of(*open_family(family), jnp.asarray(tokens), jnp.asarray(LENGTHS))
+    assert_close(np.asarray(actual)[mask], expected[mask], 3e-5)
 
 
 @pytest.fixture(scope="module")
 def examples(random_examples):
-    """Four pairs with prompts of 1 to 16 tokens and answers of 1 to 8."""
+    """Four pairs with prompts of 1 to 16 tokens and responses of 1 to 8."""
     return random_examples(4, seed=3, length=24)
 
 
@@ -61,7 +61,7 @@ def batch_of(examples, layout):
 
 
 def answers_of_torch(torch, model, examples):
-    """log pi of each answer in nats [B, 2], each in a row of its own."""
+    """log pi of each response in nats [B, 2], each in a row of its own."""
     texts = [np.concatenate([e.prompt, r.ids]) for e in examples for r in e.responses]
     starts = [len(e.prompt) for e in examples for _ in e.responses]
     tokens, mask = map(torch.tensor, padded(texts))
@@ -100,10 +100,10 @@ def test_gradients_of_a_dpo_step(
     (loss, _), gradient = step(params, open_family(family, 1)[1], batch_of(examples, layout))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     hub.write_folder(tmp_path / "ours", model, gradient, tiny_tokenizer, "float32")  # as if it were the model
-    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "torch"))
+    actual, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "torch"))
     expected = {name.removeprefix("language_model."): value for name, value in expected.items()}
     assert all(np.linalg.norm(value) > 1e-4 for value in expected.values())
-    assert_norm_close(found, expected, 1e-4)
+    assert_norm_close(actual, expected, 1e-4)
 
 
 WAYS = ("dense", "blockwise", "flash")
@@ -117,7 +117,7 @@ def ways(monkeypatch):
 
 
 def plain_logprobs(model, params, examples, shape):
-    """(logp, logz) of the answers' tokens [B, 2, T], from the logits of rows that hold one answer each."""
+    """(logp, logz) of the responses' tokens [B, 2, T], from the logits of rows that hold one response each."""
     logp, logz = np.zeros((2, *shape), np.float32)
     texts = [np.concatenate([e.prompt, r.ids]) for e in examples for r in e.responses]
     tokens, mask = padded(texts)

@@ -47,9 +47,9 @@ def packed_mask(length: int, rows: int = 4) -> PackedMask:
         cuts = np.linspace(0, length * (15 - row % 3) // 16, 4).astype(int)
         for block, (start, stop) in enumerate(pairwise(cuts)):
             blocks[row, start:stop] = block
-            answers = np.linspace(start + (stop - start) // 3, stop, 3 + (block + row) % 2).astype(int)
-            for answer, (a, b) in enumerate(pairwise(answers)):
-                branches[row, a:b] = answer + 1
+            responses = np.linspace(start + (stop - start) // 3, stop, 3 + (block + row) % 2).astype(int)
+            for response, (a, b) in enumerate(pairwise(responses)):
+                branches[row, a:b] = response + 1
     return PackedMask(jnp.asarray(blocks), jnp.asarray(branches))
 
 
@@ -105,10 +105,10 @@ def test_dense_attention_is_met_forward_and_backward(length, heads, groups, widt
 
 def test_bfloat16_loses_what_its_eight_bits_lose(assert_norm_close):
     x, mask = arrays(*SHAPE, dtype=jnp.bfloat16), packed_mask(SHAPE[0])
-    found = outputs_and_gradients(interpreted, *x, mask)
-    assert {y.dtype for y in found.values()} == {jnp.dtype(jnp.bfloat16)}
+    actual = outputs_and_gradients(interpreted, *x, mask)
+    assert {y.dtype for y in actual.values()} == {jnp.dtype(jnp.bfloat16)}
     exact = outputs_and_gradients(dense, *(y.astype(jnp.float32) for y in x), mask)
-    assert_norm_close(found, exact, 1e-2)  # 2.5 units of the last place, 2 ** -8
+    assert_norm_close(actual, exact, 1e-2)  # 2.5 units of the last place, 2 ** -8
 
 
 def test_what_may_not_be_seen_changes_no_bit():
@@ -135,8 +135,8 @@ def test_tiles_reach_as_far_as_windows_and_no_further(window):
         mask = make_mask(8 * size)
         positions = positions_of(mask)
         distance = jnp.where(seen_tiles(mask, positions, window, size), tiles[:, None] - tiles, 0)
-        found = _reach(*(x.reshape(4, 8, size) for x in (mask.blocks, positions)), jnp.int32(window))
-        for reach, needed in zip(found, (distance.max(2), distance.max(1)), strict=True):
+        actual = _reach(*(x.reshape(4, 8, size) for x in (mask.blocks, positions)), jnp.int32(window))
+        for reach, needed in zip(actual, (distance.max(2), distance.max(1)), strict=True):
             assert (reach >= needed).all()
             if make_mask is not scattered_mask:
                 np.testing.assert_array_equal(reach, needed)
@@ -183,9 +183,9 @@ def test_eight_devices_compute_what_one_does(assert_norm_close):
     x, mask = arrays(*SHAPE), packed_mask(SHAPE[0])
     expected = outputs_and_gradients(interpreted, *x, mask)
     with jax.set_mesh(make_mesh(MeshOptions(data=2, fsdp=2, tensor=2))):
-        found = outputs_and_gradients(interpreted, *x, mask)
-    assert len(found["out"].sharding.device_set) == 8
-    assert_norm_close(found, expected, 1e-6)
+        actual = outputs_and_gradients(interpreted, *x, mask)
+    assert len(actual["out"].sharding.device_set) == 8
+    assert_norm_close(actual, expected, 1e-6)
 
 
 def long_dimensions(jaxpr, length: int) -> int:

@@ -104,13 +104,13 @@ def test_logits_prompts_and_paths_are_shaped(shaped, tiny_params, plain_logits):
 def test_searches_add_up_shaped_logits(search, shaped, tiny_params, plain_logits):
     prompt = (jnp.array([PROMPT]), jnp.array([4]))
     if search == "beams":
-        found = beam_search(shaped, tiny_params, *prompt, BeamOptions(2, 2, ()))
+        actual = beam_search(shaped, tiny_params, *prompt, BeamOptions(2, 2, ()))
     elif search == "tree":
-        found, _ = mcts(shaped, tiny_params, *prompt, MctsOptions(2, (), num_simulations=4, num_actions=3))
+        actual, _ = mcts(shaped, tiny_params, *prompt, MctsOptions(2, (), num_simulations=4, num_actions=3))
     else:  # base + 1 * (tuned - base): the tuned one
         policies, options = Ensemble((shaped,) * 3), BeamOptions(2, 2, ())
-        found = beam_search(policies, (tiny_params,) * 3, *prompt, options, objective=LogitArithmetic((1.0,)))
-    answer = np.asarray(found.tokens[0, 0, : found.lengths[0, 0]])
-    assert len(answer) == 2
-    expected = log_softmax(plain_logits([*PROMPT, *answer]))[3:-1]
-    np.testing.assert_allclose(found.score[0, 0], expected[np.arange(2), answer].sum(), rtol=0, atol=2e-5)
+        actual = beam_search(policies, (tiny_params,) * 3, *prompt, options, objective=LogitArithmetic((1.0,)))
+    response = np.asarray(actual.tokens[0, 0, : actual.lengths[0, 0]])
+    assert len(response) == 2
+    expected = log_softmax(plain_logits([*PROMPT, *response]))[3:-1]
+    np.testing.assert_allclose(actual.score[0, 0], expected[np.arange(2), response].sum(), rtol=0, atol=2e-5)

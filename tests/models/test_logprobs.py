@@ -59,8 +59,8 @@ def test_one_token_by_hand():
 @pytest.mark.parametrize("chunk_size", [1, 3, 5, 10, 128])
 def test_equals_log_softmax_of_the_full_logits(inputs, chunk_size):
     # 1, 5, 10 divide the ten positions, 3 does not, and 128 is longer than all of them.
-    found = token_logprobs(*inputs, chunk_size=chunk_size)
-    for x, y in zip(found, naive(*inputs), strict=True):
+    actual = token_logprobs(*inputs, chunk_size=chunk_size)
+    for x, y in zip(actual, naive(*inputs), strict=True):
         assert x.shape == (B, T) and x.dtype == jnp.float32
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
 
@@ -69,9 +69,9 @@ def test_equals_log_softmax_of_the_full_logits(inputs, chunk_size):
 def test_gradients_equal_those_of_the_full_logits(inputs, chunk_size):
     hidden, head, targets = inputs
     kernel = partial(token_logprobs, chunk_size=chunk_size)
-    found = jax.grad(partial(weighted, kernel, targets), argnums=(0, 1))(hidden, head)
+    actual = jax.grad(partial(weighted, kernel, targets), argnums=(0, 1))(hidden, head)
     expected = jax.grad(partial(weighted, naive, targets), argnums=(0, 1))(hidden, head)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-5), found, expected)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-5), actual, expected)
 
 
 def test_every_part_of_a_head_is_in_values_and_gradients(inputs, head):
@@ -79,9 +79,9 @@ def test_every_part_of_a_head_is_in_values_and_gradients(inputs, head):
     for x, y in zip(token_logprobs(hidden, head, targets, chunk_size=4), naive(hidden, head, targets), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
     kernel = partial(token_logprobs, chunk_size=4)
-    found, expected = (jax.grad(partial(weighted, f, targets), argnums=(0, 1))(hidden, head) for f in (kernel, naive))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-5), found, expected)
-    assert (found[1].bias is None) == (head.bias is None)  # no array for what is not there
+    actual, expected = (jax.grad(partial(weighted, f, targets), argnums=(0, 1))(hidden, head) for f in (kernel, naive))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-5), actual, expected)
+    assert (actual[1].bias is None) == (head.bias is None)  # no array for what is not there
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -107,9 +107,9 @@ def test_gradients_equal_finite_differences(inputs, head):
 def test_bfloat16_inputs_accumulate_and_answer_in_float32(inputs, head):
     targets = inputs[2]
     hidden, head = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (inputs[0], head))
-    found = token_logprobs(hidden, head, targets, chunk_size=4)
+    actual = token_logprobs(hidden, head, targets, chunk_size=4)
     # `naive` multiplies the same rounded numbers in float32: nothing more may be lost than the order of a sum.
-    for x, y in zip(found, naive(hidden, head, targets), strict=True):
+    for x, y in zip(actual, naive(hidden, head, targets), strict=True):
         assert x.dtype == jnp.float32
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
 
@@ -165,8 +165,8 @@ def test_the_most_likely_tokens_are_those_of_each_head(inputs, head):
     )
     expected = np.argsort(-policy, axis=-1, kind="stable")[..., :4]
     np.testing.assert_array_equal(ids, expected)
-    for found, whole in ((logp, policy), (ref_logp, reference)):
-        np.testing.assert_allclose(found, np.take_along_axis(whole, expected, -1), rtol=0, atol=1e-5)
+    for actual, whole in ((logp, policy), (ref_logp, reference)):
+        np.testing.assert_allclose(actual, np.take_along_axis(whole, expected, -1), rtol=0, atol=1e-5)
 
 
 def test_memory_between_the_passes_does_not_grow_with_the_vocabulary():

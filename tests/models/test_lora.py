@@ -84,10 +84,10 @@ def test_rank_stabilised_scale(tiny_model):
 
 
 def test_split_and_attach_are_inverse(params, tiny_params, adapter):
-    base, found = split_adapter(params)
+    base, actual = split_adapter(params)
     jax.tree.map(np.testing.assert_array_equal, base, tiny_params)
-    jax.tree.map(np.testing.assert_array_equal, found, adapter)
-    jax.tree.map(np.testing.assert_array_equal, attach_adapter(base, found), params)
+    jax.tree.map(np.testing.assert_array_equal, actual, adapter)
+    jax.tree.map(np.testing.assert_array_equal, attach_adapter(base, actual), params)
     assert split_adapter(tiny_params)[1] == {}
 
 
@@ -95,14 +95,14 @@ def test_split_and_attach_are_inverse(params, tiny_params, adapter):
 def test_targets_by_name(targets, tiny_model):
     model = tiny_model.with_lora(2, 2.0, targets)
     paths = {model.linear_layers[name] for name in targets}
-    found = {
+    actual = {
         "/".join(path.split("/")[:-2])
         for path in (
             jax.tree_util.keystr(keys, simple=True, separator="/")
             for keys, _ in jax.tree_util.tree_leaves_with_path(jax.eval_shape(model.init_adapter, jax.random.key(0)))
         )
     }
-    assert found == paths and set(model.lora.targets) == set(targets)
+    assert actual == paths and set(model.lora.targets) == set(targets)
     assert tuple(tiny_model.linear_layers) == ALL
 
 
@@ -183,7 +183,7 @@ def test_the_gradient_is_that_of_the_merged_kernels(
 ):
     """d/dA = scale dW B^T and d/dB = scale A^T dW, from the plain model's gradient of its kernels."""
     batch = pair_batch(4)
-    _, found = loss_and_gradient(model, adapter, tiny_params, None, batch)
+    _, actual = loss_and_gradient(model, adapter, tiny_params, None, batch)
     merged = merge_adapter(attach_adapter(tiny_params, adapter), model.lora)
     _, kernels = loss_and_gradient(tiny_model, merged, {}, tiny_params, batch)
     for group, part in (("attention", "q"), ("attention", "o"), ("mlp", "down")):
@@ -192,7 +192,7 @@ def test_the_gradient_is_that_of_the_merged_kernels(
             "lora_a": 4.0 * jnp.einsum("lio,lro->lir", grad, lora["lora_b"]),
             "lora_b": 4.0 * jnp.einsum("lir,lio->lro", lora["lora_a"], grad),
         }
-        assert_norm_close(found["layers"][group][part]["lora"], expected, 1e-4)
+        assert_norm_close(actual["layers"][group][part]["lora"], expected, 1e-4)
 
 
 def test_only_the_adapter_is_trained_and_no_gradient_of_the_base_is_computed(tiny_config, pair_batch):
@@ -222,7 +222,7 @@ def test_only_the_adapter_is_trained_and_no_gradient_of_the_base_is_computed(tin
 
 @pytest.mark.slow
 def test_memory_of_a_whole_step_does_not_grow_with_the_vocabulary(tiny_config, pair_batch):
-    """With the embedding frozen nothing but chunks of logits grows; whole logits of long answers would be far more."""
+    """With the embedding frozen nothing but chunks of logits grows; whole logits of long responses would not fit."""
     batch = pair_batch(4, length=2048, response_length=1024, row_length=4096)
     optimizer = make_optimizer(OptimizerOptions(), 4)
 

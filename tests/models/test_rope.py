@@ -46,26 +46,26 @@ def test_frequencies_are_those_of_transformers(name, fraction, long):
     config = LlamaConfig(
         hidden_size=4 * HEAD_DIM, num_attention_heads=4, max_position_embeddings=4 * CONTEXT, rope_parameters=keys
     )
-    found = Rope(500.0, fraction, scaling).frequencies(HEAD_DIM, long)
+    actual = Rope(500.0, fraction, scaling).frequencies(HEAD_DIM, long)
     length = CONTEXT + 1 if long else CONTEXT
     expected, factor = ROPE_INIT_FUNCTIONS[keys["rope_type"]](config, "cpu", seq_len=length)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-6)
     assert scaling.attention_scale == pytest.approx(factor, rel=1e-12)
     plain = Rope(500.0, fraction).frequencies(HEAD_DIM)
-    assert not np.allclose(found, plain)
+    assert not np.allclose(actual, plain)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_pairs_turn_like_complex_numbers(fraction):
     x = np.random.default_rng(0).normal(size=(2, 5, 3, HEAD_DIM)).astype(np.float32)
     positions, rope = np.arange(10).reshape(2, 5), Rope(100.0, fraction, Yarn(4.0, 8))
-    found = rotate(jnp.asarray(x), rotation(rope, HEAD_DIM, jnp.asarray(positions)))
+    actual = rotate(jnp.asarray(x), rotation(rope, HEAD_DIM, jnp.asarray(positions)))
     half = int(HEAD_DIM * fraction) // 2
     turns = np.exp(1j * positions[..., None, None] * rope.frequencies(HEAD_DIM)) * rope.scaling.attention_scale
     turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * turns
-    np.testing.assert_allclose(found[..., :half], turned.real, atol=1e-5)
-    np.testing.assert_allclose(found[..., half : 2 * half], turned.imag, atol=1e-5)
-    np.testing.assert_array_equal(found[..., 2 * half :], x[..., 2 * half :])
+    np.testing.assert_allclose(actual[..., :half], turned.real, atol=1e-5)
+    np.testing.assert_allclose(actual[..., half : 2 * half], turned.imag, atol=1e-5)
+    np.testing.assert_array_equal(actual[..., 2 * half :], x[..., 2 * half :])
 
 
 def test_the_identity_rotation_changes_nothing():

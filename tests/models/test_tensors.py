@@ -44,9 +44,9 @@ def test_what_is_read_is_joined_again():
 
 def test_biases_are_cut_like_their_layers():
     stored = np.arange(36)
-    found = [Tensor("x", part=tensor.part).read(stored, (slice(0, 12),)) for tensor in LAYOUTS["head by head"]]
-    np.testing.assert_array_equal(found[1], [4, 5, 6, 7, 16, 17, 18, 19, 28, 29, 30, 31])
-    np.testing.assert_array_equal(np.sort(np.concatenate(found)), stored)
+    actual = [Tensor("x", part=tensor.part).read(stored, (slice(0, 12),)) for tensor in LAYOUTS["head by head"]]
+    np.testing.assert_array_equal(actual[1], [4, 5, 6, 7, 16, 17, 18, 19, 28, 29, 30, 31])
+    np.testing.assert_array_equal(np.sort(np.concatenate(actual)), stored)
 
 
 def test_files_are_read_in_whole_ranges():

@@ -49,8 +49,8 @@ def files_of(folder):
 
 def test_torch_reads_the_same_model(family, families, family_folder, export):
     expected = families.logits(family_folder(family))
-    found = families.logits(export(family))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    actual = families.logits(export(family))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_a_second_export_is_the_same_files(family, export, one_device, read_family, tiny_tokenizer, tmp_path):
@@ -78,8 +78,8 @@ def test_files_in_shards_and_in_bfloat16(family, families, family_folder, read_f
     assert (tmp_path / "model.safetensors.index.json").is_file() and len(list(tmp_path.glob("*.safetensors"))) > 2
     model, params = read_family(tmp_path)
     # The oracle is read anew: `.to(bfloat16)` has rounded the rotary frequencies too, which are no part of the file.
-    found, expected = logits_of(model, params, jnp.asarray(families.rows())), families.logits(tmp_path)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    actual, expected = logits_of(model, params, jnp.asarray(families.rows())), families.logits(tmp_path)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
     # Stored in bfloat16, the values must be exactly those of the file.
     model = replace(model, compute=replace(model.compute, param_dtype="bfloat16"))
     params = hub.read_params(tmp_path, model, param_shardings(model, one_device, MeshOptions()))
@@ -109,14 +109,14 @@ needs_transformers_4 = pytest.mark.skipif(
 def test_transformers_4_reads_the_same_models(families, family_folder, export, tmp_path):
     for name in families.FAMILIES:
         (tmp_path / name).symlink_to(export(name))
-    for name, found in transformers_4(families, "read", tmp_path).items():
+    for name, actual in transformers_4(families, "read", tmp_path).items():
         expected = families.logits(family_folder(name))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5, err_msg=name)
 
 
 @needs_transformers_4
 @pytest.mark.slow
 def test_what_transformers_4_writes_is_read(families, read_family, tmp_path):
     for name, expected in transformers_4(families, "write", tmp_path).items():
-        found = logits_of(*read_family(tmp_path / name), jnp.asarray(families.rows()))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * expected.std(), err_msg=name)
+        actual = logits_of(*read_family(tmp_path / name), jnp.asarray(families.rows()))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * expected.std(), err_msg=name)

@@ -57,5 +57,5 @@ def test_padding_beyond_the_embedding_is_not_written(tiny_model, tiny_params, hf
     tokenizer.add_special_tokens({"pad_token": "[NEW]"})
     hub.write_folder(tmp_path, tiny_model, tiny_params, tokenizer, "float32")
     for name in ("config.json", "generation_config.json"):
-        found = json.loads((tmp_path / name).read_text())
-        assert found["pad_token_id"] is None and found["bos_token_id"] == 1
+        actual = json.loads((tmp_path / name).read_text())
+        assert actual["pad_token_id"] is None and actual["bos_token_id"] == 1

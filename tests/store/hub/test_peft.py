@@ -84,8 +84,8 @@ def test_peft_computes_the_same(rslora, model, adapter, folder, hf_folder, tiny_
     plain = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
     with torch.no_grad():
         expected = peft.PeftModel.from_pretrained(plain, folder)(torch.from_numpy(tokens)).logits.numpy()
-    found = model.logits(attach_adapter(tiny_params, adapter), jnp.asarray(tokens))
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    actual = model.logits(attach_adapter(tiny_params, adapter), jnp.asarray(tokens))
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_a_file_of_peft_is_opened_as_a_model(hf_folder, tmp_path, one_device, adapter):
@@ -192,8 +192,8 @@ def test_an_adapter_of_an_adapter_and_one_in_the_folder_of_its_base(
     shutil.copytree(hf_folder, tmp_path / "both")
     hub.write_adapter(tmp_path / "both", model, adapter, str(tmp_path / "both"))
     for name, expected in (("second", twice), ("both", once)):
-        found = load_model(tmp_path / name, ComputeOptions(), one_device, MeshOptions()).params
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+        actual = load_model(tmp_path / name, ComputeOptions(), one_device, MeshOptions()).params
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), actual, expected)
 
 
 def test_pickles_and_broken_files(folder, tiny_model):
@@ -212,9 +212,9 @@ def test_half_precision_files_are_read(dtype, folder, tiny_model):
     _, expected = read(folder, tiny_model)
     path = folder / "adapter_model.safetensors"
     save_file({name: x.astype(jnp.dtype(dtype)) for name, x in load_file(path).items()}, path)
-    _, found = read(folder, tiny_model)
+    _, actual = read(folder, tiny_model)
     for module in expected:
-        np.testing.assert_allclose(product(found, module), product(expected, module), atol=0.1, rtol=0.02)
+        np.testing.assert_allclose(product(actual, module), product(expected, module), atol=0.1, rtol=0.02)
 
 
 @pytest.mark.parametrize(

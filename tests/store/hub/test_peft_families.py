@@ -79,7 +79,7 @@ def make_adapter(theirs, folder, **options):
 
 
 def torch_loss(model, examples):
-    """DPO's loss of (chosen, rejected) pairs, each answer by itself behind its prompt."""
+    """DPO's loss of (chosen, rejected) pairs, each response by itself behind its prompt."""
 
     def logp(example):
         for response in example.responses:

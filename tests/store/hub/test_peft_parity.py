@@ -84,15 +84,15 @@ def bases(tmp_path_factory, tiny_config, tiny_tokenizer):
     """Two models of transformers, each in a folder; the second ties its tables."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    found = []
+    actual = []
     for tied in (False, True):
         torch.manual_seed(0)
         config = tiny_config | {"tie_word_embeddings": tied, "initializer_range": 0.3, "eos_token_id": 2}
         folder = tmp_path_factory.mktemp("base")
         LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
-        found.append(LlamaForCausalLM.from_pretrained(folder))
-    return found
+        actual.append(LlamaForCausalLM.from_pretrained(folder))
+    return actual
 
 
 def make_adapter(base, folder, vocabulary=None, **options):

@@ -25,14 +25,14 @@ def files_of(folder):
 
 def test_a_tensor_that_is_larger_than_a_file_has_one_of_its_own(tmp_path):
     write_shards(tmp_path, stored(ARRAYS), "float32", max_bytes=10 * 4)
-    found = files_of(tmp_path)
-    assert list(found) == [f"model-{i}-of-00003.safetensors" for i in ("00001", "00002", "00003")]
-    assert [set(tensors) for tensors in found.values()] == [{"c"}, {"a", "b"}, {"d", "e", "f"}]
+    actual = files_of(tmp_path)
+    assert list(actual) == [f"model-{i}-of-00003.safetensors" for i in ("00001", "00002", "00003")]
+    assert [set(tensors) for tensors in actual.values()] == [{"c"}, {"a", "b"}, {"d", "e", "f"}]
     for name, array in ARRAYS.items():
-        np.testing.assert_array_equal(next(tensors[name] for tensors in found.values() if name in tensors), array)
+        np.testing.assert_array_equal(next(tensors[name] for tensors in actual.values() if name in tensors), array)
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"] == {"total_parameters": 42, "total_size": 168}
-    assert index["weight_map"] == {name: file for file, tensors in found.items() for name in tensors}
+    assert index["weight_map"] == {name: file for file, tensors in actual.items() for name in tensors}
 
 
 @pytest.mark.parametrize(("dtype", "max_bytes"), [("float32", 168), ("bfloat16", 84)])

@@ -26,9 +26,9 @@ def test_what_is_written_is_read_back(tied, dtype, tiny_config, tiny_tokenizer, 
     hub.write_folder(folder, model, params, tiny_tokenizer, dtype)
     again = CausalLM.from_hf(hub.read_config(folder))
     assert again == model
-    found = hub.read_params(folder, again, param_shardings(again, one_device, MeshOptions()))
+    actual = hub.read_params(folder, again, param_shardings(again, one_device, MeshOptions()))
     expected = jax.tree.map(lambda x: x.astype(dtype).astype("float32"), params)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_files_of_a_size_are_read_back(tiny_model, tiny_params, tiny_tokenizer, tmp_path, one_device, hf_folder):
@@ -40,8 +40,8 @@ def test_files_of_a_size_are_read_back(tiny_model, tiny_params, tiny_tokenizer, 
         hub.write_folder(tmp_path / name, tiny_model, params, tiny_tokenizer, "float32", max_shard_size="20KB")
         contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert contents[0] == contents[1]
-    found = hub.read_params(tmp_path / "one", tiny_model, param_shardings(tiny_model, one_device, MeshOptions()))
-    jax.tree.map(np.testing.assert_array_equal, found, tiny_params)
+    actual = hub.read_params(tmp_path / "one", tiny_model, param_shardings(tiny_model, one_device, MeshOptions()))
+    jax.tree.map(np.testing.assert_array_equal, actual, tiny_params)
     shards = [load_file(path) for path in sorted((tmp_path / "one").glob("*.safetensors"))]
     assert len(shards) == 5 and all(sum(map(np.size, shard.values())) * 4 <= 20_000 for shard in shards)
     together = {name: tensor for shard in shards for name, tensor in shard.items()}
