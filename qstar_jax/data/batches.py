@@ -84,7 +84,7 @@ def make_batch(
     # Decide which blocks share a sequence, and how large the arrays are.
     plan = plan or plan_batch(examples, shapes, fill_to)
     sequences, scored = (max(sizes) for sizes in zip(plan.size, at_least, strict=True))
-    # Allocate a batch of padding, which knows its examples' lengths already.
+    # Allocate a batch of padding, with the lengths of its examples.
     batch = _padding(examples, max(len(examples), fill_to), (sequences, scored), shapes)
     # Write the tokens, sequence by sequence.
     for n, blocks in enumerate(plan.sequences):
@@ -93,7 +93,7 @@ def make_batch(
 
 
 def _padding(examples: Sequence[Example], count: int, size: tuple[int, int], shapes: Shapes) -> Batch:
-    """A batch of `count` examples whose sequences are empty."""
+    """Returns a batch of `count` examples with empty sequences."""
     (sequences, scored), responses = size, len(examples[0].responses)
     tokens, positions, branches = np.zeros((3, sequences, shapes.length), np.int32)
     slots, targets = np.zeros((2, sequences, scored), np.int32)
@@ -119,7 +119,7 @@ def _padding(examples: Sequence[Example], count: int, size: tuple[int, int], sha
 
 
 def _write_sequence(batch: Batch, n: int, blocks: Sequence[Block], examples: Sequence[Example]):
-    """Writes the blocks of sequence `n`, one behind the other."""
+    """Writes the blocks of sequence `n` one after the other."""
     width = batch.slots.shape[1]
     slot = entry = 0  # the next free slot, and the next free entry of `slots` and `targets`
     for number, block in enumerate(blocks):
@@ -153,7 +153,7 @@ def _padded(values: Sequence[Sequence[np.ndarray]], shape: tuple[int, ...]) -> n
 
 
 def step_indices(seed: int, step: int, num_examples: int, batch_size: int) -> np.ndarray:
-    """The examples of a step: shuffled anew each epoch; batches run on across epochs, so that no row is skipped.
+    """Returns the examples of a step: shuffled each epoch; batches span epochs, so that no example is skipped.
 
     Args:
         seed: Fixes the order; at least 0.
@@ -182,7 +182,7 @@ def _epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 
 def eval_batches(num_examples: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Indices of examples in file order, each once; the last batch may be short (see `fill_to` of `make_batch`).
+    """Yields the indices of examples in file order; the last batch may be short (see `fill_to` of `make_batch`).
 
     Args:
         num_examples: Examples in the data.

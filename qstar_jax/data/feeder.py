@@ -19,7 +19,7 @@ Track = Callable[[Iterable[Batch], str, int], Iterable[Batch]]
 
 
 class Feeder:
-    """Turns examples into batches on the mesh; each host puts there only what its devices hold.
+    """Turns examples into batches on the mesh; each host transfers only the shards of its own devices.
 
     Args:
         dataset: The examples.
@@ -64,23 +64,23 @@ class Feeder:
         self._stacked_sharding = NamedSharding(mesh, PartitionSpec(None, *BATCH))
 
     def with_reference(self, ref_logps: Sequence[Sequence[np.ndarray]]) -> "Feeder":
-        """The same feeder, whose batches carry log pi_ref of their responses' tokens."""
+        """Returns a feeder whose batches also carry log pi_ref of their responses' tokens."""
         other = copy.copy(self)
         other._ref_logps = ref_logps
         return other
 
     @property
     def batches(self) -> int:
-        """How many batches `in_order` yields."""
+        """Number of batches that `in_order` yields."""
         return -(-len(self.dataset.examples) // self.batch_size)
 
     def indices_at_step(self, seed: int, step: int) -> np.ndarray:
-        """Which examples make each micro-batch of a step. Shape [accumulate, batch_size / accumulate]."""
+        """Returns the examples of each micro-batch of a step. Shape [accumulate, batch_size / accumulate]."""
         indices = step_indices(seed, step, len(self.dataset.examples), self.batch_size)
         return indices.reshape(self.accumulate, -1)
 
     def at_step(self, seed: int, step: int) -> Batch:
-        """The training batch of a step, a pure function of (seed, step); micro-batches lie along a leading axis."""
+        """Returns the batch of a step, a pure function of (seed, step), with a leading axis of micro-batches."""
         micro_batches = self.indices_at_step(seed, step)
         if self.accumulate == 1:
             return self._place(self._make(micro_batches[0]), self._sharding)
@@ -91,10 +91,10 @@ class Feeder:
         return self._place(jax.tree.map(lambda *x: np.stack(x), *batches), self._stacked_sharding)
 
     def in_order(self, start: int = 0) -> Iterator[Batch]:
-        """All examples from `start` on, once, in file order; examples that fill up the last batch have weight 0."""
+        """Yields all examples from `start` on in file order; those that fill up the last batch have weight 0."""
         size = (0, 0)
         for indices in eval_batches(len(self.dataset.examples) - start, self.batch_size):
-            # A short last batch takes at least the size of the one before, whose program then serves it too.
+            # A short last batch takes at least the size of the previous one, to reuse its compiled program.
             short = len(indices) < self.batch_size
             at_least = size if short else (0, 0)
             batch = self._make(indices + start, fill_to=self.batch_size, at_least=at_least)

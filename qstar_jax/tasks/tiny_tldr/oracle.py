@@ -130,6 +130,7 @@ class Oracle:
         def weights(probability: float, reward: float) -> Weights:
             return np.array([probability, probability * self._tilt(length + reward)])
 
+        # The right value and the distractor have probabilities of their own; all other values share the rest equally.
         listed = {self._ids(" " + post.facts[fact]): weights(chance, RIGHT_REWARD[fact])}
         rest = 1 - chance
         if confusing:
@@ -164,12 +165,14 @@ class Oracle:
     def _total(threads: list[_Thread], slots: dict[str, _Slot]) -> Weights:
         total = np.zeros(2)
         for thread in threads:
+            # Sum over the completions of a value that has begun; complete values are threads of their own.
             facts = [part for part in thread.parts if isinstance(part, str)]
             weights = thread.weights
             if thread.value:
                 slot = slots[facts.pop(0)]
-                ended = slot.whole(thread.value)  # complete values continue as threads of their own
+                ended = slot.whole(thread.value)
                 weights = weights * (slot.begun(thread.value) - (0.0 if ended is None else ended))
+            # The remaining facts are independent: their sums multiply.
             for fact in facts:
                 weights = weights * slots[fact].total
             total += weights
@@ -180,11 +183,14 @@ def _step(thread: _Thread, token: int, slots: dict[str, _Slot]) -> Iterator[_Thr
     """Yields the threads that extend a thread by a token."""
     if not thread.parts:
         return
+    # Fixed text must match.
     part, *rest = thread.parts
     if isinstance(part, int):
         if part == token:
             yield _Thread(tuple(rest), (), thread.weights)
         return
+
+    # A place may be left empty, or its value may go on, or end with this token.
     slot, value = slots[part], (*thread.value, token)
     if not thread.value and slot.empty[0] > 0:
         yield from _step(_Thread(tuple(rest), (), thread.weights * slot.empty), token, slots)

@@ -94,10 +94,12 @@ class Post:
 
 def make_post(rng: Random) -> Post:
     """Draws a post: what happened, then the other facts in any order, and perhaps a filler sentence."""
+    # Draw the names, then a sentence per fact, with or without a distractor.
     names = _draw_names(rng)
     sentences = {fact: rng.choice(forms[rng.random() >= _CONFUSING]) for fact, forms in FORMS.items()}
     rest = [sentences[fact] for fact in ("where", "when", "much")] + rng.sample(FILLERS, rng.randrange(2))
     rng.shuffle(rest)
+    # A distractor counts only if a sentence mentions it.
     opening = rng.choice(PREAMBLES if rng.random() < _WITH_PREAMBLE else GREETINGS)
     story = " ".join([opening, sentences["what"], *rest])
     return Post(
@@ -151,7 +153,7 @@ def draw_value(fact: str, rng: Random) -> str:
             return f"{rng.choice(words.AREAS)} {rng.choice(words.SPOTS)}"
         case "when":
             return f"{rng.choice(words.MONTHS)} {rng.choice(words.DAYS)}"
-    raise ValueError(f"{fact!r} is no fact; expected one of {', '.join(FACTS)}")
+    raise ValueError(f"{fact!r} is not a fact; expected one of {', '.join(FACTS)}")
 
 
 def _patterns() -> dict[str, list[re.Pattern]]:

@@ -61,6 +61,7 @@ def _preference_row(rng: Random) -> dict[str, str]:
     first, second = draw_summary(post, rng), draw_summary(post, rng)
     while second == first:
         second = draw_summary(post, rng)
+    # Bradley-Terry: the first is preferred with probability sigmoid(margin).
     margin = true_reward(post, first) - true_reward(post, second)
     if rng.random() >= 1 / (1 + math.exp(-margin)):
         first, second = second, first
@@ -77,6 +78,7 @@ def _corrupted_row(kind: str, rng: Random) -> dict:
         if kind == "run-on":
             rejected, start = run_on(chosen, rng), len(chosen) + 1
             return row | {"rejected": rejected, "wrong": [[start, start + len(split_words(rejected[start:])[0])]]}
+        # Change one fact; draw again if the post has no distractor to confuse it with.
         stated = [fact for fact in form.facts if kind == "invented" or fact in post.distractors]
         if not stated:
             continue

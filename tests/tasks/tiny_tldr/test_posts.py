@@ -60,5 +60,5 @@ def test_values_have_several_words_or_digits():
     for fact in FACTS:
         assert len(draw_value(fact, rng).replace(" ", "")) > 2
         assert len({draw_value(fact, rng) for _ in range(200)}) > 40
-    with pytest.raises(ValueError, match="'why' is no fact; expected one of who, what"):
+    with pytest.raises(ValueError, match="'why' is not a fact; expected one of who, what"):
         draw_value("why", rng)
