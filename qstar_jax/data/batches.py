@@ -22,7 +22,7 @@ class Batch:
 
     See `packing` for the layout. Masks are derived from lengths and positions, never from token ids.
 
-    Args:
+    Attributes:
         tokens: Inputs of the model; 0 for padding, an id that every model has.
         positions: Rotary positions; those of each response continue those of its prompt.
         blocks: Which prompt of the sequence a slot belongs to, from 0; -1 for padding.

@@ -28,7 +28,7 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of messages 
 class ChatTemplate:
     """Renders dialogues as text; made by `ChatTemplate.find`.
 
-    Args:
+    Attributes:
         tokenizer: The tokenizer, which has the special tokens.
         texts: Source of the template for dialogues without tools, and for those with tools.
         arguments: Additional variables of the template.

@@ -35,7 +35,7 @@ class BadRow(DroppedRow):
 class Dropped:
     """One row that cannot be used.
 
-    Args:
+    Attributes:
         row: Index of the row, from 0.
         reason: Why, shared by rows of the same kind.
         fault: Full description of what is wrong with a bad row; empty if the row is well formed but useless.

@@ -21,7 +21,7 @@ _RECORDS = {"preferences": preference_records, "completions": completion_records
 class Dataset:
     """Tokenized examples and their source.
 
-    Args:
+    Attributes:
         examples: At least one, in file order.
         dropped: Dropped rows of the source, in file order.
         source: Path or name on the Hub.

@@ -26,7 +26,7 @@ _EXPECTED = {
 class Record:
     """One prompt and its responses, before tokenization.
 
-    Args:
+    Attributes:
         prompt: Text, or chat messages.
         responses: (chosen, rejected), (response,) or (), in the form of the prompt; in chats, one assistant message
             each.
@@ -46,7 +46,7 @@ class Record:
 class FileLayout:
     """The columns of a file.
 
-    Args:
+    Attributes:
         kind: What its rows become: preferences, completions or prompts.
         prompt: Column of the prompt; None if the columns of the responses hold whole dialogues.
         responses: Label of each response in messages -> (option that names its column, column).

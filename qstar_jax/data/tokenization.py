@@ -26,7 +26,7 @@ from qstar_jax.errors import InputError
 class Response:
     """One response as tokens.
 
-    Args:
+    Attributes:
         ids: Token ids, ending with EOS unless `truncated`.
         truncated: Whether the response lost its end, including EOS.
     """
@@ -39,7 +39,7 @@ class Response:
 class Example:
     """One prompt and its responses as tokens.
 
-    Args:
+    Attributes:
         prompt: Token ids, at least one.
         prompt_truncated: Whether the prompt lost its beginning.
         responses: (chosen, rejected), (response,) or ().
