@@ -90,7 +90,7 @@ class TokenScores:
             ValueError: If there is no reference.
         """
         # Both operands are masked before the subtraction: an infinity under the mask would make the gradient NaN.
-        logp, ref_logp = (_masked(self.require(name), self.mask) for name in ("logp", "ref_logp"))
+        logp, ref_logp = (masked(self.require(name), self.mask) for name in ("logp", "ref_logp"))
         return implicit_rewards(logp, ref_logp, beta=beta)
 
     def returns(self, beta: ScalarLike) -> Float[Array, "*B"]:
@@ -112,15 +112,15 @@ class TokenScores:
 
     def v(self, beta: ScalarLike) -> Float[Array, "*B T"]:
         """Soft values V(s_t) = beta * logz, up to a potential (Eq. 6). Shape [..., T]; ValueError without logz."""
-        return beta * _masked(self.require("logz"), self.mask)
+        return beta * masked(self.require("logz"), self.mask)
 
     def q(self, beta: ScalarLike) -> Float[Array, "*B T"]:
         """Soft Q-values Q(s_t, a_t) = beta * (logp + logz) = beta * z (Eq. 5). Shape and errors as for `v`."""
-        return beta * (_masked(self.logp, self.mask) + _masked(self.require("logz"), self.mask))
+        return beta * (masked(self.logp, self.mask) + masked(self.require("logz"), self.mask))
 
     def advantages(self, beta: ScalarLike) -> Float[Array, "*B T"]:
         """Advantages Q - V = beta * logp of the paper's convention, at most 0. Shape [..., T]."""
-        return beta * _masked(self.logp, self.mask)
+        return beta * masked(self.logp, self.mask)
 
     def require(self, name: str) -> Float[Array, "*B T"]:
         """The field `name`; raises ValueError with the remedy where it is None."""
@@ -128,22 +128,6 @@ class TokenScores:
             fix = "score with a reference model" if name == "ref_logp" else "score with `scoring.score_tokens`"
             raise ValueError(f"these TokenScores have no {name}; {fix}, or pass {name} when you make them")
         return values
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Equivalence:
-    """Whether two rewards are the same up to potential shaping (Definition 1), and the potential that links them.
-
-    Attributes:
-        equivalent: True where one potential explains every response. Shape [...].
-        potentials: Phi(s_t) with other = rewards + Phi(s_{t+1}) - Phi(s_t). Shape [..., R, T].
-        spread: Largest difference between responses that shaping cannot explain, in units of reward. Shape [...].
-    """
-
-    equivalent: Bool[Array, "*B"]
-    potentials: Float[Array, "*B R T"]
-    spread: Float[Array, "*B"]
 
 
 def implicit_rewards(
@@ -165,118 +149,10 @@ def implicit_rewards(
     return beta * (logp - ref_logp)
 
 
-def successor_values(
-    values: Float[Array, "*B T"],
-    mask: Bool[Array, "*B T"],
-    *,
-    truncated: Bool[Array, "*B"] | None = None,
-    final_values: Float[Array, "*B"] | None = None,
-) -> Float[Array, "*B T"]:
-    """V(s_{t+1}), or a potential of it: the value of the state to which each token leads.
-
-    Tokens that are not the policy's (a user's turn, a tool's output) may stand between response tokens: the successor
-    is the state in which the policy chooses next.
-
-    Args:
-        values: V(s_t). Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-        truncated: True for responses that were truncated and have no terminal state; None: all ended. Shape [...].
-        final_values: V of the last state of a truncated response; not read where a response ended. Shape [...].
-
-    Returns:
-        Values of the next states: 0 after the last token of a response that ended, `final_values` after the last token
-        of a truncated one. Shape [..., T].
-
-    Raises:
-        ValueError: If only one of `truncated` and `final_values` is given: the value after truncation is not 0, and
-            the response alone does not tell it.
-    """
-    if (truncated is None) != (final_values is None):
-        given, missing = ("truncated", "final_values") if final_values is None else ("final_values", "truncated")
-        raise ValueError(
-            f"{given} is given without {missing}: a truncated response keeps the value of its last state; pass both, "
-            "or neither if every response ended"
-        )
-    # Entry T of `states` is the value after the last token.
-    final = jnp.zeros(values.shape[:-1], values.dtype)
-    if truncated is not None:
-        chex.assert_shape([truncated, final_values], values.shape[:-1])
-        final = jnp.where(truncated, final_values, 0.0)
-    states = jnp.concatenate([_masked(values, mask), final[..., None]], axis=-1)
-    # The successor of token t is the next response token, or entry T where none follows.
-    length = values.shape[-1]
-    positions = jnp.where(mask, jnp.arange(length), length)
-    following = jax.lax.cummin(positions, axis=positions.ndim - 1, reverse=True)[..., 1:]
-    following = jnp.concatenate([following, jnp.full_like(positions[..., :1], length)], axis=-1)
-    return _masked(jnp.take_along_axis(states, following, axis=-1), mask)
-
-
-def shape_rewards(
-    rewards: Float[Array, "*B T"],
-    potentials: Float[Array, "*B T"],
-    next_potentials: Float[Array, "*B T"],
-    mask: Bool[Array, "*B T"],
-) -> Float[Array, "*B T"]:
-    """Potential shaping r + Phi(s_{t+1}) - Phi(s_t), which changes neither optimal policy nor preferences.
-
-    Args:
-        rewards: Token rewards. Shape [..., T].
-        potentials: Phi(s_t). Shape [..., T].
-        next_potentials: Phi(s_{t+1}), from `successor_values`: 0 in terminal states. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
-
-    Returns:
-        Shaped rewards. Shape [..., T].
-
-    References:
-        arXiv 2404.12358, Definition 1; Ng, Harada, Russell, "Policy invariance under reward transformations", ICML
-        1999.
-    """
-    return _masked(rewards, mask) + _masked(next_potentials, mask) - _masked(potentials, mask)
-
-
-def are_equivalent(
-    rewards: Float[Array, "*B R T"],
-    other: Float[Array, "*B R T"],
-    mask: Bool[Array, "*B R T"],
-    *,
-    truncated: Bool[Array, "*B R"] | None = None,
-    atol: float = 1e-4,
-) -> Equivalence:
-    """Whether two rewards differ by potential shaping only, over R responses to one prompt (Definition 1).
-
-    Every state of the token MDP is reached in one way only, so along a single response any two rewards are linked by
-    some potential. The end is what constrains it: a potential is 0 in terminal states, so the two returns must differ
-    by the same number, -Phi(s_0), for every response that ended. (Both rewards must be functions of state and token:
-    responses that share a prefix must share its rewards.)
-
-    Args:
-        rewards: Token rewards r. Shape [..., R, T].
-        other: Token rewards r'. Shape [..., R, T].
-        mask: True at response tokens. Shape [..., R, T].
-        truncated: True for truncated responses, which constrain nothing: their last state may have any potential.
-            None: all ended. Shape [..., R].
-        atol: Largest spread of the differences, in reward, that counts as equal. The default allows for sums in
-            float32.
-
-    Returns:
-        The verdict and the potential, with Phi(s_0) = 0 where no response constrains it.
-    """
-    difference = _masked(other, mask) - _masked(rewards, mask)
-    totals = difference.sum(-1)
-    ended = mask.any(-1)
-    if truncated is not None:
-        chex.assert_equal_shape([truncated, ended])
-        ended &= ~truncated
-    # How far the differences of the returns are from being the same number.
-    highest = totals.max(-1, where=ended, initial=-jnp.inf)
-    lowest = totals.min(-1, where=ended, initial=jnp.inf)
-    spread = jnp.where(ended.any(-1), highest - lowest, 0.0)
-    # Phi(s_0) from the mean of them; Phi(s_t) by adding the differences up to s_t.
-    start = -jnp.where(ended, totals, 0.0).sum(-1) / jnp.maximum(ended.sum(-1), 1)
-    before = jnp.cumsum(difference, axis=-1) - difference
-    potentials = _masked(start[..., None, None] + before, mask)
-    return Equivalence(equivalent=spread <= atol, potentials=potentials, spread=spread)
+def masked(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T"]:
+    """Values where `mask` is True, else 0; AssertionError if the shapes differ and would be broadcast."""
+    chex.assert_equal_shape([values, mask])
+    return jnp.where(mask, values, 0.0)
 
 
 def preference_log_prob(
@@ -357,12 +233,7 @@ def step_rewards(
     """
     chex.assert_equal_shape([rewards, step_ids])
     in_step = step_ids[..., None, :] == jnp.arange(num_steps)[:, None]
-    return jnp.where(in_step, _masked(rewards, mask)[..., None, :], 0.0).sum(-1)
-
-
-def _masked(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T"]:
-    chex.assert_equal_shape([values, mask])
-    return jnp.where(mask, values, 0.0)
+    return jnp.where(in_step, masked(rewards, mask)[..., None, :], 0.0).sum(-1)
 
 
 def _masked_logits(logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T V"]:
@@ -380,4 +251,4 @@ def _chosen_logp(
     logits = _masked_logits(logits, mask)
     logz = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, jnp.where(mask, tokens, 0)[..., None], axis=-1)[..., 0]
-    return _masked(chosen - logz, mask), _masked(logz, mask)
+    return masked(chosen - logz, mask), masked(logz, mask)

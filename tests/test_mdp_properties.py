@@ -1,4 +1,4 @@
-"""What every function of `mdp` keeps to: masks, gradients, shapes, precision, and what jit and vmap make of it."""
+"""What every function of `mdp` and `shaping` keeps to: masks, gradients, shapes, precision, jit and vmap."""
 
 import importlib.util
 import inspect
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from qstar_jax import mdp
+from qstar_jax import mdp, shaping
 from qstar_jax.mdp import TokenScores
 
 # Whole, right-padded, left-padded with a hole, left-padded, empty.
@@ -45,7 +45,12 @@ class Case:
         """The argument that says what is padding."""
         return next((key for key in ("mask", "present") if key in self.arrays), None)
 
-    def __call__(self, arrays=None, module=mdp, **options):
+    @property
+    def module(self):
+        return shaping if hasattr(shaping, self.name) and not hasattr(mdp, self.name) else mdp
+
+    def __call__(self, arrays=None, module=None, **options):
+        module = module or self.module
         arrays = self.arrays if arrays is None else arrays
         if self.name in READINGS:
             fields = {"logp": jnp.zeros(arrays["mask"].shape), "ref_logp": None, "logz": None}
@@ -97,6 +102,7 @@ CASES = [
     Case("q", tokens("logp", "logz"), BETA),
     Case("advantages", tokens("logp"), BETA),
     Case("implicit_rewards", {name: x for name, x in tokens("logp", "ref_logp").items() if name != "mask"}, BETA),
+    Case("masked", tokens("values")),
     Case("successor_values", tokens("values")),
     Case("successor_values", tokens("values") | ENDS, tag="truncated"),
     Case("shape_rewards", tokens("rewards", "potentials", "next_potentials")),
@@ -143,8 +149,12 @@ def float64(tree):
 
 
 def test_the_table_covers_every_public_function():
-    functions = inspect.getmembers(mdp, inspect.isfunction)
-    public = {name for name, f in functions if f.__module__ == mdp.__name__ and not name.startswith("_")}
+    public = {
+        name
+        for module in (mdp, shaping)
+        for name, f in inspect.getmembers(module, inspect.isfunction)
+        if f.__module__ == module.__name__ and not name.startswith("_")
+    }
     assert {case.name for case in CASES} == public | {*READINGS, "from_logits"}
     methods = {name for name, _ in inspect.getmembers(TokenScores, inspect.isroutine) if not name.startswith("_")}
     assert methods == {*READINGS, "from_logits", "require"}
@@ -267,11 +277,13 @@ def test_arrays_without_tokens_are_allowed(case):
 
 @pytest.fixture(scope="module")
 def unchecked():
-    """The module as users have it, without the checks of shapes that tests install."""
-    spec = importlib.util.spec_from_file_location("unchecked_mdp", mdp.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The modules as users have them, without the checks of shapes that tests install."""
+    modules = {}
+    for module in (mdp, shaping):
+        spec = importlib.util.spec_from_file_location(f"unchecked_{module.__name__}", module.__file__)
+        modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(modules[module])
+    return modules
 
 
 def arguments():
@@ -282,6 +294,6 @@ def arguments():
 
 @pytest.mark.parametrize(("case", "name"), arguments())
 def test_shapes_that_would_be_broadcast_raise(unchecked, case, name):
-    jax.eval_shape(lambda x: case(x, unchecked), case.arrays)
+    jax.eval_shape(lambda x: case(x, unchecked[case.module]), case.arrays)
     with pytest.raises((AssertionError, ValueError, TypeError)):
-        jax.eval_shape(lambda x: case(x, unchecked), case.arrays | {name: case.arrays[name][:1]})
+        jax.eval_shape(lambda x: case(x, unchecked[case.module]), case.arrays | {name: case.arrays[name][:1]})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from qstar_jax import losses, mdp, tabular
+from qstar_jax import losses, mdp, shaping, tabular
 from qstar_jax.mdp import TokenScores
 from qstar_jax.tabular import TokenTree
 
@@ -143,7 +143,7 @@ def test_no_other_policy_does_better(tree):
 
 def eq_7_residual(scores, q, rewards, beta):
     """Q(s, a) - [r(s, a) + beta log pi_ref(a | s) + V(s')] at every response token."""
-    next_values = mdp.successor_values(scores.v(beta), scores.mask)
+    next_values = shaping.successor_values(scores.v(beta), scores.mask)
     return q - (rewards + beta * scores.ref_logp + next_values)
 
 
@@ -180,8 +180,8 @@ def test_implicit_rewards_are_optimal_advantages_and_telescope(tree):
         solution = solve(tree, rewards, ref_logp, beta)
         scores = scores_on_paths(tree, solution, ref_logp, beta)
         v, r, implicit = scores.v(beta), tabular.on_paths(tree, rewards), scores.rewards(beta)
-        next_values = mdp.successor_values(v, scores.mask)
-        eq_10 = implicit - mdp.shape_rewards(r, v, next_values, scores.mask)
+        next_values = shaping.successor_values(v, scores.mask)
+        eq_10 = implicit - shaping.shape_rewards(r, v, next_values, scores.mask)
         total = r.sum(-1) - (solution.v[0] + scores.returns(beta))
         # The running sum is the reward so far and the value ahead, less the value of the prompt.
         so_far = jnp.cumsum(r, -1) + next_values - solution.v[0]
@@ -204,11 +204,11 @@ def test_a_truncated_response_keeps_the_value_of_its_last_state(tree):
         scores = replace(scores_on_paths(tree, solution, ref_logp, beta), mask=mask)
         v, r, implicit = scores.v(beta), tabular.on_paths(tree, rewards), scores.rewards(beta)
         last_values = solution.v[tree.paths.states[:, 2]]
-        next_values = mdp.successor_values(v, mask, truncated=truncated, final_values=last_values)
-        eq_10 = implicit - mdp.shape_rewards(r, v, next_values, mask)
+        next_values = shaping.successor_values(v, mask, truncated=truncated, final_values=last_values)
+        eq_10 = implicit - shaping.shape_rewards(r, v, next_values, mask)
         earned = jnp.where(mask, r, 0.0).sum(-1) + jnp.where(truncated, last_values, 0.0)
         total = earned - (solution.v[0] + scores.returns(beta))
-        as_if_ended = implicit - mdp.shape_rewards(r, v, mdp.successor_values(v, mask), mask)
+        as_if_ended = implicit - shaping.shape_rewards(r, v, shaping.successor_values(v, mask), mask)
         return eq_10, total, jnp.abs(as_if_ended).max()
 
     eq_10, total, as_if_ended = for_each_mdp(tree, check)
@@ -265,8 +265,8 @@ def test_equivalence_finds_the_potential(tree):
     def check(rewards, ref_logp, beta, potential):
         mask = jnp.asarray(tree.paths.mask)
         r, other = (tabular.on_paths(tree, x) for x in (rewards, shaped(tree, rewards, potential)))
-        found = mdp.are_equivalent(r, other, mask, atol=1e-10)
-        broken = mdp.are_equivalent(r, other.at[0, 0].add(1e-6), mask, atol=1e-10)
+        found = shaping.are_equivalent(r, other, mask, atol=1e-10)
+        broken = shaping.are_equivalent(r, other.at[0, 0].add(1e-6), mask, atol=1e-10)
         direct, residual = tabular.best_potential(tree, shaped(tree, rewards, potential) - rewards)
         expected = tabular.states_on_paths(tree, potential)
         return found.equivalent, broken.equivalent, found.potentials - expected, direct - potential, residual
@@ -290,7 +290,7 @@ def test_log_ratios_of_the_optimal_policy_reproduce_every_preference(tree):
         loss = tabular.population_dpo_loss(tree, solution.log_policy, labels, ref_logp, beta=beta)
         pairs = ~np.eye(len(returns), dtype=bool)
         entropy = jnp.where(pairs, -labels * jnp.log(labels), 0.0).sum() / (pairs.sum() / 2)
-        equivalent = mdp.are_equivalent(
+        equivalent = shaping.are_equivalent(
             tabular.on_paths(tree, rewards),
             beta * tabular.on_paths(tree, solution.log_policy - ref_logp),
             jnp.asarray(tree.paths.mask),
