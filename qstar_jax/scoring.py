@@ -18,11 +18,6 @@ from qstar_jax.models.masks import PackedMask
 def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
     """Scores responses under one model, in one pass over the sequences.
 
-    Args:
-        model: The model.
-        params: Its parameters.
-        batch: B prompts with R responses each.
-
     Returns:
         Scores of shape [B, R, T], float32, without `ref_logp`.
     """

@@ -33,9 +33,6 @@ def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device
         options: Sizes of the axes; one of them may be -1, to take all remaining devices.
         devices: Devices to arrange; all by default.
 
-    Returns:
-        The mesh.
-
     Raises:
         InputError: If the sizes do not multiply to the number of devices.
     """

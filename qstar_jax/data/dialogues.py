@@ -82,11 +82,6 @@ def _begins_dialogue(turns: Turns) -> bool:
 def unify_form(prompt: Turns, responses: list[Turns], as_chat: bool) -> tuple[Turns, list[Turns]]:
     """Turns prompt and responses into chat messages if any of them is one, or on request.
 
-    Args:
-        prompt: Text or messages.
-        responses: Text or messages each.
-        as_chat: Convert plain text too.
-
     Returns:
         The prompt and the responses, all text or all messages.
 

@@ -95,11 +95,6 @@ def first_rows(rows: Sequence[int]) -> str:
 def check_some_left(dropped: Sequence[Dropped], total: int, source: str):
     """Raises an error if all rows were dropped, naming the fault if they share one (a missing column, say).
 
-    Args:
-        dropped: The dropped rows.
-        total: Number of rows of the source.
-        source: Path or name on the Hub.
-
     Raises:
         InputError: No row is left.
     """

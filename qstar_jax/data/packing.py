@@ -59,9 +59,6 @@ def pack(blocks: Sequence[Block], length: int, layout: Layout) -> list[list[Bloc
         length: Slots per sequence.
         layout: `packed` is first fit decreasing: the longest block first, each into the first sequence that has room.
             The others give each block a sequence of its own.
-
-    Returns:
-        Blocks of each sequence.
     """
     if layout != "packed":
         return [[block] for block in blocks]
@@ -152,9 +149,6 @@ def plan_batch(examples: Sequence[Example], shapes: Shapes, fill_to: int = 0) ->
         examples: At least one; all with the same number of responses.
         shapes: Shapes of the dataset.
         fill_to: Reserve room for at least this many examples.
-
-    Returns:
-        The plan.
 
     Raises:
         ValueError: An example does not fit, or has another number of responses than the first.

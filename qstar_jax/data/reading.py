@@ -30,9 +30,6 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict | 
         split: Split to read if `source` is on the Hub or built in; files have none.
         limit: Read only the first `limit` rows.
 
-    Returns:
-        At least one row.
-
     Raises:
         InputError: The source does not exist, has an unsupported format, is broken as a whole, or is empty.
     """

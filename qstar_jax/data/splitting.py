@@ -24,10 +24,6 @@ _EXCERPT = 40  # characters of a text to quote in errors
 def split_text(record: Record, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
     """Tokenizes a plain-text prompt and its responses, without adding EOS.
 
-    Args:
-        record: Prompt and responses as text.
-        tokenizer: A fast Hugging Face tokenizer.
-
     Returns:
         (prompt, responses), as token ids.
     """
@@ -51,12 +47,6 @@ def split_chat(
     record: Record, tokenizer: Any, template: ChatTemplate, eos_ids: frozenset[int]
 ) -> tuple[list[int], list[list[int]]]:
     """Tokenizes the prompt of a dialogue, including the header of the assistant's turn, and its responses.
-
-    Args:
-        record: Prompt and responses as chat messages.
-        tokenizer: A fast Hugging Face tokenizer.
-        template: Renders the dialogue.
-        eos_ids: EOS ids of the model.
 
     Returns:
         (prompt, responses), as token ids.

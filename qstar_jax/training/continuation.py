@@ -40,9 +40,6 @@ HELD_OUT = ("eval", "eval_split", "max_eval_rows")
 def check_folder(plan: RunPlan) -> str | None:
     """Checks what a run's folder holds before anything is loaded or written.
 
-    Args:
-        plan: The run.
-
     Returns:
         What the user should know about where the run begins, if anything.
 
@@ -74,10 +71,6 @@ def check_folder(plan: RunPlan) -> str | None:
 
 def check_same_options(plan: RunPlan, stored: dict[str, Any]):
     """Refuses to resume with other options; the day on which a run began remains that of its templates.
-
-    Args:
-        plan: The run.
-        stored: The options with which it began.
 
     Raises:
         InputError: If one differs that is not free.

@@ -67,9 +67,6 @@ def make_evaluator(
         feeder: The held-out examples.
         state: Where it begins.
         track: `(batches, description, total)` wraps batches, for a progress bar.
-
-    Returns:
-        The evaluator.
     """
     if not plan.runs_reference or plan.moves_reference:
         return Evaluator(feeder, jax.jit(lambda *args: loss_fn(*args)[1]), track=track)

@@ -51,15 +51,6 @@ class Inputs:
 def load_inputs(plan: RunPlan, start: Start, mesh: Mesh, console: Console) -> Inputs:
     """Reads and tokenizes the examples of a run, and shows what became of their rows.
 
-    Args:
-        plan: The run.
-        start: Where it begins.
-        mesh: Its devices.
-        console: Where to show it.
-
-    Returns:
-        The examples.
-
     Raises:
         InputError: If they cannot be used, or are not those with which a resumed run began.
     """
@@ -84,15 +75,6 @@ def load_inputs(plan: RunPlan, start: Start, mesh: Mesh, console: Console) -> In
 
 def with_cached_reference(plan: RunPlan, start: Start, inputs: Inputs, console: Console) -> Inputs:
     """Adds the reference's log-probabilities to every batch where `reference.mode` is cached.
-
-    Args:
-        plan: The run.
-        start: Where it begins.
-        inputs: Its examples.
-        console: Where to show progress.
-
-    Returns:
-        The same examples.
 
     Raises:
         InputError: If the cache cannot be used (see `cached_logprobs`).

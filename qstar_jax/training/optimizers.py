@@ -11,10 +11,6 @@ from qstar_jax.models.causal_lm import Params
 def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
     """Makes the schedule: linear warm-up, then the chosen schedule down to 0 at the end of the run.
 
-    Args:
-        options: Peak rate, warm-up and schedule.
-        steps: Optimizer steps of the run.
-
     Returns:
         Learning rate as a function of the number of steps taken.
     """
@@ -37,9 +33,6 @@ def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTrans
     Args:
         options: Its name and options; those that are not given take the optimizer's default.
         steps: Optimizer steps of the run, for the schedule.
-
-    Returns:
-        The optax transformation.
 
     Raises:
         InputError: If an option is given that the optimizer does not read, or out of range.

@@ -55,12 +55,6 @@ class RunPlan:
 def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     """Resolves a run's options, and chooses its objective.
 
-    Args:
-        config: Options of a verb.
-
-    Returns:
-        The plan.
-
     Raises:
         InputError: If options are missing, or contradict each other.
     """

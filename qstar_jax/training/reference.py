@@ -113,10 +113,6 @@ def cached_logprobs(
 def make_scorer(model: CausalLM, feeder: Feeder) -> Callable[[Params, Iterable[Batch], int], Iterator]:
     """Compiles the log-probabilities of a dataset's responses, gathered onto every host.
 
-    Args:
-        model: The model.
-        feeder: The dataset, in batches.
-
     Returns:
         `score(params, batches, start)` on the feeder's batches from example `start` on: yields the index of a batch's
         first example, and for each of its examples log pi of each response's tokens in nats, shape [T].

@@ -61,12 +61,7 @@ class RunLog:
             yield from items
 
     def write(self, step: int, metrics: dict[str, float]):
-        """Writes one line of metrics.
-
-        Args:
-            step: Optimizer steps done before the metrics were taken.
-            metrics: Name -> value.
-        """
+        """Writes one line of metrics."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         self._to_board(step, metrics)
@@ -102,9 +97,6 @@ def _whole_lines(path: Path) -> Iterator[dict[str, float]]:
 
 def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Reads the metrics of a run.
-
-    Args:
-        run: Folder of the run.
 
     Returns:
         Name of the metric -> (steps, values).

@@ -150,14 +150,6 @@ def build_state(
 ) -> TrainState:
     """Builds the state on the mesh; a fresh run also writes what stays frozen.
 
-    Args:
-        plan: The run.
-        start: Where it begins.
-        optimizer: Its optimizer.
-        store: Its checkpoints.
-        mesh: Its devices.
-        description: What is stored beside the parameters.
-
     Returns:
         The state, every array on its sharding.
 

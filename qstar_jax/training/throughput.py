@@ -96,9 +96,6 @@ def measured_matmul_peak(dtype: str = "float32", size: int = 2048, rounds: int =
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     """Peak FLOP/s of all devices together: from the data sheet, or measured where they are one CPU.
 
-    Args:
-        devices: All devices of the run.
-
     Returns:
         FLOP/s; None for an accelerator that the table does not know.
     """

@@ -85,9 +85,6 @@ def estimate(
         accumulate: Micro-batches per step.
         limit: Bytes that a device has.
         peak_flops: FLOP/s of all devices.
-
-    Returns:
-        The estimate.
     """
 
     def residuals_of(params: Params, frozen: Params | None, ref_params: Params | None, batch: Batch):

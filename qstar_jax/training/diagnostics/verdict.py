@@ -60,9 +60,6 @@ def collect(summary: Mapping[str, float], *, samples: int, length: float, beta: 
         samples: Number of samples of the reference.
         length: Their mean length in tokens.
         beta: Reward per nat.
-
-    Returns:
-        The evidence.
     """
     held_out = "eval_rewards/chosen" in summary
     prefix = "eval_" if held_out else ""
@@ -81,9 +78,6 @@ def collect(summary: Mapping[str, float], *, samples: int, length: float, beta: 
 
 def decide(evidence: Evidence) -> Case:
     """Compares the fall of chosen rewards with the expected one.
-
-    Args:
-        evidence: The figures.
 
     Returns:
         rose: clearly above 0; unmoved: not clearly different from 0. Otherwise they fell, ordinary: clearly by less
@@ -106,9 +100,6 @@ def decide(evidence: Evidence) -> Case:
 
 def sentence(evidence: Evidence) -> str:
     """States the verdict and its figures.
-
-    Args:
-        evidence: The figures.
 
     Returns:
         One line of ASCII, for any terminal.

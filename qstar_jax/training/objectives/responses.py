@@ -9,10 +9,6 @@ from qstar_jax.training.metrics import Metrics
 def response_metrics(batch: Batch, names: tuple[str, ...]) -> Metrics:
     """Mean length in tokens, EOS included, and share truncated, of each response of the examples.
 
-    Args:
-        batch: B prompts with R responses each.
-        names: Names of the R responses.
-
     Returns:
         Sums over the batch, and their denominators.
     """
