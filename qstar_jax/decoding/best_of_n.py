@@ -1,4 +1,4 @@
-"""Best of N: answers are drawn, and ranked by the objective's score, which is known as soon as they are."""
+"""Best of N: draws responses and ranks them by the objective's score, which is known as soon as they are drawn."""
 
 import math
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from qstar_jax.decoding.stop_strings import StopStrings
 
 @dataclass(frozen=True)
 class Rejection:
-    """When samples are given up before they have ended (speculative rejection).
+    """When samples are pruned before they have finished (speculative rejection).
 
     Attributes:
-        interval: After every so many tokens.
-        keep: The fraction of the samples that stays each time, rounded up.
+        interval: Tokens between two times that samples are pruned.
+        keep: Fraction of the samples that stays each time; their number is rounded up.
 
     References:
         arXiv 2410.20290.
@@ -35,17 +35,17 @@ class Rejection:
     def __post_init__(self):
         """Checks the numbers."""
         if self.interval < 1 or not 0 < self.keep <= 1:
-            raise ValueError(f"interval {self.interval} is at least 1, keep {self.keep} above 0 and at most 1")
+            raise ValueError(f"interval {self.interval} must be at least 1, keep {self.keep} above 0 and at most 1")
 
     def stages(self, samples: int, max_new_tokens: int) -> list[tuple[int, int]]:
-        """(samples, tokens they have at its end) of each stage, until nothing is dropped any more."""
-        found, length = [], 0
+        """(samples, tokens that they have at its end) of each stage; nothing is pruned after the last."""
+        stages, length = [], 0
         while True:
             length += self.interval
             fewer = max(1, math.ceil(round(samples * self.keep, 6)))  # 0.07 * 100 is a little more than 7
             if length >= max_new_tokens or fewer == samples:
-                return [*found, (samples, max_new_tokens)]
-            found.append((samples, length))
+                return [*stages, (samples, max_new_tokens)]
+            stages.append((samples, length))
             samples = fewer
 
 
@@ -62,15 +62,14 @@ def best_of_n(
     rejection: Rejection | None = None,
     stop_strings: StopStrings | None = None,
 ) -> Responses:
-    """Draws N answers to each prompt as `sample` does, with the same keys, and returns them best first.
+    """Draws N responses to each prompt as `sample` does, with the same keys, and returns them best first.
 
     With `ImplicitReward` of (policy, reference) nothing has to be scored afterwards: both models read every token as it
-    is drawn. Answers that ran into the limit compete with the others.
+    is drawn. Responses that reached the limit compete with the others.
 
-    Rejection gives up the worst samples on the way, by their score so far. That is no heuristic on the reward's part:
-    for the optimal policy a prefix's implicit reward is the reward so far plus V*(s_k) - V*(s_0), so it looks ahead,
-    and V*(s_0) is the same for all. Those that stay are the same answers as without rejection. Dropped samples leave
-    the pool, and what follows computes fewer rows.
+    Rejection prunes the worst samples early, by their score so far. For the optimal policy this looks ahead: a prefix's
+    implicit reward is the reward so far plus V*(s_k) - V*(s_0), and V*(s_0) is the same for all. The samples that stay
+    are the same as without rejection. Pruned samples leave the pool, so later steps compute fewer samples.
 
     Args:
         model: A policy; an `Ensemble` where the objective reads several.
@@ -78,13 +77,13 @@ def best_of_n(
         prompts: Right-padded token ids. Shape [B, P].
         prompt_lengths: Tokens of each prompt, at least 1. Shape [B].
         keys: A `jax.random.key` for each prompt. Shape [B].
-        options: How tokens are drawn, and how many samples there are.
-        objective: What answers are ranked by.
-        rejection: When samples are given up; never by default.
-        stop_strings: Strings that end an answer.
+        options: How tokens are drawn, and the number of samples.
+        objective: What responses are ranked by.
+        rejection: When samples are pruned; never by default.
+        stop_strings: Strings that end a response.
 
     Returns:
-        All samples that stayed, best first.
+        The samples that were not pruned, best first.
 
     References:
         arXiv 2404.12358, Eq. 10 summed along a prefix; arXiv 2410.20290.

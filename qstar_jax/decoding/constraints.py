@@ -1,4 +1,4 @@
-"""Rules that change scores by what has been said before: repetitions, and a shortest length."""
+"""Rules that change scores by the text so far: repetitions, and a minimum length."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from jaxtyping import Array, Float, Int
 
 @dataclass(frozen=True)
 class Constraints:
-    """Which rules hold. They change scores and are not normalised again, as in transformers.
+    """The rules. Scores are not normalised again after they changed, as in transformers.
 
     Attributes:
-        min_new_tokens: No EOS before so many tokens have been said.
-        repetition_penalty: Divides the positive scores of tokens that were in the prompt or the answer, and multiplies
-            the negative ones; 1 for none (arXiv 1909.05858). Searches and sampling both apply it to
+        min_new_tokens: No EOS before a response has this many tokens.
+        repetition_penalty: Divides the positive scores of tokens that occur in the prompt or the response, and
+            multiplies the negative ones; 1 for none (arXiv 1909.05858). Searches and sampling both apply it to
             log-probabilities.
-        no_repeat_ngram_size: No sequence of so many tokens occurs twice in prompt and answer; 0 for no rule.
+        no_repeat_ngram_size: No sequence of this many tokens occurs twice in prompt and response; 0 for no rule.
     """
 
     min_new_tokens: int = 0
@@ -26,13 +26,13 @@ class Constraints:
         """Checks the numbers."""
         if self.min_new_tokens < 0 or self.no_repeat_ngram_size < 0 or not self.repetition_penalty > 0:
             raise ValueError(
-                f"min_new_tokens {self.min_new_tokens} and no_repeat_ngram_size {self.no_repeat_ngram_size} are at "
-                f"least 0, repetition_penalty {self.repetition_penalty} is above 0"
+                f"min_new_tokens {self.min_new_tokens} and no_repeat_ngram_size {self.no_repeat_ngram_size} must be at "
+                f"least 0, repetition_penalty {self.repetition_penalty} above 0"
             )
 
     @property
     def read_history(self) -> bool:
-        """Whether a rule looks at what was said."""
+        """Whether a rule looks at the text so far."""
         return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
 
     def apply(
@@ -47,12 +47,12 @@ class Constraints:
         """Changes the scores of the next token.
 
         Args:
-            scores: Of every token. Shape [B, K, V].
-            history: New tokens of each path, from slot 0. Shape [B, K, T].
-            lengths: How many there are. Shape [B, K], or one number for all.
+            scores: Scores of every token. Shape [B, K, V].
+            history: Tokens of each response, from slot 0. Shape [B, K, T].
+            lengths: Number of these tokens. Shape [B, K], or one number for all.
             prompts: Right-padded token ids. Shape [B, P].
             prompt_lengths: Tokens of each prompt. Shape [B].
-            eos_ids: Tokens that end an answer.
+            eos_ids: Tokens that end a response.
         """
         if self.min_new_tokens and eos_ids:
             early = jnp.broadcast_to(lengths, scores.shape[:2])[..., None] < self.min_new_tokens
@@ -62,22 +62,22 @@ class Constraints:
             return scores
         text, length = _texts(history, lengths, prompts, prompt_lengths)
         if self.repetition_penalty != 1.0:
-            said = _marks(text, jnp.arange(text.shape[-1]) < length[..., None], scores.shape[-1])
+            seen = _marks(text, jnp.arange(text.shape[-1]) < length[..., None], scores.shape[-1])
             penalised = jnp.where(scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty)
-            scores = jnp.where(said, penalised, scores)
+            scores = jnp.where(seen, penalised, scores)
         if self.no_repeat_ngram_size:
             scores = jnp.where(_repeating(text, length, self.no_repeat_ngram_size, scores.shape[-1]), -jnp.inf, scores)
         return scores
 
 
 def _texts(history: Array, lengths: Array, prompts: Array, prompt_lengths: Array) -> tuple[Array, Array]:
-    """Prompt and answer without the gap between them [B, K, P + T], and how long they are [B, K]."""
-    width, room = prompts.shape[1], history.shape[-1]
+    """Prompt and response without the gap between them [B, K, P + T], and their lengths [B, K]."""
+    width, max_new_tokens = prompts.shape[1], history.shape[-1]
     rows, paths = history.shape[:2]
-    slot = jnp.arange(width + room)
+    slot = jnp.arange(width + max_new_tokens)
     after = slot - prompt_lengths[:, None, None]
     joined = jnp.concatenate([jnp.broadcast_to(prompts[:, None], (rows, paths, width)), history], axis=-1)
-    index = jnp.where(after < 0, slot, width + jnp.clip(after, 0, room - 1))
+    index = jnp.where(after < 0, slot, width + jnp.clip(after, 0, max_new_tokens - 1))
     text = jnp.take_along_axis(joined, jnp.broadcast_to(index, joined.shape), axis=-1)
     return text, jnp.broadcast_to(prompt_lengths[:, None] + lengths, (rows, paths))
 
@@ -86,7 +86,7 @@ def _marks(tokens: Array, valid: Array, vocabulary: int) -> Array:
     """[B, K, S] tokens -> [B, K, V], True at tokens that are among the valid ones."""
     rows, paths, _ = tokens.shape
     b, k = jnp.arange(rows)[:, None, None], jnp.arange(paths)[:, None]
-    # Void entries go to a row behind the vocabulary, which is cut off.
+    # Invalid entries go to a token behind the vocabulary, which is left out at the end.
     return (
         jnp.zeros((rows, paths, vocabulary + 1), bool)
         .at[b, k, jnp.where(valid, tokens, vocabulary)]
@@ -100,7 +100,7 @@ def _repeating(text: Array, length: Array, size: int, vocabulary: int) -> Array:
     starts = jnp.arange(span)
     same = starts + size - 1 < length[..., None]  # the earlier sequence lies wholly in the text
     for i in range(size - 1):
-        own = jnp.take_along_axis(text, jnp.maximum(length - (size - 1) + i, 0)[..., None], axis=-1)
-        same &= jnp.roll(text, -i, axis=-1) == own
+        last = jnp.take_along_axis(text, jnp.maximum(length - (size - 1) + i, 0)[..., None], axis=-1)
+        same &= jnp.roll(text, -i, axis=-1) == last
     same &= length[..., None] >= size - 1
     return _marks(jnp.roll(text, -(size - 1), axis=-1), same, vocabulary)

@@ -1,4 +1,4 @@
-"""Which tokens end an answer."""
+"""The tokens that end a response."""
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Decodable(Protocol):
-    """A model with what lies beside it: `loading.LoadedModel` and `training.setup.Start` are such."""
+    """A model with its tokenizer and generation settings: `loading.LoadedModel` and `training.setup.Start` are such."""
 
     model: CausalLM
     tokenizer: "PreTrainedTokenizerBase"
@@ -19,7 +19,7 @@ class Decodable(Protocol):
 
 
 def eos_token_ids(loaded: Decodable, vocabulary: int | None = None) -> tuple[int, ...]:
-    """Lists the ids of all tokens that end an answer, in ascending order.
+    """Lists the ids of all tokens that end a response, in ascending order.
 
     A chat model often names several: its tokenizer the end of a text, its generation_config.json the end of a turn. All
     of generation_config.json, config.json and the tokenizer count, in folders, runs and exports alike.

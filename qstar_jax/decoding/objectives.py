@@ -1,7 +1,7 @@
 """What a search adds up: a score for every token, and a value for where the token leads.
 
-Likelihood search, reward-guided search, decoding-time alignment and the rest differ in nothing else. An objective is a
-hashable function of the logits of one or several policies.
+Likelihood search, reward-guided search and decoding-time alignment differ in nothing else. An objective is a hashable
+function of the logits of one or several policies.
 
 References:
     arXiv 2404.12358, Eq. 12 and 13: with token rewards r + beta * log pi_ref and leaf values V*, search for reward is
@@ -26,8 +26,8 @@ class StepScores:
 
     Attributes:
         score: What a search adds up. Shape [..., V].
-        value: Value of where the token leads, for comparing unfinished paths; 0 behind an end. Shape [..., V], or None
-            for 0 everywhere.
+        value: Value of where the token leads, by which unfinished paths are compared; 0 behind an end. Shape [..., V],
+            or None for 0 everywhere.
         logp: log pi of the policy that is decoded, over the whole vocabulary, in nats. Shape [..., V].
         ref_logp: log pi_ref in nats, or None without a reference. Shape [..., V].
     """
@@ -44,10 +44,10 @@ class StepScores:
 
 @runtime_checkable
 class Objective(Protocol):
-    """A setting of the search.
+    """What a search maximizes.
 
     Attributes:
-        monotone: Whether no token can raise the sum; then a search can know that it is done.
+        monotone: Whether no token can raise the sum; only then can a search know that it is done.
         comparable_across_lengths: Whether dividing the sum by a length keeps its meaning.
     """
 
@@ -60,7 +60,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The sum of log pi of the first policy; a second one is its reference and is reported only."""
+    """The sum of log pi of the first policy; a second one is its reference, whose sum is only reported."""
 
     monotone = True
     comparable_across_lengths = True
@@ -75,8 +75,7 @@ class Likelihood:
 class RegularisedReward:
     """Implicit reward with its price: r + beta * log pi_ref with r = beta * log(pi / pi_ref), of (policy, reference).
 
-    This is the objective that the policy is optimal for, so it finds what `Likelihood` finds (Eq. 13); it is here to be
-    compared, and for rewards that are not the policy's own.
+    The policy is optimal for this objective, so it finds what `Likelihood` finds (Eq. 13); it is here for comparison.
 
     Attributes:
         beta: Temperature: reward per nat.
@@ -97,8 +96,8 @@ class RegularisedReward:
 class ImplicitReward:
     """Implicit reward alone: the sum of beta * log(pi / pi_ref), of (policy, reference).
 
-    Another objective than `Likelihood`: it does not pay for leaving the reference, and it can rise and fall, so a
-    search over it never knows that it is done.
+    It differs from `Likelihood`: leaving the reference costs nothing, and the sum can rise and fall, so a search never
+    knows that it is done.
 
     Attributes:
         beta: Temperature: reward per nat.
@@ -111,7 +110,7 @@ class ImplicitReward:
     def __call__(self, logits: Logits) -> StepScores:
         """See `Objective`."""
         logp, ref_logp = _log_softmax(logits, 2)
-        # A token that neither can say has no reward, rather than inf - inf.
+        # A token that is impossible under both has no reward, rather than inf - inf.
         reward = jnp.where(logp > -jnp.inf, implicit_rewards(logp, ref_logp, beta=self.beta), -jnp.inf)
         return StepScores(reward, None, logp, ref_logp)
 
@@ -120,14 +119,15 @@ class ImplicitReward:
 class LogitArithmetic:
     """The sum of log pi of base + sum_i w_i * (tuned_i - untuned_i), of (base, tuned_1, untuned_1, tuned_2, ...).
 
-    Everything is normalised before it is combined and again afterwards, so that sums over several tokens have meaning
-    and a constant added to one model's logits has no effect. Proxy tuning: base is a large model, the pair a small one
-    before and after tuning. Emulated fine-tuning: weight 1. DeRa: base is the reference, the pair (policy, reference)
-    and the weight the strength of alignment, which is beta_trained / beta_wanted.
+    Log-probabilities are normalised before they are combined and again afterwards, so that sums over several tokens
+    have meaning and a constant added to one model's logits has no effect. Proxy tuning: base is a large model, the pair
+    a small one after and before tuning. Emulated fine-tuning: weight 1. DeRa: base is the reference, the pair is
+    (policy, reference), and the weight is the strength of alignment, beta_trained / beta_wanted.
 
     Attributes:
-        weights: One for each pair.
-        vocabulary: Cuts every model to its first so many tokens; needed where tables of embeddings have other tails.
+        weights: One weight per pair.
+        vocabulary: Truncates the vocabulary of every model to its first tokens, this many; needed where embeddings are
+            padded differently.
 
     References:
         arXiv 2401.08565 (proxy tuning), 2310.12962 (emulated fine-tuning), 2402.02992 (DeRa).
@@ -145,7 +145,7 @@ class LogitArithmetic:
         if self.vocabulary is None and len(sizes) > 1:
             raise ValueError(
                 f"the models have vocabularies of {' and '.join(map(str, sizes))} tokens; if the first {sizes[0]} mean "
-                f"the same in all of them, say so by vocabulary={sizes[0]}"
+                f"the same in all of them, set vocabulary={sizes[0]}"
             )
         if self.vocabulary is not None and self.vocabulary > sizes[0]:
             raise ValueError(f"vocabulary {self.vocabulary} is larger than that of a model, {sizes[0]} tokens")
@@ -153,7 +153,7 @@ class LogitArithmetic:
         base, *pairs = logps
         combined = base
         for weight, tuned, untuned in zip(self.weights, pairs[::2], pairs[1::2], strict=True):
-            # What any model rules out stays ruled out, rather than inf - inf.
+            # A token that is impossible under any model stays impossible, rather than inf - inf.
             possible = (tuned > -jnp.inf) & (untuned > -jnp.inf)
             combined = combined + jnp.where(possible, weight * (tuned - untuned), -jnp.inf if weight else 0.0)
         combined = jax.nn.log_softmax(combined)
@@ -162,11 +162,11 @@ class LogitArithmetic:
 
 @dataclass(frozen=True)
 class TableReward:
-    """Rewards, reference and values written down as tables, of (r, log pi_ref, V(s')): see `token_tree.TreePolicy`.
+    """Rewards, reference and values as tables, of (r, log pi_ref, V(s')): see `token_tree.TreePolicy`.
 
     Attributes:
         beta: Temperature: reward per nat; 0 leaves the reference out.
-        use_values: Whether paths are compared with the value of where they have led.
+        use_values: Whether paths are compared with the value of where they lead.
     """
 
     beta: float
@@ -182,8 +182,8 @@ class TableReward:
 
 
 def _log_softmax(logits: Logits, count: int | None = None) -> tuple[Float[Array, "*B V"], ...]:
-    """Log-probabilities, never in less than float32."""
+    """Log-probabilities, float32 or better."""
     logits = logits if isinstance(logits, tuple) else (logits,)
     if count is not None and len(logits) != count:
-        raise ValueError(f"this objective reads {count} policies (an Ensemble of so many), not {len(logits)}")
+        raise ValueError(f"this objective reads an Ensemble of {count} policies, found {len(logits)}")
     return tuple(jax.nn.log_softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in logits)

@@ -12,7 +12,7 @@ from qstar_jax.decoding.objectives import ImplicitReward, Likelihood, LogitArith
 from qstar_jax.decoding.sampling import SampleOptions
 from qstar_jax.decoding.search.beam_options import BeamOptions, check_objective, hf_compat, t5x_compat
 from qstar_jax.decoding.search.chunks import ChunkOptions
-from qstar_jax.decoding.search.mcts import MctsOptions
+from qstar_jax.decoding.search.mcts_options import MctsOptions
 from qstar_jax.errors import InputError
 
 

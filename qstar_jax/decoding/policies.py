@@ -1,8 +1,8 @@
-"""What a search sees of models: logits of the next token at the end of every path, and a memory that it carries along.
+"""What a search sees of models: logits of the next token at the end of every path, and a memory that it passes on.
 
-A search grows paths: one new token at the end of each of K paths a prompt, again and again. Tokens are kept in a pool
-of slots in the order in which they were made, and a path is a mask over the pool; so beams share what they have in
-common, a search tree needs one slot a node, and nothing is ever copied.
+A search appends one token to each of K paths per prompt, again and again. Tokens are kept in a pool of slots in the
+order in which they were made, and a path is a mask over the pool; so beams share what they have in common, a search
+tree needs one slot per node, and nothing is ever copied.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Memory(Protocol):
     """A pytree in which a policy keeps what it needs of prompts and pools."""
 
     def reorder(self, slots: Int[Array, "B M"]) -> "Memory":
-        """Moves the pool: slot m of the new one holds what slot `slots[:, m]` holds now."""
+        """Moves the pool: slot m of the new pool holds what slot `slots[:, m]` of this one holds."""
 
 
 @runtime_checkable
@@ -41,7 +41,7 @@ class Policy(Protocol):
     ) -> tuple[Logits, Memory]:
         """Puts tokens into the pool's slots `slot` .. `slot + K - 1`; returns logits [B, K, V] of what follows them.
 
-        `path` is True at the slots of each token's past and at its own, in which the past's slots are in order.
+        `path` is True at the slots of the tokens before each token, which are in order, and at the token's own slot.
         """
 
 
@@ -59,7 +59,7 @@ class EnsembleMemory:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Policies that read the same tokens side by side, such as a policy and its reference.
+    """Policies that read the same tokens together, such as a policy and its reference.
 
     Its parameters are a tuple, and so are its logits; an objective makes one score of them.
 
@@ -71,12 +71,12 @@ class Ensemble:
 
     def prefill(self, params, prompts, prompt_lengths, slots):
         """See `Policy`."""
-        found = [m.prefill(p, prompts, prompt_lengths, slots) for m, p in zip(self.members, params, strict=True)]
-        logits, memories = zip(*found, strict=True)
+        outputs = [m.prefill(p, prompts, prompt_lengths, slots) for m, p in zip(self.members, params, strict=True)]
+        logits, memories = zip(*outputs, strict=True)
         return logits, EnsembleMemory(memories)
 
     def extend(self, params, memory, tokens, path, slot):
         """See `Policy`."""
         members = zip(self.members, params, memory.members, strict=True)
-        logits, memories = zip(*[m.extend(p, own, tokens, path, slot) for m, p, own in members], strict=True)
+        logits, memories = zip(*[m.extend(p, kept, tokens, path, slot) for m, p, kept in members], strict=True)
         return logits, EnsembleMemory(memories)

@@ -1,4 +1,4 @@
-"""How one token is drawn: temperature, the restrictions of the distribution, and a key of its own for every draw."""
+"""How one token is drawn: the temperature, and the restrictions of the distribution."""
 
 import math
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from qstar_jax.decoding.constraints import Constraints
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How answers are drawn.
+    """How responses are drawn.
 
     Attributes:
-        max_new_tokens: Longest answer T, EOS included.
-        eos_ids: Tokens that end an answer.
-        num_samples: Answers a prompt, N.
-        temperature: Divides log pi before a token is drawn; 0 takes the likeliest token, of equals the lowest id.
+        max_new_tokens: Longest response T, EOS included.
+        eos_ids: Tokens that end a response.
+        num_samples: Responses per prompt, N.
+        temperature: Divides log pi before a token is drawn; 0 takes the most likely token, of equals the lowest id.
         top_k: See `restrict`.
         top_p: See `restrict`.
         min_p: See `restrict`.
-        constraints: Repetition and shortest length. They change log pi before the temperature does; transformers
-            changes raw logits, which differs for the repetition penalty.
+        constraints: Rules on repetition and minimum length. They change log pi before the temperature does;
+            transformers changes raw logits, which differs for the repetition penalty.
     """
 
     max_new_tokens: int
@@ -36,30 +36,30 @@ class SampleOptions:
     constraints: Constraints = Constraints()
 
     def __post_init__(self):
-        """Refuses what has no meaning or would have no effect."""
-        wrong = None
+        """Refuses values that have no meaning or no effect."""
+        message = None
         if self.max_new_tokens < 1 or self.num_samples < 1:
-            wrong = f"max_new_tokens {self.max_new_tokens} and num_samples {self.num_samples} are at least 1"
+            message = f"max_new_tokens {self.max_new_tokens} and num_samples {self.num_samples} must be at least 1"
         elif not 0 <= self.temperature < math.inf:
-            wrong = f"temperature {self.temperature} is a number of at least 0"
+            message = f"temperature {self.temperature} must be a number of at least 0"
         elif self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            wrong = (
-                f"top_k {self.top_k} is at least 0, top_p {self.top_p} above 0 and at most 1, min_p {self.min_p} "
+            message = (
+                f"top_k {self.top_k} must be at least 0, top_p {self.top_p} above 0 and at most 1, min_p {self.min_p} "
                 "between 0 and 1"
             )
         elif self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
-            wrong = "top_k, top_p and min_p restrict sampling, and temperature 0 does not sample; set a temperature"
+            message = "top_k, top_p and min_p restrict sampling, and temperature 0 does not sample; set a temperature"
         elif self.temperature == 0 and self.num_samples > 1:
-            wrong = f"temperature 0 gives the same answer {self.num_samples} times; set a temperature, or one sample"
+            message = f"temperature 0 gives the same response {self.num_samples} times; set a temperature or one sample"
         elif self.constraints.min_new_tokens > self.max_new_tokens:
-            wrong = f"min_new_tokens {self.constraints.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
+            message = f"min_new_tokens {self.constraints.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
         elif any(eos < 0 for eos in self.eos_ids):
-            wrong = f"eos_ids {self.eos_ids} are token ids, from 0 on"
-        if wrong:
-            raise ValueError(wrong)
+            message = f"eos_ids {self.eos_ids}: expected token ids, from 0 on"
+        if message:
+            raise ValueError(message)
 
     def draw(self, logp: Float[Array, "B N V"], keys: Key[Array, "B N"] | None) -> Int[Array, "B N"]:
-        """One token for each path; any token where none is possible."""
+        """Draws one token per response; any token where none is possible."""
         if self.temperature == 0:
             return jnp.argmax(logp, axis=-1).astype(jnp.int32)
         logits = restrict(logp / self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
@@ -69,16 +69,16 @@ class SampleOptions:
 def restrict(
     logits: Float[Array, "*B V"], *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Float[Array, "*B V"]:
-    """Sets the logits of unlikely tokens to -inf. At least the likeliest token stays.
+    """Sets the logits of unlikely tokens to -inf. At least the most likely token stays.
 
     Sums of probabilities are taken in float32 whatever the logits are: in bfloat16 the sum over a large vocabulary
     stops growing before it reaches top_p.
 
     Args:
         logits: Logits at the sampling temperature. Shape [..., V].
-        top_k: Keep the so many likeliest tokens; 0 keeps all. Ties go to the lower id.
+        top_k: Keep the k most likely tokens; 0 keeps all. Ties go to the lower id.
         top_p: Of these, keep the fewest whose probabilities reach this sum; 1 keeps all (arXiv 1904.09751).
-        min_p: Of these, keep those that have at least this fraction of the likeliest one's probability; 0 keeps all
+        min_p: Of these, keep those with at least this fraction of the most likely one's probability; 0 keeps all
             (arXiv 2407.01082).
 
     Returns:

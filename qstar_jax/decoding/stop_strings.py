@@ -1,7 +1,7 @@
-"""Stop strings inside a compiled loop: an automaton a string, fed with the bytes of tokens.
+"""Stop strings inside a compiled loop: one automaton per string, which reads the bytes of tokens.
 
-Bytes, because a token may be a part of a character: what is rare in the text that a tokenizer was made from (a Chinese
-full stop, an accented letter, an emoji) is spelled by a token a byte.
+It reads bytes because a token may be part of a character: characters that are rare in a tokenizer's training text (a
+Chinese full stop, an accented letter, an emoji) are spelled by one token per byte.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StopStrings:
-    """Which tokens complete which string: state s of a string means that its first s bytes have just been said.
+    """The automata of N stop strings: state s of a string means that the text ends with its first s bytes.
 
     Attributes:
-        table: Next state of each string, state and token; a string's own length from where it is complete on. States
-            above it are those in which a character is under way that is none of the string's. Shape [N, states, V].
+        table: Next state of each string, state and token; once a string is complete, the state is its length. Higher
+            states are those inside a character that does not belong to the string. Shape [N, states, V].
         lengths: Bytes of each string. Shape [N].
     """
 
@@ -36,7 +36,7 @@ class StopStrings:
 
     @property
     def count(self) -> int:
-        """How many strings."""
+        """Number of strings."""
         return self.table.shape[0]
 
     def advance(self, state: Int[Array, "B K N"], token: Int[Array, "B K"]) -> Int[Array, "B K N"]:
@@ -55,15 +55,15 @@ def compile_stop_strings(
     """Prepares stop strings for a model.
 
     Args:
-        strings: Strings; an answer ends with the token in which one of them becomes complete.
-        tokenizer: Says what each token's text is.
-        vocabulary: Tokens of the model.
+        strings: Strings; a response ends with the token that completes one of them.
+        tokenizer: The model's tokenizer.
+        vocabulary: Number of tokens of the model.
 
     Returns:
         The automata, or None if there are no strings.
 
     Raises:
-        InputError: If a string is empty or no text, or no sequence of tokens spells it.
+        InputError: If a string is empty, is no valid text, or cannot be spelled by tokens.
     """
     if not strings:
         return None
@@ -82,31 +82,31 @@ def compile_stop_strings(
 
 
 def text_before_stop(strings: Sequence[str], tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Returns the text of an answer up to its stop string.
+    """Returns the text of a response up to its stop string.
 
     Args:
         strings: The strings; one of them is complete in the last token.
-        tokens: The answer's tokens. What a special token says may be a part of the string, but never of the text.
+        tokens: The response's tokens. The text of special tokens may be part of the string, but not of the result.
         tokenizer: Their tokenizer.
     """
     special = set(tokenizer.all_special_ids)
     edges = [at + part for at, token in enumerate(tokens) if token in special for part in (0, 1)]
-    said, *parts = texts_behind(tokenizer, [tokens, *(tokens[:edge] for edge in edges)])
-    begins = min((at for at in map(said.find, strings) if at >= 0), default=len(said))
+    whole, *parts = texts_behind(tokenizer, [tokens, *(tokens[:edge] for edge in edges)])
+    begins = min((at for at in map(whole.find, strings) if at >= 0), default=len(whole))
     lengths = [max(len(part), begins) for part in parts]
-    unsaid = sum(lengths[1::2]) - sum(lengths[::2])  # characters of special tokens, from the string on
+    special_characters = sum(lengths[1::2]) - sum(lengths[::2])  # from the stop string on
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text[: max(len(text) - (len(said) - begins - unsaid), 0)]
+    return text[: max(len(text) - (len(whole) - begins - special_characters), 0)]
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> list[str]:
-    """The text that each token adds behind another one; a token that is part of a character has the text U+FFFD."""
+    """The text that each token adds behind another one; U+FFFD for a token that is part of a character."""
     known = min(vocabulary, len(tokenizer))
     return texts_behind(tokenizer, [[token] for token in range(known)]) + [""] * (vocabulary - known)
 
 
 def texts_behind(tokenizer: "PreTrainedTokenizerBase", several: Sequence[Sequence[int]]) -> list[str]:
-    """What sequences of tokens say behind other text, special tokens included."""
+    """The text of sequences of tokens behind other text, special tokens included."""
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
     before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
     texts = tokenizer.batch_decode([[*anchor, *tokens] for tokens in several], clean_up_tokenization_spaces=False)
@@ -119,7 +119,7 @@ def _encoded(string: str) -> bytes:
     try:
         return string.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError(f"stop string {string!r}: no text, as it has half of a surrogate pair") from None
+        raise InputError(f"stop string {string!r}: not valid text, as it has half of a surrogate pair") from None
 
 
 def _reachable(table: np.ndarray) -> set[int]:

@@ -2,7 +2,7 @@
 
 Tokenizers spell rare characters in two ways. Byte-level ones write every byte as a character of its own; bytes are put
 together across tokens, whatever these are. Those with a byte fallback have tokens such as `<0x0A>`; a run of these is
-decoded as characters if all of it is valid UTF-8, and else as one U+FFFD a byte. So an automaton reads three kinds of
+decoded as characters if all of it is valid UTF-8, else as one U+FFFD per byte. So an automaton reads three kinds of
 symbols: bytes of text (0 to 255), bytes of the fallback (256 more), and, where there is a fallback, `TEXT` before any
 other token, which ends a run.
 """
@@ -29,9 +29,9 @@ class SpelledTokens:
     """The symbols of every token of a vocabulary.
 
     Attributes:
-        symbols: Of the tokens in `order`, padded at their ends. Shape [V, longest].
-        order: Tokens, the longest first. Shape [V].
-        lengths: How many symbols each of them has. Shape [V].
+        symbols: Symbols of the tokens in `order`, padded at their ends. Shape [V, longest].
+        order: Tokens, longest first. Shape [V].
+        lengths: Number of symbols of each of them. Shape [V].
     """
 
     symbols: np.ndarray
@@ -40,10 +40,10 @@ class SpelledTokens:
 
     @classmethod
     def of(cls, texts: Sequence[str], names: Sequence[str]) -> "SpelledTokens":
-        """Finds out how tokens are spelled.
+        """Finds the symbols of all tokens.
 
         Args:
-            texts: What each token adds to a decoded text; U+FFFD where it is a part of a character.
+            texts: What each token adds to a decoded text; U+FFFD for a token that is part of a character.
             names: How the tokenizer itself writes them; for the first tokens, those that it knows.
         """
         fallback = [_fallback_byte(text, name) for text, name in zip(texts, names, strict=False)]
@@ -81,8 +81,8 @@ class SpelledTokens:
 
 def _fallback_byte(text: str, name: str) -> int | None:
     """The symbol of a token that stands for a byte; None if it does not."""
-    found = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name or "")
-    return FALLBACK + int(found[1], 16) if found and text != name else None
+    match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name or "")
+    return FALLBACK + int(match[1], 16) if match and text != name else None
 
 
 def _bytes_of(text: str, name: str) -> list[int]:
@@ -93,15 +93,15 @@ def _bytes_of(text: str, name: str) -> list[int]:
 
 
 def automaton_of(string: bytes) -> np.ndarray:
-    """Makes Knuth, Morris and Pratt's automaton of a string of whole characters, for all symbols.
+    """Makes the Knuth-Morris-Pratt automaton of a string of whole characters, for all symbols.
 
     Args:
         string: The string in UTF-8; not empty.
 
     Returns:
-        Next state, by state and symbol, shape [S, symbols]. State s up to the string's length means that the last s
-        bytes are its first ones; in its length it stays. The others are for runs of a fallback that are not valid, or
-        not yet.
+        Next state, by state and symbol, shape [S, symbols]. State s up to the string's length means that the text
+        ends with its first s bytes; the state of its length is never left. Other states are for runs of fallback bytes
+        that are not valid UTF-8, or not yet.
     """
     size, follow = len(string), _followers(string)
     numbers: dict[tuple[int, tuple[int, ...]], int] = {(matched, _AT_BOUNDARY): matched for matched in range(size + 1)}

@@ -15,7 +15,7 @@ from qstar_jax.tabular import TokenTree
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TreeMemory:
-    """Where in the tree everything is; S stands for all terminal states.
+    """States of the tree; S stands for all terminal states.
 
     Attributes:
         start: State that each prompt leads to. Shape [B].
@@ -32,11 +32,11 @@ class TreeMemory:
 
 @dataclass(frozen=True)
 class TreePolicy:
-    """A policy whose logits are a row of a table, handed on as they are: log pi, rewards, values of what comes next.
+    """A policy whose logits are a row of a table, passed on as they are: log pi, rewards, or values of the next states.
 
-    Its parameters are the table, shape [S, V]; or one for each row of the batch, shape [B, S, V], so that many MDPs are
-    one batch of one program. The first token of a prompt stands for the MDP's own prompt, whatever it is; further ones
-    are steps down the tree. What it says in terminal states, where nothing is chosen, is 0.
+    Its parameters are the table, shape [S, V]; or one table per prompt, shape [B, S, V], so that one program solves a
+    batch of MDPs. The first token of a prompt, whatever it is, stands for the MDP's prompt; further ones are steps
+    down the tree. In terminal states, where nothing is chosen, the logits are 0.
 
     Attributes:
         tree: The tree.
@@ -66,10 +66,12 @@ class TreePolicy:
         path: Bool[Array, "B K M"],
         slot: Int[Array, ""],
     ) -> tuple[Float[Array, "B K V"], TreeMemory]:
-        """See `policies.Policy`; none of the K tokens may lie on the path of another."""
+        """See `policies.Policy`; no token's path may hold another of the K tokens."""
         at = jnp.arange(path.shape[-1])
-        own = slot + jnp.arange(tokens.shape[1])
-        before = jnp.where(path & (at != own[:, None]), at, -1).max(-1)  # slot of the token before, -1: the prompt
+        new_slots = slot + jnp.arange(tokens.shape[1])
+        before = jnp.where(path & (at != new_slots[:, None]), at, -1).max(
+            -1
+        )  # slot of the token before, -1: the prompt
         parents = jnp.take_along_axis(memory.states, jnp.maximum(before, 0), axis=1)
         parents = jnp.where(before < 0, memory.start[:, None], parents)
         states = self._children[parents, tokens]
@@ -85,7 +87,7 @@ class TreePolicy:
     def _logits(self, table: Array, states: Int[Array, "B K"]) -> Float[Array, "B K V"]:
         if table.shape[-2:] != self.tree.shape:
             raise ValueError(
-                f"a table of shape {table.shape} is no table of this tree; expected {self.tree.shape} (states, tokens)"
+                f"a table of shape {table.shape} does not fit this tree; expected {self.tree.shape} (states, tokens)"
             )
         table = jnp.broadcast_to(table, (len(states), *self.tree.shape))
         known = states < self.tree.shape[0]

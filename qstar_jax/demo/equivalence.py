@@ -28,7 +28,8 @@ from qstar_jax.decoding.policies import Ensemble, Logits
 from qstar_jax.decoding.responses import Responses
 from qstar_jax.decoding.search.beam import beam_search
 from qstar_jax.decoding.search.beam_options import BeamOptions
-from qstar_jax.decoding.search.mcts import MctsOptions, mcts
+from qstar_jax.decoding.search.mcts import mcts
+from qstar_jax.decoding.search.mcts_options import MctsOptions
 from qstar_jax.decoding.search.tree import Tree
 from qstar_jax.decoding.token_tree import TreePolicy
 

@@ -15,7 +15,7 @@ from qstar_jax.decoding.sampling import SampleOptions
 from qstar_jax.decoding.search.beam_options import BeamOptions, hf_compat, t5x_compat
 from qstar_jax.decoding.search.chunks import ChunkOptions
 from qstar_jax.decoding.search.exact import exact_search
-from qstar_jax.decoding.search.mcts import MctsOptions
+from qstar_jax.decoding.search.mcts_options import MctsOptions
 from qstar_jax.errors import InputError
 
 ALL = get_args(Method)
@@ -201,7 +201,7 @@ def test_the_readme_s_table_is_the_table():
         ({"method": "sample", "temperature": -1.0}, "temperature -1.0"),
         ({"method": "sample", "temperature": float("nan")}, "temperature nan"),
         ({"method": "sample", "temperature": 0.0, "top_k": 5}, "temperature 0 does not sample"),
-        ({"method": "sample", "temperature": 0.0, "return_sequences": 2}, "same answer 2 times"),
+        ({"method": "sample", "temperature": 0.0, "return_sequences": 2}, "same response 2 times"),
         ({"method": "sample", "temperature": 0.0, "seed": 3}, "seed 3 has no effect"),
         ({"method": "sample", "top_p": 1.5}, "top_p 1.5"),
         ({"method": "beam", "beams": 0}, "beams 0"),

@@ -416,7 +416,7 @@ def test_the_loop_ends_with_the_last_sample():
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"min_p": 1.5}, "min_p 1.5"),
         ({"temperature": 0.0, "top_k": 3}, "does not sample"),
-        ({"temperature": 0.0, "num_samples": 3}, "same answer 3 times"),
+        ({"temperature": 0.0, "num_samples": 3}, "same response 3 times"),
         ({"constraints": Constraints(min_new_tokens=9)}, "min_new_tokens 9"),
         ({"eos_ids": (-1,)}, "eos_ids"),
     ],

@@ -76,5 +76,5 @@ def test_one_table_for_all_rows_and_ensembles(tables):
 
 
 def test_tables_of_another_tree_are_refused(tables):
-    with pytest.raises(ValueError, match=r"\(2, 3, 3\) is no table of this tree; expected \(7, 3\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 3\) does not fit this tree; expected \(7, 3\)"):
         TreePolicy(TREE).prefill(jnp.asarray(tables[:, :3]), jnp.array([[0]] * 2), jnp.array([1, 1]), 1)

@@ -11,7 +11,8 @@ from qstar_jax.decoding.objectives import LogitArithmetic
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.search.beam import beam_search
 from qstar_jax.decoding.search.beam_options import BeamOptions
-from qstar_jax.decoding.search.mcts import MctsOptions, mcts
+from qstar_jax.decoding.search.mcts import mcts
+from qstar_jax.decoding.search.mcts_options import MctsOptions
 from qstar_jax.models import CausalLM
 from qstar_jax.models.head import Head
 from qstar_jax.models.masks import right_padded

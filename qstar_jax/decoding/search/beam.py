@@ -1,7 +1,7 @@
-"""Beam search: the K best continuations of every prompt, under any objective, in the semantics of one's choice.
+"""Beam search: the K best responses to every prompt, under any objective, with the semantics of one's choice.
 
 One loop serves likelihood and reward-guided search, diverse and stochastic beams. Keys and values are never moved:
-tokens stay in the slots in which they were made, and an ancestry table says which of them each beam goes through.
+tokens stay in the slots in which they were made, and an ancestry table holds the slots that each beam goes through.
 """
 
 from collections.abc import Iterable
@@ -58,13 +58,13 @@ def beam_search(
     stop_strings: StopStrings | None = None,
     key: jax.Array | None = None,
 ) -> Responses:
-    """Searches for the answers of highest score.
+    """Searches for the responses of highest score.
 
-    At every step each live beam is extended by every token. Extensions that end an answer compete for K places of ended
-    answers, all others for the K places of live ones. The search of a row is over as `options.early_stopping` says, and
-    that of the batch when all rows are done. By default scores are unnormalised sums of log pi, which is the paper's
-    search; as they can only fall, stopping then loses nothing, and the best answer may come with a proof: `certified`
-    is True where everything that was ever given up had a lower score already.
+    At every step each live beam is extended by every token. Extensions that end a response compete for K places of
+    finished responses, all others for the K places of live beams. `options.early_stopping` tells when the search of a
+    prompt is over; that of a batch is over when it is for all prompts. By default scores are unnormalised sums of
+    log pi, which is the paper's search; as they can only fall, stopping then loses nothing, and the best response may
+    come with a proof: `certified` is True where everything that was pruned had a lower score already.
 
     Args:
         model: A policy; an `Ensemble` where the objective reads several.
@@ -73,14 +73,14 @@ def beam_search(
         prompt_lengths: Tokens of each prompt, at least 1. Shape [B].
         options: Width, limits, and semantics.
         objective: What is added up.
-        stop_strings: Strings that end an answer.
+        stop_strings: Strings that end a response.
         key: A `jax.random.key` for stochastic beams.
 
     Returns:
-        The K best answers of each prompt, best first.
+        The K best responses to each prompt, best first.
 
     Raises:
-        ValueError: If options and objective do not go together.
+        ValueError: If options, objective and key do not go together.
 
     References:
         arXiv 2404.12358, Eq. 12 and 13.

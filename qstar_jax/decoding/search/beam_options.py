@@ -1,4 +1,4 @@
-"""What beam search means: its options, and those of other programs."""
+"""The semantics of beam search: its options, and those that other programs amount to."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,29 +12,30 @@ from qstar_jax.decoding.objectives import Likelihood, Objective
 
 @dataclass(frozen=True)
 class BeamOptions:
-    """What "beam search" means; programs differ in all of it, and the defaults here search best.
+    """Semantics of beam search; programs differ in all of them, and these defaults find the highest scores.
 
     Attributes:
         beams: Width of the search, K.
-        max_new_tokens: Longest answer T, EOS included.
-        eos_ids: Tokens that end an answer.
-        eos_rule: Which ends of answers are kept: `all`; those among the `hf` K or `t5x` 2K best candidates of a step,
-            unfinished ones counted too.
-        length_rule: What a sum is divided by to compare answers: nothing; `hf`: length ** length_penalty; `gnmt`:
-            ((5 + length) / 6) ** length_penalty (arXiv 1609.08144). Lengths count EOS.
-        length_penalty: Exponent of the rule; above 0 favours long answers.
+        max_new_tokens: Longest response T, EOS included.
+        eos_ids: Tokens that end a response.
+        eos_rule: Which ends of responses are kept. `all`: all of them. `hf`, `t5x`: those among the K or 2K best
+            candidates of a step, unfinished ones included.
+        length_rule: What a sum is divided by before responses are compared. `none`: nothing. `hf`:
+            length ** length_penalty. `gnmt`: ((5 + length) / 6) ** length_penalty (arXiv 1609.08144). Lengths count
+            EOS.
+        length_penalty: Exponent of the rule; above 0 it favours long responses.
         count_prompt: Whether lengths count the prompt too, as T5X does.
-        early_stopping: When a row is done. "never": when no unfinished answer can become better than the worst of K
-            finished ones. False: when none is better at its present length. True: also when K answers are finished;
-            this needs an EOS rule under which not every beam can finish one.
-        truncated: Whether answers that run into the limit `compete` with finished ones, or are used only where a row
+        early_stopping: When the search of a prompt is over. "never": when no live beam can become better than the worst
+            of K finished responses. False: when none is better at its present length. True: also when K responses have
+            finished; this needs an EOS rule under which not every beam can finish.
+        truncated: Whether responses that reach the limit `compete` with finished ones, or are used only where a prompt
             has no finished one (`drop`).
-        constraints: Repetition and shortest length.
-        groups: Diverse beam search: beams are split into so many groups, each avoiding what earlier ones say.
-        diversity: What a token costs a beam for each beam of an earlier group that says it at the same step, in nats;
-            it counts for the choice alone, not in the score (arXiv 1610.02424).
-        stochastic: Stochastic beam search: K answers drawn without replacement from the policy (arXiv 1903.06059); the
-            score is the perturbed log-probability.
+        constraints: Rules on repetition and minimum length.
+        groups: Diverse beam search: number of groups of beams, each of which avoids the tokens of earlier groups.
+        diversity: Cost of a token for each beam of an earlier group that has it at the same step, in nats; it counts in
+            the choice alone, not in the score (arXiv 1610.02424).
+        stochastic: Stochastic beam search: K responses drawn without replacement from the policy (arXiv 1903.06059);
+            the score is the perturbed log-probability.
     """
 
     beams: int
@@ -52,31 +53,31 @@ class BeamOptions:
     stochastic: bool = False
 
     def __post_init__(self):
-        """Refuses what has no meaning or would have no effect."""
-        wrong = None
+        """Refuses values that have no meaning or no effect."""
+        message = None
         if self.beams < 1 or self.max_new_tokens < 1 or self.groups < 1:
-            wrong = f"beams {self.beams}, max_new_tokens {self.max_new_tokens}, groups {self.groups}: at least 1 each"
+            message = f"beams {self.beams}, max_new_tokens {self.max_new_tokens}, groups {self.groups}: at least 1 each"
         elif self.beams % self.groups:
-            wrong = f"beams {self.beams} cannot be split into {self.groups} groups of one size"
+            message = f"beams {self.beams} cannot be split into {self.groups} groups of equal size"
         elif (self.groups > 1) != (self.diversity > 0):
-            wrong = f"groups {self.groups} with diversity {self.diversity}: set groups above 1 and diversity above 0"
+            message = f"groups {self.groups} with diversity {self.diversity}: set groups above 1 and diversity above 0"
         elif self.length_rule == "none" and (self.length_penalty or self.count_prompt):
-            wrong = f"length_penalty {self.length_penalty} has no effect with length_rule none; choose hf or gnmt"
+            message = f"length_penalty {self.length_penalty} has no effect with length_rule none; choose hf or gnmt"
         elif self.length_rule != "none" and not self.length_penalty:
-            wrong = f"length_rule {self.length_rule} has no effect with length_penalty 0; choose none, or a penalty"
+            message = f"length_rule {self.length_rule} has no effect with length_penalty 0; choose none, or a penalty"
         elif self.early_stopping is True and self.eos_rule == "all":
-            wrong = "early_stopping True with eos_rule all would stop at once: every beam could end; choose hf or t5x"
+            message = "early_stopping True with eos_rule all would stop at once: every beam could end; choose hf or t5x"
         elif self.stochastic and replace(self, stochastic=False) != _plain(self):
-            wrong = "stochastic beams are a sample, which no groups, rules, constraints or early stopping may change"
+            message = "stochastic beams are a sample, which no groups, rules, constraints or early stopping may change"
         elif self.constraints.min_new_tokens > self.max_new_tokens:
-            wrong = f"min_new_tokens {self.constraints.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
+            message = f"min_new_tokens {self.constraints.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
         elif any(eos < 0 for eos in self.eos_ids):
-            wrong = f"eos_ids {self.eos_ids} are token ids, from 0 on"
-        if wrong:
-            raise ValueError(wrong)
+            message = f"eos_ids {self.eos_ids}: expected token ids, from 0 on"
+        if message:
+            raise ValueError(message)
 
     def normalised(self, score: Array, length: Array | int, prompt_lengths: Int[Array, " B"]) -> Array:
-        """Divides sums [B, ...] of answers of `length` new tokens as the length rule says."""
+        """Divides scores [B, ...] of responses of `length` tokens by the length rule."""
         if self.length_rule == "none":
             return score
         if self.count_prompt:
@@ -126,7 +127,7 @@ def hf_compat(
     early_stopping: bool | Literal["never"] = False,
     constraints: Constraints = Constraints(),
 ) -> BeamOptions:
-    """Options that do what `generate(num_beams=...)` of transformers 5 does, with its defaults."""
+    """Options under which beam search is `generate(num_beams=...)` of transformers 5, with its defaults."""
     return BeamOptions(
         beams,
         max_new_tokens,
@@ -134,13 +135,13 @@ def hf_compat(
         eos_rule="hf",
         length_rule="hf" if length_penalty else "none",
         length_penalty=length_penalty,
-        early_stopping=early_stopping if beams > 1 else True,  # one beam is greedy decoding there: it has one end
+        early_stopping=early_stopping if beams > 1 else True,  # one beam is greedy decoding there, which ends once
         constraints=constraints,
     )
 
 
 def t5x_compat(beams: int, max_new_tokens: int, eos_id: int, *, alpha: float = 0.6) -> BeamOptions:
-    """Options that do what T5X's `beam_search` does, with its default; without its treatment of EOS in prompts."""
+    """Options under which it is T5X's `beam_search`, with its default, except for EOS in prompts."""
     return BeamOptions(
         beams,
         max_new_tokens,

@@ -1,8 +1,8 @@
-"""Chunk-level beam search: every beam draws several continuations of a few tokens, and the best prefixes go on.
+"""Chunk-level beam search: every beam draws several continuations of a few tokens, and the best prefixes continue.
 
-Between sampling and beam search: one chunk as long as an answer is best-of-N, chunks of one token are a beam search
-among tokens that were drawn. With `ImplicitReward` a chunk's contribution is a step reward of the policy's own process
-reward model (`mdp.step_rewards`), and a prefix's sum is its reward so far plus the value of where it has led.
+It lies between sampling and beam search: one chunk as long as a response is best-of-N, chunks of one token are a beam
+search among sampled tokens. With `ImplicitReward` a chunk's contribution is a step reward of the policy as a process
+reward model (`mdp.step_rewards`), and a prefix's sum is its reward so far plus the value of where it leads.
 
 References:
     Zhou et al., "Weak-to-strong search", arXiv 2405.19262.
@@ -31,17 +31,17 @@ class ChunkOptions:
     """How chunks are drawn and chosen.
 
     Attributes:
-        max_new_tokens: Longest answer T, EOS included.
-        eos_ids: Tokens that end an answer.
-        beams: Prefixes that are kept after each chunk, and answers that are returned.
-        samples: Continuations of each.
-        chunk_length: Most tokens of a chunk.
+        max_new_tokens: Longest response T, EOS included.
+        eos_ids: Tokens that end a response.
+        beams: Prefixes kept after each chunk, and responses returned.
+        samples: Continuations drawn per prefix.
+        chunk_length: Most tokens per chunk.
         delimiter_ids: Tokens that end a chunk early: ends of lines make chunks steps of reasoning.
-        temperature: As in `SampleOptions`; so are the others.
+        temperature: See `SampleOptions`.
         top_k: See `restrict`.
         top_p: See `restrict`.
         min_p: See `restrict`.
-        constraints: Repetition and shortest length.
+        constraints: Rules on repetition and minimum length.
     """
 
     max_new_tokens: int
@@ -57,20 +57,20 @@ class ChunkOptions:
     constraints: Constraints = Constraints()
 
     def __post_init__(self):
-        """Refuses what has no meaning or would have no effect."""
+        """Refuses values that have no meaning or no effect."""
         if self.beams < 1 or self.samples < 1 or self.chunk_length < 1:
             raise ValueError(
-                f"beams {self.beams}, samples {self.samples} and chunk_length {self.chunk_length} are at least 1"
+                f"beams {self.beams}, samples {self.samples} and chunk_length {self.chunk_length} must be at least 1"
             )
         if set(self.delimiter_ids) & set(self.eos_ids) or any(token < 0 for token in self.delimiter_ids):
             raise ValueError(
-                f"delimiter_ids {self.delimiter_ids} are token ids, none of them of eos_ids {self.eos_ids}"
+                f"delimiter_ids {self.delimiter_ids}: expected token ids, none of them among eos_ids {self.eos_ids}"
             )
         self.sampling  # noqa: B018 (checks the rest)
 
     @property
     def sampling(self) -> SampleOptions:
-        """How the tokens of all rows are drawn."""
+        """How the tokens of all samples are drawn."""
         return SampleOptions(
             self.max_new_tokens,
             self.eos_ids,
@@ -95,16 +95,15 @@ def chunk_beam_search(
     objective: Objective,
     stop_strings: StopStrings | None = None,
 ) -> Responses:
-    """Searches by chunks, over `beams * samples` rows a prompt.
+    """Searches by chunks, with `beams * samples` samples per prompt.
 
-    After each chunk, answers that have ended go to a set of the best so many, and take no row any more. Of the others,
-    the best distinct prefixes go on, and share all rows; so a row never repeats what is finished, and the search cannot
-    fill up with copies of one answer. A prompt is done when nothing is left that could grow or, where no token can
-    raise the score, when all that is left is worse than every answer of a full set. Answers that run into
-    `max_new_tokens` count as ended.
+    After each chunk, responses that have finished compete for `beams` places. Of the others, the best distinct prefixes
+    continue, and share all samples; so no sample repeats a finished response, and the search cannot fill up with copies
+    of one. A prompt is done when nothing can grow any more or, where no token can raise the score, when all that grows
+    is worse than every one of `beams` finished responses. Responses that reach `max_new_tokens` count as finished.
 
-    Row j's draw s of chunk c has the key `fold_in(fold_in(keys[b], j), c * chunk_length + s)`, so a search of one beam
-    with one chunk is `best_of_n` with these keys.
+    Draw s of chunk c has, in sample j, the key `fold_in(fold_in(keys[b], j), c * chunk_length + s)`, so a search of one
+    beam with one chunk is `best_of_n` with these keys.
 
     Args:
         model: A policy; an `Ensemble` where the objective reads several.
@@ -113,27 +112,27 @@ def chunk_beam_search(
         prompt_lengths: Tokens of each prompt, at least 1. Shape [B].
         keys: A `jax.random.key` for each prompt. Shape [B].
         options: Width, chunks, and how tokens are drawn.
-        objective: What prefixes and answers are compared by.
-        stop_strings: Strings that end an answer.
+        objective: What prefixes and responses are compared by.
+        stop_strings: Strings that end a response.
 
     Returns:
-        The best `beams` distinct answers, best first; INVALID where fewer were found.
+        The best `beams` distinct responses, best first; INVALID where there are fewer.
 
     References:
-        arXiv 2405.19262, without the copies of finished answers that its program makes.
+        arXiv 2405.19262, without the copies of finished responses that its program makes.
     """
     sampler = Sampler(
         model, params, prompts, prompt_lengths, options.sampling, objective, stop_strings, options.delimiter_ids
     )
-    beams, rows, chunk_length = options.beams, options.beams * options.samples, options.chunk_length
+    beams, samples, chunk_length = options.beams, options.beams * options.samples, options.chunk_length
     # The pool: the tokens of the beams, position by position, then those of the present chunk.
     history = (options.max_new_tokens - 1) * beams
-    state = sampler.start(keys, rows, history + min(chunk_length, options.max_new_tokens) * rows)
+    state = sampler.start(keys, samples, history + min(chunk_length, options.max_new_tokens) * samples)
     finished = state.partial.without(state.partial.exists).best(beams)
 
     def search_chunk(carry):
         state, finished, chunk = carry
-        # Draw a chunk for every row; the prompt has given the first token of the first chunk.
+        # Draw a chunk for every sample; the prompt has given the first token of the first chunk.
         drawn = jnp.where(chunk == 0, 1, 0)
         state = sampler.run(state, chunk_length - drawn, chunk * chunk_length + drawn, history)
         partial = state.partial
@@ -167,9 +166,9 @@ def _distinct(partial: Partial) -> Partial:
 def _continue(
     state: SamplingState, best: Int[Array, "B W"], count: Int[Array, " B"], done: Bool[Array, " B"]
 ) -> SamplingState:
-    """Continues the first `count` of the best prefixes in all rows, in turn; their tokens move to the pool's front."""
-    beams, (_, rows, size) = best.shape[1], state.path.shape
-    rank = jnp.arange(rows) % jnp.maximum(count, 1)[:, None]
+    """Shares all samples among the first `count` of the best prefixes, whose tokens move to the pool's front."""
+    beams, (_, samples, size) = best.shape[1], state.path.shape
+    rank = jnp.arange(samples) % jnp.maximum(count, 1)[:, None]
     parents = jnp.take_along_axis(best, rank, axis=1)
     # A path's slots are in the order of its tokens: find the slots of each beam, position by position.
     positions = state.partial.tokens.shape[-1] - 1
@@ -179,6 +178,6 @@ def _continue(
     slot = jnp.arange(size)
     filled = (slot % beams == rank[..., None]) & (slot < positions * beams)
     picked = state.pick(parents, slots, filled)
-    # Keys belong to rows, or siblings would draw the same tokens.
+    # Samples keep their keys, or siblings would draw the same tokens.
     partial = picked.partial.without(done[:, None])
     return replace(picked, partial=partial, paused=jnp.zeros_like(picked.paused), keys=state.keys)

@@ -6,9 +6,9 @@ past is a mask, so a tree costs the keys and values of its nodes and no more. Th
 node: its value is known, and is backed up again whenever a simulation comes by.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,67 +21,9 @@ from qstar_jax.decoding.responses import Responses
 from qstar_jax.decoding.sampler import Sampler
 from qstar_jax.decoding.sampling import SampleOptions
 from qstar_jax.decoding.search.action_selection import gumbel_interior, gumbel_root, halving_schedule, puct
+from qstar_jax.decoding.search.mcts_options import MctsOptions
 from qstar_jax.decoding.search.tree import COMPLETE, DEAD_END, NO_PARENT, UNVISITED, Children, Tree
 from qstar_jax.decoding.search.tree_responses import complete_responses, finish_greedily
-
-
-@dataclass(frozen=True)
-class MctsOptions:
-    """How trees grow.
-
-    Attributes:
-        max_new_tokens: Longest answer T, EOS included.
-        eos_ids: Tokens that end an answer.
-        num_simulations: How often a tree is walked down; as many nodes at most.
-        num_actions: Likeliest tokens A that a node considers; all of a smaller vocabulary.
-        policy: Rule of selection: `puct` as in MuZero; `gumbel`: sequential halving at the root, and visits that follow
-            an improved policy below.
-        n_best: How many answers are returned; None: as many as there are simulations.
-        pb_c_init: Of puct: weight of the prior.
-        pb_c_base: Of puct: visits at which that weight begins to grow.
-        gumbel_scale: Of gumbel: noise at the root; 0 for none, and then no key.
-        considered: Of gumbel: edges of the root that are visited at all.
-        value_scale: Of gumbel: weight of values against log-probabilities.
-        visit_init: Of gumbel: visits that are added to the most visited edge's in that weight.
-    """
-
-    max_new_tokens: int
-    eos_ids: tuple[int, ...]
-    num_simulations: int
-    num_actions: int
-    policy: Literal["puct", "gumbel"] = "puct"
-    n_best: int | None = None
-    pb_c_init: float = 1.25
-    pb_c_base: float = 19652.0
-    gumbel_scale: float = 1.0
-    considered: int = 16
-    value_scale: float = 0.1
-    visit_init: float = 50.0
-
-    def __post_init__(self):
-        """Refuses what has no meaning or would have no effect."""
-        wrong = None
-        sizes = ("max_new_tokens", "num_simulations", "num_actions", "considered")
-        small = [name for name in sizes if getattr(self, name) < 1]
-        others = ("pb_c_init", "pb_c_base") if self.policy == "gumbel" else _GUMBEL_ONLY
-        unread = [name for name in others if getattr(self, name) != type(self).__dataclass_fields__[name].default]
-        if small:
-            wrong = f"{small[0]} {getattr(self, small[0])}: expected at least 1"
-        elif self.policy not in ("puct", "gumbel"):
-            wrong = f"policy {self.policy!r}: expected 'puct' or 'gumbel'"
-        elif unread:
-            wrong = f"{unread[0]} {getattr(self, unread[0])} has no effect with policy {self.policy!r}"
-        elif self.n_best is not None and not 1 <= self.n_best <= self.num_simulations:
-            wrong = f"n_best {self.n_best}: expected 1 to num_simulations {self.num_simulations}, each finds one answer"
-        elif self.pb_c_base <= 0 or self.gumbel_scale < 0:
-            wrong = f"pb_c_base {self.pb_c_base} is above 0, gumbel_scale {self.gumbel_scale} at least 0"
-        elif any(eos < 0 for eos in self.eos_ids):
-            wrong = f"eos_ids {self.eos_ids} are token ids, from 0 on"
-        if wrong:
-            raise ValueError(wrong)
-
-
-_GUMBEL_ONLY = ("gumbel_scale", "considered", "value_scale", "visit_init")
 
 
 @partial(jax.jit, static_argnames=("model", "options", "objective"))
@@ -96,14 +38,15 @@ def mcts(
     root_values: Float[Array, " B"] | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Responses, Tree]:
-    """Searches for answers of high score by growing trees.
+    """Searches for responses of high score with trees.
 
-    Priors are log pi among a node's `num_actions` likeliest tokens, rewards the objective's scores from the whole
-    vocabulary, values the objective's, or 0. Choices, means and counts are those of mctx, but for what mctx puts below
-    ends of answers. A row whose tree has no unvisited edge left is done, and the search ends when all rows are.
+    Priors are log pi among a node's `num_actions` most likely tokens, rewards the objective's scores over the whole
+    vocabulary, values the objective's values, or 0. Choices, means and counts are those of mctx, except for the nodes
+    that mctx makes behind the ends of responses. A tree without an unvisited action is done, and the search ends when
+    all trees are.
 
-    Answers are ranked by score and value, as beams are, among those whose end a simulation has come to. If it has come
-    to none, there is one answer: the most visited path, finished greedily with the policy.
+    Responses are ranked by score and value, as beams are, among those whose end was visited. If none was, there is one
+    response: the most visited path, finished greedily by the policy.
 
     Args:
         model: A policy; an `Ensemble` where the objective reads several.
@@ -112,14 +55,14 @@ def mcts(
         prompt_lengths: Tokens of each prompt, at least 1. Shape [B].
         options: Rule of selection and sizes.
         objective: What is added up.
-        root_values: Value of each prompt, in the gauge of the objective's values; 0 by default. Shape [B].
+        root_values: Value of each prompt, on the scale of the objective's values; 0 by default. Shape [B].
         key: A `jax.random.key` for `gumbel` with noise.
 
     Returns:
-        The best answers of each prompt, best first, N = `n_best` of them with void ones behind; and the trees.
+        (responses, trees): the `n_best` best responses to each prompt, best first, INVALID where there are fewer.
 
     Raises:
-        ValueError: If there is a key and no noise, or the reverse.
+        ValueError: If there is a key without noise, or noise without a key.
     """
     noisy = options.policy == "gumbel" and options.gumbel_scale > 0
     if noisy != (key is not None):

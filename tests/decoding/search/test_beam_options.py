@@ -352,7 +352,7 @@ def test_stop_strings_end_answers(rule, search, history_lm, history_next, plain_
         ({"stochastic": True, "eos_rule": "hf"}, "a sample, which no"),
         ({"stochastic": True, "constraints": Constraints(min_new_tokens=2)}, "a sample, which no .* constraints"),
         ({"constraints": Constraints(min_new_tokens=6)}, "min_new_tokens 6 is above max_new_tokens 5"),
-        ({"eos_ids": (0, -1)}, r"eos_ids \(0, -1\) are token ids, from 0 on"),
+        ({"eos_ids": (0, -1)}, r"eos_ids \(0, -1\): expected token ids, from 0 on"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(changes, said):

@@ -277,7 +277,7 @@ def test_answers_of_one_token(pair, next_logps):
         ({"chunk_length": 0}, "chunk_length 0"),
         ({"delimiter_ids": (0,)}, "delimiter_ids"),
         ({"top_p": 2.0}, "top_p 2.0"),
-        ({"temperature": 0.0}, "same answer 4 times"),
+        ({"temperature": 0.0}, "same response 4 times"),
     ],
 )
 def test_options_without_meaning_are_refused(options, message):

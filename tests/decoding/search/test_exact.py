@@ -130,7 +130,7 @@ def test_other_objectives(tables):
     class Rising(TableReward):
         monotone = True
 
-    with pytest.raises(ValueError, match="Rising gives values, which are no bounds"):
+    with pytest.raises(ValueError, match="Rising has values, which do not bound"):
         three = Ensemble((POLICY,) * 3)
         exact_search(three, (*params, params[0]), jnp.zeros(1, jnp.int32), objective=Rising(0.5), **common)
     with pytest.raises(ValueError, match="n_best 0"):

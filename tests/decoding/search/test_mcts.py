@@ -14,7 +14,8 @@ from qstar_jax.decoding.objectives import Likelihood, TableReward
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.responses import Finish
 from qstar_jax.decoding.search.action_selection import gumbel_interior, halving_schedule, puct
-from qstar_jax.decoding.search.mcts import MctsOptions, mcts
+from qstar_jax.decoding.search.mcts import mcts
+from qstar_jax.decoding.search.mcts_options import MctsOptions
 from qstar_jax.decoding.search.tree import COMPLETE, UNVISITED
 from qstar_jax.decoding.token_tree import TreePolicy
 from qstar_jax.demo.equivalence import WithPolicy
@@ -396,7 +397,7 @@ def test_wrong_options_are_refused(tables):
         ({"policy": "gumbel", "pb_c_init": 2.0}, "pb_c_init 2.0 has no effect with policy 'gumbel'"),
         ({"n_best": 41}, "n_best 41: expected 1 to num_simulations 40"),
         ({"eos_ids": (-1,)}, "token ids, from 0 on"),
-        ({"pb_c_base": 0.0}, "pb_c_base 0.0 is above 0"),
+        ({"pb_c_base": 0.0}, "pb_c_base 0.0 must be above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             replace(PUCT, **change)
