@@ -1,4 +1,4 @@
-"""95 % intervals by bootstrap over prompts: which of them were drawn varies, and the tokens of one belong together."""
+"""95 % intervals by bootstrap over prompts: a prompt is resampled with all its responses and tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and the range that holds it with 95 % confidence.
+    """A statistic and its 95 % confidence interval.
 
     Attributes:
-        mean: The figure, from all prompts.
+        mean: The statistic, over all prompts.
         low: Lower end (percentile bootstrap).
         high: Upper end.
     """
@@ -38,40 +38,40 @@ class Interval:
         return f"{self:.3g}"
 
 
-def bootstrap(figure: Callable[[np.ndarray], np.ndarray], count: int, *, seed: int = 0) -> Interval:
+def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], count: int, *, seed: int = 0) -> Interval:
     """Resamples prompts with replacement.
 
     Args:
-        figure: From how often each prompt was drawn, [K, count], to the figure of each resample, [K]; NaN where a
-            resample has none.
+        statistic: From how often each prompt was drawn, [K, count], to the statistic of each resample, [K]; NaN where
+            a resample has none.
         count: How many prompts there are.
-        seed: Of the resamples: the same for all figures that are compared.
+        seed: Seed of the resamples: the same for all statistics that are compared.
 
     Returns:
-        The figure of the prompts as they are, and the range of 95 % of the resamples.
+        The statistic over the prompts as they are, and the range of 95 % of the resamples.
     """
     draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
     weights = np.apply_along_axis(np.bincount, 1, draws, minlength=count)
     tails = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
-    low, high = np.nanpercentile(figure(weights), tails)
-    return Interval(float(figure(np.ones((1, count), int))[0]), float(low), float(high))
+    low, high = np.nanpercentile(statistic(weights), tails)
+    return Interval(float(statistic(np.ones((1, count), int))[0]), float(low), float(high))
 
 
 def mean_interval(values: Float[np.ndarray, " N"], *, seed: int = 0) -> Interval:
     """Interval of a mean over prompts.
 
     Args:
-        values: One value a prompt; NaN where a prompt has none. Paired differences give the interval of a difference.
+        values: One value per prompt; NaN where a prompt has none. Paired differences give the interval of a difference.
         seed: See `bootstrap`.
 
     Returns:
         The mean and its range.
     """
-    there = np.isfinite(values)
-    filled = np.where(there, values, 0.0)
+    finite = np.isfinite(values)
+    filled = np.where(finite, values, 0.0)
 
     def mean(weights: np.ndarray) -> np.ndarray:
-        drawn = weights @ there.astype(float)
+        drawn = weights @ finite.astype(float)
         return weights @ filled / np.where(drawn > 0, drawn, np.nan)
 
     return bootstrap(mean, len(values), seed=seed)
@@ -83,25 +83,28 @@ def auc(
     """Area under the ROC curve: how often a positive scores above a negative, ties counted half (Mann and Whitney).
 
     Args:
-        scores: What should be high for positives.
+        scores: Scores, higher for positives.
         positive: Which are positives.
         owner: Which prompt each belongs to, counted from 0.
 
     Returns:
-        A figure for `bootstrap`: from how often each of P prompts was drawn, [K, P], to the areas, [K]; NaN where there
-        are no positives or no negatives.
+        A statistic for `bootstrap`: from how often each of P prompts was drawn, [K, P], to the areas, [K]; NaN without
+        positives or without negatives.
     """
-    ups, of_ups, count = scores[positive], owner[positive], owner.max() + 1
-    downs = [np.sort(scores[~positive & (owner == prompt)]) for prompt in range(count)]
-    # [p, q]: how many pairs the positives of prompt p win against the negatives of q.
-    won = np.zeros((count, count))
-    for q, own in enumerate(downs):
-        below = (np.searchsorted(own, ups, "left") + np.searchsorted(own, ups, "right")) / 2
-        won[:, q] = np.bincount(of_ups, below, count)
-    up_count, down_count = np.bincount(of_ups, minlength=count), np.array([len(own) for own in downs])
+    positives, positive_owner, count = scores[positive], owner[positive], owner.max() + 1
+    negatives = [np.sort(scores[~positive & (owner == prompt)]) for prompt in range(count)]
+    # wins[p, q]: how many pairs the positives of prompt p win against the negatives of q.
+    wins = np.zeros((count, count))
+    for q, sorted_scores in enumerate(negatives):
+        lower = np.searchsorted(sorted_scores, positives, "left")
+        lower_or_equal = np.searchsorted(sorted_scores, positives, "right")
+        below = (lower + lower_or_equal) / 2
+        wins[:, q] = np.bincount(positive_owner, below, count)
+    positive_count = np.bincount(positive_owner, minlength=count)
+    negative_count = np.array([len(sorted_scores) for sorted_scores in negatives])
 
     def areas(weights: np.ndarray) -> np.ndarray:
-        pairs = (weights @ up_count) * (weights @ down_count)
-        return (weights @ won * weights).sum(1) / np.where(pairs > 0, pairs, np.nan)
+        pairs = (weights @ positive_count) * (weights @ negative_count)
+        return (weights @ wins * weights).sum(1) / np.where(pairs > 0, pairs, np.nan)
 
     return areas

@@ -68,7 +68,7 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
         InputError: If the file, the model or its reference cannot be used.
     """
     if config.data.eval is None:
-        raise InputError("--data.eval is missing: name the file whose answers shall be scored")
+        raise InputError("--data.eval is missing: name the file whose responses are to be scored")
     mesh, data = make_mesh(config.mesh), config.data
     with jax.set_mesh(mesh):
         load = partial(load_model, compute=config.compute, mesh=mesh, mesh_options=config.mesh)

@@ -1,1 +1,1 @@
-"""What a reader sees: responses coloured by the reward of each token, on a terminal and on a page."""
+"""What users see: insights, and responses coloured by the reward of each token, on a terminal and on a page."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 1000, 100
-_TICK_GAP = 25  # labels nearer to each other than this would touch
+_TICK_GAP = 25  # labels closer to each other than this would touch
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def chart_bounds(series: Sequence[Sequence[float]]) -> Bounds:
     """Finds the frame that holds every line of a row, and zero.
 
     Args:
-        series: Running sums of each response; values that are not finite are left aside.
+        series: Running sums of each response; values that are not finite are skipped.
 
     Returns:
         The common frame.

@@ -39,7 +39,7 @@ def reward_scale(rewards: Iterable[float]) -> float:
     out all others, the percentile alone would paint ordinary noise as deep as the one token that matters.
 
     Args:
-        rewards: Token rewards of all responses; those that are not finite are left aside.
+        rewards: Token rewards of all responses; those that are not finite are skipped.
 
     Returns:
         A positive number of nats; 1 where every reward is zero.

@@ -6,23 +6,23 @@ from matplotlib.figure import Figure
 
 from qstar_jax.training.run_log import read_metrics
 
-# Title of a panel -> its curves: name of the metric, label, colour. Colours tell apart for all kinds of sight.
+# Title of a panel -> its curves: name of the metric, label, colour (safe for colour-blind readers).
 _PANELS: dict[str, list[tuple[str, str, str]]] = {
     "loss": [("loss", "loss", "#0072B2")],
     "implicit rewards": [
         ("rewards/chosen", "chosen", "#0072B2"),
         ("rewards/rejected", "rejected", "#D55E00"),
-        ("rewards/reference_expected", "reference's own answers (Eq. 16)", "#7F7F7F"),
+        ("rewards/reference_expected", "reference's own responses (Eq. 16)", "#7F7F7F"),
     ],
     "reward margin": [("rewards/margins", "margin", "#0072B2")],
-    "pairs ranked right": [("rewards/accuracies", "accuracy", "#0072B2")],
+    "pairs ranked correctly": [("rewards/accuracies", "accuracy", "#0072B2")],
 }
 
 
 def draw_curves(metrics: dict[str, tuple[list[int], list[float]]]) -> Figure:
     """Draws every panel that the run has numbers for.
 
-    Training is a thin line, evaluation a thick one with marks; bands are two standard errors, where they are logged.
+    Training is a thin line, evaluation a thick one with markers; bands are two standard errors, if logged.
 
     Args:
         metrics: See `read_metrics`.

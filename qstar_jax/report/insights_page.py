@@ -47,9 +47,9 @@ def insights_page(
         raise ValueError(f"findings of unknown insights: {', '.join(unknown)}; known: {', '.join(known)}")
     sections = []
     for number, view in enumerate(VIEWS, start=1):
-        own = [finding for finding in findings if finding.insight == view.insight]
+        matching = [finding for finding in findings if finding.insight == view.insight]
         record = next((record for record in records if isinstance(record, view.record)), None)
-        sections.append(_section(number, view, own, record))
+        sections.append(_section(number, view, matching, record))
     return render(
         "insights.html.j2",
         title=one_line(title),

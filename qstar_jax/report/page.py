@@ -1,6 +1,6 @@
 """Responses as one self-contained web page, each token on the colour of its reward.
 
-Nothing is loaded from anywhere (a content security policy forbids it), and every text of a model is escaped.
+The page loads nothing (a content security policy forbids it), and every text of a model is escaped.
 """
 
 import math
@@ -16,7 +16,7 @@ from qstar_jax.report.colours import DARK, LIGHT, reward_colour, reward_scale, s
 from qstar_jax.report.numbers import signed
 from qstar_jax.report.rendering import render
 
-_UNDERLINE_BELOW = -0.5  # strong negatives carry a second sign, for greyscale prints and colour-blind eyes
+_UNDERLINE_BELOW = -0.5  # strong negatives are underlined too, for greyscale prints and colour-blind readers
 _LEGEND_STEPS = 10
 
 
@@ -41,7 +41,7 @@ def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
         responses: Responses to show on one colour scale.
 
     Returns:
-        Texts, colours and points of lines.
+        Texts, colours and points of lines, as plain values.
     """
     scale = reward_scale(reward for response in responses for reward in response.reward)
     rows = by_row(responses)
@@ -56,17 +56,17 @@ def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
     }
 
 
-def _row(answers: list[ScoredResponse], scale: float) -> dict[str, Any]:
-    bounds = chart_bounds([answer.running_reward for answer in answers])
-    margin = pair_margin(answers)
+def _row(responses: list[ScoredResponse], scale: float) -> dict[str, Any]:
+    bounds = chart_bounds([response.running_reward for response in responses])
+    margin = pair_margin(responses)
     return {
-        "row": answers[0].row,
-        "prompt": visible(answers[0].prompt),
+        "row": responses[0].row,
+        "prompt": visible(responses[0].prompt),
         "verdict": None if margin is None else _verdict(margin),
-        "answers": [_answer(answer, scale, bounds, margin) for answer in answers],
+        "responses": [_response(response, scale, bounds, margin) for response in responses],
         "bounds": bounds,
         "ticks": [("0" if value == 0 else signed(value, 2), bounds.y(value)) for value in chart_ticks(bounds)],
-        "truncated": any(answer.truncated for answer in answers),
+        "truncated": any(response.truncated for response in responses),
     }
 
 
@@ -76,46 +76,46 @@ def _verdict(margin: float) -> dict[str, Any]:
     return {"winner": winner, "margin": signed(margin), "probability": f"{probability:.3f}"}
 
 
-def _answer(answer: ScoredResponse, scale: float, bounds: Bounds, margin: float | None) -> dict[str, Any]:
-    text = "".join(answer.pieces)
-    preferred = margin is not None and margin != 0 and answer.role == ("chosen" if margin > 0 else "rejected")
+def _response(response: ScoredResponse, scale: float, bounds: Bounds, margin: float | None) -> dict[str, Any]:
+    text = "".join(response.pieces)
+    preferred = margin is not None and margin != 0 and response.role == ("chosen" if margin > 0 else "rejected")
     return {
-        "role": answer.role,
-        "total": signed(answer.total_reward),
-        "truncated": answer.truncated,
+        "role": response.role,
+        "total": signed(response.total_reward),
+        "truncated": response.truncated,
         "preferred": preferred,
-        "is_code": "```" in text or "\n    " in text or "\n\t" in text,  # indentation needs letters of equal width
-        "tokens": [_token(answer, index, scale) for index in range(len(answer.pieces))],
-        "points": chart_points(answer.running_reward, bounds),
+        "is_code": "```" in text or "\n    " in text or "\n\t" in text,  # indentation needs a monospaced font
+        "tokens": [_token(response, index, scale) for index in range(len(response.pieces))],
+        "points": chart_points(response.running_reward, bounds),
     }
 
 
-def _token(answer: ScoredResponse, index: int, scale: float) -> dict[str, Any]:
-    piece, reward = answer.pieces[index], answer.reward[index]
+def _token(response: ScoredResponse, index: int, scale: float) -> dict[str, Any]:
+    piece, reward = response.pieces[index], response.reward[index]
     facts = {
         "token": _quoted(piece) if piece else "(part of the next character)",
-        "id": answer.token_ids[index],
-        "log π": signed(answer.logp[index]),
-        "log π_ref": signed(answer.ref_logp[index]),
+        "id": response.token_ids[index],
+        "log π": signed(response.logp[index]),
+        "log π_ref": signed(response.ref_logp[index]),
         "reward": signed(reward),
-        "Q": signed(answer.q[index]),
-        "V": signed(answer.v[index]),
-        "reward so far": signed(answer.running_reward[index]),
+        "Q": signed(response.q[index]),
+        "V": signed(response.v[index]),
+        "reward so far": signed(response.running_reward[index]),
     }
     lines = [f"{name}: {value}" for name, value in facts.items()]
     return {
         "text": Markup('<i class="mark">↵</i>\n').join(visible(piece).split("\n")),
-        "facts": "\n".join(lines + _others(answer, index)),
+        "facts": "\n".join(lines + _others(response, index)),
         "low": strength(reward, scale) < _UNDERLINE_BELOW,
         "colours": _colours(reward, scale),
     }
 
 
-def _others(answer: ScoredResponse, index: int) -> list[str]:
-    """Rows of a table, cells between tabs, which `one_line` leaves in no text."""
-    places = answer.alternatives[index] if answer.alternatives else ()
+def _others(response: ScoredResponse, index: int) -> list[str]:
+    """Rows of a table; cells are separated by tabs, which `one_line` removes from texts."""
+    places = response.alternatives[index] if response.alternatives else ()
     rows = [f"{_quoted(other.piece)}\t{signed(other.logp)}\t{signed(other.reward)}" for other in places]
-    return ["likeliest here\tlog π\treward", *rows] if rows else []
+    return ["most likely here\tlog π\treward", *rows] if rows else []
 
 
 def _quoted(piece: str) -> str:

@@ -1,6 +1,6 @@
 """A panel is one small picture; a sheet shows several. Both can be drawn for a light and for a dark page.
 
-Colours are Okabe and Ito's, which stay apart for the colour-blind; each series has a marker and a line of its own too.
+Colours are Okabe and Ito's, which stay apart for the colour-blind; each series also has its own marker and line.
 """
 
 import io
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 Theme = Literal["light", "dark"]
 
-WIDTH = 3.6  # inches: as wide as a telephone's page, so that nothing is scaled down there
+WIDTH = 3.6  # inches: as wide as a phone's screen, so that nothing is scaled down
 _COLUMNS = 3
 
 
@@ -25,7 +25,7 @@ class Style:
     Args:
         ink: Text and axes.
         quiet: Grid and lines of reference.
-        series: One colour a series.
+        series: One colour per series.
         page: Behind the picture; pages leave it out and show their own.
     """
 
@@ -35,7 +35,7 @@ class Style:
     page: str
 
     def mark(self, number: int) -> dict[str, Any]:
-        """How series `number` looks, in the words of `Axes.plot`; they repeat after as many as there are."""
+        """Returns the look of a series as options of `Axes.plot`; looks repeat when they run out."""
         return {
             "color": self.series[number % len(self.series)],
             "marker": _MARKERS[number % len(_MARKERS)],

@@ -1,4 +1,4 @@
-"""Responses on a terminal, each token on the colour of its reward; in words where there is no colour."""
+"""Responses on a terminal, each token on the colour of its reward; without colour, the extreme tokens are listed."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from qstar_jax.report.colours import TERMINAL, reward_colour, reward_scale, stre
 
 _PROMPT_CHARACTERS = 600
 _NAMED_TOKENS = 3
-_PLAIN_BELOW = 0.15  # part of the scale that stays uncoloured: what is close to zero should not draw the eye
+_PLAIN_BELOW = 0.15  # share of the scale that stays uncoloured: rewards close to zero should not draw the eye
 
 
 def heatmap_text(response: ScoredResponse, scale: float) -> Text:
@@ -45,15 +45,15 @@ def print_heatmaps(responses: Sequence[ScoredResponse], console: Console | None 
     console = console or Console()
     coloured = console.color_system is not None and not console.no_color
     scale = reward_scale(reward for response in responses for reward in response.reward)
-    for answers in by_row(responses):
-        prompt = visible(shorten_middle(answers[0].prompt, _PROMPT_CHARACTERS))
-        console.print(Text(f"row {answers[0].row}", style="bold"))
+    for row in by_row(responses):
+        prompt = visible(shorten_middle(row[0].prompt, _PROMPT_CHARACTERS))
+        console.print(Text(f"row {row[0].row}", style="bold"))
         console.print(Text(prompt, style="dim"), soft_wrap=not coloured)
-        for answer in answers:
+        for response in row:
             console.print()
-            console.print(_heading(answer))
-            console.print(heatmap_text(answer, scale) if coloured else _plain(answer), soft_wrap=not coloured)
-        if (margin := pair_margin(answers)) is not None:
+            console.print(_heading(response))
+            console.print(heatmap_text(response, scale) if coloured else _plain(response), soft_wrap=not coloured)
+        if (margin := pair_margin(row)) is not None:
             console.print(Text(f"\n{_verdict(margin)}", style="bold"))
         console.print()
     if coloured:
@@ -67,20 +67,22 @@ def _style(reward: float, scale: float) -> Style:
     return Style(color=text_colour(background), bgcolor=background)
 
 
-def _heading(answer: ScoredResponse) -> Text:
-    truncated = ", truncated: no EOS, total is of an unfinished answer" if answer.truncated else ""
-    heading = Text(answer.role, style="bold")
+def _heading(response: ScoredResponse) -> Text:
+    truncated = (
+        ", truncated: it has no EOS, so the total is not that of a finished response" if response.truncated else ""
+    )
+    heading = Text(response.role, style="bold")
     return heading.append(
-        f"  total reward {answer.total_reward:+.3f} over {len(answer.pieces)} tokens{truncated}", "not bold"
+        f"  total reward {response.total_reward:+.3f} over {len(response.pieces)} tokens{truncated}", "not bold"
     )
 
 
-def _plain(answer: ScoredResponse) -> Text:
-    text = Text(visible("".join(answer.pieces)))
-    order = sorted(range(len(answer.reward)), key=lambda index: answer.reward[index])
+def _plain(response: ScoredResponse) -> Text:
+    text = Text(visible("".join(response.pieces)))
+    order = sorted(range(len(response.reward)), key=lambda index: response.reward[index])
     for name, extreme in (("lowest", order[:_NAMED_TOKENS]), ("highest", order[::-1][:_NAMED_TOKENS])):
         tokens = [
-            f'"{one_line(answer.pieces[index])}" {answer.reward[index]:+.3f} (token {index})' for index in extreme
+            f'"{one_line(response.pieces[index])}" {response.reward[index]:+.3f} (token {index})' for index in extreme
         ]
         text.append(f"\n{name}: {', '.join(tokens)}")
     return text
@@ -88,8 +90,8 @@ def _plain(answer: ScoredResponse) -> Text:
 
 def _verdict(margin: float) -> str:
     if margin == 0:
-        return "The model prefers neither answer."
-    return f"The model prefers the {'chosen' if margin > 0 else 'rejected'} answer (margin {margin:+.3f})."
+        return "The model prefers neither response."
+    return f"The model prefers the {'chosen' if margin > 0 else 'rejected'} response (margin {margin:+.3f})."
 
 
 def _legend(scale: float) -> Text:

@@ -72,7 +72,7 @@ def test_numbers_equal_those_from_full_logits(scored, dpo_run, eval_file, tiny_p
 def test_page_and_records_are_there(scored):
     assert len(records(scored)) == 22
     page = (scored / "heatmap.html").read_text()
-    assert page.lower().startswith("<!doctype html") and "likeliest here" in page
+    assert page.lower().startswith("<!doctype html") and "most likely here" in page
 
 
 def test_shown_rows_tell_what_else_could_have_been_said(scored, dpo_run, eval_file, tmp_path, one_device_only):
@@ -80,13 +80,13 @@ def test_shown_rows_tell_what_else_could_have_been_said(scored, dpo_run, eval_fi
     assert [bool(record["alternatives"]) for record in found] == [True] * 4 + [False] * 18
     for record in found[:4]:
         for token, place in enumerate(record["alternatives"]):
-            likeliest = [other["logp"] for other in place]
-            assert len(place) == 5 and likeliest == sorted(likeliest, reverse=True)
-            assert record["logp"][token] <= likeliest[0] + 1e-5
+            best = [other["logp"] for other in place]
+            assert len(place) == 5 and best == sorted(best, reverse=True)
+            assert record["logp"][token] <= best[0] + 1e-5
     words = ["--data.eval", eval_file, "--data.max_eval_rows", "2", "--alternatives", "0"]
     assert score(tmp_path, "--model", dpo_run, *words) == 0
     assert not any(record["alternatives"] for record in records(tmp_path))
-    assert "likeliest here" not in (tmp_path / "heatmap.html").read_text()
+    assert "most likely here" not in (tmp_path / "heatmap.html").read_text()
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/4"])
@@ -159,8 +159,8 @@ def test_scores_on_eight_devices_equal_those_on_one(dpo_run, eval_file, scored, 
         np.testing.assert_allclose(record["reward"], other["reward"], rtol=0, atol=3e-5)
         np.testing.assert_allclose(record["q"], other["q"], rtol=0, atol=3e-5)
         for place, expected in zip(record["alternatives"], other["alternatives"], strict=False):
-            found, likeliest = ([a["logp"] for a in alternatives] for alternatives in (place, expected))
-            np.testing.assert_allclose(found, likeliest, rtol=0, atol=3e-5)
+            found, best = ([a["logp"] for a in alternatives] for alternatives in (place, expected))
+            np.testing.assert_allclose(found, best, rtol=0, atol=3e-5)
 
 
 def test_every_row_has_its_line_and_says_why_it_has_no_score(

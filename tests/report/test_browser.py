@@ -87,7 +87,7 @@ def test_a_hovered_token_tells_its_numbers_and_alternatives(visit, report, width
     assert page.locator("#tip").is_hidden()
 
 
-def test_the_token_that_was_said_stands_out_among_the_likeliest(visit, report):
+def test_the_token_that_was_said_stands_out_among_the_most_likely(visit, report):
     page = visit(report)
     page.locator(".t", has_text="neighbour").first.hover()
     assert page.locator("#tip .said").all_inner_texts() == [f"“ neighbour”\t{MINUS}0.250\t+0.300"]
@@ -197,7 +197,7 @@ def test_without_scripts_numbers_are_in_the_titles(visit, report):
     page = visit(report, java_script_enabled=False)
     assert page.locator("#theme").is_hidden()
     title = page.locator(".t").first.get_attribute("title")
-    assert "log π: " in title and "likeliest here" in title
+    assert "log π: " in title and "most likely here" in title
 
 
 def test_the_page_of_heatmaps_alone(visit, heatmaps, tmp_path):

@@ -5,7 +5,7 @@ import math
 from qstar_jax.report.chart import chart_bounds, chart_points, chart_ticks
 
 
-def test_answers_of_a_row_share_a_frame_that_holds_zero():
+def test_responses_of_a_row_share_a_frame_that_holds_zero():
     bounds = chart_bounds([[1.0, 3.0], [0.5, -1.0, 0.0, 0.0]])
     assert (bounds.length, bounds.low, bounds.high) == (4, -1.0, 3.0)
     assert chart_points([1.0, 3.0], bounds) == "0,75 250,50 500,0"

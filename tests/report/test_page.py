@@ -78,7 +78,7 @@ def test_every_token_tells_its_numbers(respond):
 def test_alternatives_are_rows_of_a_table_without_markup(heatmaps):
     titles = [title for _, title in _Tokens(heatmap_page(heatmaps, "t")).tokens]
     heading, *rows = titles[0].split("\n")[8:]
-    assert heading.split("\t") == ["likeliest here", "log π", "reward"]
+    assert heading.split("\t") == ["most likely here", "log π", "reward"]
     assert [row.split("\t") for row in rows[:3]] == [
         ["“ three”", f"{MINUS}0.250", "+0.300"],
         ['“<script>alert("x")</script>⟨U+202E⟩”', f"{MINUS}0.950", "+0.150"],
@@ -104,15 +104,15 @@ def test_colours_follow_the_rewards(respond):
 @pytest.mark.parametrize(
     ("chosen", "rejected", "words", "marked"),
     [
-        (1.0, -1.0, "The model prefers the <b>chosen</b> answer", 1),
-        (-900.0, 900.0, "The model prefers the <b>rejected</b> answer", 1),
-        (0.5, 0.5, "The model prefers <b>neither</b> answer", 0),
+        (1.0, -1.0, "The model prefers the <b>chosen</b> response", 1),
+        (-900.0, 900.0, "The model prefers the <b>rejected</b> response", 1),
+        (0.5, 0.5, "The model prefers <b>neither</b> response", 0),
     ],
 )
 def test_verdict(respond, chosen, rejected, words, marked):
     pair = [respond(["a"], [chosen], role="chosen"), respond(["b"], [rejected], role="rejected", truncated=True)]
     page = heatmap_page(pair, "t")
-    assert words in page and page.count('class="answer preferred"') == marked
+    assert words in page and page.count('class="response preferred"') == marked
     assert f"in {int(chosen > rejected)} of 1 pair." in page
     assert page.count(">truncated</span>") == 1 and "makes this approximate" in page
 
@@ -123,13 +123,13 @@ def test_probability_is_the_sigmoid_of_the_margin(respond):
     assert "margin +1.000, probability that chosen beats rejected 0.731" in page
 
 
-def test_the_running_sum_is_drawn_for_each_answer(respond):
+def test_the_running_sum_is_drawn_for_each_response(respond):
     page = heatmap_page([respond(["a", "b"], [1.0, -0.5]), respond(["c", "d"], [0.0, 0.5])], "t")
     assert re.findall(r'<polyline points="([^"]*)"', page) == ["0,100 500,0 1000,50", "0,100 500,100 1000,50"]
 
 
-def test_no_answers_and_not_a_number_still_make_a_page(respond):
-    assert "no answers to show" in heatmap_page([], "t")
+def test_no_responses_and_not_a_number_still_make_a_page(respond):
+    assert "no responses to show" in heatmap_page([], "t")
     page = heatmap_page([respond(["a", "b"], [float("nan"), 1.0])], "t")
     assert "reward: +nan" in unescape(page) and 'style="--l:#ffffff' in page
 

@@ -34,14 +34,14 @@ def test_coloured_output_has_legend_totals_and_verdict(respond):
     pair = [respond(["yes"], [0.75], role="chosen"), respond(["no"], [-0.5], role="rejected", truncated=True)]
     printed = _printed(pair, force_terminal=True, color_system="truecolor")
     assert "\x1b[38;2;" in printed
-    for words in ("+0.750", "-0.500", "truncated", "-0.75 ", " +0.75", "prefers the chosen answer (margin +1.250)"):
+    for words in ("+0.750", "-0.500", "truncated", "-0.75 ", " +0.75", "prefers the chosen response (margin +1.250)"):
         assert words in printed
     assert "lowest" not in printed
 
 
-def test_equal_answers_are_a_tie(respond):
+def test_equal_responses_are_a_tie(respond):
     pair = [respond(["a"], [0.5], role="chosen"), respond(["b"], [0.5], role="rejected")]
-    assert "prefers neither answer" in _printed(pair)
+    assert "prefers neither response" in _printed(pair)
 
 
 def test_without_colour_the_extreme_tokens_are_named(respond):

@@ -249,8 +249,8 @@ def sweep_run(
         One entry of "runs" in sweep.json.
     """
     decoders: dict[Setting, list[Sequence[Outcome]]] = {}  # samples of all seeds are one decoder
-    for setting, own in outcomes.items():
-        decoders.setdefault(replace(setting, seed=0), []).append(own)
+    for setting, measured in outcomes.items():
+        decoders.setdefault(replace(setting, seed=0), []).append(measured)
     wins = {decoder: _by_prompt(seeds, lambda outcome: outcome.win) for decoder, seeds in decoders.items()}
     beams = {decoder.width: decoder for decoder in decoders if decoder.decoder == "beam"}
     widths = sorted(beams)
@@ -413,7 +413,7 @@ def _try_model(
         model,
         beta,
         trials.score_trials(responses, prompts, policy, reference, beta=beta, batch_size=size, mesh=mesh),
-        {setting: trials.compare(own, prompts) for setting, own in responses.items()},
+        {setting: trials.compare(records, prompts) for setting, records in responses.items()},
         identity | {"reference": reference.identity(), "beta": beta, "data": examples_identity(dataset.examples)},
         rows_by_reason(dataset.dropped),
     )

@@ -44,7 +44,7 @@ def export(
         The files.
 
     Raises:
-        ValueError: If there is not one verdict a comparison.
+        ValueError: If there is not one verdict per comparison.
     """
     annotations = [
         {

@@ -11,8 +11,8 @@ from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.replies import Messages, Reply
 
 KEY = "OPENAI_API_KEY"  # the only place from which a key is taken; it is never stored
-_NO_KEY = "none"  # servers on one's own machine want no key, but the client wants some word
-_KEPT = "replies that came before are kept, so the same command goes on from there"
+_NO_KEY = "none"  # local servers need no key, but the client requires a string
+_KEPT = "earlier replies are kept, so the same command continues from there"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ChatServer:
     def parameters(self) -> dict[str, Any]:
         """Sampling parameters, by their names in the interface."""
         host = urlsplit(self.address).hostname or ""
-        # Newer models there refuse the old name, which is the one that all other servers know.
+        # OpenAI's newer models refuse the old name, which is the only one that other servers know.
         hosted = host.endswith((".openai.com", ".azure.com"))
         parameters = {"max_completion_tokens" if hosted else "max_tokens": self.max_tokens}
         return parameters if self.temperature is None else parameters | {"temperature": self.temperature}
@@ -92,27 +92,29 @@ class ChatServer:
 
         async def ask(messages: Messages) -> Reply:
             try:
-                found = await client.chat.completions.create(model=self.model, messages=list(messages), **parameters)
+                completion = await client.chat.completions.create(
+                    model=self.model, messages=list(messages), **parameters
+                )
             except openai.APIError as error:
                 raise self._sentence(error) from error
             except ValueError as error:  # it says that it sends JSON, and does not
                 raise self._no_interface(str(error)) from error
-            return self._read(found)
+            return self._read(completion)
 
         async with self._client() as client:
             yield ask
 
-    def _read(self, found: Any) -> Reply:
-        choices, usage = getattr(found, "choices", None), getattr(found, "usage", None)
+    def _read(self, completion: Any) -> Reply:
+        choices, usage = getattr(completion, "choices", None), getattr(completion, "usage", None)
         if choices is None:
-            raise self._no_interface(str(found))
+            raise self._no_interface(str(completion))
         text = choices[0].message.content if choices else None
         counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
         return Reply(text or "", *counts)
 
-    def _no_interface(self, found: str) -> InputError:
+    def _no_interface(self, reply: str) -> InputError:
         return InputError(
-            f"{self.address} does not answer as a chat interface (found: {found[:80]!r}); judge.base_url usually "
+            f"{self.address} does not answer as a chat interface (found: {reply[:80]!r}); judge.base_url usually "
             "ends in /v1"
         )
 
@@ -128,15 +130,15 @@ class ChatServer:
             )
         if not isinstance(error, openai.APIStatusError):
             return RuntimeError(f"{where}: {error}; {_KEPT}")
-        status, said = error.status_code, str(error.message)[:300]
+        status, message = error.status_code, str(error.message)[:300]
         if status in (401, 403):  # what the server says here may repeat a part of the key
             fix = f"set {KEY} to a key that it accepts" if os.environ.get(KEY) else f"set the variable {KEY}"
             return InputError(f"{where} refuses the key (status {status}); {fix}")
         if status in (408, 409, 429) or status >= 500:
-            return RuntimeError(f"{where} fails {tries} (status {status}): {said}; {_KEPT}")
+            return RuntimeError(f"{where} fails {tries} (status {status}): {message}; {_KEPT}")
         return InputError(
-            f"{where} refuses the request (status {status}): {said}; check judge.model {self.model!r}, judge.base_url "
-            "(usually ends in /v1), judge.temperature and judge.max_tokens"
+            f"{where} refuses the request (status {status}): {message}; check judge.model {self.model!r}, "
+            "judge.base_url (usually ends in /v1), judge.temperature and judge.max_tokens"
         )
 
 

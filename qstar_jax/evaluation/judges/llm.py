@@ -69,7 +69,7 @@ class LlmJudge:
         cache: Folder of kept replies; None keeps them in memory only.
         seed: Seed for the orders.
         both_orders: Ask in both orders; where the letters disagree on the response, it is a tie.
-        retries: Further calls for a reply that names no letter; each says what was wrong with the one before.
+        retries: Further calls for a reply that names no letter; each names the fault of the one before.
         concurrency: Calls in flight at once.
         budget: Prices and the limit.
         console: Where to show the estimate before calls are made, progress, and undecided comparisons; None: nowhere.

@@ -1,7 +1,7 @@
 """What a language model is asked when it judges, and how its reply is read.
 
 The built-in questions have the structure of the ones in the paper's appendix (TL;DR) and in the DPO paper (HH): first
-one sentence of comparison, then, on a line of its own, a letter.
+one sentence of comparison, then, on a new line, a letter.
 """
 
 import re
@@ -74,7 +74,7 @@ class Template:
         """Reads the letter out of a reply.
 
         Args:
-            reply: What the model said.
+            reply: The model's reply.
 
         Returns:
             The letter of the lines "label: letter", or else of a last line that is nothing but a letter. None where

@@ -14,11 +14,11 @@ Messages = Sequence[dict[str, str]]  # each with role and content
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said.
+    """The reply of a model.
 
     Args:
         text: Its words; maybe none.
-        tokens_in: Tokens of the question, as the server counts them; None where it does not say.
+        tokens_in: Tokens of the question, as the server counts them; None if it does not report them.
         tokens_out: The same of the reply.
     """
 
@@ -28,7 +28,7 @@ class Reply:
 
 
 def reply_key(model: str, address: str, messages: Messages, parameters: dict[str, Any], attempt: int) -> str:
-    """SHA-256 of all that decides what a model says.
+    """SHA-256 of everything that decides a model's reply.
 
     Args:
         model: Its name at the server.
@@ -75,7 +75,7 @@ class ReplyCache:
         return len(self._replies)
 
     def get(self, key: str) -> Reply | None:
-        """Returns the reply, if it is there."""
+        """Returns the reply, if it is kept."""
         return self._replies.get(key)
 
     def __enter__(self) -> "ReplyCache":
@@ -100,7 +100,7 @@ class ReplyCache:
         Args:
             key: See `reply_key`.
             reply: The reply.
-            model: Who said it, for people who read the file.
+            model: Its author, for people who read the file.
         """
         self._replies[key] = reply
         if self._file is None:

@@ -27,16 +27,14 @@ class RewardJudge:
         """See `base.Judge`.
 
         Raises:
-            ValueError: If `reward` does not return one number a pair.
+            ValueError: If `reward` does not return one number per pair.
         """
         pairs = list(dict.fromkeys((c.prompt, text) for c in comparisons for text in (c.answer, c.baseline)))
-        rewards = list(self.reward(pairs)) if pairs else []
-        if len(rewards) != len(pairs):
-            raise ValueError(f"{self.name}: {len(rewards)} rewards for {len(pairs)} answers; expected one each")
-        found = {
-            pair: math.nan if reward is None else float(reward) for pair, reward in zip(pairs, rewards, strict=True)
-        }
-        return [self._verdict(c, found[c.prompt, c.answer], found[c.prompt, c.baseline]) for c in comparisons]
+        values = list(self.reward(pairs)) if pairs else []
+        if len(values) != len(pairs):
+            raise ValueError(f"{self.name}: {len(values)} rewards for {len(pairs)} responses; expected one each")
+        rewards = {pair: math.nan if value is None else float(value) for pair, value in zip(pairs, values, strict=True)}
+        return [self._verdict(c, rewards[c.prompt, c.answer], rewards[c.prompt, c.baseline]) for c in comparisons]
 
     def _verdict(self, comparison: Comparison, answer: float, baseline: float) -> Verdict:
         scores = [None if math.isnan(score) else score for score in (answer, baseline)]

@@ -31,7 +31,7 @@ function contents(token) {
 }
 
 function chartOf(token) {
-  return token.closest(".answer").querySelector("figure");
+  return token.closest(".response").querySelector("figure");
 }
 
 function show(token) {

@@ -50,7 +50,7 @@ def test_ties_and_rewards_that_are_no_numbers(rewards, tolerance, win):
 
 
 def test_a_reward_that_is_not_one_a_pair_is_refused():
-    with pytest.raises(ValueError, match="3 rewards for 2 answers"):
+    with pytest.raises(ValueError, match="3 rewards for 2 responses"):
         RewardJudge("given", lambda pairs: [1, 2, 3])([Comparison(0, "p", "a", "b")])
 
 
