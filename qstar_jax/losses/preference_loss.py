@@ -51,7 +51,7 @@ class PreferenceLoss:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether anything that it reads comes from a reference model."""
+        """Whether any array that it reads comes from a reference model."""
         return bool(self.arrays & {"log_ratios", "ref_logp", "kl"})
 
     @property
@@ -62,12 +62,12 @@ class PreferenceLoss:
 
     @property
     def _main(self) -> int:
-        """The term that speaks for all: the first that compares with the reference, otherwise the first."""
+        """The term that provides `beta` and the metrics: the first with a reference, otherwise the first."""
         return next((i for i, term in enumerate(self.terms) if has_reference(term)), 0)
 
     @property
     def beta(self) -> float | None:
-        """Temperature of the implicit reward: that of the first loss with a reference, None where no loss has one."""
+        """Temperature of the implicit reward: that of the first loss with a reference; None if no loss has one."""
         return self.options[self._main].get("beta") if self.uses_reference else None
 
     @property
@@ -107,9 +107,10 @@ class PreferenceLoss:
             The loss, shape [...], and the metrics of the first term with a reference (or of the first).
 
         Raises:
-            TypeError: If arrays are missing, or given and not used.
+            TypeError: If arrays are missing, or are given and not read.
             ValueError: If a loss reads a reference, and the scores have none.
         """
+        # What is not in the scores must be given, and read by some term.
         optional = {name for term in self.terms for name in optional_arrays(term)}
         if not self.extra_arrays <= arrays.keys() <= self.extra_arrays | optional:
             name, needs = " + ".join(self.terms), sorted(self.extra_arrays)
@@ -117,6 +118,7 @@ class PreferenceLoss:
         arrays |= {"mask": scores.mask, "labels": labels}
         if labels is None:
             arrays["labels"] = jnp.broadcast_to(jnp.arange(scores.mask.shape[-2]) == 0, scores.mask.shape[:-1])
+        # The weighted sum of the terms; losses of single responses are averaged over the responses.
         total, records = 0.0, []
         for name, weight, options in zip(self.terms, self.weights, self.options, strict=True):
             loss, metrics = LOSSES[name](**self._read(name, scores, arrays), **_bind_divergence(options))
@@ -124,12 +126,13 @@ class PreferenceLoss:
                 loss = loss.mean(-1)
             total = total + weight * loss
             records.append(metrics)
+        # WPO weights whole pairs.
         if self.wpo:
             total = total * wpo_weights(scores.logp, scores.mask, arrays["log_sum_sq"])
         return total, records[self._main]
 
     def _read(self, name: str, scores: TokenScores, arrays: dict[str, Array]) -> dict[str, Array]:
-        """The arguments of one term, tokens beyond the shorter response weighted where `ld_alpha` asks for it."""
+        """Collects the arrays that one term reads, weighted beyond the shorter response if there is an `ld_alpha`."""
         needed = needed_arrays(name)
         read = {array: arrays[array] for array in (*needed, *optional_arrays(name)) if array in arrays}
         read |= {array: scores.require(array) for array in ("logp", "ref_logp") if array in needed}

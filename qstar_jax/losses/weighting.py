@@ -28,6 +28,7 @@ def desensitize_length(
         Liu et al., "Length desensitization in direct preference optimization", arXiv 2409.06411.
     """
     chex.assert_equal_shape([values, mask])
+    # Tokens that both responses have keep their weight.
     shared = mask.sum(-1).min(-1)[..., None, None]
     weights = jnp.where(jnp.cumsum(mask, axis=-1) <= shared, 1.0, ld_alpha).astype(values.dtype)
     return weights * jnp.where(mask, values, 0.0)
