@@ -96,13 +96,6 @@ class DecodePlan:
 def interpret(options: DecodeOptions, pairs: int = 0) -> DecodePlan:
     """Interprets a block, and refuses what has no meaning or would have no effect, before anything is loaded.
 
-    Args:
-        options: The block.
-        pairs: How many pairs of models guide the policy.
-
-    Returns:
-        What it means.
-
     Raises:
         InputError: If an option is refused; the message begins with "decode: ".
     """

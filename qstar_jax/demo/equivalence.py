@@ -150,10 +150,6 @@ def random_problems(count: int, *, vocabulary: int = 4, depth: int = 4, beta: fl
 def compare_beams(problems: Problems, beams: int) -> list[Comparison]:
     """Compares beam searches: all their responses, in order.
 
-    Args:
-        problems: MDPs.
-        beams: Width of the searches.
-
     Returns:
         The whole objective, its parts, and the whole one with a length penalty.
     """
@@ -175,11 +171,6 @@ def compare_beams(problems: Problems, beams: int) -> list[Comparison]:
 def compare_trees(problems: Problems, policy: Literal["puct", "gumbel"], simulations: int) -> list[Comparison]:
     """Compares tree searches: all nodes, visits and responses.
 
-    Args:
-        problems: MDPs.
-        policy: Rule of selection.
-        simulations: Simulations of each.
-
     Returns:
         The whole objective, its parts, and implicit reward with its price, which is another way to write beta * log pi.
     """
@@ -200,13 +191,7 @@ def compare_trees(problems: Problems, policy: Literal["puct", "gumbel"], simulat
 
 
 def compare(problems: Problems, *, beams: Sequence[int] = (1, 2, 4, 8), simulations: int = 64) -> list[Comparison]:
-    """Makes all comparisons.
-
-    Args:
-        problems: MDPs.
-        beams: Widths of beam searches.
-        simulations: Simulations of tree searches.
-    """
+    """Makes all comparisons."""
     rows = [row for width in beams for row in compare_beams(problems, width)]
     return rows + [row for policy in ("puct", "gumbel") for row in compare_trees(problems, policy, simulations)]
 

@@ -22,9 +22,6 @@ SHOWN = {0: ("o", "tab:gray"), 8: ("^", "tab:orange"), 120: ("x", "tab:blue")}  
 def fit(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Draws a reward and a reference, and learns the reward back from labels of whole responses.
 
-    Args:
-        seed: Of reward and reference.
-
     Returns:
         True advantages r + V*(s') - V*(s), [S, V]; learned ones beta log(pi / pi_ref) before each step, [K, S, V]; what
         DPO's loss exceeds its minimum by, in nats, [K]; and the root mean square Bellman residual, in reward, [K].
@@ -53,9 +50,6 @@ def draw(true: np.ndarray, learned: np.ndarray, excess: np.ndarray, residual: np
         learned: Learned advantages before each step. Shape [K, S, V].
         excess: Loss above its minimum, in nats. Shape [K].
         residual: Bellman residual, in reward. Shape [K].
-
-    Returns:
-        The figure.
     """
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)

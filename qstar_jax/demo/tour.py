@@ -62,10 +62,6 @@ MAX_NEW_TOKENS = 40
 def run(config: DemoConfig, console: Console) -> dict:
     """Runs the tour and writes report.html, summary.json, metrics.jsonl, the figures and all runs.
 
-    Args:
-        config: Folder, seed, and whether to pretrain first.
-        console: Where to show it.
-
     Returns:
         The summary that is also written to summary.json.
     """

@@ -63,9 +63,6 @@ def mean_interval(values: Float[np.ndarray, " N"], *, seed: int = 0) -> Interval
     Args:
         values: One value per prompt; NaN where a prompt has none. Paired differences give the interval of a difference.
         seed: See `bootstrap`.
-
-    Returns:
-        The mean and its range.
     """
     finite = np.isfinite(values)
     filled = np.where(finite, values, 0.0)

@@ -61,9 +61,6 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
         config: The run of `qstar score`.
         console: Where to show what was read, and progress.
 
-    Returns:
-        What was scored.
-
     Raises:
         InputError: If the file, the model or its reference cannot be used.
     """

@@ -123,9 +123,6 @@ def unscored_line(row: int, reason: str) -> dict[str, Any]:
 def read_scores(path: Path) -> list[ScoredResponse]:
     """Reads the responses of scores.jsonl, without rows that have no score.
 
-    Args:
-        path: The file.
-
     Returns:
         One record per response, in file order.
     """
@@ -136,9 +133,6 @@ def read_scores(path: Path) -> list[ScoredResponse]:
 
 def by_row(responses: Iterable[ScoredResponse]) -> list[list[ScoredResponse]]:
     """Groups responses by prompt.
-
-    Args:
-        responses: Responses in any order.
 
     Returns:
         One list per row, rows and responses in the order in which they came.
@@ -151,9 +145,6 @@ def by_row(responses: Iterable[ScoredResponse]) -> list[list[ScoredResponse]]:
 
 def pair_margin(responses: Sequence[ScoredResponse]) -> float | None:
     """Computes by how much the model prefers the chosen response of a row.
-
-    Args:
-        responses: The responses of one row.
 
     Returns:
         Total reward of the chosen minus that of the rejected response; None if the row is not such a pair.
@@ -179,10 +170,6 @@ def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
     windows are decoded: a token alone would lose its leading space in some tokenizers, and decoding every prefix would
     take quadratic time.
 
-    Args:
-        ids: Token ids of one response.
-        tokenizer: The tokenizer that they belong to.
-
     Returns:
         One piece per id; joined, they are exactly the decoded text.
     """
@@ -205,10 +192,6 @@ def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
 
 def lone_piece(token_id: int, tokenizer: Tokenizer) -> str:
     """Finds the text of a token on its own, with its leading space.
-
-    Args:
-        token_id: The token.
-        tokenizer: The tokenizer that it belongs to.
 
     Returns:
         Its text after another token, here itself: some tokenizers strip the space from the first token of a text.

@@ -102,9 +102,6 @@ def open_generations(config: SweepConfig, model: str, options: DecodeOptions, fo
         options: How to decode.
         folder: Holds, or gets, generations.jsonl as `qstar generate` writes it.
 
-    Returns:
-        The file.
-
     Raises:
         InputError: If it holds responses that were made with other settings.
     """

@@ -39,9 +39,6 @@ def chart_bounds(series: Sequence[Sequence[float]]) -> Bounds:
 
     Args:
         series: Running sums of each response; values that are not finite are skipped.
-
-    Returns:
-        The common frame.
     """
     values = [value for line in series for value in line if math.isfinite(value)]
     return Bounds(max(map(len, series), default=0), min([0.0, *values]), max([0.0, *values]))

@@ -70,9 +70,6 @@ def reward_colour(reward: float, scale: float, ramp: Ramp) -> str:
         reward: Token reward (nats).
         scale: Reward of the full colour, from `reward_scale`.
         ramp: `LIGHT`, `DARK` or `TERMINAL`.
-
-    Returns:
-        The colour as "#rrggbb".
     """
     place = strength(reward, scale)
     stops = ramp.negative if place < 0 else ramp.positive
@@ -87,9 +84,6 @@ def reward_colour(reward: float, scale: float, ramp: Ramp) -> str:
 def text_colour(background: str) -> str:
     """Chooses near-black or white text, whichever is easier to read.
 
-    Args:
-        background: Colour behind the text, "#rrggbb".
-
     Returns:
         The colour with the higher contrast (WCAG 2) to the background.
     """
@@ -98,10 +92,6 @@ def text_colour(background: str) -> str:
 
 def contrast(one: str, other: str) -> float:
     """Measures how well one colour stands out from another.
-
-    Args:
-        one: Colour, "#rrggbb".
-        other: Colour, "#rrggbb".
 
     Returns:
         The contrast ratio of WCAG 2, from 1 to 21; body text should have 4.5.

@@ -26,9 +26,6 @@ def draw_curves(metrics: dict[str, tuple[list[int], list[float]]]) -> Figure:
 
     Args:
         metrics: See `read_metrics`.
-
-    Returns:
-        The figure.
     """
     panels = {
         title: [curve for curve in curves if curve[0] in metrics or f"eval_{curve[0]}" in metrics]
@@ -56,14 +53,7 @@ def draw_curves(metrics: dict[str, tuple[list[int], list[float]]]) -> Figure:
 
 
 def write_curves(run: Path) -> Path:
-    """Draws a run's curves into its folder.
-
-    Args:
-        run: Folder of the run.
-
-    Returns:
-        The PNG file.
-    """
+    """Draws a run's curves into its folder."""
     path = run / "curves.png"
     draw_curves(read_metrics(run)).savefig(path, dpi=110)
     return path

@@ -29,13 +29,6 @@ def insights_page(
 ) -> str:
     """Draws a section for each insight that has a finding or a record.
 
-    Args:
-        findings: What was found.
-        records: What was measured.
-        heatmaps: Responses to show token by token.
-        title: Heading of the page.
-        notes: Paragraphs under it.
-
     Returns:
         A whole HTML document that works from a file, offline, and without scripts (then with plain tooltips).
 

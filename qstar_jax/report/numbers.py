@@ -9,10 +9,6 @@ NONE = "\N{EN DASH}"  # what was not measured
 def decimal(value: float, digits: int = 2) -> str:
     """Writes a number without a plus.
 
-    Args:
-        value: Number to show.
-        digits: Digits after the point.
-
     Returns:
         For example "0.04".
     """
@@ -21,10 +17,6 @@ def decimal(value: float, digits: int = 2) -> str:
 
 def signed(value: float, digits: int = 3) -> str:
     """Writes a number with its sign.
-
-    Args:
-        value: Number to show.
-        digits: Digits after the point.
 
     Returns:
         For example "+0.043".

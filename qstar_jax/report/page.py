@@ -37,9 +37,6 @@ def heatmap_page(responses: Sequence[ScoredResponse], title: str, notes: Sequenc
 def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
     """Prepares responses for the macros of `_heatmaps.html.j2`.
 
-    Args:
-        responses: Responses to show on one colour scale.
-
     Returns:
         Texts, colours and points of lines, as plain values.
     """

@@ -6,15 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills a template of this package.
-
-    Args:
-        template: Its name.
-        **values: What it shows.
-
-    Returns:
-        The HTML document.
-    """
+    """Fills a template of this package."""
     environment = Environment(
         loader=PackageLoader("qstar_jax.report"),
         autoescape=True,

@@ -27,14 +27,6 @@ _STATES = {True: ("reproduced", "green"), False: ("not reproduced", "red"), None
 def write_report(config: ReportConfig, console: Console, **more: Any) -> dict[str, Any]:
     """Writes report.html, summary.json and the figures as PNG, and prints the findings.
 
-    Args:
-        config: Folders of the measurements.
-        console: Where to print.
-        **more: Further entries of summary.json.
-
-    Returns:
-        What summary.json holds.
-
     Raises:
         InputError: If no folder is named, or one does not hold what it should.
     """

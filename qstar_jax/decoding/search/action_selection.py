@@ -90,12 +90,7 @@ def gumbel_interior(node: Node, *, value_scale: ScalarLike, visit_init: ScalarLi
 
 
 def halving_schedule(considered: int, simulations: int) -> tuple[int, ...]:
-    """Visits of an action under consideration at each simulation.
-
-    Args:
-        considered: Actions considered at the beginning.
-        simulations: Number of simulations.
-    """
+    """Visits of an action under consideration at each simulation."""
     if considered <= 1:
         return tuple(range(simulations))
     rounds = math.ceil(math.log2(considered))

@@ -95,10 +95,6 @@ def _plain(options: BeamOptions) -> BeamOptions:
 def check_objective(options: BeamOptions, objective: Objective):
     """Refuses options that have no meaning under an objective.
 
-    Args:
-        options: Options of a search.
-        objective: What it adds up.
-
     Raises:
         ValueError: If they do not go together.
     """

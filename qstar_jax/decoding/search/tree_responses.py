@@ -13,11 +13,6 @@ from qstar_jax.decoding.search.tree import COMPLETE, DEAD_END, Tree
 def complete_responses(tree: Tree, count: int, eos_ids: tuple[int, ...]) -> Partial:
     """Ranks the responses whose end was visited.
 
-    Args:
-        tree: Trees.
-        count: Number of responses, K.
-        eos_ids: Tokens that end a response.
-
     Returns:
         The K best, best first; those that do not exist come last.
     """

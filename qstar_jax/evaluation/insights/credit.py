@@ -134,9 +134,6 @@ def measure_credit(scored: ScoredFile) -> Credit:
     Args:
         scored: What `qstar score` has scored.
 
-    Returns:
-        The measurements.
-
     Raises:
         InputError: If the marks do not fit the responses.
     """

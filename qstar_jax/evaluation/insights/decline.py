@@ -104,12 +104,6 @@ def _describe(run: DeclineRun) -> str:
 def measure_decline(config: DeclineConfig) -> Decline:
     """Reads how rewards moved in one run or two, and writes decline.json.
 
-    Args:
-        config: The runs.
-
-    Returns:
-        The measurements.
-
     Raises:
         InputError: If no run is named, or one cannot be used.
     """
@@ -124,10 +118,6 @@ def measure_decline(config: DeclineConfig) -> Decline:
 
 def decline_run(name: str, folder: Path) -> DeclineRun:
     """Reads how rewards moved in a run.
-
-    Args:
-        name: Name of the run in figures.
-        folder: Folder of a DPO run.
 
     Returns:
         Its curves, of held-out pairs if the run was evaluated on some.

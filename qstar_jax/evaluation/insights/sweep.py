@@ -209,9 +209,6 @@ class Outcome:
 def settings(config: SweepConfig) -> list[Setting]:
     """Lists the ways to decode that a sweep compares.
 
-    Args:
-        config: The sweep.
-
     Returns:
         Samples of each seed, greedy, and each width.
 
@@ -295,13 +292,6 @@ def _interval(values: np.ndarray) -> Interval | None:
 
 def measure_sweep(config: SweepConfig, console: Console) -> Sweep:
     """Decodes with every width, judges the responses, and writes comparisons.jsonl and sweep.json.
-
-    Args:
-        config: The sweep.
-        console: Where to show progress.
-
-    Returns:
-        The measurements.
 
     Raises:
         InputError: If something that is named cannot be used.

@@ -40,9 +40,6 @@ def export(
         baseline: Name of the one that it is compared with.
         annotator: Name of the judge.
 
-    Returns:
-        The files.
-
     Raises:
         ValueError: If there is not one verdict per comparison.
     """
@@ -72,9 +69,6 @@ def export(
 
 def read_annotations(path: Path) -> tuple[list[Comparison], list[Verdict]]:
     """Reads annotations.json, ours or AlpacaEval's.
-
-    Args:
-        path: The file.
 
     Returns:
         Comparisons of output_2 with output_1, and verdicts. A preference between 1 and 2 (AlpacaEval has weighted ones)

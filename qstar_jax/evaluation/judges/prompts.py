@@ -73,9 +73,6 @@ class Template:
     def parse(self, reply: str) -> Literal["A", "B"] | None:
         """Reads the letter out of a reply.
 
-        Args:
-            reply: The model's reply.
-
         Returns:
             The letter of the lines "label: letter", or else of a last line that is nothing but a letter. None where
             there is no such line, or they contradict each other. The letter must end its line: "Preferred: A or B" and
@@ -104,9 +101,6 @@ def load_template(name: str) -> Template:
 
     Args:
         name: `tldr`, `hh`, or the path of a text file with {prompt}, {a} and {b}.
-
-    Returns:
-        The template.
 
     Raises:
         InputError: If there is no such file, or a field is missing in it.

@@ -24,9 +24,6 @@ def write_figure(record: Record, out: Path) -> Path:
     Args:
         record: The record.
         out: Folder of the PNG file, made if it is missing.
-
-    Returns:
-        The file.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{record.NAME}.png"
@@ -35,13 +32,7 @@ def write_figure(record: Record, out: Path) -> Path:
 
 
 def show(record: Record, out: Path, console: Console):
-    """Prints a record that was written to a folder, and draws its figure there.
-
-    Args:
-        record: The record.
-        out: The folder.
-        console: Where to print.
-    """
+    """Prints a record that was written to a folder, and draws its figure there."""
     view_of(record).print(record, console)
     figure = write_figure(record, out)
     say(console, f"{record.NAME}: {out / f'{record.NAME}.json'}, {figure}")

@@ -14,14 +14,7 @@ from qstar_jax.report.tables import Table, cell, print_table
 
 
 def panels(credit: Credit) -> list[Panel]:
-    """Shows each detector on each kind of error, and the gains of the rewards over the other detectors.
-
-    Args:
-        credit: The record.
-
-    Returns:
-        One or two panels.
-    """
+    """Shows each detector on each kind of error, and the gains of the rewards over the other detectors."""
     groups = {name: kind.detectors for name, kind in _kinds(credit).items()}
     draw = partial(draw_dots, groups=groups, series=_detectors(credit), label="AUC", line=0.5, line_label="chance")
     words = "; ".join(f"{name} {with_interval(interval)}" for name, interval in credit.detectors.items())
@@ -42,9 +35,6 @@ def tables(credit: Credit, *, brief: bool = False) -> list[Table]:
     Args:
         credit: The record.
         brief: Leave out the intervals of all detectors but the first, for narrow terminals.
-
-    Returns:
-        One or two tables.
     """
     names = _detectors(credit)
     rows = [

@@ -28,9 +28,6 @@ _STEPS, _TERMINAL_STEPS = 12, 6  # steps of a table at most
 def panels(decline: Decline) -> list[Panel]:
     """Shows the rewards of each run over its steps, all runs on one scale.
 
-    Args:
-        decline: The record.
-
     Returns:
         One panel per run.
     """

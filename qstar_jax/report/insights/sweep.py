@@ -31,9 +31,6 @@ _DODGE = 0.13  # between the points of two runs
 def panels(sweep: Sweep) -> list[Panel]:
     """Shows each measure over the width of the beam, and the differences of win rates; one curve per run.
 
-    Args:
-        sweep: The record.
-
     Returns:
         One panel for each measure that any point has, and one for differences.
     """
@@ -135,9 +132,6 @@ def tables(sweep: Sweep, *, brief: bool = False) -> list[Table]:
         sweep: The record.
         brief: Leave out the intervals of all measures but the win rate, and list differences in one column, for narrow
             terminals.
-
-    Returns:
-        The tables.
     """
     measures = _measured(sweep)
     heads = [name.replace("_", " ").replace("logp", "log π") for name in measures]
