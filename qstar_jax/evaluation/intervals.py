@@ -24,11 +24,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def above_zero(self) -> bool:
-        """Whether all of it is above 0."""
-        return self.low > 0
-
     def __format__(self, spec: str) -> str:
         """Formats all three numbers: with ".2f", for example "0.84 [0.81, 0.87]"."""
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"

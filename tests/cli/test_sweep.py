@@ -6,7 +6,6 @@ import yaml
 
 from qstar_jax.cli.main import main
 from qstar_jax.decoding.generations_file import read_generations
-from qstar_jax.evaluation.judges.alpaca_eval import read_annotations
 
 pytestmark = pytest.mark.usefixtures("one_device_only")
 
@@ -67,10 +66,11 @@ def test_wider_beams_find_answers_that_are_at_least_as_likely(swept):
 
 def test_verdicts_are_exported_for_alpaca_eval(swept, dpo_run):
     out, _ = swept
-    comparisons, verdicts = read_annotations(out / "alpaca_eval" / dpo_run.name / "beams-3" / "annotations.json")
+    path = out / "alpaca_eval" / dpo_run.name / "beams-3" / "annotations.json"
+    preferences = [annotation["preference"] for annotation in json.loads(path.read_text(encoding="utf-8"))]
     point = next(p for p in record(out)["runs"][0]["points"] if p["width"] == 3)
-    assert len(comparisons) == record(out)["prompts"]
-    assert sum(v.win for v in verdicts) / len(verdicts) == pytest.approx(point["win_rate"]["mean"])
+    assert len(preferences) == record(out)["prompts"]
+    assert sum(preferences) / len(preferences) - 1 == pytest.approx(point["win_rate"]["mean"])
 
 
 def test_what_was_answered_is_not_answered_again(swept, monkeypatch, dpo_run):

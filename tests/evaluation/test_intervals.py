@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qstar_jax.evaluation.intervals import auc, bootstrap, mean_interval
+from qstar_jax.evaluation.intervals import auc, mean_interval
 
 
 def test_area_is_that_of_mann_and_whitney():
@@ -51,8 +51,3 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(4)
     found = [mean_interval(rng.normal(size=60), seed=seed) for seed in range(200)]
     assert 0.88 <= np.mean([interval.low <= 0 <= interval.high for interval in found]) <= 0.99
-
-
-def test_above_zero():
-    assert bootstrap(lambda weights: weights @ np.array([1.0, 2.0]) / weights.sum(1), 2).above_zero
-    assert not mean_interval(np.array([-1.0, 1.0])).above_zero

@@ -12,13 +12,10 @@ References:
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.base import Comparison, Verdict
 
 MODEL, REFERENCE, ANNOTATIONS = "model_outputs.json", "reference_outputs.json", "annotations.json"
-_KEYS = ("instruction", "output_1", "output_2", "preference")
 
 
 def export(
@@ -33,11 +30,11 @@ def export(
     """Writes model_outputs.json, reference_outputs.json and annotations.json.
 
     Args:
-        folder: Made where it is missing.
+        folder: Created if it does not exist.
         comparisons: What was judged.
-        verdicts: One each.
-        generator: Name of the model on trial.
-        baseline: Name of the one that it is compared with.
+        verdicts: One per comparison.
+        generator: Name of the evaluated model.
+        baseline: Name of the model it is compared with.
         annotator: Name of the judge.
 
     Raises:
@@ -65,41 +62,3 @@ def export(
         written.append(folder / name)
         written[-1].write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return written
-
-
-def read_annotations(path: Path) -> tuple[list[Comparison], list[Verdict]]:
-    """Reads annotations.json, ours or AlpacaEval's.
-
-    Returns:
-        Comparisons of output_2 with output_1, and verdicts. A preference between 1 and 2 (AlpacaEval has weighted ones)
-        gives a `win` between 0 and 1; 0, its older sign for a tie, gives 0.5.
-
-    Raises:
-        InputError: If it is not such a file.
-    """
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(records, list):
-        raise InputError(f"{path}: expected a list of annotations, found a {type(records).__name__}")
-    comparisons, verdicts = [], []
-    for row, record in enumerate(records):
-        where = f"{path} entry {row + 1}"
-        missing = [key for key in _KEYS if not isinstance(record, dict) or key not in record]
-        if missing:
-            raise InputError(f"{where}: no key {missing[0]!r}; expected {', '.join(_KEYS)}")
-        texts = record["instruction"], record["output_2"], record["output_1"]
-        comparisons.append(Comparison(record.get("row", row), *texts))
-        verdicts.append(Verdict(_win(record["preference"], where), note=record.get("note", "")))
-    return comparisons, verdicts
-
-
-def _win(preference: Any, where: str) -> float | None:
-    if preference is None or preference != preference:
-        return None
-    if preference == 0:
-        return 0.5
-    if not isinstance(preference, int | float) or not 1 <= preference <= 2:
-        raise InputError(f"{where}: preference {preference!r}; expected a number from 1 to 2, 0 or null")
-    return preference - 1.0

@@ -1,10 +1,7 @@
 import json
 
-import pytest
-
-from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges import Comparison, Verdict, win_rate
-from qstar_jax.evaluation.judges.alpaca_eval import export, read_annotations
+from qstar_jax.evaluation.judges.alpaca_eval import export
 
 COMPARISONS = [Comparison(row, f"ask {row}", f"model é {row}", f"base {row}") for row in (3, 4, 7, 9)]
 VERDICTS = [Verdict(1.0, note="clear"), Verdict(0.5), Verdict(0.0), Verdict(None, note="undecided")]
@@ -31,39 +28,8 @@ def test_the_format(tmp_path):
     assert [record["preference"] for record in annotations] == [2.0, 1.5, 1.0, None]
 
 
-def test_it_is_read_back(tmp_path):
-    comparisons, verdicts = read_annotations(export(tmp_path, COMPARISONS, VERDICTS, **NAMES)[-1])
-    assert (comparisons, verdicts) == (COMPARISONS, VERDICTS)
-
-
 def test_the_win_rate_is_the_one_of_the_files_alone(tmp_path):
     path = export(tmp_path, COMPARISONS, VERDICTS, **NAMES)[-1]
     preferences = [record["preference"] for record in json.loads(path.read_text(encoding="utf-8"))]
     decided = [preference - 1 for preference in preferences if preference is not None]
-    assert sum(decided) / len(decided) == win_rate(read_annotations(path)[1]).rate == 0.5
-
-
-def test_what_others_write(tmp_path):
-    path = tmp_path / "annotations.json"
-    common = {"instruction": "i", "output_1": "b", "output_2": "a"}
-    path.write_text(json.dumps([common | {"preference": p} for p in (1.25, 0, 2, None)]).replace("null", "NaN"))
-    comparisons, verdicts = read_annotations(path)
-    assert [verdict.win for verdict in verdicts] == [0.25, 0.5, 1.0, None]
-    assert comparisons[1] == Comparison(1, "i", "a", "b")
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("{", "not a readable JSON file"),
-        ("{}", "expected a list of annotations, found a dict"),
-        ('[{"instruction": "i"}]', "entry 1: no key 'output_1'"),
-        ("[1]", "entry 1: no key"),
-        ('[{"instruction": "i", "output_1": "", "output_2": "", "preference": 3}]', "preference 3; expected a number"),
-    ],
-)
-def test_other_files(text, match, tmp_path):
-    path = tmp_path / "annotations.json"
-    path.write_text(text)
-    with pytest.raises(InputError, match=match):
-        read_annotations(path)
+    assert sum(decided) / len(decided) == win_rate(VERDICTS).rate == 0.5
