@@ -1,12 +1,12 @@
-"""Is search for reward the same as search for likelihood? Measured on random token MDPs, where all optima are known.
+"""Tests whether search for reward equals search for likelihood, on random token MDPs with known optima.
 
-With token rewards r + beta * log pi_ref and leaf values V*, every path's sum is beta * log pi* plus the constant
-V*(s_0) (Eq. 13). So beams are the same, response for response, and search trees, node for node; a node's value differs
-by V* of its state. Leave out one part of that objective, or divide sums by lengths, and they are not.
+With token rewards r + beta * log pi_ref and leaf values V*, the sum along every path is beta * log pi* plus the
+constant V*(s_0) (Eq. 13). So beams agree response by response, and search trees node by node, with node values shifted
+by V* of their states. Without one part of that objective, or with sums divided by lengths, they do not.
 
     python -m qstar_jax.demo.equivalence --mdps 200
 
-prints how often they agree, and exits with 1 if that is not what theory says.
+prints how often they agree, and exits with 1 if theory predicts otherwise.
 """
 
 import sys
@@ -33,13 +33,13 @@ from qstar_jax.decoding.search.mcts_options import MctsOptions
 from qstar_jax.decoding.search.tree import Tree
 from qstar_jax.decoding.token_tree import TreePolicy
 
-TOLERANCE = 1e-10  # of sums of float64, in reward
+TOLERANCE = 1e-10  # for sums in float64, in reward
 LENGTH_PENALTY = 1.0
 
 
 @dataclass(frozen=True)
 class Problems:
-    """B token MDPs on one tree, and what is optimal in them; float64.
+    """B token MDPs on one tree with their solutions, in float64.
 
     Attributes:
         tree: The tree.
@@ -59,21 +59,21 @@ class Problems:
 
     @property
     def next_values(self) -> Float[Array, "B S V"]:
-        """V* of where each token leads; 0 behind an end."""
+        """V* of the state after each token; 0 after the end."""
         return jnp.pad(self.values, ((0, 0), (0, 1)))[:, self.tree.children]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How often a search under some objective does what the same search for likelihood does.
+    """How often a search under some objective agrees with the same search for likelihood.
 
     Attributes:
         search: The search.
         objective: The objective.
-        agree: MDPs in which all responses, or all nodes of the trees, are the same.
-        total: All MDPs.
-        equal: Whether theory says that they agree in all.
-        error: Largest difference between found and predicted constants, in reward; None where none is predicted.
+        agree: Number of MDPs in which all responses, or all nodes of the trees, are equal.
+        total: Number of MDPs.
+        equal: Whether theory predicts agreement in all of them.
+        error: Largest deviation from the predicted constants, in reward; None if none is predicted.
     """
 
     search: str
@@ -85,7 +85,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether this is what theory says: agreement everywhere and the right constants, or not everywhere."""
+        """Whether theory holds: agreement everywhere with the right constants, or disagreement somewhere."""
         if not self.equal:
             return self.agree < self.total
         return self.agree == self.total and (self.error is None or self.error <= TOLERANCE)
@@ -93,11 +93,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class WithPolicy:
-    """An objective of tables, beside the policy whose log-probabilities are reported and serve as priors.
+    """An objective over tables, with a policy whose log-probabilities are reported and serve as priors.
 
     Attributes:
         objective: Reads all members of the ensemble but the first, which is the policy.
-        comparable_across_lengths: Lets beam search divide its sums by lengths, to show what comes of it.
+        comparable_across_lengths: Lets beam search divide its sums by lengths, to show the effect.
     """
 
     objective: Objective
@@ -112,7 +112,7 @@ class WithPolicy:
 
 @dataclass(frozen=True)
 class _Variant:
-    """Tables of `TableReward` (rewards, log pi_ref, V), the value of the root, and whether theory says "equal"."""
+    """Tables for `TableReward` (rewards, log pi_ref, V), the value of the root, and whether they should be equal."""
 
     tables: tuple[Array, Array, Array]
     root: Array
@@ -120,17 +120,16 @@ class _Variant:
 
 
 def random_problems(count: int, *, vocabulary: int = 4, depth: int = 4, beta: float = 0.5, seed: int = 0) -> Problems:
-    """Draws MDPs whose last token is EOS, and solves them. Call it with float64 enabled.
+    """Draws and solves random MDPs whose last token is EOS; call it with float64 enabled.
 
-    Only the ratio of rewards to beta matters, so it is the size of rewards that is drawn: standard deviations from 0.3
-    to 3.
+    Only the ratio of rewards to beta matters, so only the scale of rewards varies: standard deviations of 0.3 to 3.
 
     Args:
-        count: How many, B.
-        vocabulary: V, in tokens.
-        depth: T, the longest response, in tokens.
+        count: Number of MDPs, B.
+        vocabulary: Number of tokens, V.
+        depth: Maximum number of tokens of a response, T.
         beta: Temperature: reward per nat.
-        seed: Of everything that is drawn.
+        seed: Random seed.
     """
     tree = tabular.TokenTree(vocabulary, depth, eos=vocabulary - 1)
     rng = np.random.default_rng(seed)
@@ -148,31 +147,32 @@ def random_problems(count: int, *, vocabulary: int = 4, depth: int = 4, beta: fl
 
 
 def compare_beams(problems: Problems, beams: int) -> list[Comparison]:
-    """Compares beam searches: all their responses, in order.
+    """Compares beam searches by all their responses, in order.
 
     Returns:
-        The whole objective, its parts, and the whole one with a length penalty.
+        Comparisons for the whole objective, its parts, and the whole objective with a length penalty.
     """
     likelihood = _beams(problems, beams, None)
     search = f"{beams} beam{'s' if beams > 1 else ''}"
     rows = []
     for name, variant in _variants(problems):
-        found = _beams(problems, beams, variant)
+        # Scores should differ by the value of the root.
+        responses = _beams(problems, beams, variant)
         error = None
         if variant.equal:
-            shift = found.score - problems.beta * likelihood.score
-            error = _largest(shift - np.asarray(variant.root)[:, None], found.finish > 0)
-        rows.append(_comparison(search, name, _same_answers(likelihood, found), variant.equal, error))
+            shift = responses.score - problems.beta * likelihood.score
+            error = _largest(shift - np.asarray(variant.root)[:, None], responses.finish > 0)
+        rows.append(_comparison(search, name, _same_responses(likelihood, responses), variant.equal, error))
     name, whole = next(_variants(problems))
     both = [_beams(problems, beams, variant, LENGTH_PENALTY) for variant in (None, whole)]
-    return [*rows, _comparison(search, f"{name}, over lengths", _same_answers(*both), False)]
+    return [*rows, _comparison(search, f"{name}, over lengths", _same_responses(*both), False)]
 
 
 def compare_trees(problems: Problems, policy: Literal["puct", "gumbel"], simulations: int) -> list[Comparison]:
-    """Compares tree searches: all nodes, visits and responses.
+    """Compares tree searches by all nodes, visits and responses.
 
     Returns:
-        The whole objective, its parts, and implicit reward with its price, which is another way to write beta * log pi.
+        Comparisons for the whole objective, its parts, and the regularised reward, another form of beta * log pi.
     """
     zeros = jnp.zeros_like(problems.rewards)
     beta_log_pi = _Variant((problems.beta * problems.log_policy, zeros, zeros), zeros[:, 0, 0], True)
@@ -180,8 +180,9 @@ def compare_trees(problems: Problems, policy: Literal["puct", "gumbel"], simulat
     variants = [*_variants(problems), ("beta log(pi/pi_ref) + beta log pi_ref", None)]
     rows = []
     for name, variant in variants:
-        answers, tree = _trees(problems, policy, simulations, variant)
-        same = _same_trees(likelihood[1], tree) & _same_answers(likelihood[0], answers)
+        responses, tree = _trees(problems, policy, simulations, variant)
+        same = _same_trees(likelihood[1], tree) & _same_responses(likelihood[0], responses)
+        # Node values should differ by V* of their states.
         equal, error = variant is None or variant.equal, None
         if equal:
             predicted = 0.0 if variant is None else _values_of_nodes(problems, tree)
@@ -191,13 +192,13 @@ def compare_trees(problems: Problems, policy: Literal["puct", "gumbel"], simulat
 
 
 def compare(problems: Problems, *, beams: Sequence[int] = (1, 2, 4, 8), simulations: int = 64) -> list[Comparison]:
-    """Makes all comparisons."""
+    """Runs all comparisons."""
     rows = [row for width in beams for row in compare_beams(problems, width)]
     return rows + [row for policy in ("puct", "gumbel") for row in compare_trees(problems, policy, simulations)]
 
 
 def _variants(problems: Problems) -> Iterator[tuple[str, _Variant]]:
-    """The whole objective first; then what is left when a part of it is missing."""
+    """Yields the whole objective, then variants that lack a part of it."""
     r, ref_logp, values = problems.rewards, problems.ref_logp, problems.next_values
     root, zeros = problems.values[:, 0], jnp.zeros_like(r)
     implicit = mdp.implicit_rewards(problems.log_policy, ref_logp, beta=problems.beta)
@@ -235,7 +236,7 @@ def _beams(problems: Problems, beams: int, variant: _Variant | None, length_pena
 def _trees(
     problems: Problems, policy: Literal["puct", "gumbel"], simulations: int, variant: _Variant | None
 ) -> tuple[Responses, Tree]:
-    """Without a variant: by implicit reward and its price, from the policies' own log-probabilities."""
+    """Without a variant, searches by the regularised reward computed from the policies' own log-probabilities."""
     tree = problems.tree
     if variant is not None:
         given = _guided(problems, variant) | {"root_values": variant.root}
@@ -257,7 +258,7 @@ def _rows_equal(*pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     return np.all([(a == b).reshape(len(a), -1).all(-1) for a, b in pairs], axis=0)
 
 
-def _same_answers(one: Responses, other: Responses) -> np.ndarray:
+def _same_responses(one: Responses, other: Responses) -> np.ndarray:
     return _rows_equal((one.tokens, other.tokens), (one.finish, other.finish), (one.lengths, other.lengths))
 
 
@@ -269,7 +270,7 @@ def _same_trees(one: Tree, other: Tree) -> np.ndarray:
 
 
 def _values_of_nodes(problems: Problems, tree: Tree) -> np.ndarray:
-    """V* of the state of every node [B, N]."""
+    """Returns V* of the state of every node. Shape [B, N]."""
     states = np.zeros(tree.parents.shape, int)
     for t in range(problems.tree.depth):
         next_states = problems.tree.children[states, tree.prefixes.tokens[..., t]]
@@ -282,7 +283,7 @@ def _largest(difference: np.ndarray, where: np.ndarray) -> float:
 
 
 def as_table(rows: Sequence[Comparison]) -> Table:
-    """What `main` prints."""
+    """Formats comparisons for the terminal."""
     table = Table(title="the same as the search for beta log pi?")
     for title in ("search", "objective", "same", "off by", "predicted"):
         table.add_column(title, no_wrap=title != "objective")
@@ -297,12 +298,12 @@ def main(mdps: int = 200, vocabulary: int = 4, depth: int = 4, beta: float = 0.5
     """Compares search for reward with search for likelihood on random token MDPs.
 
     Args:
-        mdps: How many.
-        vocabulary: Tokens, EOS among them.
-        depth: Longest response, in tokens.
+        mdps: Number of MDPs.
+        vocabulary: Number of tokens, including EOS.
+        depth: Maximum number of tokens of a response.
         beta: Temperature: reward per nat.
-        simulations: Of tree searches.
-        seed: Of the MDPs.
+        simulations: Simulations per tree search.
+        seed: Random seed of the MDPs.
     """
     with jax.enable_x64(True):
         problems = random_problems(mdps, vocabulary=vocabulary, depth=depth, beta=beta, seed=seed)

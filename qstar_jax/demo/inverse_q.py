@@ -23,8 +23,9 @@ def fit(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Draws a reward and a reference, and learns the reward back from labels of whole responses.
 
     Returns:
-        True advantages r + V*(s') - V*(s), [S, V]; learned ones beta log(pi / pi_ref) before each step, [K, S, V]; what
-        DPO's loss exceeds its minimum by, in nats, [K]; and the root mean square Bellman residual, in reward, [K].
+        True advantages r + V*(s') - V*(s), [S, V]; learned advantages beta log(pi / pi_ref) before each step,
+        [K, S, V]; the excess of DPO's loss over its minimum, in nats, [K]; and the root mean square Bellman residual,
+        in reward, [K].
     """
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(seed))
@@ -35,7 +36,7 @@ def fit(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         fit = jax.jit(lambda *x: tabular.fit_dpo(TREE, *x, beta=BETA, steps=max(SHOWN)))(labels, ref_logp)
         learned = mdp.implicit_rewards(jax.nn.log_softmax(fit.logits), ref_logp, beta=BETA)
         lowest = tabular.population_dpo_loss(TREE, solution.log_policy, labels, ref_logp, beta=BETA)
-        # The values that explain the learned Q best leave the residual of its Bellman equation under the true reward.
+        # The Bellman residual of the learned Q under the true reward, with the values that fit it best.
         _, residual = jax.vmap(lambda learned: tabular.best_potential(TREE, learned - rewards))(learned)
         true = mdp.implicit_rewards(solution.log_policy, ref_logp, beta=BETA)
         excess = jnp.maximum(fit.losses - lowest, 0.0)
@@ -43,7 +44,7 @@ def fit(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def draw(true: np.ndarray, learned: np.ndarray, excess: np.ndarray, residual: np.ndarray) -> Figure:
-    """Draws learned against true advantages, and how loss and Bellman residual fall together.
+    """Plots learned against true advantages, and the loss and the Bellman residual over steps.
 
     Args:
         true: True advantages. Shape [S, V].
@@ -73,7 +74,7 @@ def draw(true: np.ndarray, learned: np.ndarray, excess: np.ndarray, residual: np
 
 
 def main(argv: list[str] | None = None):
-    """Writes the picture, and says how near the learned advantages are."""
+    """Writes the picture, and prints how close the learned advantages are."""
     parser = argparse.ArgumentParser(prog="python -m qstar_jax.demo.inverse_q", description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path, help="PNG file to write")
     parser.add_argument("--seed", type=int, default=0, help="of the random reward and reference (default: 0)")

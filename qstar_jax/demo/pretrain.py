@@ -65,9 +65,9 @@ def pretrain(out: Path, *, seed: int = SEED, steps: int = STEPS, console: Consol
     """Pretrains the base model from random parameters.
 
     Args:
-        out: Gets the run, and the finished model in `out/base` (config.json, model.safetensors in bfloat16, tokenizer,
-            and pretraining.json: seed, steps, versions and the SHA-256 of the weights).
-        seed: Of the documents, of the parameters and of the order.
+        out: Folder for the run, with the finished model in `out/base` (config.json, model.safetensors in bfloat16,
+            tokenizer, and pretraining.json: seed, steps, versions and the SHA-256 of the weights).
+        seed: Random seed of documents, parameters and data order.
         steps: Length of the run.
         console: Where to show progress.
 
@@ -94,7 +94,7 @@ def pretrain(out: Path, *, seed: int = SEED, steps: int = STEPS, console: Consol
 
 
 def _texts(documents: list[dict], seed: int) -> list[str]:
-    """What the tokenizer is trained on: the language without its headings, and summaries, whose words it must know."""
+    """Returns texts to train the tokenizer on: the language without its headings, and summaries for their words."""
     told = [re.sub(r"\n[A-Z;]+:", "\n", row["completion"]) for row in documents[:10_000]]
     return told + [row["chosen"] for row in split_rows("train", seed)]
 
