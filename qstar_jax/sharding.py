@@ -130,9 +130,6 @@ def tree_shardings(tree, mesh: Mesh, options: MeshOptions = MeshOptions(), famil
         mesh: The mesh.
         options: `min_shard_size` and the user's overrides.
         family_overrides: Hints of the model family; the user's overrides take precedence.
-
-    Returns:
-        A tree of `NamedSharding`s of the same structure.
     """
 
     def leaf_sharding(path, leaf):

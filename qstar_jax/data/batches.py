@@ -3,7 +3,7 @@
 The batch is a pure function of (seed, step): a resumed run, on any number of hosts, sees the same rows in order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -179,17 +179,3 @@ def _epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     order = np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(num_examples), kind="stable")
     order.flags.writeable = False
     return order
-
-
-def eval_batches(num_examples: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Yields the indices of examples in file order; the last batch may be short (see `fill_to` of `make_batch`).
-
-    Args:
-        num_examples: Examples in the data.
-        batch_size: Examples per batch, over all hosts.
-
-    Yields:
-        Int64 [at most batch_size].
-    """
-    for start in range(0, num_examples, batch_size):
-        yield np.arange(start, min(start + batch_size, num_examples), dtype=np.int64)

@@ -105,9 +105,6 @@ def parse_system(value: Any, column: str) -> str | None:
 def holds_encoded_messages(values: Iterable[Any]) -> bool:
     """Whether the texts of a column are chat messages encoded as JSON, as written by CSV and SQL tools.
 
-    Args:
-        values: Values of the column in all rows of a file.
-
     Returns:
         True if most of its texts look like it: a single response about chat messages is no reason to parse the column.
     """

@@ -109,13 +109,9 @@ def check_some_left(dropped: Sequence[Dropped], total: int, source: str):
 
 
 def check_bad_rows(dropped: Sequence[Dropped], total: int, bad_rows: Literal["drop", "stop"], source: str):
-    """Raises an error if there are more bad rows than the options allow; rows dropped for other reasons do not count.
+    """Raises an error if there are more bad rows than allowed: none with `stop`, a tenth with `drop`.
 
-    Args:
-        dropped: The dropped rows.
-        total: Number of rows of the source.
-        bad_rows: `stop` allows none, `drop` a tenth.
-        source: Path or name on the Hub.
+    Rows dropped for other reasons do not count.
 
     Raises:
         InputError: There are too many; names the first one, what is wrong with it, and the fix.

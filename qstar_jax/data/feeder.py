@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.batches import Batch, eval_batches, make_batch, step_indices
+from qstar_jax.data.batches import Batch, make_batch, step_indices
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Shapes, plan_batch
 from qstar_jax.data.tokenization import Example
@@ -92,12 +92,13 @@ class Feeder:
 
     def in_order(self, start: int = 0) -> Iterator[Batch]:
         """Yields all examples from `start` on in file order; those that fill up the last batch have weight 0."""
-        size = (0, 0)
-        for indices in eval_batches(len(self.dataset.examples) - start, self.batch_size):
+        size, total = (0, 0), len(self.dataset.examples)
+        for first in range(start, total, self.batch_size):
+            indices = np.arange(first, min(first + self.batch_size, total))
             # A short last batch takes at least the size of the previous one, to reuse its compiled program.
             short = len(indices) < self.batch_size
             at_least = size if short else (0, 0)
-            batch = self._make(indices + start, fill_to=self.batch_size, at_least=at_least)
+            batch = self._make(indices, fill_to=self.batch_size, at_least=at_least)
             size = batch.slots.shape
             yield self._place(batch, self._sharding)
 

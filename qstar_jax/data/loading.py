@@ -57,11 +57,7 @@ class Dataset:
         return max(len(e.prompt) + max([new_tokens, *(len(r.ids) for r in e.responses)]) for e in self.examples)
 
     def report(self, model: CausalLM, new_tokens: int = 0) -> str:
-        """Returns what a user should know before running a model on these examples.
-
-        Args:
-            model: The model.
-            new_tokens: Maximum number of tokens to generate after each prompt.
+        """Says what a user should know before running a model on these, and generating `new_tokens` after each.
 
         Returns:
             `summary`, and a second line if texts exceed the model's context.

@@ -113,9 +113,6 @@ class Shapes:
             row_length: Slots per sequence where examples are packed; at least the length of the longest block.
             shards: Devices over which sequences are sharded.
             multiple: Lengths are multiples of it, in tokens.
-
-        Returns:
-            The shapes.
         """
         blocks = blocks_of(examples, layout)
         longest = max(block.length for block in blocks)
@@ -143,12 +140,7 @@ class Plan:
 
 
 def plan_batch(examples: Sequence[Example], shapes: Shapes, fill_to: int = 0) -> Plan:
-    """Packs examples, and finds the size of their batch.
-
-    Args:
-        examples: At least one; all with the same number of responses.
-        shapes: Shapes of the dataset.
-        fill_to: Reserve room for at least this many examples.
+    """Packs examples, and finds the size of their batch; arguments as for `make_batch`.
 
     Raises:
         ValueError: An example does not fit, or has another number of responses than the first.

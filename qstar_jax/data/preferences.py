@@ -18,11 +18,6 @@ def preference_records(rows: Rows, options: DataOptions, source: str) -> tuple[l
     Detected for the whole file: its columns (those in any row), which of them hold messages as JSON (by most texts),
     and whether responses repeat their prompt (by most rows, see `remove_repeated_prompts`).
 
-    Args:
-        rows: Rows as read.
-        options: Names of the columns, and whether plain text becomes chat messages.
-        source: Name of the file, for errors.
-
     Returns:
         The records and the dropped rows, both in file order.
 

@@ -14,10 +14,6 @@ _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 def preview(example: Example, tokenizer: Any) -> Text:
     """Decodes an example: a dim prompt, colored responses, visible EOS, and labels that do not rely on color.
 
-    Args:
-        example: A prompt with one response or with two (chosen, rejected).
-        tokenizer: The tokenizer of its ids.
-
     Returns:
         Styled text; the data is never interpreted as markup.
     """

@@ -40,13 +40,15 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict | 
     if built_in := find(source):
         return _builtin_rows(source, *built_in, split, limit)
     path = Path(source).expanduser()
-    suffix = _suffix(path)
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix in _PICKLES:
         raise InputError(f"{source}: pickles are never loaded, as they can run code; accepted: {_ACCEPTED}")
     if path.is_dir():
         raise InputError(f"{source} is a folder; name a file in it (accepted: {_ACCEPTED})")
     if not path.exists():
-        rows = _hub_rows(source, split, limit) if _is_hub_name(source) else _missing(source)
+        if not _is_hub_name(source):
+            raise InputError(f"{source}: no such file; accepted: {_ACCEPTED}")
+        rows = _hub_rows(source, split, limit)
     elif suffix in (".jsonl", ".json"):
         rows = list(islice(json_rows(path, source), limit))
     elif path.suffix.lower() == ".parquet":
@@ -64,19 +66,9 @@ def _builtin_rows(source: str, task: Task, seed: int | None, split: str, limit: 
     return task.rows(split, seed or 0, limit)
 
 
-def _suffix(path: Path) -> str:
-    """Returns the lower-case suffix; for a .gz file, that of its content."""
-    name = path.name.lower()
-    return Path(name.removesuffix(".gz")).suffix
-
-
 def _is_hub_name(source: str) -> bool:
     """Whether a source may be `owner/name` or `name`: "v1.0" can be part of a name, the suffix ".csv" cannot."""
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)) and not re.search(r"\.[a-zA-Z]\w*$", source)
-
-
-def _missing(source: str) -> list:
-    raise InputError(f"{source}: no such file; accepted: {_ACCEPTED}")
 
 
 def _parquet_rows(path: Path, source: str) -> Iterator[dict | BadRow]:

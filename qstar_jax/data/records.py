@@ -70,13 +70,7 @@ class FileLayout:
 
 
 def read_record(row: dict | BadRow, index: int, layout: FileLayout, options: DataOptions) -> Record:
-    """Parses the prompt and the responses of a row.
-
-    Args:
-        row: The row as read.
-        index: Its index, from 0.
-        layout: Columns of the file.
-        options: Whether plain text becomes chat messages.
+    """Parses the prompt and the responses of a row; `index` counts from 0.
 
     Returns:
         The record; its responses may be empty or equal, see `check_responses`.

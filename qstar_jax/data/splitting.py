@@ -22,11 +22,7 @@ _EXCERPT = 40  # characters of a text to quote in errors
 
 
 def split_text(record: Record, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Tokenizes a plain-text prompt and its responses, without adding EOS.
-
-    Returns:
-        (prompt, responses), as token ids.
-    """
+    """Tokenizes a plain-text prompt and its responses, without adding EOS."""
     # The prompt keeps the ids that it has on its own.
     specials = not (tokenizer.bos_token and record.prompt.startswith(tokenizer.bos_token))
     ids, _ = _encode(tokenizer, record.prompt, specials=specials)
@@ -47,9 +43,6 @@ def split_chat(
     record: Record, tokenizer: Any, template: ChatTemplate, eos_ids: frozenset[int]
 ) -> tuple[list[int], list[list[int]]]:
     """Tokenizes the prompt of a dialogue, including the header of the assistant's turn, and its responses.
-
-    Returns:
-        (prompt, responses), as token ids.
 
     Raises:
         BadRow: The template refuses the dialogue, omits a part of it, or renders the prompt differently when a response

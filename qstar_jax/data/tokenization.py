@@ -97,11 +97,6 @@ def tokenize(
 def chat_template(records: list[Record], tokenizer: Any, options: DataOptions) -> ChatTemplate | None:
     """Finds the chat template that renders the dialogues among records.
 
-    Args:
-        records: Prompts and responses, as text or chat messages.
-        tokenizer: A Hugging Face tokenizer.
-        options: Reads `chat_template`, `chat_template_kwargs` and `date`.
-
     Returns:
         The template; None if no record is a dialogue.
 

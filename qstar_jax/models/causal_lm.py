@@ -81,11 +81,7 @@ class CausalLM:
         return replace(self, lora=None)
 
     def check_length(self, length: int, what: str) -> str | None:
-        """Checks a length against the context length of the model.
-
-        Args:
-            length: The longest sequence, in tokens.
-            what: Names the sequence in messages.
+        """Checks a length in tokens against the context length of the model.
 
         Returns:
             A warning with both numbers, or None if the length fits.
@@ -162,18 +158,11 @@ class CausalLM:
         return Decoder(self.config, self.compute, self.lora, stacked, rngs=rngs)
 
     def init(self, key: jax.Array) -> Params:
-        """Initializes random parameters, in `compute.param_dtype`.
-
-        Args:
-            key: A `jax.random.key`.
-        """
+        """Initializes random parameters, in `compute.param_dtype`."""
         return nnx.to_pure_dict(nnx.state(self._network(nnx.Rngs(key)), nnx.Param))
 
     def init_adapter(self, key: jax.Array) -> Params:
         """Initializes a new adapter, which leaves the model unchanged until it is trained (B = 0).
-
-        Args:
-            key: A `jax.random.key`.
 
         Returns:
             The adapter alone, float32 (see `lora.split_adapter`).
@@ -252,14 +241,7 @@ class CausalLM:
         return self.head(params).logits(hidden), replace(cache, layers=layers, pool_positions=pool_positions)
 
     def unstack(self, params: Params) -> Params:
-        """Unstacks the layers for decoding, which then reads each weight without copying it out of the stack.
-
-        Args:
-            params: Parameters; stacked ones are copied, unstacked ones are returned unchanged.
-
-        Returns:
-            Parameters with one dictionary per layer.
-        """
+        """Unstacks layers, if they are not yet, for decoding, which then copies no weight out of the stack."""
         if is_unstacked(params):
             return params
         layers = params["layers"]

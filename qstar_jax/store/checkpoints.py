@@ -121,15 +121,7 @@ class CheckpointStore:
         return read_description(self.run / STEPS / str(step))
 
     def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """Reads the arrays of a step.
-
-        Args:
-            step: Its step.
-            abstract: Shapes, dtypes and shardings to restore them with, under the names given to `save`.
-
-        Returns:
-            The arrays, under the same names.
-        """
+        """Reads arrays of a step by the names given to `save`, with the shapes, dtypes and shardings of `abstract`."""
         return self._steps.load_checkpointables(step, abstract)
 
     def save_frozen(self, name: str, params, description: Description):
@@ -179,15 +171,12 @@ def read_description(checkpoint: Path) -> Description:
 
 
 def read_checkpoint_params(checkpoint: Path, model: CausalLM, shardings) -> Params:
-    """Reads only the parameters, in the model's dtype and on the given shardings, whatever mesh wrote them.
+    """Reads only the parameters, adapter included, in the model's dtype and on the shardings, whatever mesh wrote them.
 
     Args:
         checkpoint: Folder of the checkpoint.
         model: Its model; the base of an adapter is stored next to the run's steps.
         shardings: Tree of `jax.sharding.Sharding`, like all of the model's parameters.
-
-    Returns:
-        The parameters, including those of the adapter.
 
     Raises:
         InputError: If a folder is not a complete checkpoint.

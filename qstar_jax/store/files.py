@@ -8,12 +8,7 @@ from typing import Any
 
 
 def write_atomically(file: Path, content: bytes):
-    """Writes a file under a temporary name and renames it, so that readers never see a part of it.
-
-    Args:
-        file: The file, which is replaced if it exists; its folder must exist.
-        content: All of its bytes.
-    """
+    """Writes or replaces a file under a temporary name and renames it, so that readers never see a part of it."""
     # A unique name, because other runs may write the same file; `tempfile` would make it readable by its owner only.
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -27,10 +22,5 @@ def write_atomically(file: Path, content: bytes):
 
 
 def write_json(file: Path, value: Any):
-    """Writes a value as indented JSON, atomically.
-
-    Args:
-        file: The file, which is replaced if it exists; its folder must exist.
-        value: Anything that `json.dumps` accepts.
-    """
+    """Writes a value as indented JSON, atomically (see `write_atomically`)."""
     write_atomically(file, json.dumps(value, indent=2).encode() + b"\n")

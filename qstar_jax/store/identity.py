@@ -29,12 +29,7 @@ _EXPLANATIONS = {
 
 
 def model_identity(model: CausalLM, params: Params, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Identifies a model, independently of its folder and its mesh.
-
-    Args:
-        model: The model.
-        params: Its parameters; all processes of a job must call this together.
-        tokenizer: Its tokenizer.
+    """Identifies a model, independently of its folder and its mesh; all processes of a job must call this together.
 
     Returns:
         The configuration, and digests of the parameters (bit by bit) and of the tokenizer.
@@ -50,9 +45,7 @@ def model_identity(model: CausalLM, params: Params, tokenizer: "PreTrainedTokeni
 def weights_identity(model: CausalLM, params: Params) -> str:
     """Identifies a frozen model in one line: its parameters, bit by bit, and its configuration.
 
-    Args:
-        model: The model.
-        params: Its parameters; all processes of a job must call this together.
+    All processes of a job must call this together.
     """
     return f"{params_identity(params)} {model.model_type} {json.dumps(_config(model), sort_keys=True)}"
 
@@ -132,11 +125,7 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Digests what maps text to ids: vocabulary, rules, special tokens and chat templates.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
+    """SHA-256 of what maps text to ids: vocabulary, rules, special tokens and chat templates."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # set by every call
         rules.pop(state, None)
@@ -173,12 +162,7 @@ def identity_file(output: Path) -> Path:
 
 
 def write_identity(output: Path, identity: dict[str, Any]):
-    """Writes the identity of a file next to it.
-
-    Args:
-        output: The file; its folder must exist.
-        identity: Everything the file depends on, as nested dictionaries.
-    """
+    """Writes the identity of a file, everything that it depends on, next to it."""
     write_json(identity_file(output), identity)
 
 

@@ -69,9 +69,6 @@ def load_model(source: str | Path, compute: ComputeOptions, mesh: Mesh, mesh_opt
         mesh: Devices for the parameters.
         mesh_options: How to shard them.
 
-    Returns:
-        The model with its parameters and tokenizer.
-
     Raises:
         InputError: If there is no usable model.
     """

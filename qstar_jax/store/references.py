@@ -12,13 +12,7 @@ from qstar_jax.store.open import LoadedModel
 def open_reference(
     policy: LoadedModel, named: str | None, model: str, load: Callable[[str | Path], LoadedModel]
 ) -> LoadedModel:
-    """Opens the reference of a policy.
-
-    Args:
-        policy: The policy.
-        named: Folder or name on the Hub given by the user, if any.
-        model: The user's name for the policy, for errors.
-        load: Opens a model.
+    """Opens the reference of a policy: the one that the user named, or that of its run.
 
     Raises:
         InputError: If none is named, and the run of the policy has none or no longer the one it began with.
@@ -44,16 +38,7 @@ def open_reference(
 
 
 def find_beta(policy: LoadedModel, given: float | None, model: str, option: str) -> float:
-    """Finds the beta of a policy's rewards.
-
-    Args:
-        policy: The policy.
-        given: The user's value, if any.
-        model: The user's name for the policy, for errors.
-        option: The option that sets beta, for errors.
-
-    Returns:
-        Reward per nat.
+    """Finds the beta of a policy's rewards, in reward per nat: the one given, or that of its run.
 
     Raises:
         InputError: If it is not given, and the policy's run did not record one.

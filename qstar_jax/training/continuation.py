@@ -97,14 +97,9 @@ def data_identity(train: Sequence[Example], held_out: Sequence[Example] | None) 
 
 
 def check_same_data(plan: RunPlan, began: Description, data: dict[str, Any]) -> str | None:
-    """Refuses to resume with other data under the names that the run began with.
+    """Refuses to resume with other data (`data_identity`) under the names that the run began with.
 
     Held-out data may be exchanged by naming others, as no training step depends on them.
-
-    Args:
-        plan: The run.
-        began: Description of its checkpoint.
-        data: `data_identity` of what the names give now.
 
     Returns:
         What the user should know, if anything.

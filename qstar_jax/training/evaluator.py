@@ -58,16 +58,7 @@ class Evaluator:
 def make_evaluator(
     plan: RunPlan, model: CausalLM, loss_fn: LossFn, feeder: Feeder, state: TrainState, track: Track
 ) -> Evaluator:
-    """Makes the evaluator of a run.
-
-    Args:
-        plan: The run.
-        model: Its model.
-        loss_fn: Its loss.
-        feeder: The held-out examples.
-        state: Where it begins.
-        track: `(batches, description, total)` wraps batches, for a progress bar.
-    """
+    """Makes the evaluator of a run, which begins at `state`."""
     if not plan.runs_reference or plan.moves_reference:
         return Evaluator(feeder, jax.jit(lambda *args: loss_fn(*args)[1]), track=track)
     logprobs = jax.jit(lambda params, batch: score_policy(model.base, params, batch).logp)

@@ -83,14 +83,11 @@ def with_cached_reference(plan: RunPlan, start: Start, inputs: Inputs, console: 
         return inputs
     folder = Path(plan.reference.cache) if plan.reference.cache else user_cache("reference")
 
-    def add(feeder: Feeder | None) -> Feeder | None:
-        if feeder is None:
-            return None
-
+    def add(feeder: Feeder) -> Feeder:
         def show(batches: Iterable[Batch], description: str, total: int) -> Iterable[Batch]:
             return track(console, batches, f"{description}: {feeder.dataset.source}", total)
 
         logps = cached_logprobs(feeder, start.model.base, start.params, start.reference, folder, show)
         return feeder.with_reference(logps)
 
-    return replace(inputs, train=add(inputs.train), held_out=add(inputs.held_out))
+    return replace(inputs, train=add(inputs.train), held_out=inputs.held_out and add(inputs.held_out))

@@ -96,11 +96,7 @@ def _whole_lines(path: Path) -> Iterator[dict[str, float]]:
 
 
 def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Reads the metrics of a run.
-
-    Returns:
-        Name of the metric -> (steps, values).
-    """
+    """Reads the metrics of a run: name -> (steps, values)."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for metrics in _whole_lines(run / "metrics.jsonl"):
         for name, value in metrics.items():

@@ -148,10 +148,7 @@ def build_state(
     mesh: Mesh,
     description: Description,
 ) -> TrainState:
-    """Builds the state on the mesh; a fresh run also writes what stays frozen.
-
-    Returns:
-        The state, every array on its sharding.
+    """Builds the state, every array on its sharding; a fresh run also writes what stays frozen.
 
     Raises:
         InputError: If the run's reference is no longer the one with which it began.

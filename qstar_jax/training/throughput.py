@@ -52,11 +52,7 @@ class Throughput:
         return forward * ((3 if self.model.lora is None else 2) + self.runs_reference)
 
     def __call__(self, counts: dict[str, float], seconds: float) -> dict[str, float]:
-        """Computes the metrics of speed.
-
-        Args:
-            counts: Mean `count/...` metrics per step.
-            seconds: Seconds per step.
+        """Computes the metrics of speed from mean `count/...` metrics per step, and seconds per step.
 
         Returns:
             Share of padding, tokens per second, and MFU if the peak is known.
@@ -72,12 +68,7 @@ class Throughput:
 
 @cache
 def measured_matmul_peak(dtype: str = "float32", size: int = 2048, rounds: int = 3) -> float:
-    """Measures the FLOP/s of one large matrix product on the default device; once per process.
-
-    Args:
-        dtype: Type of the inputs.
-        size: Edge of the square matrices.
-        rounds: Repetitions; the fastest counts.
+    """Measures the FLOP/s of one large matrix product on the default device, once per process: the best of some rounds.
 
     Returns:
         FLOP/s, a multiply-add counted as two.

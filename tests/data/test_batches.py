@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from qstar_jax.data.batches import Batch, eval_batches, make_batch, step_indices
+from qstar_jax.data.batches import Batch, make_batch, step_indices
 from qstar_jax.data.packing import Block, Shapes, pack
 from qstar_jax.data.tokenization import Example, Response
 
@@ -175,10 +175,6 @@ def test_epochs_are_shuffled_apart():
 def test_order_is_pinned():
     """A changed order would break exact resume of running runs."""
     assert step_indices(0, 0, 8, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-
-
-def test_eval_batches():
-    assert [b.tolist() for b in eval_batches(5, 2)] == [[0, 1], [2, 3], [4]]
 
 
 def test_short_sequences_come_in_one_width_that_holds_no_more_than_they_need():

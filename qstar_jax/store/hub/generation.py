@@ -19,10 +19,7 @@ _HANDLED = """
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Reads the generation settings of a folder.
-
-    Args:
-        folder: A Hugging Face folder, with or without a generation_config.json.
+    """Reads the generation settings of a Hugging Face folder, which may lack a generation_config.json.
 
     Returns:
         Contents of generation_config.json, with `eos_token_id` a list that includes the ids of config.json.
@@ -38,10 +35,6 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 def with_eos(generation: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Adds the tokenizer's EOS, which ends responses in training, to the EOS ids.
-
-    Args:
-        generation: Contents of a generation_config.json; may be empty.
-        tokenizer: The tokenizer.
 
     Returns:
         The same with `eos_token_id` as a sorted list, possibly empty.

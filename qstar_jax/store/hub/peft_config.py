@@ -75,12 +75,7 @@ class AdapterConfig:
     bias: str
 
     def adapts(self, module: str, *, is_layer: bool) -> bool:
-        """Whether a module has a pair of low-rank matrices.
-
-        Args:
-            module: Its name, such as "model.layers.0.self_attn.q_proj".
-            is_layer: Whether it is a linear layer of a block.
-        """
+        """Whether a module ("model.layers.0.self_attn.q_proj", say) has a pair of low-rank matrices."""
         if self._selects(self.excluded, module) or any(_matches(rf"(^|.*\.){m}($|\..*)", module) for m in self.saved):
             return False
         if isinstance(self.targets, str) and self.targets.lower() == "all-linear":

@@ -60,14 +60,11 @@ class AdapterFile:
                 )
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Reads a tensor.
+        """Reads a tensor as float32.
 
         Args:
             name: Its name, starting with that of its module in files of the base.
             shape: Its expected shape.
-
-        Returns:
-            The tensor, float32.
 
         Raises:
             InputError: If it is missing or has another shape.

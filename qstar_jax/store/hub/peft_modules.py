@@ -48,11 +48,7 @@ class Module:
 
 
 def modules_of(model: CausalLM) -> dict[str, Module]:
-    """Lists the modules of a model that have a weight, by their names in transformers.
-
-    Args:
-        model: A model; tied embeddings are listed as two modules.
-    """
+    """Lists the modules that have a weight, by their names in transformers; tied embeddings are two modules."""
     untied = replace(model.base, config=replace(model.config, tie_word_embeddings=False))
     leaves = jax.tree_util.tree_leaves_with_path(untied.abstract_params())
     shapes = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf.shape for keys, leaf in leaves}

@@ -103,15 +103,7 @@ class Probe:
 def make_probe(
     plan: RunPlan, start: Start, params: Params, feeder: Feeder, mesh: Mesh, console: Console
 ) -> Probe | None:
-    """Draws the reference's samples at step 0, or reads those with which the run began.
-
-    Args:
-        plan: The run.
-        start: Where it begins.
-        params: Parameters of the policy, which at step 0 equals the reference.
-        feeder: The dataset whose prompts are used.
-        mesh: Devices of the model.
-        console: Where to say what was drawn.
+    """Draws the reference's samples at step 0, where the policy equals it, or reads those with which the run began.
 
     Returns:
         The probe; None if the loss has no reference or moves it, the option is 0, or a resumed run has no samples.

@@ -8,10 +8,6 @@ TOLERANCE = 1e-3  # relative if the loss is above 1: two compilations of one for
 def check_first_loss(metrics: Mapping[str, float], expected: float):
     """Refuses a run whose first loss is not that of a policy which equals its reference (ln 2 for DPO).
 
-    Args:
-        metrics: Metrics of step 0.
-        expected: That loss.
-
     Raises:
         RuntimeError: If the loss is further than `TOLERANCE` from it.
     """

@@ -54,12 +54,6 @@ def collect(summary: Mapping[str, float], *, samples: int, length: float, beta: 
 
     With `loss.ld_alpha`, rewards of chosen responses are weighted, and so a little smaller than what they are compared
     with.
-
-    Args:
-        summary: Metrics at the end of the run.
-        samples: Number of samples of the reference.
-        length: Their mean length in tokens.
-        beta: Reward per nat.
     """
     held_out = "eval_rewards/chosen" in summary
     prefix = "eval_" if held_out else ""

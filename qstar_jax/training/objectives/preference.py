@@ -21,13 +21,7 @@ from qstar_jax.training.objectives.responses import response_metrics, token_coun
 
 
 def preference_objective(loss: losses.PreferenceLoss) -> Objective:
-    """The objective of a preference loss.
-
-    Args:
-        loss: The loss (see `losses.make_loss`).
-
-    Returns:
-        The objective. Its `loss_at_reference` is that of pairs.
+    """The objective of a preference loss (see `losses.make_loss`); its `loss_at_reference` is that of pairs.
 
     Raises:
         InputError: If the loss reads arrays that a training batch does not have.

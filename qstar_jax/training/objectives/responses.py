@@ -7,11 +7,7 @@ from qstar_jax.training.metrics import Metrics
 
 
 def response_metrics(batch: Batch, names: tuple[str, ...]) -> Metrics:
-    """Mean length in tokens, EOS included, and share truncated, of each response of the examples.
-
-    Returns:
-        Sums over the batch, and their denominators.
-    """
+    """Mean length in tokens, EOS included, and share truncated, of each response: sums over the batch, by weight."""
     values = {"lengths": batch.response_lengths, "truncated": batch.truncated}
     return {
         f"{metric}/{name}": ((value[:, r] * batch.weights).sum(), batch.weights.sum())
