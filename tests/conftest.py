@@ -334,7 +334,7 @@ def one_device_only(on_devices):
         yield
 
 
-def pair_examples(rows, *, seed=0, length=16, response_length=8, answers=2) -> list[Example]:
+def pair_examples(rows, *, seed=0, length=16, response_length=8, responses=2) -> list[Example]:
     """Random prompts and responses of many lengths; the first prompt has a single token."""
     rng = np.random.default_rng(seed)
 
@@ -345,7 +345,7 @@ def pair_examples(rows, *, seed=0, length=16, response_length=8, answers=2) -> l
         Example(
             ids(2, length - response_length),
             False,
-            tuple(Response(ids(1, response_length), False) for _ in range(answers)),
+            tuple(Response(ids(1, response_length), False) for _ in range(responses)),
             row,
         )
         for row in range(rows)

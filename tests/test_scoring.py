@@ -42,12 +42,12 @@ def test_every_layout_equals_full_logits_response_by_response(
     layout, attention, tiny_model, tiny_params, pair_batch, random_examples
 ):
     model = replace(tiny_model, compute=ComputeOptions(attention=attention))
-    batch = pair_batch(5, layout=layout, fill_to=6, answers=3)
+    batch = pair_batch(5, layout=layout, fill_to=6, responses=3)
     scores = jax.jit(lambda *x: score_policy(model, *x))(tiny_params, batch)
     np.testing.assert_array_equal(scores.mask, batch.response_mask)
     scores = scores.logp, scores.logz
     assert all(x.dtype == jnp.float32 and x.shape[:2] == (6, 3) for x in scores)
-    expected = by_hand(jax.jit(tiny_model.logits), tiny_params, random_examples(5, answers=3))
+    expected = by_hand(jax.jit(tiny_model.logits), tiny_params, random_examples(5, responses=3))
     for n, values in enumerate(expected):
         for found, value in zip(scores, values, strict=True):
             np.testing.assert_allclose(found[n // 3, n % 3, : len(value)], value, rtol=0, atol=2e-5)

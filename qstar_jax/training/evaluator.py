@@ -15,8 +15,6 @@ from qstar_jax.training.objectives import LossFn
 from qstar_jax.training.plan import RunPlan
 from qstar_jax.training.step import TrainState
 
-Evaluate = Callable[[Params, Params | None], dict[str, float]]  # (policy, live reference) -> metrics
-
 
 class Evaluator:
     """Weighted means over all held-out examples; a reference that stays the same scores them once.
@@ -65,9 +63,3 @@ def make_evaluator(
     reference = state.frozen if state.ref_params is None else state.ref_params
     eval_step = jax.jit(lambda params, _, batch: loss_fn(params, None, batch)[1])
     return Evaluator(feeder, eval_step, lambda batch: logprobs(reference, batch), track)
-
-
-def join_evaluators(evaluators: Iterable[Evaluate | None]) -> Evaluate | None:
-    """Makes one evaluator of those that are not None; None if all are."""
-    present = [evaluate for evaluate in evaluators if evaluate is not None]
-    return (lambda *params: {k: v for evaluate in present for k, v in evaluate(*params).items()}) if present else None

@@ -28,7 +28,7 @@ class Loop:
         steps: Optimizer steps of the whole run.
         train_step: `(state, batch) -> (state, metrics)`, jitted (see `step.make_train_step`).
         source: Where batches come from.
-        evaluate: `(params, ref_params) -> metrics`, at every evaluation.
+        evaluators: Each is `(params, ref_params) -> metrics`, called at every evaluation.
         schedule: Learning rate at a step, for the log.
         throughput: `(mean counts per step, seconds per step) -> metrics`.
         check_first: Raises if metrics of step 0 cannot be right.
@@ -41,7 +41,7 @@ class Loop:
     steps: int
     train_step: TrainStep
     source: Source
-    evaluate: Callable[[Params, Params | None], dict[str, float]] | None = None
+    evaluators: Sequence[Callable[[Params, Params | None], dict[str, float]]] = ()
     schedule: optax.Schedule | None = None
     throughput: Callable[[dict[str, float], float], dict[str, float]] | None = None
     check_first: Callable[[dict[str, float]], None] | None = None
@@ -131,10 +131,10 @@ class Loop:
         )
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        if self.evaluate is None:
-            return {}
-        means = self.evaluate(state.policy, state.ref_params)
-        if self.log:
+        means = {}
+        for evaluate in self.evaluators:
+            means |= evaluate(state.policy, state.ref_params)
+        if self.log and means:
             self.log.write(step, means)
         return means
 

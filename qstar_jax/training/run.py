@@ -26,7 +26,7 @@ from qstar_jax.training.diagnostics.decline import FILE, Probe, make_probe
 from qstar_jax.training.diagnostics.estimate import Estimate, device_memory, estimate
 from qstar_jax.training.diagnostics.first_loss import check_first_loss
 from qstar_jax.training.diagnostics.nonfinite import find_cause
-from qstar_jax.training.evaluator import join_evaluators, make_evaluator
+from qstar_jax.training.evaluator import make_evaluator
 from qstar_jax.training.inputs import Inputs, load_inputs, with_cached_reference
 from qstar_jax.training.loop import Loop
 from qstar_jax.training.metrics import mean_metrics
@@ -168,10 +168,10 @@ def _make_loop(
     """Makes the training loop and its first batch; estimates what a step needs before anything is compiled."""
     plan, options, model, loss_fn = run.plan, run.plan.config.train, run.start.model, run.loss_fn
     # What evaluation measures: held-out examples, and the reference's own samples.
-    evaluator = None
+    evaluators = [probe] if probe else []
     if run.inputs.held_out:
         track = log.track if log else (lambda batches, description, total: batches)
-        evaluator = make_evaluator(plan, model, loss_fn, run.inputs.held_out, state, track)
+        evaluators.insert(0, make_evaluator(plan, model, loss_fn, run.inputs.held_out, state, track))
     # The first batch, from which memory and arithmetic are estimated.
     source = DatasetSource(run.inputs.train, options.seed)
     batch = source.at_step(run.start.step, state)
@@ -183,7 +183,7 @@ def _make_loop(
         steps=run.steps,
         train_step=_jit_step(run, state),
         source=source,
-        evaluate=join_evaluators([evaluator, probe]),
+        evaluators=evaluators,
         schedule=learning_rate_schedule(plan.config.optimizer, run.steps),
         throughput=throughput,
         check_first=None if expected is None else partial(check_first_loss, expected=expected),

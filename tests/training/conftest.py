@@ -80,7 +80,7 @@ def arrays_of(one_device):
         abstract = {"params": params, "opt_state": opt_state}
         one = sharding.tree_shardings(abstract, one_device)
         with CheckpointStore(Path(out), keep=9) as store:
-            found = store.restore(step, abstract_with_shardings(abstract, one))
-        return jax.tree.map(np.asarray, (found["params"], found["opt_state"]))
+            arrays = store.restore(step, abstract_with_shardings(abstract, one))
+        return jax.tree.map(np.asarray, (arrays["params"], arrays["opt_state"]))
 
     return read

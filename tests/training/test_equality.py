@@ -1,4 +1,4 @@
-"""Every fast way to the loss and its gradient equals the plain one in float32: one answer a row, one micro-batch."""
+"""Every fast path to loss and gradient equals the plain one in float32: a response per sequence, one micro-batch."""
 
 import math
 from dataclasses import replace
@@ -31,7 +31,7 @@ LOSS = make_loss(beta=0.5, label_smoothing=0.1)
 
 @pytest.fixture(scope="module")
 def examples(random_examples):
-    """Eight pairs: a prompt of one token, an empty answer, truncated ones; most answers end with EOS."""
+    """Eight pairs: a prompt of one token, an empty response, truncated ones; most responses end with EOS."""
     examples = random_examples(8, seed=5)
     ended = [
         replace(e, responses=tuple(Response(np.append(r.ids[:-1], EOS).astype(np.int32), False) for r in e.responses))
@@ -51,11 +51,11 @@ def ref_params(tiny_params):
 def same(assert_norm_close):
     """Loss and gradients within 1e-5, relative; metrics too, or within 1e-5 where they nearly cancel."""
 
-    def check(found, expected):
-        assert_norm_close(found[0], expected[0], 1e-5)
-        assert found[1].keys() == expected[1].keys()
+    def check(actual, expected):
+        assert_norm_close(actual[0], expected[0], 1e-5)
+        assert actual[1].keys() == expected[1].keys()
         for name, value in expected[1].items():
-            np.testing.assert_allclose(found[1][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(actual[1][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
     return check
 
@@ -82,8 +82,8 @@ def plain(tiny_model, tiny_params, ref_params, examples):
 def test_layouts(layout, attention, tiny_model, tiny_params, ref_params, examples, plain, same):
     model = replace(tiny_model, compute=ComputeOptions(attention=attention))
     batch = batch_of(examples, layout)
-    found = loss_and_gradient(preference_loss_fn(model, LOSS), tiny_params, ref_params, batch)
-    same(found, plain)
+    actual = loss_and_gradient(preference_loss_fn(model, LOSS), tiny_params, ref_params, batch)
+    same(actual, plain)
 
 
 def test_attention_by_blocks_of_long_rows(one_device):
@@ -128,19 +128,19 @@ def test_the_faster_way_is_taken_on_one_device_only(one_device, monkeypatch):
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation(remat, tiny_model, tiny_params, ref_params, examples, plain, same):
     model = replace(tiny_model, compute=ComputeOptions(remat=remat))
-    found = loss_and_gradient(preference_loss_fn(model, LOSS), tiny_params, ref_params, batch_of(examples, "packed"))
-    same(found, plain)
+    actual = loss_and_gradient(preference_loss_fn(model, LOSS), tiny_params, ref_params, batch_of(examples, "packed"))
+    same(actual, plain)
 
 
 def test_cached_reference(tiny_model, tiny_params, ref_params, examples, plain, same):
     logps = jax.jit(lambda *x: score_policy(tiny_model, *x).logp)(ref_params, batch_of(examples, "plain"))
     cached = [
-        [np.asarray(logps[b, r, : len(answer.ids)]) for r, answer in enumerate(example.responses)]
+        [np.asarray(logps[b, r, : len(response.ids)]) for r, response in enumerate(example.responses)]
         for b, example in enumerate(examples)
     ]
     batch = batch_of(examples, "packed", ref_logps=cached)
-    found = loss_and_gradient(preference_loss_fn(tiny_model, LOSS), tiny_params, None, batch)
-    same(found, plain)
+    actual = loss_and_gradient(preference_loss_fn(tiny_model, LOSS), tiny_params, None, batch)
+    same(actual, plain)
 
 
 @pytest.mark.parametrize("layout", ["plain", "shared", "packed"])
@@ -173,7 +173,7 @@ def one_step(loss_fn, examples, params, ref_params, mesh, accumulate, layout="pa
 @pytest.mark.thin("dpo")
 @pytest.mark.parametrize("objective", ["dpo", "sft"])
 def test_accumulation_is_exact(objective, tiny_model, tiny_params, ref_params, examples, one_device, same):
-    """1 x 8 = 2 x 4 = 8 x 1, although answers, and so the denominators of micro-batches, differ in length."""
+    """1 x 8 = 2 x 4 = 8 x 1, although the denominators of micro-batches, which count tokens, differ."""
     loss_fn, reference, rows = preference_loss_fn(tiny_model, LOSS), ref_params, examples
     if objective == "sft":
         loss_fn, reference = sft_loss_fn(tiny_model), None

@@ -37,5 +37,5 @@ def test_a_run_keeps_what_its_model_is(
     before, after = (families.logits(place) for place in (folder, tmp_path / "out"))
     assert np.abs(after - before).max() > 0.03  # it has learned something
     model, params = read_family(tmp_path / "out")
-    found = model.logits(params, jnp.asarray(families.rows()))
-    np.testing.assert_allclose(found, after, rtol=0, atol=1e-4 * after.std())
+    logits = model.logits(params, jnp.asarray(families.rows()))
+    np.testing.assert_allclose(logits, after, rtol=0, atol=1e-4 * after.std())

@@ -79,7 +79,7 @@ def run_linear(source, saved, start=0, batch=None, **options):
         steps=5,
         train_step=jax.jit(make_train_step(linear, optax.sgd(0.1))),
         source=source,
-        evaluate=lambda policy, ref_params: {"eval": float(policy["x"])},
+        evaluators=[lambda policy, ref_params: {"eval": float(policy["x"])}],
         save=lambda state, step: saved.append((step, round(float(state.params["x"]), 6))),
         log=log,
     )

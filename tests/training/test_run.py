@@ -144,20 +144,20 @@ def test_evaluation_is_the_plain_mean_over_all_rows(
     np.testing.assert_allclose(summary["eval_rewards/accuracies"], (margin > 0).mean(), rtol=1e-6)
 
 
-def test_only_so_many_checkpoints_are_kept(dpo_run, whole):
+def test_only_the_newest_checkpoints_are_kept(dpo_run, whole):
     assert [path.name for path in (dpo_run[0] / "checkpoints").iterdir() if path.name.isdigit()] == ["6"]
     assert sorted(path.name for path in (whole[1] / "checkpoints").iterdir() if path.name.isdigit()) == ["4", "6"]
 
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    whole, tmp_path, make_config, tiny_train, killed_at, arrays_of, metric_lines, eval_file
+    whole, tmp_path, make_config, tiny_train, kill_at, arrays_of, metric_lines, eval_file
 ):
     verb, expected, _ = whole
     out = tmp_path / "run"
 
-    killed_at(make_config(out, verb, **evaluated(eval_file)), 5)  # a step after the checkpoint at 4
+    kill_at(make_config(out, verb, **evaluated(eval_file)), 5)  # a step after the checkpoint at 4
     assert find_checkpoint(out).name == "4"
-    # Rhythm and place are free to change.
+    # Intervals and folder may change.
     tiny_train(_resume(make_config(out, verb, **evaluated(eval_file, keep_checkpoints=5))))
     assert find_checkpoint(out).name == "6"
     jax.tree.map(np.testing.assert_array_equal, arrays_of(out), arrays_of(expected))
@@ -179,14 +179,14 @@ def _resume(config):
         ("data", {"max_length": 512}, "data.max_length was 1024"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_options(section, change, named, dpo_run, make_config, tiny_train, eval_file):
+def test_a_run_does_not_resume_with_other_options(section, change, named, dpo_run, make_config, tiny_train, eval_file):
     sections = {"data": {}, section: change}
     config = make_config(dpo_run[0], **{k: v for k, v in sections.items() if v})
     with pytest.raises(InputError, match=named):
         tiny_train(_resume(config))
 
 
-def test_a_run_does_not_go_on_with_other_data(dpo_run, make_config, tiny_train, tmp_path):
+def test_a_run_does_not_resume_with_other_data(dpo_run, make_config, tiny_train, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "w1", "chosen": "w2", "rejected": "w3"}\n' * 8)
     with pytest.raises(InputError, match=r"data\.train was"):
@@ -194,7 +194,7 @@ def test_a_run_does_not_go_on_with_other_data(dpo_run, make_config, tiny_train, 
 
 
 @pytest.fixture(scope="module")
-def own_data(tmp_path_factory, make_config, tiny_train, train_file, eval_file):
+def changeable_run(tmp_path_factory, make_config, tiny_train, train_file, eval_file):
     """(config, run folder): a run of two steps whose files a test may change, if it puts them back."""
     place = tmp_path_factory.mktemp("own")
     files = {name: str(shutil.copy(file, place)) for name, file in (("train", train_file), ("eval", eval_file))}
@@ -219,53 +219,53 @@ def one_word(lines):
 
 @pytest.mark.parametrize("change", [reordered, one_more, one_word])
 @pytest.mark.parametrize("name", ["train", "eval"])
-def test_a_run_does_not_go_on_with_data_that_were_changed_in_place(name, change, own_data, tiny_train, tmp_path):
-    path = Path(getattr(own_data.data, name))
-    before, metrics = path.read_text(), (Path(own_data.out) / "metrics.jsonl").read_bytes()
+def test_a_run_does_not_resume_with_data_that_changed_in_place(name, change, changeable_run, tiny_train, tmp_path):
+    path = Path(getattr(changeable_run.data, name))
+    before, metrics = path.read_text(), (Path(changeable_run.out) / "metrics.jsonl").read_bytes()
     path.write_text("\n".join(change(before.splitlines())) + "\n")
     try:
         with pytest.raises(
             InputError, match=rf"data\.{name}\) gives other examples .*SHA-256 \w{{12}}\.\.\. then.*restore that"
         ):
-            tiny_train(own_data)
+            tiny_train(changeable_run)
     finally:
         path.write_text(before)
-    assert (Path(own_data.out) / "metrics.jsonl").read_bytes() == metrics
+    assert (Path(changeable_run.out) / "metrics.jsonl").read_bytes() == metrics
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_same_examples_however_their_file_is_written(own_data, tiny_train, tmp_path):
-    out = shutil.copytree(own_data.out, tmp_path / "run")
-    path = Path(own_data.data.train)
+def test_a_run_resumes_with_the_same_examples_however_their_file_is_written(changeable_run, tiny_train, tmp_path):
+    out = shutil.copytree(changeable_run.out, tmp_path / "run")
+    path = Path(changeable_run.data.train)
     before = path.read_text()
     path.write_text("".join(json.dumps(json.loads(line) | {"note": 1}) + "\n\n" for line in before.splitlines()))
     try:
-        tiny_train(replace(own_data, out=str(out)))
+        tiny_train(replace(changeable_run, out=str(out)))
     finally:
         path.write_text(before)
     assert find_checkpoint(out).name == "2"
 
 
-def test_other_held_out_data_are_named_and_said(own_data, train_file, tmp_path, tiny_train, monkeypatch):
+def test_other_held_out_data_are_announced(changeable_run, train_file, tmp_path, tiny_train, monkeypatch):
     out, console = (
-        shutil.copytree(own_data.out, tmp_path / "run"),
+        shutil.copytree(changeable_run.out, tmp_path / "run"),
         Console(record=True, quiet=False, file=io.StringIO()),
     )
     monkeypatch.setattr("qstar_jax.training.run.Console", lambda **_: console)
-    config = replace(own_data, out=str(out), data=replace(own_data.data, eval=str(train_file)))
+    config = replace(changeable_run, out=str(out), data=replace(changeable_run.data, eval=str(train_file)))
     monkeypatch.setattr(run_module.Loop, "run", lambda self, state, *_: (state, {}))
     tiny_train(config, console)
-    said = console.export_text().replace("\n", " ")
-    assert "held-out examples differ from here on (11 examples" in said and "before, 40 examples" in said
+    output = console.export_text().replace("\n", " ")
+    assert "held-out examples differ from here on (11 examples" in output and "before, 40 examples" in output
 
 
-def test_a_run_does_not_go_on_from_another_model(dpo_run, make_config, tiny_train):
-    """It would not be read, and checkpoints would name a model from which they did not begin."""
+def test_a_run_does_not_resume_from_another_model(dpo_run, make_config, tiny_train):
+    """It would never be read, and checkpoints would name a model from which they did not start."""
     with pytest.raises(InputError, match=r"model was .* and is 'another' now"):
         tiny_train(_resume(replace(make_config(dpo_run[0]), model="another")))
 
 
-def test_the_batch_of_an_evaluation_is_part_of_a_loss_that_looks_at_it(make_config, tmp_path):
+def test_the_evaluation_batch_size_is_fixed_for_a_loss_that_couples_examples(make_config, tmp_path):
     def check(loss):
         stored, now = (make_plan(make_config(tmp_path, train={"eval_batch_size": size}, loss=loss)) for size in (4, 0))
         check_same_options(now, asdict(stored.config))
@@ -276,12 +276,12 @@ def test_the_batch_of_an_evaluation_is_part_of_a_loss_that_looks_at_it(make_conf
 
 
 class Killed(BaseException):
-    """As a signal would."""
+    """Raised where a signal would kill the process."""
 
 
 @pytest.fixture
-def killed_at(monkeypatch, tiny_train):
-    """`killed_at(config, done)`: runs until so many steps are done."""
+def kill_at(monkeypatch, tiny_train):
+    """`kill_at(config, done)`: runs until so many steps are done."""
 
     def run(config, step):
         real = RunLog.advance
@@ -299,12 +299,12 @@ def killed_at(monkeypatch, tiny_train):
     return run
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
-    dpo_run, tmp_path, make_config, tiny_train, killed_at, metric_lines, eval_file, capsys
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(
+    dpo_run, tmp_path, make_config, tiny_train, kill_at, metric_lines, eval_file, capsys
 ):
     out, train = tmp_path / "run", {"eval_every": 3, "eval_batch_size": 4, "keep_checkpoints": 1}
     config = make_config(out, data={"eval": str(eval_file)}, train=train)
-    killed_at(config, 1)
+    kill_at(config, 1)
     assert [line["step"] for line in metric_lines(out)] == [0, 0] and find_checkpoint(out) is None
     (out / "reference_samples.jsonl").write_text("of the run that was killed")
     with pytest.raises(InputError, match=r"train\.seed was 0 .* and is 1 now"):  # going on would be another run
@@ -313,7 +313,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
     assert metric_lines(out) == metric_lines(dpo_run[0]) and not (out / "reference_samples.jsonl").exists()
 
 
-def test_what_a_folder_without_checkpoint_holds_is_said(make_config, tiny_train, tmp_path):
+def test_a_folder_without_checkpoint_is_described(make_config, tiny_train, tmp_path):
     config = make_config(tmp_path / "run")
     assert check_folder(make_plan(config)) is None
     assert "holds no run yet, so it begins at step 0" in check_folder(make_plan(_resume(config)))
@@ -332,7 +332,7 @@ def test_what_a_folder_without_checkpoint_holds_is_said(make_config, tiny_train,
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
-def test_another_verb_does_not_go_on(whole, make_config, tiny_train, tmp_path):
+def test_another_verb_does_not_resume(whole, make_config, tiny_train, tmp_path):
     verb, out, _ = whole
     out = shutil.copytree(out, tmp_path / "run")
     with pytest.raises(InputError, match="--resume"):
@@ -368,7 +368,7 @@ def board_events(folder):
     return found
 
 
-def test_what_a_run_that_goes_on_keeps_of_its_metrics(tmp_path):
+def test_metrics_that_a_resumed_run_keeps(tmp_path):
     def log(start):
         return RunLog(tmp_path, steps=4, start=start, console=Console(quiet=True))
 
@@ -464,7 +464,7 @@ def test_options_of_data_and_order_change_the_batches(prepared):
     assert packed.shape[1] == 160 and len(packed) < laid_out["shared"] == 8 and laid_out["plain"] == 16
 
 
-def test_zero_steps_mean_once_through_the_rows(prepared):
+def test_zero_steps_mean_one_epoch(prepared):
     assert prepared(train={"steps": 0}).steps == 5 and prepared(train={"steps": 0, "batch_size": 16}).steps == 3
 
 
@@ -523,7 +523,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_training(cached_run, tiny_t
 
 
 @pytest.mark.slow
-def test_a_run_with_a_cached_reference_goes_on_without_its_parameters(cached_run, tiny_train, tmp_path, metric_lines):
+def test_a_run_with_a_cached_reference_resumes_without_its_parameters(cached_run, tiny_train, tmp_path, metric_lines):
     config, whole, _ = cached_run
     out = tmp_path / "run"
     kept = replace(config, out=str(out), train=replace(config.train, keep_checkpoints=9))
@@ -541,7 +541,7 @@ def test_a_run_with_a_cached_reference_goes_on_without_its_parameters(cached_run
         tiny_train(nowhere)
 
 
-def test_a_reference_that_was_exchanged_is_noticed(make_config, tiny_train, tmp_path, dpo_run):
+def test_a_reference_that_changed_is_noticed(make_config, tiny_train, tmp_path, dpo_run):
     out = tmp_path / "run"
     config = make_config(out)
     tiny_train(config)
@@ -565,18 +565,18 @@ def test_a_cache_for_a_loss_without_a_reference_is_refused(make_config, tiny_tra
         tiny_train(make_config(tmp_path / "run", loss=LossOptions(name="simpo"), reference=reference))
 
 
-def test_micro_batches_of_a_loss_that_looks_at_its_batch_are_refused(make_config, tiny_train, tmp_path):
+def test_micro_batches_of_a_loss_that_couples_examples_are_refused(make_config, tiny_train, tmp_path):
     config = make_config(tmp_path / "run", loss=LossOptions(name="aot"), train={"accumulate": 2})
     with pytest.raises(InputError, match=r"train\.accumulate 2: aot.* looks at its whole batch"):
         tiny_train(config)
 
 
-def test_a_loss_that_cannot_be_made_is_refused_before_anything_is_read(make_config, tiny_train, tmp_path):
+def test_contradicting_options_of_a_loss_are_refused_before_anything_is_read(make_config, tiny_train, tmp_path):
     with pytest.raises(InputError, match=r"gamma 1.0 has no effect with name hinge; simpo reads it"):
         tiny_train(replace(make_config(tmp_path / "run", loss=LossOptions(name="hinge", gamma=1.0)), model="nowhere"))
 
 
-# Runs of a rate of 0 and of another loss stand elsewhere here.
+# Other options are covered by other tests of this file.
 @pytest.mark.thin("train-{'seed': 1}")
 @pytest.mark.parametrize(
     ("section", "change"),
@@ -588,7 +588,7 @@ def test_a_loss_that_cannot_be_made_is_refused_before_anything_is_read(make_conf
     ids=str,
 )
 def test_options_reach_the_run(section, change, make_config, tiny_train, tmp_path, dpo_run, metric_lines):
-    # That each option of the optimizer changes its walk is shown in test_step.py.
+    # test_optimizers.py covers every option of the optimizer.
     changes = {"train": {"save_every": 0}}
     changes[section] = {**changes.get(section, {}), **change} if isinstance(change, dict) else change
     tiny_train(make_config(tmp_path / "run", **changes))

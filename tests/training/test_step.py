@@ -86,13 +86,13 @@ def on_many(request, tiny_model, tiny_params, ref_params, batch):
 
 
 def test_many_devices_compute_what_one_device_computes(on_one, on_many, tiny_params, assert_norm_close):
-    _, found = on_many
+    _, result = on_many
     assert abs(float(on_one["loss"]) - math.log(2)) > 0.01  # policy and reference do differ
-    np.testing.assert_allclose(found["loss"], on_one["loss"], rtol=1e-5)
-    assert_norm_close(found["grads"], on_one["grads"], 1e-5)
-    assert_norm_close(found["after"].params, on_one["after"].params, 1e-5)
-    assert_norm_close(found["after"].opt_state, on_one["after"].opt_state, 1e-5)
-    metrics = [jax.tree.map(float, result["metrics"]) for result in (found, on_one)]
+    np.testing.assert_allclose(result["loss"], on_one["loss"], rtol=1e-5)
+    assert_norm_close(result["grads"], on_one["grads"], 1e-5)
+    assert_norm_close(result["after"].params, on_one["after"].params, 1e-5)
+    assert_norm_close(result["after"].opt_state, on_one["after"].opt_state, 1e-5)
+    metrics = [jax.tree.map(float, result["metrics"]) for result in (result, on_one)]
     for name in metrics[1]:
         np.testing.assert_allclose(metrics[0][name], metrics[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
     # The step is large enough for the comparison of the parameters to mean something.
@@ -101,9 +101,9 @@ def test_many_devices_compute_what_one_device_computes(on_one, on_many, tiny_par
 
 
 def test_parameters_and_moments_lie_in_parts(on_many):
-    name, found = on_many
+    name, result = on_many
     parts = {"data 8": 1, "fsdp 8": 8, "2 x 2 x 2": 4, "data 2, tensor 4": 4}[name]
-    state = found["after"]
+    state = result["after"]
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.size >= 64]
     big = [x for x in jax.tree.leaves(state.params) if x.size >= 2 * 32 * 16]
     assert len(moments) >= 2 * len(big) > 0
@@ -112,16 +112,16 @@ def test_parameters_and_moments_lie_in_parts(on_many):
 
 
 def test_the_state_is_donated_but_for_nothing_else(on_many, batch):
-    _, found = on_many
-    before = found["before"]
+    _, result = on_many
+    before = result["before"]
     assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.opt_state)))
     assert not batch.tokens.is_deleted()
 
 
 def test_the_reference_stays_as_it_is(on_many, ref_params):
-    _, found = on_many
-    jax.tree.map(np.testing.assert_array_equal, found["after"].ref_params, ref_params)
-    assert int(found["after"].step) == 1
+    _, result = on_many
+    jax.tree.map(np.testing.assert_array_equal, result["after"].ref_params, ref_params)
+    assert int(result["after"].step) == 1
 
 
 def test_the_logged_norm_is_that_before_clipping():

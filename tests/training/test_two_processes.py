@@ -84,14 +84,14 @@ def test_two_processes_train_as_one_does(
         "mesh.multi_process": "true",
     }
     outputs = by_two_processes("dpo", options)
-    found, plain = metric_lines(out), metric_lines(expected)
-    assert [line["step"] for line in found] == [line["step"] for line in plain]
-    for line, other in zip(found, plain, strict=True):
+    lines, expected_lines = metric_lines(out), metric_lines(expected)
+    assert [line["step"] for line in lines] == [line["step"] for line in expected_lines]
+    for line, other in zip(lines, expected_lines, strict=True):
         for name in METRICS:
             if name in other:
                 np.testing.assert_allclose(line[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
     # Each has drawn the same samples from the reference.
-    assert "eval_rewards/reference_samples" in found[-1]
+    assert "eval_rewards/reference_samples" in lines[-1]
     samples = [[json.loads(line)["answer"] for line in (run / FILE).open()] for run in (out, expected)]
     assert samples[0] == samples[1]
     # Only the first process writes and speaks.

@@ -29,7 +29,7 @@ def of_reference(metrics):
 
 @pytest.fixture(scope="module")
 def drawn(tiny_model, tiny_params, one_device):
-    """Answers of at most two tokens, which can be enumerated."""
+    """Responses of at most two tokens, which can be enumerated."""
     prompts = [PROMPT] * DRAWN
     options = {"seed": 3, "rows": DRAWN // 2, "max_new_tokens": 2, "eos_ids": (EOS,)}
     with jax.set_mesh(one_device):
@@ -46,34 +46,34 @@ def next_logps(model, params):
 
 def test_samples_follow_the_reference(drawn, tiny_model, tiny_params):
     first, second = (np.exp(logp) for logp in next_logps(tiny_model, tiny_params))
-    found = np.bincount([answer.ids[0] for answer in drawn], minlength=len(first)) / DRAWN
+    found = np.bincount([response.ids[0] for response in drawn], minlength=len(first)) / DRAWN
     assert (np.abs(found - first) < 5 * np.sqrt(first * (1 - first) / DRAWN) + 1 / DRAWN).all()
-    assert len(np.unique([answer.ids[0] for answer in drawn[: DRAWN // 2]])) > 10
+    assert len(np.unique([response.ids[0] for response in drawn[: DRAWN // 2]])) > 10
     # Batches draw other numbers.
-    halves = [[answer.ids.tolist() for answer in half] for half in (drawn[: DRAWN // 2], drawn[DRAWN // 2 :])]
+    halves = [[response.ids.tolist() for response in half] for half in (drawn[: DRAWN // 2], drawn[DRAWN // 2 :])]
     assert halves[0] != halves[1]
     likely = int(np.argmax(np.where(np.arange(len(first)) == EOS, 0, first)))
-    after = [answer.ids[1] for answer in drawn if answer.ids[0] == likely]
+    after = [response.ids[1] for response in drawn if response.ids[0] == likely]
     found = np.bincount(after, minlength=len(first)) / len(after)
     assert (np.abs(found - second[likely]) < 5 * np.sqrt(second[likely] / len(after)) + 1 / len(after)).all()
 
 
-def test_an_answer_ends_with_its_end_or_is_truncated(drawn):
-    assert {len(answer.ids) for answer in drawn} == {1, 2}
-    for answer in drawn:
-        assert answer.truncated == (answer.ids[-1] != EOS)
-        assert len(answer.ids) == 2 or answer.ids[0] == EOS
+def test_a_response_ends_with_eos_or_is_truncated(drawn):
+    assert {len(response.ids) for response in drawn} == {1, 2}
+    for response in drawn:
+        assert response.truncated == (response.ids[-1] != EOS)
+        assert len(response.ids) == 2 or response.ids[0] == EOS
 
 
 @pytest.fixture(scope="module")
 def probe(drawn, tiny_model, tiny_params, one_device):
-    examples = [Example(PROMPT, False, (answer,), 0) for answer in drawn]
+    examples = [Example(PROMPT, False, (response,), 0) for response in drawn]
     with jax.set_mesh(one_device):
         feeder = Feeder(Dataset(examples, {}, ""), 512, one_device, DataOptions(layout="packed"), "")
         score = make_scorer(tiny_model, feeder)
 
         def logps(params):
-            return [answers[0] for _, part in score(params, feeder.in_order(), 0) for answers in part]
+            return [responses[0] for _, part in score(params, feeder.in_order(), 0) for responses in part]
 
         yield Probe(Samples(examples, logps(tiny_params)), BETA, logps)
 
@@ -119,8 +119,8 @@ def test_the_estimate_of_few_samples_by_hand():
 
 def test_a_file_of_samples_is_read_as_it_was_written(tmp_path, drawn, tiny_tokenizer):
     rng = np.random.default_rng(0)
-    examples = [Example(PROMPT, i == 1, (answer,), 7 + i) for i, answer in enumerate(drawn[:5])]
-    logps = [-rng.random(len(answer.ids), np.float32) for answer in drawn[:5]]
+    examples = [Example(PROMPT, i == 1, (response,), 7 + i) for i, response in enumerate(drawn[:5])]
+    logps = [-rng.random(len(response.ids), np.float32) for response in drawn[:5]]
     path = tmp_path / FILE
     write_samples(path, Samples(examples, logps), tiny_tokenizer)
     found = read_samples(path)
@@ -146,14 +146,14 @@ def test_a_file_of_samples_is_read_as_it_was_written(tmp_path, drawn, tiny_token
 )
 def test_a_damaged_file_of_samples_is_refused(damage, tmp_path, drawn, tiny_tokenizer):
     path = tmp_path / FILE
-    examples = [Example(PROMPT, False, (answer,), 0) for answer in drawn[:3]]
+    examples = [Example(PROMPT, False, (response,), 0) for response in drawn[:3]]
     write_samples(path, Samples(examples, [np.zeros(len(a.ids), np.float32) for a in drawn[:3]]), tiny_tokenizer)
     path.write_text(damage(path.read_text()))
     with pytest.raises(InputError, match=r"reference_samples\.jsonl: .*restore that file, or delete it"):
         read_samples(path)
 
 
-# The options are those of other runs here as far as that goes, so that programs need not be compiled again.
+# Options shared with other runs here, so that programs are not compiled again.
 def sampled(eval_file=None, **train):
     data = {"data": {"eval": str(eval_file)}} if eval_file else {}
     return {**data, "train": {"reference_samples": 6, "eval_every": 2, "eval_batch_size": 4, **train}}
@@ -179,7 +179,9 @@ def test_a_run_logs_samples_at_each_evaluation_and_gives_a_verdict(whole, metric
     assert json.loads((out / "summary.json").read_text()) == summary
 
 
-def test_answers_are_no_longer_than_those_of_the_data_and_prompts_are_held_out(whole, eval_file, tiny_tokenizer):
+def test_samples_are_no_longer_than_responses_of_the_data_and_their_prompts_are_held_out(
+    whole, eval_file, tiny_tokenizer
+):
     found = read_samples(whole[0] / FILE)
     prompts = {
         tuple(tiny_tokenizer(json.loads(line)["prompt"]).input_ids) for line in eval_file.read_text().splitlines()
@@ -189,7 +191,7 @@ def test_answers_are_no_longer_than_those_of_the_data_and_prompts_are_held_out(w
     assert max(len(logps) for logps in found.ref_logps) <= 9  # eight words and EOS
 
 
-def test_without_the_option_nothing_of_it_is_there(tmp_path, make_config, tiny_train, whole, eval_file, metric_lines):
+def test_without_the_option_there_are_no_samples(tmp_path, make_config, tiny_train, whole, eval_file, metric_lines):
     out = tmp_path / "run"
     summary = tiny_train(make_config(out, **sampled(eval_file, reference_samples=0)))
     assert "verdict" not in summary and not of_reference(summary) and not (out / FILE).exists()
@@ -242,7 +244,7 @@ def test_a_resumed_run_has_the_same_samples_and_numbers(
     assert summary["verdict"] == whole[1]["verdict"]
 
 
-def test_a_resumed_run_goes_on_without_samples_that_are_gone(half_way, make_config, tiny_train, eval_file):
+def test_a_resumed_run_continues_without_samples_that_are_missing(half_way, make_config, tiny_train, eval_file):
     (half_way / FILE).unlink()
     summary = tiny_train(replace(make_config(half_way, **sampled(eval_file)), resume=True))
     assert "verdict" not in summary and not of_reference(summary) and summary["steps"] == 6
@@ -257,7 +259,7 @@ def test_samples_of_another_reference_are_refused(half_way, make_config, tiny_tr
         tiny_train(replace(make_config(half_way, **sampled(eval_file)), resume=True))
 
 
-def test_a_run_that_begins_anew_draws_anew(whole, tmp_path, make_config, tiny_train, eval_file, monkeypatch):
+def test_a_run_that_starts_over_draws_again(whole, tmp_path, make_config, tiny_train, eval_file, monkeypatch):
     out = tmp_path / "run"
     out.mkdir()
     (out / FILE).write_text("of a run that never came to a checkpoint")

@@ -56,21 +56,21 @@ def stage(tiny_config, random_examples):
 @pytest.mark.parametrize(("remat", "rank"), [("none", 0), ("dots", 0), ("none", 4)])
 def test_memory_is_near_that_of_the_compiled_step(remat, rank, stage):
     loss_fn, optimizer, state, batch, mesh = stage(remat, rank)
-    found = estimate(loss_fn, state, batch, mesh, flops=1.0, steps=1)
-    assert found.memory["activations"] > 0.2 * found.total  # else this would test little
+    needs = estimate(loss_fn, state, batch, mesh, flops=1.0, steps=1)
+    assert needs.memory["activations"] > 0.2 * needs.total  # else this would test little
     with jax.set_mesh(mesh):
         step = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0).lower(state, batch).compile()
     used = step.memory_analysis()
     compiled = used.temp_size_in_bytes + used.argument_size_in_bytes
-    assert 0.6 * compiled < found.total < 1.2 * compiled
+    assert 0.6 * compiled < needs.total < 1.2 * compiled
 
 
 def test_each_part_by_hand(stage):
     loss_fn, _, state, batch, mesh = stage()
     size = sum(x.nbytes for x in jax.tree.leaves(state.params))
-    found = estimate(loss_fn, state, batch, mesh, flops=1.0, steps=1).memory
-    assert found["policy"] == found["reference"] == found["gradients"] == size
-    assert 2 * size <= found["optimizer"] < 2.01 * size
+    needs = estimate(loss_fn, state, batch, mesh, flops=1.0, steps=1).memory
+    assert needs["policy"] == needs["reference"] == needs["gradients"] == size
+    assert 2 * size <= needs["optimizer"] < 2.01 * size
     lora_loss, _, lora_state, *_ = stage(rank=4)
     lora = estimate(lora_loss, lora_state, batch, mesh, flops=1.0, steps=1).memory
     adapter = sum(x.nbytes for x in jax.tree.leaves(lora_state.params))
@@ -80,7 +80,7 @@ def test_each_part_by_hand(stage):
         remat: estimate(stage(remat)[0], state, batch, mesh, flops=1.0, steps=1).memory["activations"]
         for remat in ("dots", "attention", "full")
     }
-    assert less["full"] < less["attention"] < less["dots"] < found["activations"]
+    assert less["full"] < less["attention"] < less["dots"] < needs["activations"]
 
 
 def test_devices_share_what_is_cut(stage):
@@ -101,7 +101,7 @@ def test_micro_batches_keep_less(stage):
     assert micro["activations"] < 0.5 * whole["activations"] and micro["gradients"] == 2 * whole["gradients"]
 
 
-def test_plain_words():
+def test_lines_for_the_terminal():
     memory = {"policy": 2_000_000_000, "reference": 0, "activations": 500_000_000}
     text = str(Estimate(memory, flops=3e12, steps=100, limit=24_000_000_000, peak_flops=1.5e11))
     assert text == (
@@ -120,7 +120,7 @@ def test_the_machine_has_memory():
 @pytest.mark.parametrize(
     "changes", [{}, {"lora": LoraOptions(rank=4), "train": {"accumulate": 4}}], ids=["whole", "adapter, micro-batches"]
 )
-def test_a_run_says_it_before_it_compiles(changes, make_config, tmp_path, capsys, one_device_only, monkeypatch):
+def test_a_run_shows_it_before_it_compiles(changes, make_config, tmp_path, capsys, one_device_only, monkeypatch):
     monkeypatch.setattr(run_module, "estimate", estimate)  # which tests leave out elsewhere
     train = {"steps": 1, "reference_samples": 0} | changes.get("train", {})
     run_module.train(make_config(tmp_path / "run", **changes | {"train": train}), Console(width=400))

@@ -1,4 +1,4 @@
-"""Runs that break: what was to blame is named, and what was good is kept."""
+"""Runs that become non-finite: the cause is named, and the last good state kept."""
 
 import shutil
 from functools import partial
@@ -49,7 +49,7 @@ def test_a_poisoned_row_is_named_and_the_state_before_it_kept(
     with pytest.raises(FloatingPointError, match=message):
         tiny_train(config)
     assert find_checkpoint(tmp_path / "run").name == str(STEP)
-    # What is kept is what a whole run has after so many steps.
+    # What is kept equals the state of a whole run at that step.
     shutil.copytree(dpo_run / "checkpoints" / str(STEP), tmp_path / "good" / "checkpoints" / str(STEP))
     kept, good = (jax.tree.leaves(arrays_of(folder)) for folder in (tmp_path / "run", tmp_path / "good"))
     for a, b in zip(kept, good, strict=True):
@@ -84,7 +84,7 @@ def test_parameters_that_are_not_finite_are_named_and_never_saved(make_config, t
     assert find_checkpoint(tmp_path / "run") is None
 
 
-def test_log_probabilities_and_references(tiny_model, tiny_params, pair_batch):
+def test_parameters_and_log_probabilities_are_named(tiny_model, tiny_params, pair_batch):
     batch, loss_fn = pair_batch(4), preference_loss_fn(tiny_model, make_loss())
     rows = ["4", "2", "5", "1"]
     locate = lambda examples: f"rows {', '.join(rows[i] for i in examples)}"  # noqa: E731
@@ -94,8 +94,8 @@ def test_log_probabilities_and_references(tiny_model, tiny_params, pair_batch):
         "the reference's parameter embed/embedding is not finite"
     )
     huge = tiny_params | {"unembed": {"embedding": tiny_params["unembed"]["embedding"].at[:].set(3e38)}}
-    found = cause(TrainState(jnp.int32(0), huge, (), tiny_params))
-    assert found == "log pi is not finite in rows 4, 2, 5, 1"
+    message = cause(TrainState(jnp.int32(0), huge, (), tiny_params))
+    assert message == "log pi is not finite in rows 4, 2, 5, 1"
     assert first_nonfinite(tiny_params) is None and first_nonfinite(None) is None
 
 

@@ -67,9 +67,9 @@ def test_every_case(changes, case):
     ids=str,
 )
 def test_the_sentence_has_the_figures_and_what_to_do(changes, words):
-    said = sentence(evidence(**changes))
+    text = sentence(evidence(**changes))
     pattern = re.escape(words).replace(r"\.\*", ".*")
-    assert said.isascii() and "\n" not in said and re.search(pattern, said), said
+    assert text.isascii() and "\n" not in text and re.search(pattern, text), text
 
 
 def test_held_out_pairs_come_before_those_of_training():
@@ -80,8 +80,8 @@ def test_held_out_pairs_come_before_those_of_training():
         "eval_rewards/reference_expected": -0.5,
         "eval_rewards/reference_expected_stderr": 0.05,
     }
-    found = collect(summary, samples=16, length=5.0, beta=0.1)
-    assert found == Evidence(-1.0, 0.1, 7.0, -0.5, 0.05, 5.0, 16, 0.1, False)
+    collected = collect(summary, samples=16, length=5.0, beta=0.1)
+    assert collected == Evidence(-1.0, 0.1, 7.0, -0.5, 0.05, 5.0, 16, 0.1, False)
     held_out = {"eval_rewards/chosen": -2.0, "eval_lengths/chosen": 9.0}  # one row: no standard error
-    found = collect(summary | held_out, samples=16, length=5.0, beta=0.1)
-    assert found == Evidence(-2.0, math.inf, 9.0, -0.5, 0.05, 5.0, 16, 0.1, True)
+    collected = collect(summary | held_out, samples=16, length=5.0, beta=0.1)
+    assert collected == Evidence(-2.0, math.inf, 9.0, -0.5, 0.05, 5.0, 16, 0.1, True)

@@ -44,17 +44,17 @@ def test_a_ranking_of_three_and_its_metrics_by_hand(loss_of):
 
 
 def test_a_model_learns_a_ranking(tiny_model, tiny_params, pair_batch):
-    batch = pair_batch(4, answers=3)
+    batch = pair_batch(4, responses=3)
     loss_fn = preference_loss_fn(tiny_model, make_loss("plackett_luce"))
     optimizer = optax.sgd(0.3)
     state = TrainState(jnp.int32(0), tiny_params, optimizer.init(tiny_params), tiny_params)
     train_step = jax.jit(make_train_step(loss_fn, optimizer))
-    found = []
+    history = []
     for _ in range(5):
         state, metrics = train_step(state, batch)
-        found.append(mean_metrics([metrics]))
-    assert found[0]["loss"] == pytest.approx(math.log(6), rel=1e-5)  # one of 3! orders
-    assert found[-1]["loss"] < found[0]["loss"] - 0.1 and found[-1]["rewards/margins"] > 0.1
+        history.append(mean_metrics([metrics]))
+    assert history[0]["loss"] == pytest.approx(math.log(6), rel=1e-5)  # one of 3! orders
+    assert history[-1]["loss"] < history[0]["loss"] - 0.1 and history[-1]["rewards/margins"] > 0.1
 
 
 def test_plackett_luce_is_named_sigmoid_where_pairs_are_read():
@@ -155,10 +155,10 @@ def test_no_gradient_flows_into_the_reference(tiny_model, tiny_params, ref_param
 
 @pytest.mark.parametrize("objective", ["dpo", "sft"])
 def test_rows_of_weight_0_do_not_count(objective, tiny_model, tiny_params, ref_params, pair_batch):
-    answers = 2 if objective == "dpo" else 1
+    responses = 2 if objective == "dpo" else 1
     loss_fn = preference_loss_fn(tiny_model, LOSS) if objective == "dpo" else sft_loss_fn(tiny_model)
     gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-    batch = pair_batch(6, answers=answers, layout="shared")
+    batch = pair_batch(6, responses=responses, layout="shared")
     weights = batch.weights.at[4:].set(0)
     other = replace(batch, tokens=batch.tokens.at[4:].set(7), targets=batch.targets.at[4:].set(9))
     results = [gradient(tiny_params, ref_params, replace(x, weights=weights)) for x in (batch, other)]
@@ -167,26 +167,26 @@ def test_rows_of_weight_0_do_not_count(objective, tiny_model, tiny_params, ref_p
     assert abs(float(counted) - float(results[0][0][0])) > 1e-4  # with weight 1 they do count
 
 
-@pytest.mark.parametrize("answers", [1, 2])
-def test_lengths_and_truncation_are_counted_by_hand(answers, tiny_model, tiny_params, ref_params, random_examples):
-    examples = random_examples(6, answers=answers)
-    cut = [[(i + r) % 3 == 0 for r in range(answers)] for i in range(6)]
+@pytest.mark.parametrize("responses", [1, 2])
+def test_lengths_and_truncation_are_counted_by_hand(responses, tiny_model, tiny_params, ref_params, random_examples):
+    examples = random_examples(6, responses=responses)
+    truncated = [[(i + r) % 3 == 0 for r in range(responses)] for i in range(6)]
     examples = [
         replace(e, responses=tuple(replace(r, truncated=c) for r, c in zip(e.responses, flags, strict=True)))
-        for e, flags in zip(examples, cut, strict=True)
+        for e, flags in zip(examples, truncated, strict=True)
     ]
     shapes = Shapes.of(examples, batch_size=4, multiple=4, row_length=64)
     # Two micro-batches; the second has two examples and two that only fill up.
     parts = [make_batch(part, shapes, fill_to=4, at_least=(4, 64)) for part in (examples[:4], examples[4:])]
     batches = jax.tree.map(lambda *x: jnp.stack(x), *parts)
-    loss_fn = preference_loss_fn(tiny_model, LOSS) if answers == 2 else sft_loss_fn(tiny_model)
+    loss_fn = preference_loss_fn(tiny_model, LOSS) if responses == 2 else sft_loss_fn(tiny_model)
     optimizer = optax.sgd(0.1)
     state = TrainState(jnp.int32(0), tiny_params, optimizer.init(tiny_params), ref_params)
     _, metrics = jax.jit(make_train_step(loss_fn, optimizer, accumulate=2))(state, batches)
     means = mean_metrics([metrics])
-    for r, name in enumerate(("chosen", "rejected") if answers == 2 else ("completion",)):
+    for r, name in enumerate(("chosen", "rejected") if responses == 2 else ("completion",)):
         assert means[f"lengths/{name}"] == pytest.approx(np.mean([len(e.responses[r].ids) for e in examples]))
-        assert means[f"truncated/{name}"] == pytest.approx(np.mean([flags[r] for flags in cut]))
+        assert means[f"truncated/{name}"] == pytest.approx(np.mean([flags[r] for flags in truncated]))
         assert means[f"truncated/{name}"] > 0
 
 
