@@ -79,7 +79,7 @@ def test_rewards_by_hand(logits):
         np.testing.assert_allclose(step.logp, logp, **CLOSE)
         np.testing.assert_allclose(step.ref_logp, ref_logp, **CLOSE)
         for wrong in (logits[0], logits):
-            with pytest.raises(ValueError, match=r"reads 2 policies .* not [13]"):
+            with pytest.raises(ValueError, match=r"reads an Ensemble of 2 policies, found [13]"):
                 objective(wrong)
 
 
@@ -132,7 +132,7 @@ def test_vocabularies_must_agree_or_be_cut(logits):
     with pytest.raises(ValueError, match="vocabulary 8 is larger than that of a model, 7 tokens"):
         LogitArithmetic((1.0,), vocabulary=8)(longer)
     for wrong in (logits[:2], logits[0]):
-        with pytest.raises(ValueError, match=r"reads 3 policies .* not [12]"):
+        with pytest.raises(ValueError, match=r"reads an Ensemble of 3 policies, found [12]"):
             LogitArithmetic((1.0,))(wrong)
 
 
