@@ -65,9 +65,6 @@ class Keys:
     """A config.json that tracks which of its keys have been read.
 
     A key that is missing or null takes its default; without a default it is required.
-
-    Args:
-        config: The contents of config.json.
     """
 
     def __init__(self, config: Mapping[str, Any]):
