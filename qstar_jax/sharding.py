@@ -90,11 +90,9 @@ def parameter_spec(
     for pattern, axes in (hints or {}).items():
         if _matches(pattern, path) and _fits(axes, shape, axis_sizes):
             return PartitionSpec(*axes)
-
     # Sharding a small array costs more communication than it saves memory.
     if math.prod(shape) < min_shard_size:
         return PartitionSpec()
-
     # Give each axis the largest dimension that is still free and divisible by it.
     spec: list[str | None] = [None] * len(shape)
     first = 1 if re.search(r"(^|/)layers/", path) else 0

@@ -30,15 +30,15 @@ Examples:
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, permutations
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, ScalarLike
+from jaxtyping import Array, Float, ScalarLike
 
-from qstar_jax import losses, mdp
+from qstar_jax import losses
 
 MAX_EDGES = 1_000_000
 
@@ -203,24 +203,6 @@ def soft_value_iteration(
     return SoftSolution(q=q, v=values[:-1], log_policy=(q - values[:-1, None]) / beta)
 
 
-def rewards_of_q(
-    tree: TokenTree, q: Float[Array, "S V"], ref_logp: Float[Array, "S V"], *, beta: ScalarLike
-) -> Float[Array, "S V"]:
-    """The only reward whose optimal Q-function is `q`: r = Q - beta * log pi_ref - V(s') (Lemma 1, inverted).
-
-    Args:
-        tree: The tree.
-        q: Any table. Shape [S, V].
-        ref_logp: log pi_ref(a | s), in nats. Shape [S, V].
-        beta: Temperature: reward per nat.
-
-    Returns:
-        Rewards. Shape [S, V].
-    """
-    values = jnp.append(beta * jax.nn.logsumexp(q / beta, axis=-1), 0.0)
-    return q - beta * ref_logp - values[tree.children]
-
-
 def on_paths(tree: TokenTree, table: Float[Array, "S V"]) -> Float[Array, "N T"]:
     """Reads a table over states and tokens along every response; 0 after the end.
 
@@ -233,20 +215,6 @@ def on_paths(tree: TokenTree, table: Float[Array, "S V"]) -> Float[Array, "N T"]
     """
     paths = tree.paths
     return jnp.where(paths.mask, table[paths.states, paths.tokens], 0.0)
-
-
-def states_on_paths(tree: TokenTree, values: Float[Array, " S"]) -> Float[Array, "N T"]:
-    """Reads a table over states along every response, where each token is chosen; 0 after the end.
-
-    Args:
-        tree: The tree.
-        values: V, Phi, ... Shape [S].
-
-    Returns:
-        Values. Shape [N, T].
-    """
-    paths = tree.paths
-    return jnp.where(paths.mask, values[paths.states], 0.0)
 
 
 def path_sums(tree: TokenTree, table: Float[Array, "S V"]) -> Float[Array, " N"]:
@@ -272,21 +240,6 @@ def preference_table(returns: Float[Array, " N"]) -> Float[Array, "N N"]:
         Probabilities. Shape [N, N].
     """
     return jax.nn.sigmoid(returns[:, None] - returns[None, :])
-
-
-def ranking_table(returns: Float[Array, " N"], *, size: int) -> tuple[Int[np.ndarray, "M R"], Float[Array, " M"]]:
-    """Exact Plackett-Luce labels: every ordered choice of `size` responses, and the probability of its order.
-
-    Args:
-        returns: Return of each response. Shape [N].
-        size: R, responses in a ranking.
-
-    Returns:
-        (rankings, probabilities): indices of responses, best first, shape [M, R]; and the probability that these R
-        responses are ranked in this order, shape [M]. The probabilities for the same R responses sum to 1.
-    """
-    rankings = np.array(list(permutations(range(len(returns)), size)), np.int32).reshape(-1, size)
-    return rankings, jnp.exp(mdp.preference_log_prob(returns[rankings]))
 
 
 def population_dpo_loss(

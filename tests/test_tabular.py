@@ -50,9 +50,27 @@ def solve(tree, rewards, ref_logp, beta):
     return tabular.soft_value_iteration(tree, rewards, ref_logp, beta=beta)
 
 
+def rewards_of_q(tree, q, ref_logp, *, beta):
+    """The only reward whose optimal Q-function is `q`: r = Q - beta * log pi_ref - V(s') (Lemma 1, inverted)."""
+    values = jnp.append(beta * jax.nn.logsumexp(q / beta, axis=-1), 0.0)
+    return q - beta * ref_logp - values[tree.children]
+
+
+def states_on_paths(tree, values):
+    """Reads a table over states [S] along every response, where each token is chosen; 0 after the end. Shape [N, T]."""
+    paths = tree.paths
+    return jnp.where(paths.mask, values[paths.states], 0.0)
+
+
+def ranking_table(returns, *, size):
+    """Exact Plackett-Luce labels: every ordered choice of `size` responses, and the probability of its order."""
+    rankings = np.array(list(itertools.permutations(range(len(returns)), size)), np.int32).reshape(-1, size)
+    return rankings, jnp.exp(mdp.preference_log_prob(returns[rankings]))
+
+
 def scores_on_paths(tree, solution, ref_logp, beta):
     """The scores of every response under a language model whose logits are Q* / beta."""
-    logz = tabular.states_on_paths(tree, solution.v / beta)
+    logz = states_on_paths(tree, solution.v / beta)
     logp, ref_logp = (tabular.on_paths(tree, x) for x in (solution.log_policy, ref_logp))
     return TokenScores(logp, ref_logp, logz, jnp.asarray(tree.paths.mask))
 
@@ -222,14 +240,14 @@ def test_a_truncated_response_keeps_the_value_of_its_last_state(tree):
 
 def test_reward_to_q_to_reward(tree):
     def there_and_back(rewards, ref_logp, beta):
-        return tabular.rewards_of_q(tree, solve(tree, rewards, ref_logp, beta).q, ref_logp, beta=beta)
+        return rewards_of_q(tree, solve(tree, rewards, ref_logp, beta).q, ref_logp, beta=beta)
 
     np.testing.assert_allclose(for_each_mdp(tree, there_and_back), random_mdps(tree)[0], **EXACT)
 
 
 def test_any_table_is_the_optimal_q_of_one_reward(tree):
     def back_and_there(q, ref_logp, beta):  # what stands for rewards elsewhere is an arbitrary Q here
-        return solve(tree, tabular.rewards_of_q(tree, q, ref_logp, beta=beta), ref_logp, beta).q
+        return solve(tree, rewards_of_q(tree, q, ref_logp, beta=beta), ref_logp, beta).q
 
     np.testing.assert_allclose(for_each_mdp(tree, back_and_there), random_mdps(tree)[0], **EXACT)
 
@@ -251,7 +269,7 @@ def test_shaping_changes_neither_policy_nor_preferences(tree):
         other = shaped(tree, rewards, potential)
         policies = [solve(tree, r, ref_logp, beta).log_policy for r in (rewards, other)]
         labels = [tabular.preference_table(tabular.path_sums(tree, r)) for r in (rewards, other)]
-        rankings = [tabular.ranking_table(tabular.path_sums(tree, r)[:5], size=3)[1] for r in (rewards, other)]
+        rankings = [ranking_table(tabular.path_sums(tree, r)[:5], size=3)[1] for r in (rewards, other)]
         changed = jnp.abs(other - rewards).max()
         return policies, labels, rankings, changed
 
@@ -268,7 +286,7 @@ def test_equivalence_finds_the_potential(tree):
         found = shaping.are_equivalent(r, other, mask, atol=1e-10)
         broken = shaping.are_equivalent(r, other.at[0, 0].add(1e-6), mask, atol=1e-10)
         direct, residual = tabular.best_potential(tree, shaped(tree, rewards, potential) - rewards)
-        expected = tabular.states_on_paths(tree, potential)
+        expected = states_on_paths(tree, potential)
         return found.equivalent, broken.equivalent, found.potentials - expected, direct - potential, residual
 
     same, broken, by_paths, by_table, residual = for_each_mdp(tree, check, potentials(tree))
@@ -285,8 +303,8 @@ def test_log_ratios_of_the_optimal_policy_reproduce_every_preference(tree):
         returns = tabular.path_sums(tree, rewards)
         implicit = beta * tabular.path_sums(tree, solution.log_policy - ref_logp)
         labels = tabular.preference_table(returns)
-        _, true = tabular.ranking_table(returns[:5], size=3)
-        _, recovered = tabular.ranking_table(implicit[:5], size=3)
+        _, true = ranking_table(returns[:5], size=3)
+        _, recovered = ranking_table(implicit[:5], size=3)
         loss = tabular.population_dpo_loss(tree, solution.log_policy, labels, ref_logp, beta=beta)
         pairs = ~np.eye(len(returns), dtype=bool)
         entropy = jnp.where(pairs, -labels * jnp.log(labels), 0.0).sum() / (pairs.sum() / 2)
@@ -309,7 +327,7 @@ def test_a_shift_of_the_logits_is_a_potential(tree):
 
     def check(rewards, ref_logp, beta, shift):
         q = solve(tree, rewards, ref_logp, beta).q
-        moved = tabular.rewards_of_q(tree, q + beta * shift[:, None], ref_logp, beta=beta)
+        moved = rewards_of_q(tree, q + beta * shift[:, None], ref_logp, beta=beta)
         policies = [jax.nn.log_softmax(x / beta) for x in (q, q + beta * shift[:, None])]
         return moved - shaped(tree, rewards, -beta * shift), policies[0] - policies[1]
 
@@ -334,7 +352,7 @@ def test_eq_16_on_every_state(tree):
 
 def test_rankings_of_the_same_responses_sum_to_one():
     returns = jnp.array([0.3, -1.2, 2.0, 0.1, -0.4])
-    rankings, probabilities = tabular.ranking_table(returns, size=3)
+    rankings, probabilities = ranking_table(returns, size=3)
     assert rankings.shape == (60, 3)
     sets = {}
     for ranking, probability in zip(rankings, probabilities, strict=True):
@@ -345,7 +363,7 @@ def test_rankings_of_the_same_responses_sum_to_one():
 
 def test_rankings_of_two_are_bradley_terry():
     returns = jnp.array([0.3, -1.2, 2.0, 0.1])
-    rankings, probabilities = tabular.ranking_table(returns, size=2)
+    rankings, probabilities = ranking_table(returns, size=2)
     table = tabular.preference_table(returns)
     np.testing.assert_allclose(probabilities, table[rankings[:, 0], rankings[:, 1]], **EXACT)
     np.testing.assert_allclose(table + table.T, 1.0, **EXACT)
@@ -435,12 +453,12 @@ def test_the_population_loss_is_the_mean_of_the_librarys_loss_over_pairs():
 
 TRANSFORMED = {
     "soft_value_iteration": lambda tree, r, ref: solve(tree, r, ref, 0.7).v,
-    "rewards_of_q": lambda tree, r, ref: tabular.rewards_of_q(tree, r, ref, beta=0.7),
+    "rewards_of_q": lambda tree, r, ref: rewards_of_q(tree, r, ref, beta=0.7),
     "on_paths": lambda tree, r, ref: tabular.on_paths(tree, r),
-    "states_on_paths": lambda tree, r, ref: tabular.states_on_paths(tree, r[:, 0]),
+    "states_on_paths": lambda tree, r, ref: states_on_paths(tree, r[:, 0]),
     "path_sums": lambda tree, r, ref: tabular.path_sums(tree, r),
     "preference_table": lambda tree, r, ref: tabular.preference_table(r[0]),
-    "ranking_table": lambda tree, r, ref: tabular.ranking_table(r[0], size=2)[1],
+    "ranking_table": lambda tree, r, ref: ranking_table(r[0], size=2)[1],
     "population_dpo_loss": lambda tree, r, ref: tabular.population_dpo_loss(
         tree, r, tabular.preference_table(tabular.path_sums(tree, ref)), ref, beta=0.7
     ),

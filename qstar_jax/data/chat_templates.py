@@ -60,7 +60,6 @@ class ChatTemplate:
                 f"the chat template{which} never reads `messages`, so all prompts would be equal; expected a Jinja "
                 "template like the chat_template.jinja of chat models"
             )
-
         # Refuse arguments that none of them reads, and a date that none prints.
         variables = frozenset().union(*map(_variables, texts.values()))
         _check_arguments(options.chat_template_kwargs, variables, tokenizer)
@@ -123,7 +122,6 @@ class ChatTemplate:
         for key, messages in without.items():
             if messages != prompt + response and unchanged(messages, tools):
                 return key
-
         # Edit each message of the prompt that does not appear verbatim: the text must change.
         for index, message in enumerate(prompt):
             if message["role"] == "assistant" or _strip_spaces(message["content"]) in rendered:
@@ -131,7 +129,6 @@ class ChatTemplate:
             edited = [{**message, "content": message["content"] + "."}]
             if unchanged(prompt[:index] + edited + prompt[index + 1 :] + response, tools):
                 return f"messages of the role {message['role']!r}"
-
         # The response must appear verbatim.
         verbatim = all(_strip_spaces(message["content"]) in rendered for message in response)
         return None if verbatim else "all words of the response"

@@ -83,7 +83,6 @@ def _records(
     # Detect the columns, then parse row by row.
     layout = _layout(kind, prompt, responses, rows, options)
     records, dropped = sift(enumerate(enumerate(rows)), lambda row: read_record(row[1], row[0], layout, options))
-
     # Responses must not repeat their prompt, and must differ; prompts alone need no check.
     if kind != "prompts":
         records, uneven = remove_repeated_prompts(records, options.repeated_prompt)

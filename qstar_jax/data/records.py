@@ -80,7 +80,6 @@ def read_record(row: dict | BadRow, index: int, layout: FileLayout, options: Dat
     """
     if isinstance(row, BadRow):
         raise row
-
     # Separate the prompt from the responses: by columns, or by the turns of whole dialogues.
     responses = [_turns(row, option, column, layout) for option, column in layout.responses.values()]
     if layout.prompt is None:
@@ -91,7 +90,6 @@ def read_record(row: dict | BadRow, index: int, layout: FileLayout, options: Dat
         prompt = _turns(row, "prompt", layout.prompt, layout)
         prompt, responses = remove_prompt(prompt, responses)
         _check_prompt(prompt, layout.prompt, options)
-
     # Bring both into the same form, then add what only chats can have.
     prompt, responses = unify_form(prompt, responses, options.as_chat)
     system = layout.system and parse_system(_value(row, "system", layout.system, layout), layout.system)

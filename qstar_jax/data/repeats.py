@@ -25,7 +25,6 @@ def remove_repeated_prompts(
     """
     # What each response holds after its prompt; None if it does not begin with it.
     remainders = {record.row: [_remainder(record.prompt, text) for text in record.responses] for record in records}
-
     # Decide for the whole file: is repetition the rule, or a coincidence in a few rows?
     num_prompts = sum(bool(_last_text(record.prompt).strip()) for record in records)
     num_repeating = sum(None not in remainder for remainder in remainders.values())

@@ -26,13 +26,11 @@ def split_text(record: Record, tokenizer: Any) -> tuple[list[int], list[list[int
     # The prompt keeps the ids that it has on its own.
     specials = not (tokenizer.bos_token and record.prompt.startswith(tokenizer.bos_token))
     ids, _ = _encode(tokenizer, record.prompt, specials=specials)
-
     # Each response takes its ids from the concatenation, unless a token would span the boundary.
     responses = []
     for text in record.responses:
         continuation = _encode_after(ids, record.prompt, text, tokenizer, specials=specials)
         responses.append(_encode_alone(text, tokenizer) if continuation is None else continuation)
-
     # Some tokenizers append EOS to the prompt, but nothing follows an EOS.
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
@@ -52,7 +50,6 @@ def split_chat(
     if not record.responses:
         _check_rendered(record, [], template, prompt)
         return _encode(tokenizer, prompt)[0], []
-
     # Render and tokenize each whole dialogue, and count its tokens that end within the prompt.
     dialogues, boundaries = [], []
     for response in record.responses:
@@ -62,7 +59,6 @@ def split_chat(
         ids, ends = _encode(tokenizer, text)
         boundaries.append(len(list(takewhile(lambda end: end <= len(prompt), ends))))
         dialogues.append(ids[: _end_of_turn(ids, ends, text, eos_ids)])
-
     # The prompt is what all dialogues share.
     shared = min(boundaries)
     while any(ids[:shared] != dialogues[0][:shared] for ids in dialogues):

@@ -171,13 +171,11 @@ def _make_example(
         prompt, response_ids = split_text(record, tokenizer)
     else:
         prompt, response_ids = split_chat(record, tokenizer, template, eos_ids)
-
     # The first token of a response must be predicted from something.
     if not prompt:
         if tokenizer.bos_token_id is None:
             raise BadRow("empty prompt", ", and the tokenizer has no BOS token to use instead")
         prompt = [tokenizer.bos_token_id]
-
     # Truncate the prompt first, then the responses to the remaining room.
     truncated_prompt = _truncate_prompt(prompt, options.max_prompt_length, tokenizer.bos_token_id)
     room = options.max_length - len(truncated_prompt)
@@ -203,7 +201,6 @@ def _make_response(ids: list[int], eos: int, eos_ids: frozenset[int], room: int)
         length -= 1
     if not eos_ids.isdisjoint(ids[:length]):
         raise DroppedRow("EOS token inside a response")
-
     # End with the first EOS that was stripped, or that of the tokenizer, if there is room for it.
     end = ids[length : length + 1] or [eos]
     truncated = length >= room

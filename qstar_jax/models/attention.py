@@ -140,13 +140,11 @@ def _attend_sequentially(
             stop = min(start + block_size, length)
             block = rearrange(q[:, start:stop], "h s d -> (h s) d")
             scores = score(jnp.matmul(block, k[:stop].T, preferred_element_type=jnp.float32))
-
             # Mask what lies in other blocks and branches, or outside the window.
             mask = is_visible(
                 (slots[start:stop, None], *ids[:, start:stop, None]), (slots[:stop], *ids[:, None, :stop])
             )
             scores = jnp.where(mask, scores.reshape(heads_per_group, stop - start, stop), MASKED)
-
             # Average the values with the softmax weights.
             weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(-1, stop)
             outputs.append((weights @ v[:stop]).reshape(heads_per_group, stop - start, width))

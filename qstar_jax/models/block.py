@@ -94,11 +94,9 @@ class Attention(nnx.Module):
         q, k, v = (rearrange(y, "(b s) (h d) -> b s h d", b=batch, d=self.config.head_dim) for y in (q, k, v))
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-
         # Rotate after the norms, as all families do.
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-
         # The caller supplies attention itself: it may read a cache.
         out = checkpoint_name(attend(q, k, v), ATTENTION_OUT)
         return self.o(rearrange(out, "b s h d -> (b s) (h d)"))

@@ -140,7 +140,6 @@ class LayerCache:
         maximum = jnp.maximum(on_prompt.max(-1), on_path.max(-1))[..., None]
         on_prompt, on_path = jnp.exp(on_prompt - maximum), jnp.exp(on_path - maximum)
         total = on_prompt.sum(-1, keepdims=True) + on_path.sum(-1, keepdims=True)
-
         # Average the values, normalizing last.
         out = sum(
             jnp.einsum("bgqs,bgsd->bgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)

@@ -134,7 +134,6 @@ class CausalLM:
         """
         if not isinstance(rank, int) or rank < 1:
             raise InputError(f"the rank of an adapter must be a whole number of at least 1 (found: {rank!r})")
-
         # Resolve each target to the layers it stands for.
         modules = self.linear_modules
         targets = list(modules) if targets is None else targets
@@ -149,7 +148,6 @@ class CausalLM:
                 f"the targets of an adapter must be among {', '.join(choices)} "
                 f"(found: {', '.join(map(repr, unknown)) or 'none at all'})"
             )
-
         # In the order of the model, so that equal adapters have equal hashes.
         order = tuple(name for name in modules if any(name in names for names in layers.values()))
         return replace(self, lora=Lora(rank, float(alpha), order, rank_stabilised))
@@ -205,7 +203,6 @@ class CausalLM:
         positions = jnp.broadcast_to(slot, prompts.shape)
         mask = PackedMask(jnp.where(slot < prompt_lengths[:, None], 0, -1), jnp.zeros_like(prompts))
         hidden, layers = self._bind(params).prefill(prompts, positions, mask, slots)
-
         # Only the last token of each prompt needs logits.
         last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
         pool_positions = jnp.zeros((len(prompts), slots), jnp.int32)

@@ -226,7 +226,6 @@ def _reach(
         last = jnp.where(blocks == high[..., None], positions, -1).max(-1)
         first = jnp.where(blocks == low[..., None], positions, jnp.iinfo(positions.dtype).max).min(-1)
         meet &= (low[:, :, None] < high[:, None]) | (first[:, :, None] - last[:, None] < window)
-
     # The largest distance between tiles that meet, per tile of queries and per tile of keys.
     tiles = jnp.arange(blocks.shape[1], dtype=jnp.int32)
     distance = jnp.where(meet, tiles[:, None] - tiles, 0)  # [B, queries, keys]; negative where keys come after queries

@@ -141,13 +141,11 @@ def _scaling(parameters: dict[str, Any], keys: Keys, original: int | None) -> Sc
     kind = parameters.pop("rope_type", "default")
     if kind != "default" and kind not in SCALINGS:
         raise InputError(f"config.json: rotary scaling of type {kind!r}; expected default, {', '.join(SCALINGS)}")
-
     # Fill in the defaults of transformers. Default and linear scaling do not use the original context.
     if kind in ("default", "linear"):
         parameters.pop("original_max_position_embeddings", None)
     else:
         _add_defaults(parameters, kind, keys, original)
-
     # The parameters must be exactly the fields of the class.
     expected = {} if kind == "default" else {field.name: field for field in fields(SCALINGS[kind])}
     missing = [name for name, field in expected.items() if field.default is MISSING and name not in parameters]

@@ -116,11 +116,9 @@ def _load_adapter(
         base = _load_adapter(base_folder, compute, mesh, mesh_options, dependents)
     else:
         base = load_model(base_folder, compute, mesh, mesh_options)
-
     # Merge the adapter into it.
     model, edits = hub.read_edits(folder, config, base.model)
     params = hub.apply_edits(model, edits, base.params, param_shardings(model, mesh, mesh_options))
-
     # The adapter's tokenizer and generation settings take precedence over those of the base.
     tokenizer = hub.read_adapter_tokenizer(folder, base.tokenizer)
     has_generation = (folder / hub.GENERATION).is_file()

@@ -116,7 +116,6 @@ class ReferenceCache:
             )
         examples = self._examples[start : start + len(logps)]
         self._pending += [_checked(example, responses) for example, responses in zip(examples, logps, strict=True)]
-
         # Write each part that is full; the last one may be smaller.
         while self._pending and len(self._pending) >= len(self._part_examples(self._done // PART_EXAMPLES)):
             number = self._done // PART_EXAMPLES
@@ -124,7 +123,6 @@ class ReferenceCache:
             self._write_part(number, self._pending[:size])
             del self._pending[:size]
             self._done += size
-
             # Seal the cache after its last part.
             if self._done == len(self._examples):
                 write_json(self._seal, self._summary())
@@ -169,7 +167,6 @@ class ReferenceCache:
         available = len(self._examples) if self.complete else self._done
         if not all(0 <= index < available for index in sample):
             raise ValueError(f"examples {list(sample)} to be compared; only {available} are on disk")
-
         # Find the largest difference; numbers that are not finite differ by infinity.
         parts = {number: self._read_part(number)[1] for number in sorted({index // PART_EXAMPLES for index in sample})}
         worst, row = 0.0, None
@@ -195,14 +192,12 @@ class ReferenceCache:
         for file in sorted(self.path.glob("part-*")):
             if file not in self._parts:
                 raise self._damaged(file, f"not a part of this cache, which has {len(self._parts)}")
-
         # A sealed cache must have all its parts; `read` verifies their content.
         if sealed:
             self._read_seal()
             if not all(exists):
                 raise self._damaged(self._parts[exists.index(False)], f"missing, though there is a {self._seal.name}")
             return len(self._examples)
-
         # An unsealed one must have no gap, and its parts must be intact.
         leading = (exists.index(False) if False in exists else len(exists)) if exists else 0
         if any(exists[leading:]):
@@ -247,7 +242,6 @@ class ReferenceCache:
             arrays = load(content)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(file, f"not a readable safetensors file ({error})") from error
-
         # Check the form, then the lengths, then the digest, so that the error names the most specific fault.
         actual = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
         expected = {
@@ -261,7 +255,6 @@ class ReferenceCache:
             raise self._damaged(file, "the lengths of its responses differ from those of the data")
         if not np.array_equal(arrays["sha256"], self._digest(number, lengths, arrays["logps"])):
             raise self._damaged(file, "its digest does not match its numbers, or it belongs to another cache or part")
-
         # Split the flat array by responses.
         responses = iter(np.split(arrays["logps"], np.cumsum(lengths)))
         return content, [[next(responses) for _ in example.responses] for example in self._part_examples(number)]

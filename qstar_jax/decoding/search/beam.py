@@ -89,7 +89,6 @@ def beam_search(
     if options.stochastic != (key is not None):
         raise ValueError("a key is for stochastic beams, and they need one")
     count, max_new_tokens = options.beams, options.max_new_tokens
-
     # Read the prompts. All beams of a group start from the same prompt, so only one of them is live.
     logits, memory = model.prefill(params, prompts, prompt_lengths, max_new_tokens * count)
     step = objective(jax.tree.map(lambda x: jnp.repeat(x[:, None], count, axis=1), logits))
@@ -102,7 +101,6 @@ def beam_search(
         monotone=objective.monotone,
         stop_strings=stop_strings,
     )
-
     # Whether all rows are done is looked at once per block of steps, as the host waits for it. Blocks have no branches:
     # XLA copies what passes through them, and keys and values are most of the memory. So steps behind the end of the
     # last row, or behind the limit, are run all the same, and change nothing.
@@ -175,13 +173,11 @@ def _choose(
         candidates = extensions(live, group_step, options, noise)
         if g:
             candidates = replace(candidates, rank=candidates.score - options.diversity * chosen_before)
-
         # Choose its new live beams and finished responses.
         was_closed = beams.closed[:, g]
         selection = select(live, ended, was_closed, candidates, t, prompt_lengths, options, stop_strings)
         if options.groups > 1:
             chosen_before += _token_counts(selection.live, t, ~was_closed, score)
-
         # Close the group if nothing better can come; what is live then is pruned.
         now_closed = was_closed | is_done(selection.live, selection.ended, t, prompt_lengths, options, monotone)
         pruned_now = jnp.where(now_closed, selection.live.score.max(-1), -jnp.inf)
@@ -230,7 +226,6 @@ def _descend(ancestry: Int[Array, "B K T"], selections: list[Selection], t: Arra
 def _responses(beams: _Beams, prompt_lengths: Array, options: BeamOptions, objective: Objective) -> Responses:
     """The best responses of all groups, finished ones and those that ran into the limit."""
     width = options.beams // options.groups
-
     # Live beams of closed groups were pruned. Others ran into the limit; with `drop`, they count only where none ended.
     unused = beams.closed
     dropped = jnp.zeros_like(unused)
@@ -239,11 +234,9 @@ def _responses(beams: _Beams, prompt_lengths: Array, options: BeamOptions, objec
     unused, dropped = (jnp.repeat(x, width, axis=1) for x in (unused | dropped, dropped))
     score = options.normalised(beams.live.score, options.max_new_tokens, prompt_lengths)
     live = replace(beams.live, score=score).without(unused)
-
     # The best K of each group, then of all groups.
     groups = [_group(beams.ended, g, options).joined(_group(live, g, options)) for g in range(options.groups)]
     best = _joined(group.best(width) for group in groups).best(options.beams)
-
     # The first response is proven to be the best if all that was pruned had a lower score, as scores can only fall.
     certified = None
     if objective.monotone and options.length_rule == "none" and options.groups == 1 and not options.stochastic:

@@ -104,12 +104,10 @@ def select(
 
     # Extensions that end a response are ranked apart from those that continue one.
     continuing, ends = _split(live, candidates, options, stop_strings)
-
     # The K best of those that continue are the new live beams; the next one is the best that is pruned.
     kept = Ranked(continuing.rank[:, :width], continuing.flat[:, :width])
     no_score = jnp.full(rows, -jnp.inf, continuing.rank.dtype)
     pruned = continuing.rank[:, width] if continuing.rank.shape[1] > width else no_score
-
     # Ends that the rule admits compete with earlier ones for K places, by normalized scores.
     for end in ends:
         admitted = jnp.ones(end.rank.shape, bool)

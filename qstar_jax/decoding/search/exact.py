@@ -118,7 +118,6 @@ def exact_search(
         step = jax.device_get(_evaluate(model, params, rows, lengths, objective))
         has_reference = step.ref_logp is not None
         expansions += len(batch)
-
         # Those that end a response compete for N places; the others wait in the frontier.
         for i, prefix in enumerate(batch):
             complete, others = _expand(prefix, jax.tree.map(lambda x, i=i: x[i], step), eos, max_new_tokens)
@@ -127,7 +126,6 @@ def exact_search(
             count = min(int((others.losses < threshold()).sum()), max(max_expansions - expansions, 0) + 1)
             if count:
                 heapq.heappush(frontier, _first(others, count).entry(0))
-
         # The best prefixes of the frontier come next, while they can still become better than the responses found.
         batch = []
         while frontier and frontier[0][0] < threshold() and len(batch) < min(batch_size, max_expansions - expansions):

@@ -69,7 +69,6 @@ def mcts(
         raise ValueError("a key is for policy 'gumbel' with a gumbel_scale above 0, which needs one")
     num_simulations = options.num_simulations
     batch_range = jnp.arange(len(prompts))
-
     # Evaluate the roots, and allocate all nodes.
     logits, memory = model.prefill(params, prompts, prompt_lengths, num_simulations)
     root = objective(logits)
@@ -100,7 +99,6 @@ def mcts(
         return (simulation < num_simulations) & (tree.unvisited > 0).any()
 
     tree, memory, _ = jax.lax.while_loop(unfinished, body, (tree, memory, jnp.int32(0)))
-
     # Rank the responses whose end was visited; where there are none, finish the most visited path.
     count = options.n_best or num_simulations
     complete = complete_responses(tree, count, options.eos_ids)
@@ -205,7 +203,6 @@ def expand(
     batch_range = jnp.arange(len(parent_index))
     edge = jax.tree.map(lambda x: x[batch_range, parent_index, action], tree.children)
     is_new = active & (edge.index == UNVISITED)
-
     # Append the action's token to the parent's tokens: either a response ends with it, or there is a new node.
     edges = jax.tree.map(lambda x: x[:, None], edge)
     prefix = tree.prefixes.take(parent_index[:, None])

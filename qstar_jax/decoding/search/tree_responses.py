@@ -23,7 +23,6 @@ def complete_responses(tree: Tree, count: int, eos_ids: tuple[int, ...]) -> Part
     score, flat = jax.lax.top_k(jnp.pad(score, ((0, 0), (0, count)), constant_values=-jnp.inf), count)
     exists = score > -jnp.inf
     flat = jnp.where(exists, flat, 0)
-
     # Append each action's token to the tokens that lead to its node.
     node, action = flat // num_actions, flat % num_actions
     children = jax.tree.map(lambda x: x[jnp.arange(rows)[:, None], node, action], tree.children)
@@ -52,7 +51,6 @@ def finish_greedily(tree: Tree, where: Bool[Array, " B"], sampler: Sampler, memo
     where = (where & possible.any(-1))[:, None]
     prefix = tree.prefixes.take(node[:, None])
     partial = prefix.append(edges.tokens, edges.scores, where, eos_ids=sampler.options.eos_ids).without(~where)
-
     # The path's tokens move to the first slots of a new pool, in their order; later ones will follow behind them.
     max_new_tokens = prefix.tokens.shape[-1]
     slots = _slots_of_path(tree, node, 2 * max_new_tokens)

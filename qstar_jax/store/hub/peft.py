@@ -58,7 +58,6 @@ def write_adapter(folder: Path, model: CausalLM, adapter: Params, base: str):
     suffixes = {name: _shortest_suffix(name, set(names.values())) for name in pairs}
     ranks = {suffixes[name]: lora.rank * len(parts) for name, parts in pairs.items() if len(parts) > 1}
     multimodal = _is_multimodal(model, base)
-
     # Write one pair of matrices per module and layer.
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -68,7 +67,6 @@ def write_adapter(folder: Path, model: CausalLM, adapter: Params, base: str):
             a, b = _fused_pair(parts, layer)
             tensors |= {f"{stem}.lora_A.weight".format(layer=layer): a, f"{stem}.lora_B.weight".format(layer=layer): b}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-
     # Write the configuration; alphas of fused modules keep the scale of their larger ranks.
     targets = list(suffixes.values())
     config = {

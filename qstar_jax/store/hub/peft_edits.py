@@ -105,7 +105,6 @@ class _AdapterReader:
             for name in self.modules
             if any(name in part for part in parts)
         }
-
         # Embeddings stay tied as long as both are edited in the same way.
         embed, unembed = (edits.get(name, Edit()) for name in self.tables)
         tied = self.tied and embed.equals(unembed)

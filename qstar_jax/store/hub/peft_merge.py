@@ -35,7 +35,6 @@ def apply_edits(model: CausalLM, edits: dict[str, Edit], params: Params, shardin
             edits_of[path][module.layer] = edit if part is None else edit.of_weight(part)
         for path, part in module.bias.items() if edit.bias is not None else ():
             edits_of[path][module.layer] = edit.of_bias(part)
-
     # Untie the embeddings if the adapter has trained them apart.
     if "unembed" in shardings and "unembed" not in params:
         table = params["embed"]["embedding"]

@@ -189,7 +189,6 @@ def _step(thread: _Thread, token: int, slots: dict[str, _Slot]) -> Iterator[_Thr
         if part == token:
             yield _Thread(tuple(rest), (), thread.weights)
         return
-
     # A place may be left empty, or its value may go on, or end with this token.
     slot, value = slots[part], (*thread.value, token)
     if not thread.value and slot.empty[0] > 0:
