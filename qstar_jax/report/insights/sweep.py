@@ -144,7 +144,7 @@ def tables(sweep: Sweep, *, brief: bool = False) -> list[Table]:
                 cell(getattr(point, name), MEASURES[name][2], lone=brief and name != "win_rate") for name in measures
             ]
             rows.append((decoder, *cells, f"{point.truncated:.1%}"))
-        shown.append(Table(one_line(run.name), ("decoder", *heads, "truncated"), tuple(rows)))
+        shown.append(Table(one_line(run.name), ("decoder", *heads, "cut"), tuple(rows)))
     return shown + _difference_tables(sweep, brief)
 
 
