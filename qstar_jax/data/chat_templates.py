@@ -196,13 +196,9 @@ def find_template(tokenizer: Any, choice: str | None, *, tools: bool = False) ->
 
 
 def adopt_template(tokenizer: Any, choice: str | None) -> Any:
-    """Makes the chosen template the tokenizer's default, so that it is saved with the trained model.
+    """Makes the chosen template, if any, the tokenizer's default, so that it is saved with the trained model.
 
     Previous templates named `default` and `tool_use` are kept as `default_before` and `tool_use_before`.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        choice: As for `find_template`; None changes nothing.
 
     Returns:
         The tokenizer, or a copy of it with other templates.

@@ -80,10 +80,7 @@ def _begins_dialogue(turns: Turns) -> bool:
 
 
 def unify_form(prompt: Turns, responses: list[Turns], as_chat: bool) -> tuple[Turns, list[Turns]]:
-    """Turns prompt and responses into chat messages if any of them is one, or on request.
-
-    Returns:
-        The prompt and the responses, all text or all messages.
+    """Turns prompt and responses into chat messages if any of them is one, or on request; else all stay text.
 
     Raises:
         BadRow: The prompt is a chat without messages.

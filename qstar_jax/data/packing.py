@@ -33,14 +33,11 @@ class Block:
 
 
 def blocks_of(examples: Sequence[Example], layout: Layout) -> list[Block]:
-    """Lists the blocks of some examples.
+    """Lists the blocks of some examples, in their order.
 
     Args:
         examples: Examples of a batch.
         layout: `plain` repeats the prompt for every response; the others share it.
-
-    Returns:
-        Blocks, in the order of the examples.
     """
     blocks = []
     for i, example in enumerate(examples):

@@ -119,15 +119,12 @@ def same_layers(keys: Keys, rope: Rope | None, window: int | None = None, key: s
 
 
 def read_layer_types(keys: Keys, otherwise: Callable[[int], bool], layers: int | None = None) -> list[bool]:
-    """Reads which layers have a window.
+    """Reads which layers have a window, one entry per layer.
 
     Args:
         keys: The config.json.
         otherwise: Maps a layer, from 0, to whether it has a window; used without `layer_types`.
         layers: Default of `num_hidden_layers`; None: required.
-
-    Returns:
-        One entry per layer.
 
     Raises:
         InputError: If `layer_types` has the wrong number of layers, or other types.
@@ -176,12 +173,7 @@ def write_windows(config: DecoderConfig) -> dict[str, Any]:
 
 
 def standard_tensors(config: DecoderConfig, norms: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """Returns the tensors of a model that uses Llama's names.
-
-    Args:
-        config: The architecture.
-        norms: Our name of each norm in a layer -> its stored name; by default the norms before attention and MLP.
-    """
+    """Returns the tensors of a model that uses Llama's names; `norms` maps our names of norms to stored ones."""
     layer = "model.layers.{layer}."
     norms = norms or {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.qk_norm is not None:

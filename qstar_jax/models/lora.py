@@ -96,11 +96,7 @@ class LinearFactory:
 
 
 def split_adapter(params: Params) -> tuple[Params, Params]:
-    """Splits parameters into base and adapter.
-
-    Returns:
-        (base, adapter): two trees over the same paths; the second is empty without an adapter.
-    """
+    """Splits parameters into (base, adapter): trees over the same paths, the second empty without an adapter."""
     base, adapter = {}, {}
     for name, value in params.items():
         if name == _ADAPTER:
@@ -121,11 +117,7 @@ def attach_adapter(base: Params, adapter: Params) -> Params:
 
 
 def merge_adapter(params: Params, lora: Lora) -> Params:
-    """Merges the adapter into its base: W + scale A B, computed in float32.
-
-    Returns:
-        Parameters of the plain model, in the dtype of the base.
-    """
+    """Merges the adapter into its base: W + scale A B, computed in float32 and returned in the dtype of the base."""
     merged = {}
     for name, value in params.items():
         if name == _ADAPTER:

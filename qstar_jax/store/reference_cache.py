@@ -28,7 +28,7 @@ _FORMAT = "qstar_jax reference cache 1"  # part of the key: a new file format ge
 
 
 def fingerprint(dataset_examples: Sequence[Example], ref_identity: str, dtype: str) -> str:
-    """Digests everything that a reference's log-probabilities depend on.
+    """SHA-256 of everything that a reference's log-probabilities depend on.
 
     Row numbers and truncation flags are left out, since no log-probability depends on them.
 
@@ -37,9 +37,6 @@ def fingerprint(dataset_examples: Sequence[Example], ref_identity: str, dtype: s
         ref_identity: `identity.weights_identity` of the reference: its parameters and its configuration (the base of
             its rotary positions, for instance, is not a parameter).
         dtype: Dtype of its activations, `compute.dtype`.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
     """
     digest = hashlib.sha256(json.dumps([_FORMAT, ref_identity, dtype, len(dataset_examples)]).encode())
     digest_examples(digest, dataset_examples)

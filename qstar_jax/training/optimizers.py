@@ -9,11 +9,7 @@ from qstar_jax.models.causal_lm import Params
 
 
 def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
-    """Makes the schedule: linear warm-up, then the chosen schedule down to 0 at the end of the run.
-
-    Returns:
-        Learning rate as a function of the number of steps taken.
-    """
+    """Makes the schedule: linear warm-up, then the chosen schedule down to 0 at the end of the run."""
     peak, warmup = options.learning_rate, options.warmup_steps
     after = max(steps - warmup, 1)
     decay = {
@@ -30,9 +26,7 @@ def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Sched
 def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
     """Makes the optimizer, behind global-norm clipping; weight decay is always decoupled.
 
-    Args:
-        options: Its name and options; those that are not given take the optimizer's default.
-        steps: Optimizer steps of the run, for the schedule.
+    Options that are not given take the optimizer's default.
 
     Raises:
         InputError: If an option is given that the optimizer does not read, or out of range.

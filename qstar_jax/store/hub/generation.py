@@ -34,11 +34,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 
 def with_eos(generation: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Adds the tokenizer's EOS, which ends responses in training, to the EOS ids.
-
-    Returns:
-        The same with `eos_token_id` as a sorted list, possibly empty.
-    """
+    """Adds the tokenizer's EOS, which ends responses in training, to the sorted list of EOS ids."""
     ids = {*_eos_ids(generation, Path(GENERATION)), tokenizer.eos_token_id} - {None}
     return generation | {"eos_token_id": sorted(ids)}
 

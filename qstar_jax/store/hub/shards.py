@@ -33,13 +33,7 @@ class StoredTensor:
 
 
 def shard_bytes(size: str) -> int:
-    """Parses a file size in the format of huggingface_hub.
-
-    Args:
-        size: A number and a unit, such as "5GB" or "500MB".
-
-    Returns:
-        The size in bytes.
+    """Parses a file size in the format of huggingface_hub, such as "5GB" or "500MB", into bytes.
 
     Raises:
         InputError: If it has another format, or is zero.

@@ -93,11 +93,7 @@ def decide(evidence: Evidence) -> Case:
 
 
 def sentence(evidence: Evidence) -> str:
-    """States the verdict and its figures.
-
-    Returns:
-        One line of ASCII, for any terminal.
-    """
+    """States the verdict and its figures in one line of ASCII, for any terminal."""
     expected, error = evidence.ordinary
     where = "held-out pairs" if evidence.held_out else "training pairs at the end"
     chosen = f"{_number(evidence.chosen)} +- {_number(evidence.chosen_error, '')} on {where}"

@@ -44,11 +44,7 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
 
 
 def preference_loss_fn(model: CausalLM, loss: losses.PreferenceLoss) -> LossFn:
-    """Makes the mean of a preference loss over examples.
-
-    Args:
-        model: The model; policy and reference have the same shape.
-        loss: The loss.
+    """Makes the mean of a preference loss over examples; policy and reference have the shape of `model`.
 
     Returns:
         `loss_fn(params, ref_params, batch)` on batches of R responses, best first; metrics have TRL's names. No
