@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.text import Text
 
-from qstar_jax.data.tokenization import Example, Response
+from qstar_jax.data.tokenization import Example
 
 _LABELS = {1: (("response", "green"),), 2: (("chosen", "green"), ("rejected", "red"))}
 # Escape control characters in the data, which a terminal would execute.
@@ -22,16 +22,12 @@ def preview(example: Example, tokenizer: Any) -> Text:
     text.append(f"prompt ({len(example.prompt)} tokens, not in the loss{note})\n", style="bold")
     text.append(_decode(example.prompt, tokenizer), style="dim")
     for (name, color), response in zip(_LABELS.get(len(example.responses), ()), example.responses, strict=True):
-        _append_response(text, name, color, response, tokenizer)
+        note = "; truncated at the end, without EOS" if response.truncated else ""
+        text.append(f"\n\n{name} ({len(response.ids)} tokens, in the loss{note})\n", style="bold")
+        body = response.ids if response.truncated else response.ids[:-1]
+        text.append(_decode(body, tokenizer), style=color)
+        text.append(_decode(response.ids[len(body) :], tokenizer), style=f"{color} reverse")
     return text
-
-
-def _append_response(text: Text, name: str, color: str, response: Response, tokenizer: Any) -> None:
-    note = "; truncated at the end, without EOS" if response.truncated else ""
-    text.append(f"\n\n{name} ({len(response.ids)} tokens, in the loss{note})\n", style="bold")
-    body = response.ids if response.truncated else response.ids[:-1]
-    text.append(_decode(body, tokenizer), style=color)
-    text.append(_decode(response.ids[len(body) :], tokenizer), style=f"{color} reverse")
 
 
 def _decode(ids: Any, tokenizer: Any) -> str:

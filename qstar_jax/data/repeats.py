@@ -11,14 +11,10 @@ from qstar_jax.data.records import Record
 def remove_repeated_prompts(
     records: list[Record], repeated_prompt: Literal["remove", "keep"]
 ) -> tuple[list[Record], list[Dropped]]:
-    """Removes repeated prompts from responses, if that is the format of the file.
+    """Removes repeated prompts from the responses of a file, if that is its format.
 
     It is if all responses begin with their prompt in more than half of the rows that have a prompt. In other files, a
     response may happen to begin with the words of a short prompt, so nothing is changed.
-
-    Args:
-        records: All records of a file, with one or two responses each.
-        repeated_prompt: `keep` leaves all responses unchanged.
 
     Returns:
         The records, with `repeats` set, and the rows where only one response repeats the prompt.

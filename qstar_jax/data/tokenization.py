@@ -120,14 +120,7 @@ def resolve_date(options: DataOptions, records: list[Record], tokenizer: Any) ->
 
 
 def check_vocabulary(ids: ArrayLike, vocabulary: int, tokenizer: Any, where: str, model: str = "the model") -> None:
-    """Checks that a model has embeddings for token ids.
-
-    Args:
-        ids: Token ids, at least one.
-        vocabulary: Size of the model's vocabulary.
-        tokenizer: The tokenizer of these ids.
-        where: What holds the ids, for the error.
-        model: Name of the model, for the error.
+    """Checks that a model has embeddings for token ids; `where` names what holds the ids, for the error.
 
     Raises:
         InputError: An id is not below `vocabulary`.

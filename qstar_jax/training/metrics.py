@@ -13,10 +13,7 @@ SQUARES, COUNT = "squares/", "count/"
 
 
 def mean_metrics(parts: list[Metrics]) -> dict[str, float]:
-    """Joins metrics of several batches: sum of sums over sum of denominators.
-
-    Args:
-        parts: At least one dictionary of (sum, denominator) pairs, with the same names.
+    """Joins metrics of one or more batches: sum of sums over sum of denominators.
 
     Returns:
         Name -> mean. `squares/NAME` becomes `NAME_stderr`, the standard error of a mean over independent rows; a single

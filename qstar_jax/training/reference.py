@@ -23,12 +23,9 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def resolve_reference(options: ReferenceOptions, objective: Objective, lora_rank: int) -> ReferenceOptions:
-    """Turns `auto` into the mode that fits the objective and the adapter, and refuses one that does not fit.
+    """Turns `auto` into the mode that fits the objective and the adapter, and refuses one that does not.
 
-    Args:
-        options: The reference's options.
-        objective: What the run minimizes.
-        lora_rank: Rank of the policy's adapter; 0 if it has none.
+    A `lora_rank` of 0 means that the policy has no adapter.
 
     Returns:
         Options whose mode is one of the others.

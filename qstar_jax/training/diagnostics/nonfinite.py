@@ -25,13 +25,8 @@ def find_cause(
 ) -> str:
     """Finds the first thing that is not finite: parameters, then log-probabilities, then the gradient.
 
-    Args:
-        model: The model.
-        loss_fn: The objective's loss.
-        state: State before the step; in a job of several processes all must call this together.
-        batch: The step's batch.
-        locate: Names examples of the batch, counted from 0 over all micro-batches.
-        accumulate: Micro-batches of the batch, along a leading axis if there are several.
+    `state` is that before the step; all processes of a job must call this together. `locate` names examples of the
+    batch, counted from 0 over all micro-batches.
 
     Returns:
         A clause that names the tensor, and the examples where they are known.
