@@ -23,36 +23,20 @@ class Bounds:
     high: float
 
     def y(self, value: float) -> float:
-        """Places a running sum on the picture.
-
-        Args:
-            value: Running sum of rewards (nats).
-
-        Returns:
-            Distance from the upper edge, in units of the picture.
-        """
+        """Returns the distance of a running sum (nats) from the upper edge, in units of the picture."""
         return round(HEIGHT * (self.high - value) / ((self.high - self.low) or 1.0), 2)
 
 
 def chart_bounds(series: Sequence[Sequence[float]]) -> Bounds:
-    """Finds the frame that holds every line of a row, and zero.
-
-    Args:
-        series: Running sums of each response; values that are not finite are skipped.
-    """
+    """Finds the frame that holds zero and every line of a row; values that are not finite are skipped."""
     values = [value for line in series for value in line if math.isfinite(value)]
     return Bounds(max(map(len, series), default=0), min([0.0, *values]), max([0.0, *values]))
 
 
 def chart_points(line: Sequence[float], bounds: Bounds) -> str:
-    """Draws a line from zero, before the first token, through the sum after each token.
+    """Draws a line from zero, before the first token, through the sum after each token, as points of an SVG polyline.
 
-    Args:
-        line: Running sums of one response; the line ends before the first that is not finite.
-        bounds: Frame from `chart_bounds`.
-
-    Returns:
-        The `points` of an SVG polyline.
+    It ends before the first sum that is not finite.
     """
     points = [(0.0, bounds.y(0.0))]
     for index, value in enumerate(line, start=1):
@@ -63,12 +47,5 @@ def chart_points(line: Sequence[float], bounds: Bounds) -> str:
 
 
 def chart_ticks(bounds: Bounds) -> list[float]:
-    """Chooses the running sums that are worth a label.
-
-    Args:
-        bounds: Frame from `chart_bounds`.
-
-    Returns:
-        Zero, and each edge of the frame that is far enough from it.
-    """
+    """Chooses the running sums to label: zero, and each edge of the frame that is far enough from it."""
     return [0.0, *(edge for edge in (bounds.low, bounds.high) if abs(bounds.y(edge) - bounds.y(0.0)) >= _TICK_GAP)]

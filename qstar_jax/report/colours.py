@@ -51,51 +51,26 @@ def reward_scale(rewards: Iterable[float]) -> float:
 
 
 def strength(reward: float, scale: float) -> float:
-    """Places a reward on the scale.
-
-    Args:
-        reward: Token reward (nats).
-        scale: Reward of the full colour, from `reward_scale`.
-
-    Returns:
-        A number in [-1, 1], clipped; 0 for what is not a number.
-    """
+    """Places a reward (nats) on the scale: a number in [-1, 1], clipped; 0 for what is not a number."""
     return 0.0 if math.isnan(reward) else max(-1.0, min(1.0, reward / scale))
 
 
 def reward_colour(reward: float, scale: float, ramp: Ramp) -> str:
-    """Finds the background colour of a token.
-
-    Args:
-        reward: Token reward (nats).
-        scale: Reward of the full colour, from `reward_scale`.
-        ramp: `LIGHT`, `DARK` or `TERMINAL`.
-    """
+    """Finds the background colour of a token, where `scale` is the reward of the full colour (both in nats)."""
     place = strength(reward, scale)
     stops = ramp.negative if place < 0 else ramp.positive
     step = abs(place) * (len(stops) - 1)
-    below = min(int(step), len(stops) - 2)
-    mixed = [
-        a + (b - a) * (step - below) for a, b in zip(_channels(stops[below]), _channels(stops[below + 1]), strict=True)
-    ]
+    mixed = [np.interp(step, range(len(stops)), channel) for channel in zip(*map(_channels, stops), strict=True)]
     return "#" + "".join(f"{round(channel):02x}" for channel in mixed)
 
 
 def text_colour(background: str) -> str:
-    """Chooses near-black or white text, whichever is easier to read.
-
-    Returns:
-        The colour with the higher contrast (WCAG 2) to the background.
-    """
+    """Chooses near-black or white text, whichever has the higher contrast (WCAG 2) to the background."""
     return max("#14161a", "#ffffff", key=lambda ink: contrast(ink, background))
 
 
 def contrast(one: str, other: str) -> float:
-    """Measures how well one colour stands out from another.
-
-    Returns:
-        The contrast ratio of WCAG 2, from 1 to 21; body text should have 4.5.
-    """
+    """Returns the contrast ratio of two colours (WCAG 2), from 1 to 21; body text should have 4.5."""
     darker, lighter = sorted((_luminance(one), _luminance(other)))
     return (lighter + 0.05) / (darker + 0.05)
 

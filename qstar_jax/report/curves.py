@@ -23,9 +23,6 @@ def draw_curves(metrics: dict[str, tuple[list[int], list[float]]]) -> Figure:
     """Draws every panel that the run has numbers for.
 
     Training is a thin line, evaluation a thick one with markers; bands are two standard errors, if logged.
-
-    Args:
-        metrics: See `read_metrics`.
     """
     panels = {
         title: [curve for curve in curves if curve[0] in metrics or f"eval_{curve[0]}" in metrics]

@@ -7,33 +7,15 @@ NONE = "\N{EN DASH}"  # what was not measured
 
 
 def decimal(value: float, digits: int = 2) -> str:
-    """Writes a number without a plus.
-
-    Returns:
-        For example "0.04".
-    """
+    """Writes a number without a plus, such as "0.04"."""
     return f"{value:.{digits}f}".replace("-", MINUS)
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """Writes a number with its sign.
-
-    Returns:
-        For example "+0.043".
-    """
+    """Writes a number with its sign, such as "+0.043"."""
     return f"{value + 0.0:+.{digits}f}".replace("-", MINUS)  # the sum makes -0.0 a plain zero
 
 
 def with_interval(interval: Interval | None, digits: int = 2) -> str:
-    """Writes a mean and the ends of its interval.
-
-    Args:
-        interval: Mean and ends; None where there is none.
-        digits: Digits after the point.
-
-    Returns:
-        For example "0.61 [0.55, 0.67]".
-    """
-    if interval is None:
-        return NONE
-    return f"{interval:.{digits}f}".replace("-", MINUS)
+    """Writes a mean and the ends of its interval, such as "0.61 [0.55, 0.67]"; a dash for None."""
+    return NONE if interval is None else f"{interval:.{digits}f}".replace("-", MINUS)

@@ -21,12 +21,7 @@ _LEGEND_STEPS = 10
 
 
 def heatmap_page(responses: Sequence[ScoredResponse], title: str, notes: Sequence[str] = ()) -> str:
-    """Draws responses side by side on one colour scale.
-
-    Args:
-        responses: Responses to show; those of one row stand under their common prompt.
-        title: Heading of the page.
-        notes: Paragraphs under it.
+    """Draws responses side by side on one colour scale; those of one row stand under their common prompt.
 
     Returns:
         A whole HTML document that works from a file, offline, and without scripts (then with plain tooltips).
@@ -35,11 +30,7 @@ def heatmap_page(responses: Sequence[ScoredResponse], title: str, notes: Sequenc
 
 
 def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
-    """Prepares responses for the macros of `_heatmaps.html.j2`.
-
-    Returns:
-        Texts, colours and points of lines, as plain values.
-    """
+    """Prepares responses for the macros of `_heatmaps.html.j2`: texts, colours and points, as plain values."""
     scale = reward_scale(reward for response in responses for reward in response.reward)
     rows = by_row(responses)
     margins = [margin for row in rows if (margin := pair_margin(row)) is not None]

@@ -69,27 +69,12 @@ class Panel:
 
 
 def panel_figure(panel: Panel, theme: Theme) -> Figure:
-    """Draws one panel; its title is left to the page.
-
-    Args:
-        panel: The panel.
-        theme: "light" or "dark".
-
-    Returns:
-        A figure without a background.
-    """
+    """Draws one panel without a background; its title is left to the page."""
     return _figure([panel], theme, titles=False)
 
 
 def sheet_figure(panels: Sequence[Panel], theme: Theme) -> Figure:
-    """Draws panels beside each other, with titles and one legend.
-
-    Args:
-        panels: At least one.
-        theme: "light" or "dark".
-
-    Returns:
-        A figure on the theme's background.
+    """Draws panels beside each other on the theme's background, with titles and one legend.
 
     Raises:
         ValueError: If there is no panel.
@@ -102,14 +87,7 @@ def sheet_figure(panels: Sequence[Panel], theme: Theme) -> Figure:
 
 
 def as_svg(figure: Figure) -> bytes:
-    """Writes a figure as SVG that needs no fonts and is the same each time.
-
-    Args:
-        figure: The figure.
-
-    Returns:
-        The file.
-    """
+    """Writes a figure as SVG that needs no fonts and is the same each time."""
     file = io.BytesIO()
     with matplotlib.rc_context(_settings(STYLES["light"])):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -11,12 +11,7 @@ from qstar_jax.report.terminal import print_heatmaps
 
 
 def show_scores(scored: ScoredFile, console: Console):
-    """Prints the first responses token by token, and writes heatmap.html.
-
-    Args:
-        scored: The scored file; its `config.show` rows are shown.
-        console: Where to print.
-    """
+    """Prints the responses of the first `config.show` rows token by token, and writes heatmap.html."""
     written = [scored.path]
     shown_rows = list(dict.fromkeys(response.row for response in scored.responses))[: scored.config.show]
     shown = [response for response in scored.responses if response.row in shown_rows]

@@ -61,12 +61,7 @@ def _heatmaps(folder: Path, credit: Credit, rows: int) -> list[ScoredResponse]:
 
 
 def print_findings(findings: Sequence[Finding], console: Console | None = None):
-    """Prints each finding beside the paper's statement.
-
-    Args:
-        findings: What was found.
-        console: Where to print; standard output by default.
-    """
+    """Prints each finding beside the paper's statement."""
     console = console or Console()
     for number, finding in enumerate(findings, start=1):
         word, colour = _STATES[finding.reproduced]

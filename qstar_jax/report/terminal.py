@@ -16,14 +16,9 @@ _PLAIN_BELOW = 0.15  # share of the scale that stays uncoloured: rewards close t
 
 
 def heatmap_text(response: ScoredResponse, scale: float) -> Text:
-    """Colours the tokens of a response.
+    """Colours the tokens of a response, where `scale` is the reward of the full colour (nats).
 
-    Args:
-        response: The response.
-        scale: Reward of the full colour (nats), from `reward_scale`.
-
-    Returns:
-        Text for `rich`, never read as markup; control characters show as signs.
+    The text is never read as markup, and control characters show as signs.
     """
     text = Text(overflow="fold")
     for piece, reward in zip(response.pieces, response.reward, strict=True):
@@ -34,13 +29,9 @@ def heatmap_text(response: ScoredResponse, scale: float) -> Text:
 
 
 def print_heatmaps(responses: Sequence[ScoredResponse], console: Console | None = None) -> None:
-    """Prints prompts, responses, totals and which response the model prefers.
+    """Prints prompts, responses, totals and which response the model prefers, on one colour scale.
 
     Without colours (NO_COLOR, output to a file) the responses are plain and the extreme tokens are named below them.
-
-    Args:
-        responses: Responses to show together, on one scale.
-        console: Where to print; standard output by default.
     """
     console = console or Console()
     coloured = console.color_system is not None and not console.no_color
@@ -68,13 +59,10 @@ def _style(reward: float, scale: float) -> Style:
 
 
 def _heading(response: ScoredResponse) -> Text:
-    truncated = (
-        ", truncated: it has no EOS, so the total is not that of a finished response" if response.truncated else ""
-    )
-    heading = Text(response.role, style="bold")
-    return heading.append(
-        f"  total reward {response.total_reward:+.3f} over {len(response.pieces)} tokens{truncated}", "not bold"
-    )
+    total = f"  total reward {response.total_reward:+.3f} over {len(response.pieces)} tokens"
+    if response.truncated:
+        total += ", truncated: it has no EOS, so the total is not that of a finished response"
+    return Text(response.role, style="bold").append(total, "not bold")
 
 
 def _plain(response: ScoredResponse) -> Text:

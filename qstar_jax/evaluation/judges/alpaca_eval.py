@@ -29,13 +29,7 @@ def export(
 ) -> list[Path]:
     """Writes model_outputs.json, reference_outputs.json and annotations.json.
 
-    Args:
-        folder: Created if it does not exist.
-        comparisons: What was judged.
-        verdicts: One per comparison.
-        generator: Name of the evaluated model.
-        baseline: Name of the model it is compared with.
-        annotator: Name of the judge.
+    `generator`, `baseline` and `annotator` name the evaluated model, the one it is compared with, and the judge.
 
     Raises:
         ValueError: If there is not one verdict per comparison.

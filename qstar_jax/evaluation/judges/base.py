@@ -47,7 +47,7 @@ class Judge(Protocol):
     name: str
 
     def __call__(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """Returns one verdict a comparison, in order."""
+        """Returns one verdict per comparison, in order."""
         ...
 
 
@@ -73,14 +73,7 @@ class WinRate:
 
 
 def win_rate(verdicts: Sequence[Verdict]) -> WinRate:
-    """Counts verdicts.
-
-    Args:
-        verdicts: Any number of them, of comparisons that do not depend on each other.
-
-    Returns:
-        The win rate and its parts.
-    """
+    """Counts verdicts of comparisons that do not depend on each other."""
     decided = [verdict.win for verdict in verdicts if verdict.win is not None]
     n = len(decided)
     rate = sum(decided) / n if n else None

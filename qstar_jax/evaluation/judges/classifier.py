@@ -127,10 +127,8 @@ class ClassifierReward:
             ids, truncated, dropped = self._encode_chats(pairs)
         else:
             records = [Record(prompt, (answer,), row) for row, (prompt, answer) in enumerate(pairs)]
-            size = self.model.config.vocab_size
-            examples, unused = tokenize(
-                records, self.tokenizer, self.data, vocabulary=size, source="judge.model, text of"
-            )
+            more = {"vocabulary": self.model.config.vocab_size, "source": "judge.model, text of"}
+            examples, unused = tokenize(records, self.tokenizer, self.data, **more)
             ids = {e.row: np.concatenate([e.prompt, e.responses[0].ids]) for e in examples}
             truncated, dropped = sum(e.responses[0].truncated for e in examples), [one.reason for one in unused]
         if dropped:

@@ -23,14 +23,7 @@ Ask = Callable[[Messages], Awaitable[Reply]]
 
 @dataclass(frozen=True)
 class Question:
-    """A comparison in one order.
-
-    Args:
-        prompt: The prompt.
-        answer: The response that is judged.
-        baseline: The other one.
-        answer_is: The letter of the response.
-    """
+    """A comparison in one order: `answer`, the response that is judged, is shown under the letter `answer_is`."""
 
     prompt: str
     answer: str
@@ -115,12 +108,9 @@ class LlmJudge:
             questions = [question for question in self._questions(comparisons) if not self._talk(question).over]
             _run(self._answer_all(questions))
         verdicts = [self._verdict(comparison) for comparison in comparisons]
-        undecided = sum(verdict.win is None for verdict in verdicts)
-        if undecided:
-            say(
-                self._console,
-                f"{self.name}: {undecided} of {len(verdicts)} comparisons undecided, as its replies name no letter",
-            )
+        if undecided := sum(verdict.win is None for verdict in verdicts):
+            counts = f"{undecided} of {len(verdicts)} comparisons undecided"
+            say(self._console, f"{self.name}: {counts}, as its replies name no letter")
         return verdicts
 
     def estimate(self, comparisons: Sequence[Comparison]) -> Estimate:

@@ -28,11 +28,10 @@ def check_judge(options: JudgeOptions, *, true_reward: bool = False) -> JudgeOpt
             "judge: kind true_reward has a meaning only in a task that knows the true reward of a response, and this "
             "one does not; set --judge.kind reward_model or llm"
         )
-    if options.kind == "reward_model" and not options.model:
-        raise InputError(
-            "judge: kind reward_model needs --judge.model: the folder of a DPO run, or folder or hub name of a "
-            "classifier with one label"
-        )
-    if options.kind == "llm" and not options.model:
-        raise InputError("judge: kind llm needs --judge.model: the name of the model at its server")
+    models = {
+        "reward_model": "the folder of a DPO run, or folder or hub name of a classifier with one label",
+        "llm": "the name of the model at its server",
+    }
+    if options.kind in models and not options.model:
+        raise InputError(f"judge: kind {options.kind} needs --judge.model: {models[options.kind]}")
     return fill_in(options)

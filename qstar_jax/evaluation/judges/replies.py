@@ -28,15 +28,7 @@ class Reply:
 
 
 def reply_key(model: str, address: str, messages: Messages, parameters: dict[str, Any], attempt: int) -> str:
-    """SHA-256 of everything that decides a model's reply.
-
-    Args:
-        model: Its name at the server.
-        address: Base URL of the server.
-        messages: The conversation so far.
-        parameters: Sampling parameters.
-        attempt: Number of the try.
-    """
+    """Returns the SHA-256 of everything that decides a model's reply."""
     everything = [model, address, list(messages), parameters, attempt]
     return sha256(json.dumps(everything, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
@@ -95,13 +87,7 @@ class ReplyCache:
             self._file = None
 
     def put(self, key: str, reply: Reply, model: str):
-        """Keeps a reply; it is on its way to the disk when this returns.
-
-        Args:
-            key: See `reply_key`.
-            reply: The reply.
-            model: Its author, for people who read the file.
-        """
+        """Keeps a reply; it is on its way to the disk when this returns. `model` is for people who read the file."""
         self._replies[key] = reply
         if self._file is None:
             return

@@ -54,7 +54,8 @@ class SummedReward:
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Scores (prompt, response) pairs; NaN where one cannot be tokenized (it has an EOS token inside, say)."""
-        records = [_record(pair, row, self.data.as_chat) for row, pair in enumerate(pairs)]
+        texts = [as_messages(*pair) if self.data.as_chat else pair for pair in pairs]
+        records = [Record(prompt, (response,), row) for row, (prompt, response) in enumerate(texts)]
         model = {"vocabulary": self.policy.model.config.vocab_size, "eos_ids": eos_token_ids(self.policy)}
         examples, dropped = tokenize(records, self.policy.tokenizer, self.data, **model, source="judge.model, text of")
         rewards = [math.nan] * len(pairs)
@@ -62,12 +63,9 @@ class SummedReward:
             say(self.console, f"no reward: {counted_reasons(dropped)}")
         if not examples:
             return rewards
-        truncated = sum(example.responses[0].truncated for example in examples)
-        if truncated:
-            say(
-                self.console,
-                f"{truncated} of {len(examples)} responses were truncated: they exceed judge.max_length",
-            )
+        if truncated := sum(example.responses[0].truncated for example in examples):
+            counts = f"{truncated} of {len(examples)} responses were truncated"
+            say(self.console, f"{counts}: they exceed judge.max_length")
         dataset = Dataset(examples, tuple(dropped), "judge")
         if warning := self.policy.model.check_length(dataset.longest(), "the longest text for judge.model"):
             say(self.console, warning)
@@ -85,11 +83,6 @@ class SummedReward:
         for response in scored:
             rewards[response.row] = response.total_reward
         return rewards
-
-
-def _record(pair: tuple[str, str], row: int, as_chat: bool) -> Record:
-    prompt, response = as_messages(*pair) if as_chat else pair
-    return Record(prompt, (response,), row)
 
 
 def load_reward(

@@ -19,12 +19,7 @@ def view_of(record: Record) -> View:
 
 
 def write_figure(record: Record, out: Path) -> Path:
-    """Draws a record's figure on white.
-
-    Args:
-        record: The record.
-        out: Folder of the PNG file, made if it is missing.
-    """
+    """Draws a record's figure on white, as a PNG file in a folder that is made if it is missing."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{record.NAME}.png"
     sheet_figure(view_of(record).panels(record), "light").savefig(path, dpi=144)

@@ -118,12 +118,7 @@ def facts(decline: Decline) -> list[str]:
 
 
 def print_decline(decline: Decline, console: Console | None = None):
-    """Prints implicit rewards over the training, and each run's verdict.
-
-    Args:
-        decline: The record.
-        console: Where to print; standard output by default.
-    """
+    """Prints implicit rewards over the training, and each run's verdict."""
     console = console or Console()
     for table, run in zip(tables(decline, most=_TERMINAL_STEPS), decline.runs, strict=True):
         print_table(table, console)

@@ -178,12 +178,7 @@ def facts(sweep: Sweep) -> list[str]:
 
 
 def print_sweep(sweep: Sweep, console: Console | None = None):
-    """Prints each measure against the width of the beam, one table per run; bars are win rates.
-
-    Args:
-        sweep: The record.
-        console: Where to print; standard output by default.
-    """
+    """Prints each measure against the width of the beam, one table per run; bars are win rates."""
     shown = tables(sweep, brief=True)
     for table, run in zip(shown, sweep.runs, strict=False):
         rates = [point.win_rate.mean if point.win_rate else 0.0 for point in run.points]
