@@ -22,11 +22,8 @@ def eos_token_ids(loaded: Decodable, vocabulary: int | None = None) -> tuple[int
     """Lists the ids of all tokens that end a response, in ascending order.
 
     A chat model often names several: its tokenizer the end of a text, its generation_config.json the end of a turn. All
-    of generation_config.json, config.json and the tokenizer count, in folders, runs and exports alike.
-
-    Args:
-        loaded: Model, tokenizer and generation_config.json.
-        vocabulary: Only ids below this; by default the model's vocabulary.
+    of generation_config.json, config.json and the tokenizer count, in folders, runs and exports alike. Only ids below
+    `vocabulary` are listed, by default the model's.
     """
     limit = loaded.model.config.vocab_size if vocabulary is None else vocabulary
     named = hub.with_eos(loaded.generation, loaded.tokenizer)["eos_token_id"]

@@ -22,13 +22,7 @@ from qstar_jax.store.open import LoadedModel
 
 @dataclass(frozen=True)
 class Guide:
-    """A model before and after tuning; the difference of their log-probabilities guides a policy.
-
-    Attributes:
-        tuned: The model after tuning.
-        untuned: The model before.
-        weight: Weight of the difference.
-    """
+    """A model after and before tuning; `weight` times the difference of their log-probabilities guides a policy."""
 
     tuned: LoadedModel
     untuned: LoadedModel

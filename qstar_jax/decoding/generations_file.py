@@ -164,14 +164,7 @@ def _with_date(settings: dict[str, Any], date: str | None) -> dict[str, Any]:
 
 
 def read_generations(folder: Path) -> list[dict]:
-    """Reads a complete generations.jsonl.
-
-    Args:
-        folder: Folder that `qstar generate` or a sweep has written.
-
-    Returns:
-        Its records; that of a dropped row has `finish` "dropped" and no response.
-    """
+    """Reads a complete generations.jsonl; the record of a dropped row has `finish` "dropped" and no response."""
     with (folder / "generations.jsonl").open(encoding="utf-8") as file:  # `splitlines` splits at more than newlines
         return [json.loads(line) for line in file]
 
@@ -218,12 +211,7 @@ def generate_missing(
 ) -> Iterator[list[tuple[int, list[Generation]]]]:
     """Responds to the prompts that are not in a file yet, batch by batch; dropped rows get a line at their place.
 
-    Args:
-        decoder: Generates responses.
-        dataset: All prompts of the run, and the rows that were dropped.
-        texts: See `prompt_texts`.
-        file: Gets the responses; it must be open.
-        batch_size: Prompts per batch.
+    `dataset` has all prompts of the run, `texts` are those of `prompt_texts`, and the file must be open.
 
     Yields:
         Rows and their responses, after they were written.

@@ -126,11 +126,7 @@ class Partial:
         return replace(self, score=score, finish=jnp.where(pruned, Finish.INVALID, self.finish))
 
     def responses(self, certified: Bool[Array, " B"] | None = None) -> Responses:
-        """Makes what decoders return: nothing but zeros and -inf where there is no response.
-
-        Args:
-            certified: See `Responses`.
-        """
+        """Makes what decoders return: nothing but zeros and -inf where there is no response."""
         return Responses(
             tokens=jnp.where(self.exists[..., None], self.tokens, 0),
             lengths=jnp.where(self.exists, self.lengths, 0),

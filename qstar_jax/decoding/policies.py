@@ -62,9 +62,6 @@ class Ensemble:
     """Policies that read the same tokens together, such as a policy and its reference.
 
     Its parameters are a tuple, and so are its logits; an objective makes one score of them.
-
-    Attributes:
-        members: The policies.
     """
 
     members: tuple[Policy, ...]

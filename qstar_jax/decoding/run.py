@@ -30,10 +30,6 @@ from qstar_jax.store.user_cache import keep_programs
 def generate_file(config: GenerateConfig, console: Console):
     """Writes generations.jsonl batch by batch; a file that is incomplete is continued.
 
-    Args:
-        config: The run of `qstar generate`.
-        console: Where to show responses and progress.
-
     Raises:
         InputError: If options contradict each other, or something that they name cannot be used.
     """

@@ -37,9 +37,6 @@ class TreePolicy:
     Its parameters are the table, shape [S, V]; or one table per prompt, shape [B, S, V], so that one program solves a
     batch of MDPs. The first token of a prompt, whatever it is, stands for the MDP's prompt; further ones are steps
     down the tree. In terminal states, where nothing is chosen, the logits are 0.
-
-    Attributes:
-        tree: The tree.
     """
 
     tree: TokenTree
@@ -69,9 +66,8 @@ class TreePolicy:
         """See `policies.Policy`; no token's path may hold another of the K tokens."""
         at = jnp.arange(path.shape[-1])
         new_slots = slot + jnp.arange(tokens.shape[1])
-        before = jnp.where(path & (at != new_slots[:, None]), at, -1).max(
-            -1
-        )  # slot of the token before, -1: the prompt
+        # Slot of the token before; -1 stands for the prompt.
+        before = jnp.where(path & (at != new_slots[:, None]), at, -1).max(-1)
         parents = jnp.take_along_axis(memory.states, jnp.maximum(before, 0), axis=1)
         parents = jnp.where(before < 0, memory.start[:, None], parents)
         states = self._children[parents, tokens]

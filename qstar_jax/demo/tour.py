@@ -41,14 +41,7 @@ from qstar_jax.training.run import train
 # two thirds of the time of one whole batch, whose arrays the system must find room for at every step.
 SFT = {"steps": 60, "batch_size": 64, "accumulate": 16}
 SFT_RATE = 2e-3
-DPO = {
-    "steps": 40,
-    "batch_size": 32,
-    "accumulate": 8,
-    "eval_batch_size": 32,
-    "eval_every": 10,
-    "reference_samples": 64,
-}
+DPO = {"steps": 40, "batch_size": 32, "accumulate": 8, "eval_batch_size": 32, "eval_every": 10, "reference_samples": 64}
 DPO_RATE = 2e-4
 BETAS = (0.3, 1.0)  # the first is that of the verdicts, of the credit pictures and of the run without SFT
 EVALUATED, CORRUPTED, ANSWERED = 128, 600, 160  # pairs in evaluations, corrupted summaries, prompts of the sweep

@@ -29,14 +29,7 @@ KINDS = {"pairs": "preferences", "single": "completions"}  # option `answers` ->
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """The scored responses of a file.
-
-    Attributes:
-        config: How they were scored.
-        responses: The responses, in file order.
-        tokenizer: The policy's tokenizer.
-        reference: Name of the policy's reference.
-    """
+    """The scored responses of a file, in its order, with the policy's tokenizer and the name of its reference."""
 
     config: ScoreConfig
     responses: list[ScoredResponse]
@@ -56,10 +49,6 @@ class ScoredFile:
 
 def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
     """Scores every response of a file and writes scores.jsonl.
-
-    Args:
-        config: The run of `qstar score`.
-        console: Where to show what was read, and progress.
 
     Raises:
         InputError: If the file, the model or its reference cannot be used.

@@ -100,12 +100,7 @@ class ScoredResponse:
     def from_json(cls, record: dict[str, Any]) -> Self:
         """Reads back what `to_json` wrote, so that views can be drawn from scores.jsonl.
 
-        Args:
-            record: One parsed line; keys that are no field (`total_reward`) are ignored, and `alternatives` may be
-                missing.
-
-        Returns:
-            The record it was made from.
+        Keys that are no field (`total_reward`) are ignored, and `alternatives` may be missing.
         """
         values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         values["alternatives"] = [
@@ -121,22 +116,14 @@ def unscored_line(row: int, reason: str) -> dict[str, Any]:
 
 
 def read_scores(path: Path) -> list[ScoredResponse]:
-    """Reads the responses of scores.jsonl, without rows that have no score.
-
-    Returns:
-        One record per response, in file order.
-    """
+    """Reads the responses of scores.jsonl in file order, without rows that have no score."""
     with path.open(encoding="utf-8") as file:  # texts may hold what `splitlines` splits at
         records = [json.loads(line) for line in file]
     return [ScoredResponse.from_json(record) for record in records if record.get("reason") is None]
 
 
 def by_row(responses: Iterable[ScoredResponse]) -> list[list[ScoredResponse]]:
-    """Groups responses by prompt.
-
-    Returns:
-        One list per row, rows and responses in the order in which they came.
-    """
+    """Groups responses by row; rows and responses stay in the order in which they came."""
     rows: dict[int, list[ScoredResponse]] = {}
     for response in responses:
         rows.setdefault(response.row, []).append(response)
@@ -144,11 +131,7 @@ def by_row(responses: Iterable[ScoredResponse]) -> list[list[ScoredResponse]]:
 
 
 def pair_margin(responses: Sequence[ScoredResponse]) -> float | None:
-    """Computes by how much the model prefers the chosen response of a row.
-
-    Returns:
-        Total reward of the chosen minus that of the rejected response; None if the row is not such a pair.
-    """
+    """Total reward of the chosen minus that of the rejected response; None if the row is not such a pair."""
     totals = {response.role: response.total_reward for response in responses}
     if len(responses) != 2 or set(totals) != {"chosen", "rejected"}:
         return None
@@ -193,8 +176,7 @@ def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
 def lone_piece(token_id: int, tokenizer: Tokenizer) -> str:
     """Finds the text of a token on its own, with its leading space.
 
-    Returns:
-        Its text after another token, here itself: some tokenizers strip the space from the first token of a text.
+    It is read after another token, here itself: some tokenizers strip the space from the first token of a text.
     """
     return _spell(tokenizer, [token_id, token_id])[len(_spell(tokenizer, [token_id])) :]
 

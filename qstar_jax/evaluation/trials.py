@@ -53,11 +53,7 @@ REPEATED = "prompt of an earlier row"
 
 
 def read_trials(data: DataOptions, policy: LoadedModel) -> tuple[list[Trial], Dataset]:
-    """Reads prompts and their baselines; of rows with the same prompt the first counts.
-
-    Args:
-        data: `eval` is the file.
-        policy: The policy.
+    """Reads prompts and their baselines from `data.eval`; of rows with the same prompt the first counts.
 
     Returns:
         At least one trial, and the dataset of their examples, which lists the rows that are not tried.
@@ -94,13 +90,7 @@ def _plain(turns: Turns) -> str:
 
 
 def open_generations(config: SweepConfig, model: str, options: DecodeOptions, folder: Path) -> GenerationsFile:
-    """Opens the file of one way to decode; no model is loaded, and nothing is written.
-
-    Args:
-        config: The sweep.
-        model: What the user called the policy.
-        options: How to decode.
-        folder: Holds, or gets, generations.jsonl as `qstar generate` writes it.
+    """Opens the file of one way to decode, as `qstar generate` writes it; no model is loaded, and nothing is written.
 
     Raises:
         InputError: If it holds responses that were made with other settings.
@@ -119,16 +109,7 @@ def generate_trials(
     mesh: Mesh,
     console: Console | None = None,
 ) -> list[dict]:
-    """Responds to all prompts in one way, or reads what an interrupted sweep has generated.
-
-    Args:
-        file: Gets the responses; it was checked.
-        policy: The policy.
-        options: How to decode.
-        dataset: The prompts.
-        batch_size: Prompts per batch.
-        mesh: Devices of the policy.
-        console: Where to show progress.
+    """Responds to all prompts in one way, or reads what an interrupted sweep has generated; the file was checked.
 
     Returns:
         One record of generations.jsonl per prompt.
@@ -157,17 +138,7 @@ def score_trials(
 ) -> dict[Setting, list[ScoredResponse]]:
     """Scores responses under the policy and its reference, however they were decoded.
 
-    Args:
-        responses: For each setting one record of generations.jsonl per trial.
-        trials: The prompts.
-        policy: The policy.
-        reference: Its reference.
-        beta: Temperature of the rewards: reward per nat.
-        batch_size: Responses scored at once.
-        mesh: Devices of the models.
-
-    Returns:
-        For each setting one scored response per trial.
+    For each setting there is one record of generations.jsonl per trial, and then one scored response.
     """
     # Wide beams mostly find the same responses: each distinct one is scored once, and all settings share a program.
     distinct: dict[tuple[int, ...], Example] = {}
@@ -189,15 +160,7 @@ def _key(trial: Trial, record: dict) -> tuple[int, ...]:
 
 
 def compare(responses: Sequence[dict], trials: Sequence[Trial]) -> list[Comparison]:
-    """Pairs responses with those of the file.
-
-    Args:
-        responses: One record of generations.jsonl per trial.
-        trials: The prompts and their baselines.
-
-    Returns:
-        One comparison per trial.
-    """
+    """Pairs responses, one record of generations.jsonl per trial, with those of the file."""
     return [
         Comparison(trial.row, trial.prompt, record["text"], trial.baseline)
         for trial, record in zip(trials, responses, strict=True)

@@ -222,7 +222,7 @@ def compute_credit(marked: Sequence[MarkedResponse], *, model: str, reference: s
     """
     names = [name for name, scores in _DETECTORS.items() if all(scores(response) is not None for response in marked)]
     mistakes = [_by_mistake(response, names) for response in marked]
-    tokens = [_by_token(response, names) for response in marked]
+    tokens = [Units({name: _DETECTORS[name](one) for name in names}, one.wrong) for one in marked]
     controls = [name for name in names if name not in (REWARD, CEILING)]
     kinds = {}
     for kind in dict.fromkeys(response.kind for response in marked):
@@ -272,10 +272,6 @@ def _by_mistake(marked: MarkedResponse, names: Sequence[str]) -> Units:
         values = _DETECTORS[name](marked)
         scores[name] = np.concatenate([[values[span].min() for span in marked.spans], values[right]])
     return Units(scores, np.arange(len(marked.spans) + right.sum()) < len(marked.spans))
-
-
-def _by_token(marked: MarkedResponse, names: Sequence[str]) -> Units:
-    return Units({name: _DETECTORS[name](marked) for name in names}, marked.wrong)
 
 
 def _area(responses: Sequence[Units], name: str, seed: int, minus: str | None = None) -> Interval:

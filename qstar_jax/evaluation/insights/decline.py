@@ -1,7 +1,6 @@
 """Insight 3, decline: how implicit rewards moved in a run, from the metrics that it logged."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -15,11 +14,7 @@ from qstar_jax.evaluation.insights.record import Finding, Record
 from qstar_jax.training.run_log import read_metrics
 
 # Curve -> its metric, which begins with eval_ where the run was evaluated on held-out pairs.
-_CURVES = {
-    "chosen": "rewards/chosen",
-    "rejected": "rewards/rejected",
-    "margin": "rewards/margins",
-}
+_CURVES = {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": "rewards/margins"}
 _REFERENCE = "eval_rewards/reference_expected"  # -beta KL(reference || policy) on the reference's own samples
 
 
@@ -137,6 +132,7 @@ def decline_run(name: str, folder: Path) -> DeclineRun:
         for curve, metric in names.items()
         if metric in metrics
     }
+    errors = {curve: metrics[f"{metric}_stderr"][1] for curve, metric in names.items() if f"{metric}_stderr" in metrics}
     summary = folder / "summary.json"
     verdict = json.loads(summary.read_text(encoding="utf-8")).get("verdict") if summary.exists() else None
     return DeclineRun(
@@ -146,17 +142,9 @@ def decline_run(name: str, folder: Path) -> DeclineRun:
         held_out=held_out,
         steps=steps,
         curves={curve: values for curve, values in curves.items() if None not in values},
-        stderr=_errors(metrics, names, len(steps)),
+        stderr={curve: values for curve, values in errors.items() if len(values) == len(steps)},
         verdict=verdict or "",
     )
-
-
-def _errors(
-    metrics: Mapping[str, tuple[list[int], list[float]]], names: Mapping[str, str], count: int
-) -> dict[str, list[float]]:
-    """Curve -> standard errors, for curves that have one at every step."""
-    errors = {curve: metrics[f"{metric}_stderr"][1] for curve, metric in names.items() if f"{metric}_stderr" in metrics}
-    return {curve: values for curve, values in errors.items() if len(values) == count}
 
 
 def _read(folder: Path) -> tuple[dict, dict]:

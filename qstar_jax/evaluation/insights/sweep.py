@@ -6,7 +6,7 @@ apart from the gain of less randomness.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -233,22 +233,14 @@ def sweep_run(
     beta: float,
     unused_rows: dict[str, list[int]] | None = None,
 ) -> SweepRun:
-    """Summarizes the sweep of one model.
+    """Summarizes the sweep of one model, whose fields `SweepRun` describes.
 
-    Args:
-        outcomes: For each setting one outcome per prompt, all in the same order of prompts.
-        name: Label of its curve.
-        model: The model.
-        beta: Temperature of its rewards: reward per nat.
-        unused_rows: Rows of the file that were not tried, by reason.
-
-    Returns:
-        One entry of "runs" in sweep.json.
+    For each setting there is one outcome per prompt, all in the same order of prompts.
     """
     decoders: dict[Setting, list[Sequence[Outcome]]] = {}  # samples of all seeds are one decoder
     for setting, measured in outcomes.items():
         decoders.setdefault(replace(setting, seed=0), []).append(measured)
-    wins = {decoder: _by_prompt(seeds, lambda outcome: outcome.win) for decoder, seeds in decoders.items()}
+    wins = {decoder: _by_prompt(seeds, "win") for decoder, seeds in decoders.items()}
     beams = {decoder.width: decoder for decoder in decoders if decoder.decoder == "beam"}
     widths = sorted(beams)
     pivot = PIVOT if PIVOT in widths else widths[len(widths) // 2]
@@ -269,19 +261,17 @@ def _point(decoder: Setting, seeds: Sequence[Sequence[Outcome]]) -> Point:
     return Point(
         decoder=decoder.decoder,
         width=decoder.width,
-        win_rate=_interval(_by_prompt(seeds, lambda outcome: outcome.win)),
-        length=_interval(_by_prompt(seeds, lambda outcome: outcome.length)),
-        logp=_interval(_by_prompt(seeds, lambda outcome: outcome.logp)),
-        implicit_reward=_interval(_by_prompt(seeds, lambda outcome: outcome.implicit_reward)),
-        true_reward=_interval(_by_prompt(seeds, lambda outcome: outcome.true_reward)),
-        truncated=float(_by_prompt(seeds, lambda outcome: outcome.truncated).mean()),
+        win_rate=_interval(_by_prompt(seeds, "win")),
+        **{name: _interval(_by_prompt(seeds, name)) for name in ("length", "logp", "implicit_reward", "true_reward")},
+        truncated=float(_by_prompt(seeds, "truncated").mean()),
         undecided=sum(outcome.win is None for outcomes in seeds for outcome in outcomes),
     )
 
 
-def _by_prompt(seeds: Sequence[Sequence[Outcome]], measure: Callable[[Outcome], float | None]) -> np.ndarray:
-    """Mean of a measure over the seeds that have it, per prompt; NaN where none has. Shape [prompts]."""
-    values = np.array([[measure(outcome) for outcome in outcomes] for outcomes in seeds], float)  # None becomes NaN
+def _by_prompt(seeds: Sequence[Sequence[Outcome]], measure: str) -> np.ndarray:
+    """Mean of a field over the seeds that have it, per prompt; NaN where none has. Shape [prompts]."""
+    # None becomes NaN.
+    values = np.array([[getattr(outcome, measure) for outcome in outcomes] for outcomes in seeds], float)
     measured = np.isfinite(values)
     return np.where(measured, values, 0).sum(0) / np.where(measured.any(0), measured.sum(0), np.nan)
 
@@ -301,7 +291,10 @@ def measure_sweep(config: SweepConfig, console: Console) -> Sweep:
     if config.data.eval is None:
         raise InputError("--data.eval is missing: name a file with prompts and the responses to compare with")
     out, mesh = Path(config.out), make_mesh(config.mesh)
-    files = {name: _open_files(config, model, decoders, out / name) for name, model in models.items()}
+    files = {
+        name: {s: trials.open_generations(config, model, s.options(config), out / name / s.folder) for s in decoders}
+        for name, model in models.items()
+    }
     keep_programs()
     with jax.set_mesh(mesh):
         judge = _judge(config, mesh, console)
@@ -334,15 +327,6 @@ def _names(model: list[str] | str) -> dict[str, str]:
         if len(set(names)) == len(names):
             break
     return dict(zip(names, models, strict=True))
-
-
-def _open_files(
-    config: SweepConfig, model: str, decoders: Sequence[Setting], folder: Path
-) -> dict[Setting, GenerationsFile]:
-    return {
-        setting: trials.open_generations(config, model, setting.options(config), folder / setting.folder)
-        for setting in decoders
-    }
 
 
 def _remove_earlier(out: Path, models: Iterable[str]):

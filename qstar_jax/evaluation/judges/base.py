@@ -8,14 +8,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two responses to a prompt.
-
-    Args:
-        row: Row of the data file.
-        prompt: The prompt, as plain text.
-        answer: The response that is judged.
-        baseline: The response that it is compared with.
-    """
+    """Two responses to the prompt of a row, as plain text: the one that is judged, and the baseline."""
 
     row: int
     prompt: str

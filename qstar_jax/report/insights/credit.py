@@ -32,9 +32,7 @@ def panels(credit: Credit) -> list[Panel]:
 def tables(credit: Credit, *, brief: bool = False) -> list[Table]:
     """AUC of each detector by kind of error, and the gains of the implicit reward.
 
-    Args:
-        credit: The record.
-        brief: Leave out the intervals of all detectors but the first, for narrow terminals.
+    `brief` leaves out the intervals of all detectors but the first, for narrow terminals.
     """
     names = _detectors(credit)
     rows = [
@@ -59,12 +57,7 @@ def facts(credit: Credit) -> list[str]:
 
 
 def print_credit(credit: Credit, console: Console | None = None):
-    """Prints how well each detector finds the wrong tokens; bars run from chance, 0.5.
-
-    Args:
-        credit: The record.
-        console: Where to print; standard output by default.
-    """
+    """Prints how well each detector finds the wrong tokens; bars run from chance, 0.5."""
     by_kind, *gains = tables(credit, brief=True)
     areas = tuple((one_line(name), with_interval(area, 3)) for name, area in credit.detectors.items())
     bars = [(min(area.mean, 0.5), max(area.mean, 0.5)) for area in credit.detectors.values()]

@@ -26,11 +26,7 @@ _STEPS, _TERMINAL_STEPS = 12, 6  # steps of a table at most
 
 
 def panels(decline: Decline) -> list[Panel]:
-    """Shows the rewards of each run over its steps, all runs on one scale.
-
-    Returns:
-        One panel per run.
-    """
+    """Shows the rewards of each run over its steps, in one panel per run, all on one scale."""
     limits = _limits(decline.runs)
     return [Panel(_title(run), _alt(run), partial(_draw, run=run, limits=limits)) for run in decline.runs]
 
@@ -78,15 +74,7 @@ def _draw(axes: Axes, style: Style, *, run: DeclineRun, limits: tuple[float, flo
 
 
 def tables(decline: Decline, *, most: int = _STEPS) -> list[Table]:
-    """Rewards at steps that are spread over the training.
-
-    Args:
-        decline: The record.
-        most: Steps of a table at most, the first and the last among them.
-
-    Returns:
-        One table per run.
-    """
+    """Rewards of each run at `most` steps spread over the training, the first and the last among them."""
     shown = []
     for run in decline.runs:
         pairs = "held-out" if run.held_out else "training"

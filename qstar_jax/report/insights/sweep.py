@@ -128,10 +128,7 @@ def _in_words(runs: Sequence[SweepRun], measure: str, digits: int) -> str:
 def tables(sweep: Sweep, *, brief: bool = False) -> list[Table]:
     """Every measure of each decoder, one table per run, and the differences of win rates.
 
-    Args:
-        sweep: The record.
-        brief: Leave out the intervals of all measures but the win rate, and list differences in one column, for narrow
-            terminals.
+    `brief` leaves out all intervals but those of win rates, and lists differences in one column, for narrow terminals.
     """
     measures = _measured(sweep)
     heads = [name.replace("_", " ").replace("logp", "log π") for name in measures]
