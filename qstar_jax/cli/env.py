@@ -9,18 +9,7 @@ from rich.table import Table
 from qstar_jax import __version__
 from qstar_jax.config import EnvConfig
 
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "datasets",
-    "numpy",
-    "torch",
-    "libtpu",
-)
+PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy torch libtpu".split()
 
 
 def run(config: EnvConfig):
@@ -40,7 +29,6 @@ def run(config: EnvConfig):
     table.add_row("tested pairs", ", ".join(f"jax {jax_} + flax {flax}" for jax_, flax in TESTED_PAIRS))
     for device in jax.devices():
         memory = (device.memory_stats() or {}).get("bytes_limit")
-        table.add_row(
-            f"device {device.id}", f"{device.device_kind}" + (f", {memory / 2**30:.0f} GiB" if memory else "")
-        )
+        size = f", {memory / 2**30:.0f} GiB" if memory else ""
+        table.add_row(f"device {device.id}", f"{device.device_kind}{size}")
     Console().print(table)

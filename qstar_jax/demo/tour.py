@@ -53,11 +53,7 @@ MAX_NEW_TOKENS = 40
 
 
 def run(config: DemoConfig, console: Console) -> dict:
-    """Runs the tour and writes report.html, summary.json, metrics.jsonl, the figures and all runs.
-
-    Returns:
-        The summary that is also written to summary.json.
-    """
+    """Runs the tour, writes all runs, the figures, metrics.jsonl and report.html, and returns its summary.json."""
     began, out = time.perf_counter(), Path(config.out)
     source = f"{TASK.source}?seed={config.seed}"
     base = _base_model(config, console)

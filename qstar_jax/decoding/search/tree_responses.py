@@ -11,11 +11,7 @@ from qstar_jax.decoding.search.tree import COMPLETE, DEAD_END, Tree
 
 
 def complete_responses(tree: Tree, count: int, eos_ids: tuple[int, ...]) -> Partial:
-    """Ranks the responses whose end was visited.
-
-    Returns:
-        The K best, best first; those that do not exist come last.
-    """
+    """Returns the K best responses whose end was visited, best first; those that do not exist come last."""
     # Find the actions of highest score among those that end a response.
     rows, _, num_actions = tree.children.tokens.shape
     score = tree.prefixes.total[..., None] + tree.children.rewards + tree.children.values

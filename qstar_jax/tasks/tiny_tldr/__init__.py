@@ -22,11 +22,7 @@ BASE = Path(__file__).parent / "base"  # the base model, a Hugging Face folder
 
 
 def reward_of_text(prompt: str, summary: str) -> float | None:
-    """Computes the true reward of a summary.
-
-    Returns:
-        Its reward; None if the prompt is not one of this task.
-    """
+    """Computes the true reward of a summary; None if the prompt is not one of this task."""
     post = read_post(prompt)
     return None if post is None else true_reward(post, summary)
 

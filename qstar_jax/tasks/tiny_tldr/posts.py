@@ -111,11 +111,7 @@ def make_post(rng: Random) -> Post:
 
 
 def read_post(text: str) -> Post | None:
-    """Reads a post back from its text.
-
-    Returns:
-        The post that `make_post` drew; None if the text is not a post.
-    """
+    """Reads the post that `make_post` drew back from its text; None if the text is not a post."""
     text = text.removesuffix(CUE)
     names: dict[str, str] = {}
     for forms in _PATTERNS.values():

@@ -10,11 +10,7 @@ WRONG, WORD, LATE_WORD, END = -1.5, -0.08, -0.3, 0.5
 
 
 def split_words(text: str) -> list[str]:
-    """Splits a text into words, numbers and punctuation marks.
-
-    Returns:
-        The parts between whitespace, in order.
-    """
+    """Splits a text into words, numbers and punctuation marks, in order."""
     return re.findall(r"\w+|[^\w\s]", text)
 
 
@@ -48,11 +44,7 @@ def true_rewards(post: Post, summary: str) -> list[float]:
 
 
 def true_reward(post: Post, summary: str) -> float:
-    """Sums the true rewards of a summary.
-
-    Returns:
-        The sum. Readers prefer one summary to another with probability sigmoid(difference of sums).
-    """
+    """Sums the true rewards of a summary; readers prefer one to another with probability sigmoid(difference)."""
     return sum(true_rewards(post, summary))
 
 

@@ -49,8 +49,7 @@ def split_rows(split: str, seed: int = 0, limit: int | None = None) -> list[dict
 def documents(count: int, seed: int) -> list[dict]:
     """Makes texts that teach the language but not the task: posts with questions and answers, and retold posts.
 
-    Returns:
-        Rows with an empty `prompt` and a `completion`.
+    Each row has an empty `prompt` and a `completion`.
     """
     rng = Random(f"documents {seed}")
     return [{"prompt": "", "completion": _document(make_post(rng), rng)} for _ in range(count)]

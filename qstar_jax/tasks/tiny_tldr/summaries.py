@@ -69,34 +69,21 @@ RUN_ON = 0.3  # share of summaries that run on with a filler sentence
 
 
 def draw_form(rng: Random) -> Form:
-    """Draws the wording of a summary.
-
-    Returns:
-        One of `FORMS`.
-    """
+    """Draws the wording of a summary, one of `FORMS`."""
     return rng.choices(FORMS, [form.weight for form in FORMS])[0]
 
 
 def draw_sentence(rng: Random) -> Form:
     """Draws the wording of a sentence without the habits of the writers.
 
-    Returns:
-        One of `FORMS`, with all kinds of opening equally likely, and all clauses that fit it.
+    It is one of `FORMS`, with all kinds of opening equally likely, and all clauses that fit it.
     """
     opening = rng.choice(("", " " + rng.choice(PREAMBLES), " On {when},", " At {where},"))
     return rng.choice(_opened(opening, 1.0))
 
 
 def draw_summary(post: Post, rng: Random) -> str:
-    """Draws a summary.
-
-    Args:
-        post: The post.
-        rng: Draws its wording, its mistakes and whether it runs on.
-
-    Returns:
-        The summary, with a leading space.
-    """
+    """Draws a summary with a leading space: its wording, its mistakes, and whether it runs on."""
     text = fill(draw_form(rng), {fact: _stated(post, fact, rng) for fact in FACTS}, rng)
     return run_on(text, rng) if rng.random() < RUN_ON else text
 
@@ -113,16 +100,7 @@ def run_on(summary: str, rng: Random) -> str:
 
 
 def invent(post: Post, fact: str, rng: Random) -> str:
-    """Draws a value that the post does not give to a fact.
-
-    Args:
-        post: The post.
-        fact: One of `posts.FACTS`.
-        rng: Random generator.
-
-    Returns:
-        Neither the right value nor the distractor.
-    """
+    """Draws a value of a fact that is neither the right one nor the distractor of the post."""
     while (value := draw_value(fact, rng)) in (post.facts[fact], post.distractors.get(fact)):
         pass
     return value
