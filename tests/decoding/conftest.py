@@ -78,7 +78,7 @@ class TableLM:
 def table_lm():
     """`table_lm(probabilities)` makes (model, params) from next-token probabilities of each step, [T, V] or [T, V, V].
 
-    The middle axis is the last token, for those that depend on it. Steps are those of the answer, not of the prompt.
+    The middle axis is the last token, for those that depend on it. Steps are those of the response, not of the prompt.
     """
 
     def make(probabilities):
@@ -95,7 +95,7 @@ def table_lm():
 def history_lm():
     """`history_lm(seed, vocabulary=5, size=5, scale=1.5, bias=0.0)` makes (model, params) of a random `HistoryLM`.
 
-    `bias` is added to the logits of token 0, by which tests end answers. Its table is `size` wide, and the tokens
+    `bias` is added to the logits of token 0, by which tests end responses. Its table is `size` wide, and the tokens
     behind `vocabulary` are impossible: one shape, so one program, for all.
     """
 
@@ -116,7 +116,7 @@ def log_softmax(row):
 
 @pytest.fixture(scope="session")
 def history_next():
-    """`history_next(params, prompt)(answer)`: log pi of the next token [V] behind part of an answer, in float64.
+    """`history_next(params, prompt)(response)`: log pi of the next token [V] behind part of a response, in float64.
 
     Plain Python over whole texts: knows no beam, pool or path.
     """
@@ -125,10 +125,10 @@ def history_next():
         table = np.asarray(params["logits"].astype(jnp.float32))
 
         @cache
-        def compute(answer):
+        def compute(response):
             found = 0
-            for said in [*prompt, *answer]:
-                found = (found * FACTOR + int(said) + 1) % 2**32
+            for token in [*prompt, *response]:
+                found = (found * FACTOR + int(token) + 1) % 2**32
             return log_softmax(table[found % len(table)])
 
         return compute
@@ -138,23 +138,23 @@ def history_next():
 
 @pytest.fixture(scope="session")
 def history_logp(history_next):
-    """`history_logp(params, prompt, answer)`: log pi of each of the answer's tokens and of what follows, [T + 1, V]."""
+    """`history_logp(params, prompt, response)`: log pi of each of its tokens and of what follows, [T + 1, V]."""
 
-    def compute(params, prompt, answer):
+    def compute(params, prompt, response):
         after = history_next(params, prompt)
-        return np.stack([after(tuple(answer[:n])) for n in range(len(answer) + 1)])
+        return np.stack([after(tuple(response[:n])) for n in range(len(response) + 1)])
 
     return compute
 
 
 @pytest.fixture(scope="session")
-def every_answer():
-    """`every_answer(logp, room, eos_ids)`: {answer: sum of log pi} of all answers that are possible.
+def every_response():
+    """`every_response(logp, room, eos_ids)`: {response: sum of log pi} of all responses that are possible.
 
-    An answer ends at the first token that ends answers, or at `room` tokens.
+    A response ends at the first token that ends responses, or at `room` tokens.
     """
 
-    def enumerate_answers(logp, room, eos_ids):
+    def enumerate_responses(logp, room, eos_ids):
         found, open_ones = {}, {(): 0.0}
         for _ in range(room):
             longer = {
@@ -168,7 +168,7 @@ def every_answer():
             open_ones = {text: score for text, score in longer.items() if text[-1] not in eos_ids}
         return found | open_ones
 
-    return enumerate_answers
+    return enumerate_responses
 
 
 def length_divisor(rule, penalty, length):
@@ -235,8 +235,8 @@ def padded():
 
 
 @pytest.fixture(scope="session")
-def read_answers():
-    """`read_answers(found, row)`: the answers of a row that exist, as tuples of tokens."""
+def read_responses():
+    """`read_responses(found, row)`: the responses of a row that exist, as tuples of tokens."""
 
     def read(found, row):
         return [
@@ -272,20 +272,20 @@ ROOM = 16  # tokens of a row; one shape, so that one compiled program serves all
 
 @pytest.fixture(scope="session")
 def log_pi():
-    """`log_pi(model, params, prompt, answers)`: log pi of every token of every answer [N, T], by one full pass."""
+    """`log_pi(model, params, prompt, responses)`: log pi of every token of every response [N, T], by one full pass."""
     logits_of = jax.jit(CausalLM.logits, static_argnums=0)
 
-    def compute(model, params, prompt, answers):
-        answers = np.asarray(answers)
-        rows = np.zeros((len(answers), ROOM), np.int32)
-        start, stop = len(prompt), len(prompt) + answers.shape[1]
-        rows[:, :start], rows[:, start:stop] = prompt, answers
+    def compute(model, params, prompt, responses):
+        responses = np.asarray(responses)
+        rows = np.zeros((len(responses), ROOM), np.int32)
+        start, stop = len(prompt), len(prompt) + responses.shape[1]
+        rows[:, :start], rows[:, start:stop] = prompt, responses
         logits = np.asarray(logits_of(model, params, rows, np.full(len(rows), stop)), np.float64)[
             :, start - 1 : stop - 1
         ]
         logits -= logits.max(-1, keepdims=True)
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        return np.take_along_axis(logp, answers[..., None], axis=-1)[..., 0]
+        return np.take_along_axis(logp, responses[..., None], axis=-1)[..., 0]
 
     return compute
 
@@ -310,15 +310,15 @@ def prefix_scores(micro, log_pi):
 
 
 @pytest.fixture(scope="session")
-def all_answers(prefix_scores):
-    """`all_answers(prompt, length, eos_ids)`: every answer of `micro` and its score, best first."""
+def all_responses(prefix_scores):
+    """`all_responses(prompt, length, eos_ids)`: every response of `micro` and its score, best first."""
 
-    def enumerate_answers(prompt, length, eos_ids):
-        def is_answer(tokens):
+    def enumerate_responses(prompt, length, eos_ids):
+        def is_response(tokens):
             ends = tokens[-1] in eos_ids or len(tokens) == length
             return ends and len(tokens) <= length and not set(tokens[:-1]) & set(eos_ids)
 
-        answers = [item for item in prefix_scores(prompt).items() if is_answer(item[0])]
-        return sorted(answers, key=lambda item: -item[1])
+        responses = [item for item in prefix_scores(prompt).items() if is_response(item[0])]
+        return sorted(responses, key=lambda item: -item[1])
 
-    return enumerate_answers
+    return enumerate_responses

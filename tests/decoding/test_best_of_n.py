@@ -35,17 +35,17 @@ def choose(pair, objective=ImplicitReward(BETA), options=OPTIONS, **more):
     return jax.device_get(best_of_n(*pair, PROMPTS, LENGTHS, KEYS, options, objective=objective, **more))
 
 
-def answers(found, row):
+def responses(found, row):
     return [found.tokens[row, n, : found.lengths[row, n]].tolist() for n in range(found.tokens.shape[1])]
 
 
 @pytest.fixture(scope="module")
 def token_logps(pair, history_logp):
-    """`token_logps(row, answer)`: log pi and log pi_ref of each token [2, T], in plain Python."""
+    """`token_logps(row, response)`: log pi and log pi_ref of each token [2, T], in plain Python."""
 
-    def compute(row, answer):
-        prompt, steps = PROMPTS[row, : LENGTHS[row]].tolist(), np.arange(len(answer))
-        return np.stack([history_logp(params, prompt, answer)[steps, answer] for params in pair[1]])
+    def compute(row, response):
+        prompt, steps = PROMPTS[row, : LENGTHS[row]].tolist(), np.arange(len(response))
+        return np.stack([history_logp(params, prompt, response)[steps, response] for params in pair[1]])
 
     return compute
 
@@ -54,25 +54,25 @@ def token_logps(pair, history_logp):
 def test_all_samples_come_back_best_first_with_their_scores(pair, drawn, token_logps, objective):
     found = choose(pair, objective)
     for row in range(2):
-        assert sorted(answers(found, row)) == sorted(answers(drawn, row))
+        assert sorted(responses(found, row)) == sorted(responses(drawn, row))
         scores = []
-        for n, answer in enumerate(answers(found, row)):
-            logp, ref_logp = token_logps(row, answer).sum(1)
+        for n, response in enumerate(responses(found, row)):
+            logp, ref_logp = token_logps(row, response).sum(1)
             scores.append(BETA * (logp - ref_logp) if isinstance(objective, ImplicitReward) else logp)
             np.testing.assert_allclose([found.logp[row, n], found.ref_logp[row, n]], [logp, ref_logp], atol=1e-4)
-            assert found.finish[row, n] == (Finish.EOS if answer[-1] == 0 else Finish.LENGTH)
+            assert found.finish[row, n] == (Finish.EOS if response[-1] == 0 else Finish.LENGTH)
         np.testing.assert_allclose(found.score[row], scores, atol=1e-4)
         assert (np.diff(found.score[row]) <= 0).all()
-    # Some answers were cut; they compete with the others. And the order is not that of drawing.
+    # Some responses were cut; they compete with the others. And the order is not that of drawing.
     assert set(found.finish.ravel().tolist()) == {Finish.EOS, Finish.LENGTH}
-    assert answers(found, 0) != answers(drawn, 0)
+    assert responses(found, 0) != responses(drawn, 0)
 
 
 def test_objectives_rank_differently(pair):
-    assert answers(choose(pair), 0) != answers(choose(pair, Likelihood()), 0)
+    assert responses(choose(pair), 0) != responses(choose(pair, Likelihood()), 0)
 
 
-def test_implicit_rewards_of_whole_answers_are_the_scores(pair):
+def test_implicit_rewards_of_whole_responses_are_the_scores(pair):
     found = choose(pair)
     np.testing.assert_allclose(found.rewards(BETA), found.score, atol=1e-5)
 
@@ -82,10 +82,10 @@ def test_implicit_rewards_of_whole_answers_are_the_scores(pair):
 def test_rejection_keeps_what_a_restatement_keeps(pair, drawn, token_logps, rejection):
     found = choose(pair, rejection=rejection)
     for row in range(2):
-        all_answers = answers(drawn, row)
+        all_responses = responses(drawn, row)
         sums = []
-        for answer in all_answers:
-            logp, ref_logp = token_logps(row, answer)
+        for response in all_responses:
+            logp, ref_logp = token_logps(row, response)
             sums.append(np.cumsum(BETA * (logp - ref_logp)))
         alive = list(range(COUNT))
         for length in range(rejection.interval, ROOM, rejection.interval):
@@ -93,7 +93,7 @@ def test_rejection_keeps_what_a_restatement_keeps(pair, drawn, token_logps, reje
             fewer = math.ceil(round(len(alive) * rejection.keep, 6))
             alive = sorted(sorted(alive, key=lambda n, so_far=so_far: -so_far[n])[:fewer])
         best = sorted(alive, key=lambda n, sums=sums: -sums[n][-1])
-        assert answers(found, row) == [all_answers[n] for n in best]
+        assert responses(found, row) == [all_responses[n] for n in best]
         np.testing.assert_allclose(found.score[row], [sums[n][-1] for n in best], atol=1e-4)
     assert found.tokens.shape[1] == len(best) < COUNT
 
@@ -161,13 +161,13 @@ class Valued:
         return StepScores(logp, jnp.broadcast_to(2.0 * (jnp.arange(logp.shape[-1]) == 4), logp.shape), logp, None)
 
 
-def test_the_value_of_where_an_answer_has_led_counts(pair, token_logps):
+def test_the_value_of_where_an_response_has_led_counts(pair, token_logps):
     found = choose((pair[0].members[0], pair[1][0]), Valued())
     for row in range(2):
-        expected = [token_logps(row, a)[0].sum() + 2.0 * (a[-1] == 4) for a in answers(found, row)]
+        expected = [token_logps(row, a)[0].sum() + 2.0 * (a[-1] == 4) for a in responses(found, row)]
         np.testing.assert_allclose(found.score[row], expected, atol=1e-4)
         assert (np.diff(found.score[row]) <= 0).all()
-    assert any(a[-1] == 4 for row in range(2) for a in answers(found, row))
+    assert any(a[-1] == 4 for row in range(2) for a in responses(found, row))
 
 
 @pytest.mark.slow
@@ -177,9 +177,9 @@ def test_a_transformer_with_rejection(micro, log_pi):
     found = choose((Ensemble((model, model)), (params, reference)), rejection=Rejection(2, 0.5))
     assert found.tokens.shape[1] == 2
     for row in range(2):
-        for n, answer in enumerate(answers(found, row)):
+        for n, response in enumerate(responses(found, row)):
             prompt = PROMPTS[row, : LENGTHS[row]].tolist()
-            logp, ref_logp = (log_pi(model, p, prompt, [answer]).sum() for p in (params, reference))
+            logp, ref_logp = (log_pi(model, p, prompt, [response]).sum() for p in (params, reference))
             np.testing.assert_allclose([found.logp[row, n], found.ref_logp[row, n]], [logp, ref_logp], atol=1e-4)
             np.testing.assert_allclose(found.score[row, n], BETA * (logp - ref_logp), atol=1e-4)
 

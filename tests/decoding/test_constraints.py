@@ -14,7 +14,7 @@ PROMPTS = [[1, 0, 3], [4], [2, 0]]
 
 
 def plain(rules, text, new, row, eos_ids):
-    """The scores `row` [V] behind the tokens `text`, of which the last `new` are the answer's."""
+    """The scores `row` [V] behind the tokens `text`, of which the last `new` are the response's."""
     row, size = np.array(row, np.float64), rules.no_repeat_ngram_size
     if new < rules.min_new_tokens:
         row[list(eos_ids)] = -np.inf
@@ -75,15 +75,15 @@ IN_SEARCH = [
     (Constraints(no_repeat_ngram_size=2), (0,)),
     (Constraints(no_repeat_ngram_size=1), (0,)),  # nothing is said twice, and soon there is nothing left to say
     (Constraints(min_new_tokens=3), (0, 3, 4)),
-    (Constraints(min_new_tokens=5), (0, 1, 2, 4)),  # as long as answers may be
+    (Constraints(min_new_tokens=5), (0, 1, 2, 4)),  # as long as responses may be
 ]
 
 
 @pytest.mark.parametrize(("rules", "eos_ids"), IN_SEARCH, ids=str)
 def test_a_search_sees_the_history_of_each_of_its_beams(
-    rules, eos_ids, padded, history_lm, history_next, plain_beam_search, read_answers
+    rules, eos_ids, padded, history_lm, history_next, plain_beam_search, read_responses
 ):
-    options, other_answers, blind_answers = BeamOptions(3, 5, eos_ids, constraints=rules), 0, 0
+    options, other_responses, blind_responses = BeamOptions(3, 5, eos_ids, constraints=rules), 0, 0
     for seed in range(6):
         policy = history_lm(seed, bias=-1.0)
         found = jax.device_get(beam_search(*policy, *padded(PROMPTS), options))
@@ -98,22 +98,22 @@ def test_a_search_sees_the_history_of_each_of_its_beams(
 
             expected = plain_beam_search(logp, options, change=change)
             texts = [text for text, *_ in expected]
-            assert read_answers(found, row) == texts
+            assert read_responses(found, row) == texts
             scores = [score for _, score, *_ in expected]
             # Sums of at most five numbers below 20 in float32.
             np.testing.assert_allclose(found.score[row, : len(texts)], scores, rtol=0, atol=5e-5)
             # What is reported beside the score is the policy's own log-probability, which no rule changes.
             own = [sum(logp(text[:t])[token] for t, token in enumerate(text)) for text in texts]
             np.testing.assert_allclose(found.logp[row, : len(texts)], own, rtol=0, atol=5e-5)
-            other_answers += texts != [text for text, *_ in plain_beam_search(logp, options)]
-            blind_answers += texts != [text for text, *_ in plain_beam_search(logp, options, change=change_blindly)]
+            other_responses += texts != [text for text, *_ in plain_beam_search(logp, options)]
+            blind_responses += texts != [text for text, *_ in plain_beam_search(logp, options, change=change_blindly)]
             assert all(len(text) >= rules.min_new_tokens for text in texts)
             if rules.no_repeat_ngram_size == 1:
                 assert all(not set(text) & set(prompt) and len(set(text)) == len(text) for text in texts)
-                # Where the prompt has said EOS, an answer cannot end, nor be five words long: there is none.
+                # Where the prompt has said EOS, a response cannot end, nor be five words long: there is none.
                 assert bool(texts) == (0 not in prompt) and (found.finish[row, len(texts) :] == Finish.INVALID).all()
-    assert other_answers > 6  # the rule has an effect, and so do prompts where it looks at them
-    assert not rules.read_history or rules.no_repeat_ngram_size == 1 or blind_answers > 3
+    assert other_responses > 6  # the rule has an effect, and so do prompts where it looks at them
+    assert not rules.read_history or rules.no_repeat_ngram_size == 1 or blind_responses > 3
 
 
 def test_numbers_without_a_meaning_are_refused():

@@ -136,12 +136,12 @@ def test_vocabularies_must_agree_or_be_cut(logits):
             LogitArithmetic((1.0,))(wrong)
 
 
-def test_reports_of_a_search_with_a_reference(search, pair, history_next, read_answers):
+def test_reports_of_a_search_with_a_reference(search, pair, history_next, read_responses):
     policy = pair(0, 1)
     found = search(policy)
     for row, prompt in enumerate(PROMPTS):
         logp, ref_logp = (history_next(params, prompt) for params in policy[1])
-        for k, text in enumerate(read_answers(found, row)):
+        for k, text in enumerate(read_responses(found, row)):
             own, ref = (sum(f(text[:t])[v] for t, v in enumerate(text)) for f in (logp, ref_logp))
             np.testing.assert_allclose(found.logp[row, k], own, **CLOSE)
             np.testing.assert_allclose(found.ref_logp[row, k], ref, **CLOSE)
@@ -150,7 +150,9 @@ def test_reports_of_a_search_with_a_reference(search, pair, history_next, read_a
     assert np.abs(found.logp - found.ref_logp).min() > 1e-3
 
 
-def test_policies_that_are_combined_are_searched_like_one(search, pair, history_next, plain_beam_search, read_answers):
+def test_policies_that_are_combined_are_searched_like_one(
+    search, pair, history_next, plain_beam_search, read_responses
+):
     weights, options, others = (0.7, -0.4), OPTIONS, 0
     for seed in range(0, 20, 5):
         policy = pair(*range(seed, seed + 5))
@@ -163,9 +165,9 @@ def test_policies_that_are_combined_are_searched_like_one(search, pair, history_
                 return base(text) + sum(weight * (one(text) - other(text)) for weight, one, other in tuned)
 
             expected = plain_beam_search(lambda text, raw=raw: log_softmax(raw(text)), options)
-            assert read_answers(found, row) == [text for text, *_ in expected]
+            assert read_responses(found, row) == [text for text, *_ in expected]
             np.testing.assert_allclose(found.score[row], [e[1] for e in expected], **CLOSE)
-            others += read_answers(found, row) != [text for text, *_ in plain_beam_search(raw, options)]
+            others += read_responses(found, row) != [text for text, *_ in plain_beam_search(raw, options)]
     assert others > 3  # sums that are not normalised again at every step find something else
 
 
@@ -183,7 +185,7 @@ class Valued:
 
 
 def test_paths_are_compared_with_the_value_of_where_they_have_led(
-    search, history_lm, history_next, plain_beam_search, read_answers
+    search, history_lm, history_next, plain_beam_search, read_responses
 ):
     others = 0
     for seed in range(6):
@@ -197,13 +199,13 @@ def test_paths_are_compared_with_the_value_of_where_they_have_led(
                 return logp(text) + np.array(Valued.values) - (Valued.values[text[-1]] if text else 0.0)
 
             expected = plain_beam_search(shaped, OPTIONS, stops=False)
-            assert read_answers(found, row) == [text for text, *_ in expected]
+            assert read_responses(found, row) == [text for text, *_ in expected]
             np.testing.assert_allclose(found.score[row], [e[1] for e in expected], **CLOSE)
-            others += read_answers(found, row) != [text for text, *_ in plain_beam_search(logp, OPTIONS)]
+            others += read_responses(found, row) != [text for text, *_ in plain_beam_search(logp, OPTIONS)]
     assert others > 9
 
 
-def test_search_for_reward_with_its_price_is_search_for_likelihood(search, pair, read_answers):
+def test_search_for_reward_with_its_price_is_search_for_likelihood(search, pair, read_responses):
     policies = [pair(seed, seed + 100) for seed in range(6)]
     plain = [search(policy) for policy in policies]
     priced = [search(policy, objective=RegularisedReward(0.3)) for policy in policies]
@@ -215,14 +217,14 @@ def test_search_for_reward_with_its_price_is_search_for_likelihood(search, pair,
         np.testing.assert_array_equal(reward.certified, likely.certified)
         assert bare.certified is None
         for row in range(len(PROMPTS)):
-            same += read_answers(reward, row) == read_answers(likely, row)
-            other += read_answers(bare, row) != read_answers(likely, row)
+            same += read_responses(reward, row) == read_responses(likely, row)
+            other += read_responses(bare, row) != read_responses(likely, row)
     assert same == 18 and other > 12
 
 
 def test_a_reward_that_can_rise_is_searched_to_the_end(search, table_lm):
     # EOS has the better reward at first, .92 to -.47; every word behind the other token brings .68. A search that takes
-    # its first full set of answers for the best stops too early.
+    # its first full set of responses for the best stops too early.
     model, tuned = table_lm([[0.5, 0.5], [0.01, 0.99]])
     _, untuned = table_lm([[0.2, 0.8], [0.5, 0.5]])
     policy = Ensemble((model, model)), (tuned, untuned)

@@ -36,7 +36,7 @@ def draw(
     return jax.device_get(found)
 
 
-def answers(found, row):
+def responses(found, row):
     return [found.tokens[row, n, : found.lengths[row, n]].tolist() for n in range(found.tokens.shape[1])]
 
 
@@ -92,7 +92,7 @@ def test_top_k_ties_go_to_the_lower_id():
 
 
 def test_top_p_counts_within_top_k():
-    # Of the two likeliest, the first has 0.5 / 0.75 = 2/3 of what is left.
+    # Of the two most likely, the first has 0.5 / 0.75 = 2/3 of what is left.
     assert kept([0.125, 0.5, 0.25, 0.125], top_k=2, top_p=0.6) == [1]
     assert kept([0.125, 0.5, 0.25, 0.125], top_k=2, top_p=0.7) == [1, 2]
 
@@ -103,7 +103,7 @@ def test_min_p_keeps_the_token_at_its_boundary():
     assert kept(probabilities, min_p=0.51) == [1]
     assert kept(probabilities, min_p=0.2) == [0, 1, 2, 3]
     assert kept(probabilities, min_p=1.0) == [1]
-    # It asks for a fraction of the likeliest, whatever top_p has left.
+    # It asks for a fraction of the most likely, whatever top_p has left.
     assert kept(probabilities, top_p=0.75, min_p=0.2) == [1, 2]
 
 
@@ -151,15 +151,15 @@ def next_logp(history_logp):
 
 
 def restated_sample(next_logp, params, prompt, key, options):
-    """One answer with its sums of log pi and log pi_ref, token by token over whole texts."""
+    """One response with its sums of log pi and log pi_ref, token by token over whole texts."""
     tokens, sums = [], np.zeros(2)
     for t in range(options.max_new_tokens):
         logp, ref_logp = (next_logp(p, prompt + tokens) for p in params)
         allowed = logp.copy()
         if t < options.constraints.min_new_tokens:
             allowed[list(options.eos_ids)] = -np.inf
-        for said in set(prompt + tokens):
-            allowed[said] *= options.constraints.repetition_penalty
+        for token in set(prompt + tokens):
+            allowed[token] *= options.constraints.repetition_penalty
         allowed = restated(allowed / options.temperature, options.top_k, options.top_p, options.min_p)
         noise = np.asarray(jax.random.gumbel(jax.random.fold_in(key, t), (len(logp),)))
         token = int(np.argmax(allowed + noise))
@@ -185,14 +185,14 @@ def test_samples_equal_a_restatement_with_their_scores_under_both_policies(pair,
         for n in range(3):
             key = jax.random.fold_in(row_keys(len(PROMPTS))[row], n)
             tokens, (logp, ref_logp) = restated_sample(next_logp, pair[1], prompt, key, plain)
-            assert answers(found, row)[n] == tokens
+            assert responses(found, row)[n] == tokens
             # Of the whole distribution at temperature 1, although the tokens are drawn otherwise.
             np.testing.assert_allclose(found.logp[row, n], logp, atol=1e-4)
             np.testing.assert_allclose(found.ref_logp[row, n], ref_logp, atol=1e-4)
             np.testing.assert_allclose(found.score[row, n], 0.5 * (logp - ref_logp), atol=1e-4)
             assert found.finish[row, n] == (Finish.EOS if tokens[-1] == 0 else Finish.LENGTH)
             assert (found.tokens[row, n, len(tokens) :] == 0).all()
-    assert len({tuple(a) for row in range(3) for a in answers(found, row)}) > 3
+    assert len({tuple(a) for row in range(3) for a in responses(found, row)}) > 3
     assert len(set(found.finish.ravel().tolist())) == 2
 
 
@@ -201,13 +201,13 @@ def test_a_prompts_samples_depend_on_its_key_alone(micro, log_pi):
     keys = row_keys(len(PROMPTS))
     for row, prompt in enumerate(PROMPTS):
         alone = draw(*micro, prompts=[prompt], keys=keys[row : row + 1], num_samples=2, width=8, pad=3)
-        assert answers(alone, 0) == answers(together, row)[:2]
+        assert responses(alone, 0) == responses(together, row)[:2]
         np.testing.assert_allclose(alone.logp[0], together.logp[row, :2], atol=1e-5)
-        for n, answer in enumerate(answers(together, row)):
-            logp = log_pi(*micro, prompt, [answer]).sum()  # by a full pass
+        for n, response in enumerate(responses(together, row)):
+            logp = log_pi(*micro, prompt, [response]).sum()  # by a full pass
             np.testing.assert_allclose(together.logp[row, n], logp, atol=1e-4)
     other = draw(*micro, num_samples=4, keys=row_keys(len(PROMPTS), seed=1))
-    assert answers(other, 0) != answers(together, 0)
+    assert responses(other, 0) != responses(together, 0)
 
 
 @pytest.mark.parametrize("pad", [0, 3])
@@ -227,7 +227,7 @@ def test_greedy_equals_the_naive_loop(single, next_logp, eos_ids):
             logp = next_logp(single[1], prompt + tokens)
             tokens.append(int(logp.argmax()))
             score += logp.max()
-        assert answers(found, row) == [tokens]
+        assert responses(found, row) == [tokens]
         assert found.finished[row, 0] == (tokens[-1] in eos_ids)
         np.testing.assert_allclose(found.logp[row, 0], score, atol=1e-4)
 
@@ -239,7 +239,7 @@ def test_top_k_1_is_greedy(single):
 
 def test_greedy_takes_the_lowest_of_equals(table_lm):
     found = draw(*table_lm([[0.1, 0.2, 0.35, 0.35]] * 4), prompts=[[1]], temperature=0.0, max_new_tokens=3)
-    assert answers(found, 0) == [[2, 2, 2]]
+    assert responses(found, 0) == [[2, 2, 2]]
 
 
 def test_samples_of_one_token(single, next_logp):
@@ -251,7 +251,7 @@ def test_samples_of_one_token(single, next_logp):
         assert found.finished[row].tolist() == (first == 0).tolist()
 
 
-def test_without_eos_every_answer_has_full_length(single):
+def test_without_eos_every_response_has_full_length(single):
     found = draw(*single, num_samples=3, eos_ids=())
     assert (found.lengths == LENGTH).all() and (found.finish == Finish.LENGTH).all()
 
@@ -263,7 +263,7 @@ COUNT = 1000  # of each of four prompts
 
 
 def chi_square(found, expected):
-    """Statistic of answers against probabilities of all sequences of their length, [V] or [V, V]."""
+    """Statistic of responses against probabilities of all sequences of their length, [V] or [V, V]."""
     tokens = found.tokens.reshape(-1, expected.ndim)
     counts = np.zeros(expected.shape)
     np.add.at(counts, tuple(tokens.T), 1)
@@ -298,7 +298,7 @@ def test_the_frequency_test_can_fail(table_lm):
     assert chi_square(draw_many(table_lm, [PROBABILITIES], temperature=1.3), PROBABILITIES) > 18.5
 
 
-def test_tokens_of_one_answer_are_independent_draws(table_lm):
+def test_tokens_of_one_response_are_independent_draws(table_lm):
     second = PROBABILITIES[::-1]
     found = draw_many(table_lm, [PROBABILITIES, second])
     # 51.2 is the 99.9 % point with 24 degrees of freedom. If both tokens had one key, it would be in the thousands.
@@ -332,10 +332,10 @@ def test_limits_and_rules_change_the_result(table_lm):
     # What restricts the distribution is in the frequencies above.
     for change in ({"eos_ids": (2,)}, {"max_new_tokens": 3}, {"constraints": rules}):
         other = draw(*made, **common | change)
-        assert [answers(other, row) for row in range(2)] != [answers(plain, row) for row in range(2)], change
+        assert [responses(other, row) for row in range(2)] != [responses(plain, row) for row in range(2)], change
 
 
-def test_a_stop_string_ends_an_answer(table_lm):
+def test_a_stop_string_ends_an_response(table_lm):
     # Words are their own letters; the string is "33".
     table = np.zeros((1, 3, 5), np.int32)
     table[0, 0, 3], table[0, 1, 3], table[0, 2] = 1, 2, 2
@@ -344,7 +344,7 @@ def test_a_stop_string_ends_an_answer(table_lm):
     model, params = table_lm([[0.1, 0.2, 0.2, 0.5, 0.0]] * 4)
     plain, found = draw(model, params, **common), draw(model, params, stop=stop, **common)
     for row in range(2):
-        for before, after, finish in zip(answers(plain, row), answers(found, row), found.finish[row], strict=True):
+        for before, after, finish in zip(responses(plain, row), responses(found, row), found.finish[row], strict=True):
             text = "".join(map(str, before))
             cut = text.find("33")  # the prompt's own 3 does not count
             assert after == (before if cut < 0 else before[: cut + 2])
@@ -352,8 +352,8 @@ def test_a_stop_string_ends_an_answer(table_lm):
     assert set(found.finish.ravel().tolist()) == {Finish.EOS, Finish.LENGTH, Finish.STOP}
 
 
-def test_where_nothing_may_be_said_there_is_no_answer(table_lm):
-    # Two words, each of which may be said once, and no EOS: the prompt has said one, the answer says the other.
+def test_where_nothing_may_be_said_there_is_no_response(table_lm):
+    # Two words, each of which may be said once, and no EOS: the prompt has said one, the response says the other.
     found = draw(
         *table_lm([[0.5, 0.5]] * 4),
         prompts=[[1]],
@@ -369,7 +369,7 @@ def test_where_nothing_may_be_said_there_is_no_answer(table_lm):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Passes:
-    """Where each answer ends, and how many passes there were."""
+    """Where each response ends, and how many passes there were."""
 
     ends: jax.Array
     count: jax.Array
@@ -400,7 +400,7 @@ def test_the_loop_ends_with_the_last_sample():
     state = sampler.run(sampler.start(row_keys(2), 3, 8 * 3), 8, draw=1, slot=0)
     assert state.partial.lengths.tolist() == [[2] * 3, [4] * 3]
     assert state.memory.count == 3  # tokens before the last one of the longest
-    # A pass over the last token is never made, and none at all for answers of one token.
+    # A pass over the last token is never made, and none at all for responses of one token.
     sampler = replace(sampler, prompts=jnp.ones_like(prompts))
     assert sampler.run(sampler.start(row_keys(2), 3, 8 * 3), 8, draw=1, slot=0).memory.count == 0
 

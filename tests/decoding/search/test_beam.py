@@ -1,4 +1,4 @@
-"""Beam search against every answer there is, against a restatement in plain lists, and against what must hold."""
+"""Beam search against every response there is, against a restatement in plain lists, and against what must hold."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def search(padded):
 
 
 def check_contract(found, options):
-    """What holds for every search: sorted, unique, nothing behind an end, and nothing where there is no answer."""
+    """What holds for every search: sorted, unique, nothing behind an end, and nothing where there is no response."""
     assert not any(np.isnan(x).any() for x in (found.logp, found.score))
     for row in range(len(found.tokens)):
         exists = found.finish[row] != Finish.INVALID
@@ -68,38 +68,38 @@ SPACES = [(3, "compete"), (4, "compete"), (5, "compete"), (4, "drop")]
 
 @pytest.mark.thin("4-compete", "4-drop")
 @pytest.mark.parametrize(("room", "truncated"), SPACES)
-def test_a_beam_wider_than_the_tree_finds_every_answer_in_order(
-    room, truncated, search, history_lm, history_next, every_answer
+def test_a_beam_wider_than_the_tree_finds_every_response_in_order(
+    room, truncated, search, history_lm, history_next, every_response
 ):
     options = BeamOptions(WIDE[room], room, (0,), truncated=truncated)
     for vocabulary in (3, 4, 5):
         policy = history_lm(vocabulary, vocabulary)
         found = search(policy, options)
         for row, prompt in enumerate(PROMPTS):
-            answers = every_answer(history_next(policy[1], prompt), room, (0,))
-            highest = max(answers.values())
+            responses = every_response(history_next(policy[1], prompt), room, (0,))
+            highest = max(responses.values())
             if truncated == "drop":
-                answers = {text: score for text, score in answers.items() if text[-1] == 0}
+                responses = {text: score for text, score in responses.items() if text[-1] == 0}
             else:
-                # Answers are a partition: their probabilities add up to 1.
-                np.testing.assert_allclose(sum(np.exp(list(answers.values()))), 1, rtol=1e-9)
-            ranked = sorted(answers.items(), key=lambda item: -item[1])
+                # Responses are a partition: their probabilities add up to 1.
+                np.testing.assert_allclose(sum(np.exp(list(responses.values()))), 1, rtol=1e-9)
+            ranked = sorted(responses.items(), key=lambda item: -item[1])
             if vocabulary < 5 or room < 5:
                 assert len(ranked) <= options.beams  # so this is all of them
             texts, scores = zip(*ranked[: options.beams], strict=True)
-            # Nothing was given up, but for cut answers where these are dropped: the first may have been better.
+            # Nothing was pruned, except responses at the limit where these are dropped: the first may have been better.
             assert found.certified[row] == (scores[0] == highest)
             assert_same(found, row, list(texts), scores)
 
 
-def test_narrow_beams_miss_what_wide_ones_find(search, history_lm, history_next, every_answer):
+def test_narrow_beams_miss_what_wide_ones_find(search, history_lm, history_next, every_response):
     # The control of the test above: its tables are such that a search can go wrong.
     options, missed = BeamOptions(1, 4, (0,)), 0
     for seed in range(10):
         policy = history_lm(seed, bias=-2.0)
         found = search(policy, options)
         for row, prompt in enumerate(PROMPTS):
-            best = max(every_answer(history_next(policy[1], prompt), 4, (0,)).values())
+            best = max(every_response(history_next(policy[1], prompt), 4, (0,)).values())
             assert found.logp[row, 0] <= best + 2e-5
             missed += found.logp[row, 0] < best - 1e-3
     assert 0 < missed < 30
@@ -110,27 +110,27 @@ LENGTH_RULES = [("hf", -1.0), ("hf", 0.6), ("hf", 1.0), ("hf", 2.0), ("gnmt", 0.
 
 @pytest.mark.thin("hf--1.0", "hf-0.6", "gnmt-2.0")
 @pytest.mark.parametrize(("rule", "penalty"), LENGTH_RULES)
-def test_length_rules_order_all_answers(rule, penalty, search, history_lm, history_next, every_answer):
+def test_length_rules_order_all_responses(rule, penalty, search, history_lm, history_next, every_response):
     options = BeamOptions(85, 3, (0,), length_rule=rule, length_penalty=penalty)
     orders = []
     for seed in range(3):
         policy = history_lm(seed)
         found = search(policy, options)
         for row, prompt in enumerate(PROMPTS):
-            answers = every_answer(history_next(policy[1], prompt), 3, (0,))
-            bases = {text: len(text) if rule == "hf" else (5 + len(text)) / 6 for text in answers}
-            divided = {text: score / bases[text] ** penalty for text, score in answers.items()}
+            responses = every_response(history_next(policy[1], prompt), 3, (0,))
+            bases = {text: len(text) if rule == "hf" else (5 + len(text)) / 6 for text in responses}
+            divided = {text: score / bases[text] ** penalty for text, score in responses.items()}
             ranked = sorted(divided.items(), key=lambda item: -item[1])
             assert_same(found, row, *map(list, zip(*ranked, strict=True)))
-            logp = [answers[text] for text, _ in ranked]
+            logp = [responses[text] for text, _ in ranked]
             np.testing.assert_allclose(found.logp[row, : len(ranked)], logp, **CLOSE)  # undivided
-            orders.append([text for text, _ in ranked] != sorted(answers, key=lambda text: -answers[text]))
+            orders.append([text for text, _ in ranked] != sorted(responses, key=lambda text: -responses[text]))
         assert found.certified is None  # there is no proof for divided sums
     assert all(orders)  # the rule changes the order of every row
 
 
-# EOS, 1, 2. The likeliest answer (1, EOS) has p = .495 * .32 = .158, yet its EOS ranks fifth among the extensions of
-# its step: rules that keep EOS only among the first K or 2K candidates lose it while K is small.
+# EOS, 1, 2. The most likely response (1, EOS) has p = .495 * .32 = .158, yet its EOS ranks fifth among the extensions
+# of its step: rules that keep EOS only among the first K or 2K candidates lose it while K is small.
 CROWDED = [[0.01, 0.495, 0.495], [0.32, 0.34, 0.34], [1 / 3, 1 / 3, 1 / 3]]
 LAST = 0.495 * 0.34 / 3
 
@@ -165,7 +165,7 @@ def test_width_1_is_greedy_under_one_rule_only(rule, search, history_lm, history
     [(2, "all", "compete"), (3, "hf", "compete"), (3, "t5x", "drop"), (7, "all", "drop")],
 )
 def test_narrow_beams_equal_plain_lists(
-    beams, rule, truncated, search, history_lm, history_next, plain_beam_search, every_answer
+    beams, rule, truncated, search, history_lm, history_next, plain_beam_search, every_response
 ):
     options, optimal, certified = BeamOptions(beams, 4, (0,), eos_rule=rule, truncated=truncated), [], []
     for seed in range(12):
@@ -175,8 +175,8 @@ def test_narrow_beams_equal_plain_lists(
             logp = history_next(policy[1], prompt)
             expected = plain_beam_search(logp, options)
             assert_same(found, row, [e[0] for e in expected], [e[1] for e in expected])
-            # In these searches a certificate speaks of all answers, those that are dropped too.
-            optimal.append(found.logp[row, 0] > max(every_answer(logp, 4, (0,)).values()) - 2e-5)
+            # In these searches a certificate speaks of all responses, those that are dropped too.
+            optimal.append(found.logp[row, 0] > max(every_response(logp, 4, (0,)).values()) - 2e-5)
             certified.append(found.certified[row])
     # A certificate is never wrong, and there are both: rows that have one, and rows that do not.
     assert not any(c and not o for c, o in zip(certified, optimal, strict=True))
@@ -203,8 +203,8 @@ def test_rows_do_not_depend_on_their_batch(search, history_lm, table_lm):
         np.testing.assert_allclose(found.logp[late, 0], 11 * np.log(0.9), atol=1e-4)
 
 
-def test_prompts_with_eos_in_them_begin_an_answer_all_the_same(search, history_lm, history_next, plain_beam_search):
-    # T5X's loop takes EOS in a prompt for a finished answer with score 0, which nothing can beat.
+def test_prompts_with_eos_in_them_begin_an_response_all_the_same(search, history_lm, history_next, plain_beam_search):
+    # T5X's loop takes EOS in a prompt for a finished response with score 0, which nothing can beat.
     policy, options = history_lm(3), t5x_compat(3, 4, 0)
     found = search(policy, options)
     assert (found.lengths[:, 0] > 0).all() and (found.score[:, 0] < -0.01).all()
@@ -213,13 +213,13 @@ def test_prompts_with_eos_in_them_begin_an_answer_all_the_same(search, history_l
         assert_same(found, row, [e[0] for e in expected], [e[1] for e in expected])
 
 
-def test_beams_that_do_not_exist_are_no_answers(search, history_lm, history_next, every_answer):
-    # Three words, eight beams: fewer candidates than places at the first steps; and seven answers in all.
+def test_beams_that_do_not_exist_are_no_responses(search, history_lm, history_next, every_response):
+    # Three words, eight beams: fewer candidates than places at the first steps; and seven responses in all.
     policy, options = history_lm(1, 3, size=3), BeamOptions(8, 2, (0,))
     found = search(policy, options, [[1, 0, 2], [2]])
     for row, prompt in enumerate([[1, 0, 2], [2]]):
-        answers = every_answer(history_next(policy[1], prompt), 2, (0,))
-        ranked = sorted(answers.items(), key=lambda item: -item[1])
+        responses = every_response(history_next(policy[1], prompt), 2, (0,))
+        ranked = sorted(responses.items(), key=lambda item: -item[1])
         assert len(ranked) == 7
         assert_same(found, row, *map(list, zip(*ranked, strict=True)))
         assert found.finish[row].tolist().count(Finish.INVALID) == 1 and found.lengths[row, 7] == 0
@@ -246,12 +246,12 @@ def test_dead_ends(dtype, search, table_lm):
 
 
 @pytest.mark.parametrize(("eos_ids", "room"), [((0,), 1), ((4,), 3), ((), 3)])
-def test_limits_and_impossible_ends(eos_ids, room, search, history_lm, history_next, every_answer):
+def test_limits_and_impossible_ends(eos_ids, room, search, history_lm, history_next, every_response):
     policy = history_lm(2, vocabulary=4)  # token 4 is impossible
     found = search(policy, BeamOptions(5, room, eos_ids))
     for row, prompt in enumerate(PROMPTS):
-        answers = every_answer(history_next(policy[1], prompt), room, eos_ids)
-        assert max(answers, key=answers.get) == tuple(found.tokens[row, 0, : found.lengths[row, 0]].tolist())
+        responses = every_response(history_next(policy[1], prompt), room, eos_ids)
+        assert max(responses, key=responses.get) == tuple(found.tokens[row, 0, : found.lengths[row, 0]].tolist())
         if room == 1:
             assert found.finish[row].tolist().count(Finish.EOS) == 1
         else:
@@ -261,7 +261,7 @@ def test_limits_and_impossible_ends(eos_ids, room, search, history_lm, history_n
 def test_ties_are_broken_by_what_came_first(search, table_lm):
     policy, options = table_lm([[0.25] * 4] * 2), BeamOptions(9, 2, (0,))
     found = search(policy, options, [[1]], width=1)
-    # Equal answers that ended come before those that were cut; each kind is in the order of its tokens.
+    # Equal responses that ended come before those that were cut; each kind is in the order of its tokens.
     texts = [(0,), (1, 0), (2, 0), (3, 0), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
     assert_same(found, 0, texts, [np.log(0.25)] + 8 * [2 * np.log(0.25)])
     again = search(policy, options, [[1]], width=1)

@@ -28,9 +28,9 @@ def search(padded):
     return run
 
 
-def assert_same(found, row, expected, read_answers):
+def assert_same(found, row, expected, read_responses):
     """Against what `plain_beam_search` returns."""
-    assert read_answers(found, row) == [text for text, *_ in expected]
+    assert read_responses(found, row) == [text for text, *_ in expected]
     np.testing.assert_allclose(found.score[row, : len(expected)], [e[1] for e in expected], **CLOSE)
     np.testing.assert_allclose(found.logp[row, : len(expected)], [e[2] for e in expected], **CLOSE)
 
@@ -52,7 +52,7 @@ def counted(logp):
 @pytest.mark.thin("-1.0", "0.6")
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.6, 1.0, 2.0])
 def test_stopping_never_too_early_is_running_to_the_limit(
-    penalty, search, history_lm, history_next, plain_beam_search, read_answers
+    penalty, search, history_lm, history_next, plain_beam_search, read_responses
 ):
     rule = "hf" if penalty else "none"
     options = replace(STOPPING, length_rule=rule, length_penalty=penalty, early_stopping="never")
@@ -66,7 +66,7 @@ def test_stopping_never_too_early_is_running_to_the_limit(
         for row, prompt in enumerate(PROMPTS):
             (stopping, calls), (going, all_calls) = (counted(history_next(policy[1], prompt)) for _ in range(2))
             to_the_limit = plain_beam_search(going, options, stops=False)
-            assert_same(found, row, to_the_limit, read_answers)
+            assert_same(found, row, to_the_limit, read_responses)
             assert [e[0] for e in plain_beam_search(stopping, options)] == [e[0] for e in to_the_limit]
             early += len(calls) < len(all_calls)
     assert early  # there was something to save
@@ -120,8 +120,8 @@ def test_a_step_past_the_limit_changes_nothing(max_new_tokens, padded, history_l
     assert (in_blocks.lengths == max_new_tokens).any()  # some have reached the limit
 
 
-def test_the_three_rules_for_stopping_differ(search, history_lm, history_next, plain_beam_search, read_answers):
-    # A table picked so that each rule finds another answer; and others, for the rest of what is returned.
+def test_the_three_rules_for_stopping_differ(search, history_lm, history_next, plain_beam_search, read_responses):
+    # A table picked so that each rule finds another response; and others, for the rest of what is returned.
     firsts, others = [], 0
     for early_stopping in (True, False, "never"):
         options = replace(STOPPING, early_stopping=early_stopping)
@@ -131,12 +131,12 @@ def test_the_three_rules_for_stopping_differ(search, history_lm, history_next, p
             for row, prompt in enumerate(PROMPTS):
                 logp = history_next(policy[1], prompt)
                 expected = plain_beam_search(logp, options)
-                assert_same(found, row, expected, read_answers)
+                assert_same(found, row, expected, read_responses)
                 others += expected != plain_beam_search(logp, options, stops=False)
             if seed == 1404:
-                firsts.append(read_answers(found, 1)[0])
+                firsts.append(read_responses(found, 1)[0])
     assert firsts == [(0,), (1, 2, 0), (3, 2, 1, 2, 3)]
-    assert others >= 3  # True and False both lose answers that running to the limit has
+    assert others >= 3  # True and False both lose responses that running to the limit has
 
 
 def t5x_restated(logp, beams, prompt_length, room, eos, alpha):
@@ -170,9 +170,9 @@ def t5x_restated(logp, beams, prompt_length, room, eos, alpha):
 
 @pytest.mark.thin("2-0.6")
 @pytest.mark.parametrize(("beams", "alpha"), [(2, 0.6), (4, 2.0), (1, 0.0)])
-def test_t5x_options_do_what_t5x_does(beams, alpha, search, history_lm, history_next, read_answers):
-    # Same answers and scores where a row has finished ones. Where it has none, T5X returns sums that are not divided;
-    # here they are divided as all others are, and the answers and their order are the same.
+def test_t5x_options_do_what_t5x_does(beams, alpha, search, history_lm, history_next, read_responses):
+    # Same responses and scores where a row has finished ones. Where it has none, T5X returns sums that are not divided;
+    # here they are divided as all others are, and the responses and their order are the same.
     options, unfinished, changed = t5x_compat(beams, 4, 0, alpha=alpha), 0, 0
     for seed in range(8):
         policy = history_lm(seed, bias=-7.0 if seed % 2 else -1.0)
@@ -183,7 +183,7 @@ def test_t5x_options_do_what_t5x_does(beams, alpha, search, history_lm, history_
             if not finished:
                 unfinished += 1
                 finished = [(text, score / ((5 + size + 4) / 6) ** alpha) for text, score in live]
-            assert read_answers(found, row) == [text for text, _ in finished]
+            assert read_responses(found, row) == [text for text, _ in finished]
             np.testing.assert_allclose(found.score[row, : len(finished)], [s for _, s in finished], **CLOSE)
             # Another prompt length or alpha would give another number: both are in the score.
             own_length = found.logp[row, 0] / ((5 + found.lengths[row, 0]) / 6) ** alpha
@@ -241,7 +241,7 @@ def test_diverse_beams_equal_plain_lists_and_keep_true_scores(search, history_lm
             logp = history_next(policy[1], prompt)
             expected = plain_diverse_search(logp, options)
             got = [tuple(t[:n].tolist()) for t, n in zip(found.tokens[row], found.lengths[row], strict=True)]
-            assert sorted(got) == sorted(text for text, _ in expected)  # two groups may find the same answer
+            assert sorted(got) == sorted(text for text, _ in expected)  # two groups may find the same response
             np.testing.assert_allclose(found.score[row], [score for _, score in expected], **CLOSE)
             changed += sorted(got) != sorted(t for t, _ in plain_diverse_search(logp, replace(options, diversity=0.1)))
     assert changed > 8
@@ -269,11 +269,11 @@ def inclusion(probabilities, count):
     return among
 
 
-def test_stochastic_beams_are_a_sample_without_replacement(search, history_lm, history_next, every_answer):
+def test_stochastic_beams_are_a_sample_without_replacement(search, history_lm, history_next, every_response):
     policy, prompt = history_lm(3, vocabulary=3, bias=-0.5, scale=1.0), [1, 2]
     options, rows = BeamOptions(3, 2, (0,), stochastic=True), 500
-    answers = every_answer(history_next(policy[1], prompt), 2, (0,))
-    names, logp = list(answers), np.array(list(answers.values()))
+    responses = every_response(history_next(policy[1], prompt), 2, (0,))
+    names, logp = list(responses), np.array(list(responses.values()))
     among, first, draws = np.zeros(7), np.zeros(7), 8 * rows
     assert len(names) == 7
     for seed in range(8):
@@ -297,7 +297,7 @@ def test_stochastic_beams_are_a_sample_without_replacement(search, history_lm, h
     assert deviation(among, 1 - (1 - p) ** 3).max() > 9  # draws with replacement are told apart
     again = search(policy, options, [prompt] * rows, key=jax.random.key(7))
     np.testing.assert_array_equal(found.tokens, again.tokens)
-    # The beam that is not perturbed: the same three answers for all rows.
+    # The beam that is not perturbed: the same three responses for all rows.
     plain = search(policy, BeamOptions(3, 2, (0,)), [prompt] * rows)
     assert len(np.unique(plain.tokens, axis=0)) == 1 < len(np.unique(found.tokens, axis=0))
 
@@ -316,24 +316,24 @@ def ends_by_spelling(text):
 
 @pytest.mark.thin("hf")
 @pytest.mark.parametrize("rule", ["all", "hf"])
-def test_stop_strings_end_answers(rule, search, history_lm, history_next, plain_beam_search, read_answers):
+def test_stop_strings_end_responses(rule, search, history_lm, history_next, plain_beam_search, read_responses):
     options, reasons = BeamOptions(3, 4, (0,), eos_rule=rule), []
     for seed in range(8):
         policy = history_lm(seed, bias=-2.0)
         found = search(policy, options, stop_strings=STOPS)
         for row, prompt in enumerate(PROMPTS):
             expected = plain_beam_search(history_next(policy[1], prompt), options, ends=ends_by_spelling)
-            assert_same(found, row, expected, read_answers)
+            assert_same(found, row, expected, read_responses)
             ways = [Finish.EOS if t[-1] == 0 else Finish.STOP if e else Finish.LENGTH for t, _, _, e in expected]
             assert found.finish[row, : len(ways)].tolist() == ways
             assert found.finished[row, : len(ways)].tolist() == [way != Finish.LENGTH for way in ways]
             reasons += ways
     assert set(reasons) == {Finish.EOS, Finish.STOP, Finish.LENGTH}
-    assert max(map(len, read_answers(found, 0))) > 1
+    assert max(map(len, read_responses(found, 0))) > 1
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"beams": 0}, "beams 0"),
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
@@ -355,8 +355,8 @@ def test_stop_strings_end_answers(rule, search, history_lm, history_next, plain_
         ({"eos_ids": (0, -1)}, r"eos_ids \(0, -1\): expected token ids, from 0 on"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_options_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
         BeamOptions(**{"beams": 4, "max_new_tokens": 5, "eos_ids": (0,)} | changes)
 
 

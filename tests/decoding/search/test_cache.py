@@ -43,12 +43,12 @@ def full_passes(prefix_scores, plain_beam_search):
     return lambda options: [of_prompt(prompt, options) for prompt in PROMPTS]
 
 
-def same(found, expected, read_answers):
-    """Whether all answers are those that are expected, and their scores too."""
+def same(found, expected, read_responses):
+    """Whether all responses are those that are expected, and their scores too."""
     return all(
-        read_answers(found, row) == [text for text, *_ in answers]
-        and np.allclose(found.score[row, : len(answers)], [a[1] for a in answers], **CLOSE)
-        for row, answers in enumerate(expected)
+        read_responses(found, row) == [text for text, *_ in responses]
+        and np.allclose(found.score[row, : len(responses)], [a[1] for a in responses], **CLOSE)
+        for row, responses in enumerate(expected)
     )
 
 
@@ -68,26 +68,26 @@ class Forgetful:
         return self.policy.extend(params, memory, tokens, jnp.broadcast_to(own, path.shape), slot)
 
 
-def test_a_search_with_a_cache_is_a_search_by_full_passes(search, unstacked, full_passes, read_answers):
+def test_a_search_with_a_cache_is_a_search_by_full_passes(search, unstacked, full_passes, read_responses):
     expected = full_passes(OPTIONS)
-    assert same(search(unstacked), expected, read_answers)
+    assert same(search(unstacked), expected, read_responses)
     # Mixing up the pasts of beams would show.
     model, params = unstacked
-    assert not same(search((Forgetful(model, 3), params)), expected, read_answers)
+    assert not same(search((Forgetful(model, 3), params)), expected, read_responses)
 
 
-def test_stacked_parameters_search_the_same(search, micro, full_passes, read_answers):
-    assert same(search(micro), full_passes(OPTIONS), read_answers)
+def test_stacked_parameters_search_the_same(search, micro, full_passes, read_responses):
+    assert same(search(micro), full_passes(OPTIONS), read_responses)
 
 
-def test_every_history_has_its_own_future(search, history_lm, history_next, plain_beam_search, read_answers):
+def test_every_history_has_its_own_future(search, history_lm, history_next, plain_beam_search, read_responses):
     # The same for a policy whose probabilities have nothing to do with each other once their histories differ.
     options, mismatches = BeamOptions(4, 6, (0,)), 0
     for seed in range(5):
         model, params = history_lm(seed, bias=-2.0)
         expected = [plain_beam_search(history_next(params, prompt), options) for prompt in PROMPTS]
-        assert same(search((model, params), options), expected, read_answers)
-        mismatches += not same(search((Forgetful(model, 4), params), options), expected, read_answers)
+        assert same(search((model, params), options), expected, read_responses)
+        mismatches += not same(search((Forgetful(model, 4), params), options), expected, read_responses)
     assert mismatches == 5
 
 
@@ -102,12 +102,12 @@ def test_padding_of_prompts_has_no_effect(search, unstacked):
     assert np.abs(shorter.score[2] - one.score[2]).max() > 1e-3
 
 
-def test_scores_and_rewards_are_those_of_full_passes(search, micro, unstacked, log_pi, read_answers):
+def test_scores_and_rewards_are_those_of_full_passes(search, micro, unstacked, log_pi, read_responses):
     model, params = unstacked
     other = jax.tree.map(lambda x: 0.7 * x, micro[1])
     found = search((Ensemble((model, model)), (params, model.unstack(other))))
     for row, prompt in enumerate(PROMPTS):
-        texts = read_answers(found, row)
+        texts = read_responses(found, row)
         assert len(texts) == 3
         for k, text in enumerate(texts):
             own, ref = (log_pi(model, p, prompt, [text]).sum() for p in (micro[1], other))
@@ -118,8 +118,8 @@ def test_scores_and_rewards_are_those_of_full_passes(search, micro, unstacked, l
 
 @pytest.mark.slow
 def test_a_search_needs_little_memory_beside_its_cache(tiny_config):
-    # Compiled only, in a shape in which the cache is nearly all there is: long answers, wide heads, and so many layers
-    # that the part of one layer's pool which attention reads, of which there is a copy, is little.
+    # Compiled only, in a shape in which the cache is nearly all there is: long responses, wide heads, and so many
+    # layers that the part of one layer's pool which attention reads, of which there is a copy, is little.
     shape = {"num_hidden_layers": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
     model = CausalLM.from_hf(tiny_config | shape)
     params = jax.eval_shape(lambda key: model.unstack(model.init(key)), jax.random.key(0))

@@ -35,7 +35,7 @@ def search(pair, options=OPTIONS, *, seed=0, objective=REWARD, rows=slice(None))
     return jax.device_get(chunk_beam_search(*pair, *arguments, options, objective=objective))
 
 
-def answers(found, row):
+def responses(found, row):
     """Those that exist."""
     return [
         tuple(found.tokens[row, n, : found.lengths[row, n]].tolist())
@@ -58,14 +58,14 @@ def next_logps(pair, history_logp):
 
 @pytest.fixture(scope="module")
 def sums(next_logps):
-    """`sums(row, answer)`: log pi and log pi_ref of its tokens [2, T]."""
-    return lambda row, answer: np.stack([next_logps(row, answer[:t])[:, a] for t, a in enumerate(answer)], axis=1)
+    """`sums(row, response)`: log pi and log pi_ref of its tokens [2, T]."""
+    return lambda row, response: np.stack([next_logps(row, response[:t])[:, a] for t, a in enumerate(response)], axis=1)
 
 
 def restated(next_logps, row, key, options, score, *, copying=False, monotone=False):
-    """The search in plain Python, with the program's keys: answers of one prompt, best first.
+    """The search in plain Python, with the program's keys: responses of one prompt, best first.
 
-    `copying` is the other program's way: a finished answer stays a beam, and takes part as often as it is copied.
+    `copying` is the other program's way: a finished response stays a beam, and takes part as often as it is copied.
     """
     parents, ended, chunk = [()] * (options.beams * options.samples), [], 0
     keys = [jax.random.fold_in(key, j) for j in range(len(parents))]
@@ -102,26 +102,26 @@ def restated(next_logps, row, key, options, score, *, copying=False, monotone=Fa
 
 @pytest.fixture(scope="module")
 def reward(sums):
-    """`reward(row, answer)`."""
-    return lambda row, answer: BETA * float(np.subtract(*sums(row, answer)).sum())
+    """`reward(row, response)`."""
+    return lambda row, response: BETA * float(np.subtract(*sums(row, response)).sum())
 
 
 @pytest.mark.thin("reward")
 @pytest.mark.parametrize("name", ["reward", "likelihood"])
 def test_equals_a_restatement_with_its_scores(pair, next_logps, sums, reward, name):
     likely = name == "likelihood"
-    score = (lambda row, answer: float(sums(row, answer)[0].sum())) if likely else reward
+    score = (lambda row, response: float(sums(row, response)[0].sum())) if likely else reward
     finishes = set()
     for seed in range(6):
         found = search(pair, seed=seed, objective=Likelihood() if likely else REWARD)
         for row in range(2):
             expected = restated(next_logps, row, keys_of(seed)[row], OPTIONS, score, monotone=likely)
-            assert answers(found, row) == expected
-            for n, answer in enumerate(expected):
-                np.testing.assert_allclose(found.score[row, n], score(row, answer), atol=1e-4)
+            assert responses(found, row) == expected
+            for n, response in enumerate(expected):
+                np.testing.assert_allclose(found.score[row, n], score(row, response), atol=1e-4)
                 both = found.logp[row, n], found.ref_logp[row, n]
-                np.testing.assert_allclose(both, sums(row, answer).sum(1), atol=1e-4)
-                assert found.finish[row, n] == (Finish.EOS if answer[-1] == 0 else Finish.LENGTH)
+                np.testing.assert_allclose(both, sums(row, response).sum(1), atol=1e-4)
+                assert found.finish[row, n] == (Finish.EOS if response[-1] == 0 else Finish.LENGTH)
         finishes |= set(found.finish.ravel().tolist())
     assert {Finish.EOS, Finish.LENGTH} <= finishes
 
@@ -133,7 +133,7 @@ def test_one_beam_and_one_chunk_are_best_of_n(pair):
         drawing = SampleOptions(ROOM, (0,), 5)
         best = jax.device_get(best_of_n(*pair, PROMPTS, LENGTHS, keys_of(seed), drawing, objective=REWARD))
         for row in range(2):
-            assert answers(found, row) == answers(best, row)[:1]
+            assert responses(found, row) == responses(best, row)[:1]
         np.testing.assert_allclose(found.score[:, 0], best.score[:, 0], atol=1e-5)
 
 
@@ -142,22 +142,22 @@ def test_a_row_alone_equals_the_row_in_a_batch(pair):
         together = search(pair, seed=seed)
         for row in range(2):
             alone = search(pair, seed=seed, rows=slice(row, row + 1))
-            assert answers(alone, 0) == answers(together, row)
+            assert responses(alone, 0) == responses(together, row)
             np.testing.assert_allclose(alone.score[0], together.score[row], atol=1e-5)
 
 
-def test_finished_answers_are_not_copied(pair, next_logps, reward):
-    # As many samples as beams, so that copies of one good finished answer could fill all beams.
+def test_finished_responses_are_not_copied(pair, next_logps, reward):
+    # As many samples as beams, so that copies of one good finished response could fill all beams.
     options = replace(OPTIONS, beams=3, samples=3)
     collapsed = 0
     for seed in range(10):
         found = search(pair, options, seed=seed)
         for row in range(2):
-            got = answers(found, row)
+            got = responses(found, row)
             assert len(got) == len(set(got)) > 1
             copying = restated(next_logps, row, keys_of(seed)[row], options, reward, copying=True)
             collapsed += len(set(copying)) == 1
-    # The control: the rule that copies, with the same keys, ends with one answer three times.
+    # The control: the rule that copies, with the same keys, ends with one response three times.
     assert collapsed >= 4
 
 
@@ -170,7 +170,7 @@ def test_rows_of_what_has_ended_go_to_what_has_not(table_lm):
         found = jax.device_get(
             chunk_beam_search(model, params, jnp.array([[1]]), jnp.array([1]), keys, options, objective=Likelihood())
         )
-        got = answers(found, 0)
+        got = responses(found, 0)
         first = [int(t) for t in restated_first(keys[0], 8)]
         live = list(dict.fromkeys(token for token in first if token > 1))
         second = [jnp.log(jnp.array([0.0, 0.0, 0.3, 0.3, 0.4])) + noise(keys[0], j, 1) for j in range(8)]
@@ -199,20 +199,20 @@ def test_a_chunk_adds_its_step_reward(pair, sums):
     found = {end: search(pair, replace(options, max_new_tokens=end), seed=2) for end in range(1, room + 1)}
     delimited = False
     for row in range(2):
-        (answer,) = answers(found[room], row)
+        (response,) = responses(found[room], row)
         ends, begin = [], 0
-        for t, token in enumerate(answer):
+        for t, token in enumerate(response):
             if token in (1, 3) or t + 1 - begin == 2 or t + 1 == room:
                 ends.append(t + 1)
                 begin = t + 1
         step_ids = np.searchsorted(ends, np.arange(room), side="right")
-        logp, ref_logp = jnp.asarray(sums(row, answer), jnp.float32)
+        logp, ref_logp = jnp.asarray(sums(row, response), jnp.float32)
         mask = jnp.ones(room, bool)
         rewards = mdp.TokenScores(logp, ref_logp, None, mask).rewards(BETA)
         steps = mdp.step_rewards(rewards, mask, jnp.asarray(step_ids), num_steps=len(ends))
         after = []
         for end in ends:
-            assert answers(found[end], row) == [answer[:end]]
+            assert responses(found[end], row) == [response[:end]]
             after.append(found[end].score[row, 0])
         np.testing.assert_allclose(np.diff([0, *after]), steps, atol=1e-4)
         delimited |= ends == [1, 3]
@@ -224,10 +224,10 @@ def test_a_transformer(micro, log_pi):
     reference = jax.tree.map(lambda x: 0.7 * x, params)
     found = search((Ensemble((model, model)), (params, reference)))
     for row in range(2):
-        assert answers(found, row)
-        for n, answer in enumerate(answers(found, row)):
+        assert responses(found, row)
+        for n, response in enumerate(responses(found, row)):
             prompt = PROMPTS[row, : LENGTHS[row]].tolist()
-            logp, ref_logp = (log_pi(model, p, prompt, [answer]).sum() for p in (params, reference))
+            logp, ref_logp = (log_pi(model, p, prompt, [response]).sum() for p in (params, reference))
             np.testing.assert_allclose([found.logp[row, n], found.ref_logp[row, n]], [logp, ref_logp], atol=1e-4)
             np.testing.assert_allclose(found.score[row, n], BETA * (logp - ref_logp), atol=1e-4)
 
@@ -237,9 +237,9 @@ def test_a_transformer(micro, log_pi):
 def test_every_option_changes_the_result(pair, next_logps, reward, change):
     options = replace(OPTIONS, **change)
     plain, other = search(pair, seed=1), search(pair, options, seed=1)
-    assert [answers(plain, row) for row in range(2)] != [answers(other, row) for row in range(2)]
+    assert [responses(plain, row) for row in range(2)] != [responses(other, row) for row in range(2)]
     for row in range(2):
-        assert answers(other, row) == restated(next_logps, row, keys_of(1)[row], options, reward)
+        assert responses(other, row) == restated(next_logps, row, keys_of(1)[row], options, reward)
 
 
 def test_options_of_sampling_reach_the_sampler():
@@ -254,15 +254,15 @@ def test_a_rule_holds_across_chunks(pair):
     # No word twice, the prompt's included, although its first ones were said in an earlier chunk.
     rules = Constraints(no_repeat_ngram_size=1)
     found = search(pair, replace(OPTIONS, constraints=rules), rows=slice(1, 2))
-    for answer in answers(found, 0):
-        assert len(set(answer)) == len(answer) and 3 not in answer
-    assert any(0 not in answer[:-1] and len(answer) > 2 for answer in answers(found, 0))
+    for response in responses(found, 0):
+        assert len(set(response)) == len(response) and 3 not in response
+    assert any(0 not in response[:-1] and len(response) > 2 for response in responses(found, 0))
 
 
-def test_answers_of_one_token(pair, next_logps):
+def test_responses_of_one_token(pair, next_logps):
     found = search(pair, replace(OPTIONS, max_new_tokens=1))
     for row in range(2):
-        got = answers(found, row)
+        got = responses(found, row)
         assert 0 < len(got) == len(set(got))
         expected = [BETA * np.subtract(*next_logps(row, ())[:, token]) for (token,) in got]
         np.testing.assert_allclose(found.score[row, : len(got)], expected, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Exact search against enumeration of all answers; and beam search's proofs against what is true."""
+"""Exact search against enumeration of all responses; and beam search's proofs against what is true."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def tables():
 
 
 def ranked(table):
-    """All answers and their scores, best first: every sequence of tokens that is one, in plain Python."""
+    """All responses and their scores, best first: every sequence of tokens that is one, in plain Python."""
     found = []
     for length in range(1, TREE.depth + 1):
         for tokens in itertools.product(range(TREE.vocabulary), repeat=length):
@@ -46,20 +46,20 @@ def search(table, **more):
     return exact_search(POLICY, jnp.asarray(table), jnp.zeros(1, jnp.int32), **given)
 
 
-def answers(found):
+def responses(found):
     return [tuple(t[:n].tolist()) for t, n in zip(found.tokens[0], found.lengths[0], strict=True) if n]
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_finds_the_best_answers(tables, batch_size):
+def test_finds_the_best_responses(tables, batch_size):
     expansions = []
     for table in tables[:: COUNT // 20]:
         found, expected = search(table, n_best=5, batch_size=batch_size), ranked(table)[:5]
         assert found.proven and found.certified.all()
-        assert answers(found) == [tokens for tokens, _ in expected]
+        assert responses(found) == [tokens for tokens, _ in expected]
         for sums in (found.score, found.logp):
             np.testing.assert_allclose(sums[0], [score for _, score in expected], rtol=0, atol=1e-5)
-        for tokens, finish in zip(answers(found), found.finish[0], strict=True):
+        for tokens, finish in zip(responses(found), found.finish[0], strict=True):
             assert finish == (Finish.EOS if tokens[-1] == TREE.eos else Finish.LENGTH)
         expansions.append(found.expansions)
     assert max(expansions) < TREE.shape[0]
@@ -75,7 +75,7 @@ def test_a_budget_that_ends_too_early_is_no_proof(tables):
         for budget in (*range(1, 9), 40):
             found = search(table, n_best=2, max_expansions=budget, batch_size=1)
             assert found.expansions <= budget
-            first, both = answers(found)[:1] == [expected[0][0]], answers(found) == [t for t, _ in expected[:2]]
+            first, both = responses(found)[:1] == [expected[0][0]], responses(found) == [t for t, _ in expected[:2]]
             assert first or not found.certified[0]
             assert both or not found.proven
             wrong += not both
@@ -85,10 +85,10 @@ def test_a_budget_that_ends_too_early_is_no_proof(tables):
     assert wrong > 8  # claims could have been wrong
 
 
-def test_more_answers_than_there_are(tables):
+def test_more_responses_than_there_are(tables):
     found, expected = search(tables[0], n_best=500), ranked(tables[0])
     assert found.proven and len(expected) == (found.finish[0] != Finish.INVALID).sum()
-    assert answers(found) == [tokens for tokens, _ in expected]
+    assert responses(found) == [tokens for tokens, _ in expected]
     assert (found.score[0, len(expected) :] == -np.inf).all() and not found.tokens[0, len(expected) :].any()
     assert found.expansions == TREE.shape[0]
 
@@ -101,14 +101,14 @@ def test_nothing_seen_in_time(tables):
 
 def test_ties_go_to_the_first_tokens():
     flat = np.full(TREE.shape, -np.log(4), np.float32)
-    assert answers(search(flat, n_best=3)) == [(3,), (0, 3), (1, 3)]
+    assert responses(search(flat, n_best=3)) == [(3,), (0, 3), (1, 3)]
 
 
 def test_impossible_tokens(tables):
     table = np.array(tables[0])
     table[:, 1:] = -np.inf  # not even EOS
     found = search(table, n_best=2)
-    assert answers(found) == [(0, 0, 0, 0)] and found.proven
+    assert responses(found) == [(0, 0, 0, 0)] and found.proven
     found = search(np.full_like(table, -np.inf))
     assert found.finish[0, 0] == Finish.INVALID and found.proven and not found.certified[0]
 
@@ -121,9 +121,9 @@ def test_other_objectives(tables):
     found = exact_search(pair, params, jnp.zeros(1, jnp.int32), objective=objective, **common)
     expected = ranked(tables[60])[:4]
     reference = dict(ranked(tables[61]))
-    assert answers(found) == [tokens for tokens, _ in expected]
+    assert responses(found) == [tokens for tokens, _ in expected]
     np.testing.assert_allclose(found.score[0], [0.5 * score for _, score in expected], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found.ref_logp[0], [reference[t] for t in answers(found)], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.ref_logp[0], [reference[t] for t in responses(found)], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="exact search with ImplicitReward: its sum can rise again"):
         exact_search(pair, params, jnp.zeros(1, jnp.int32), objective=ImplicitReward(0.5), **common)
 
@@ -137,12 +137,12 @@ def test_other_objectives(tables):
         search(tables[0], n_best=0)
 
 
-def test_a_transformer(micro, all_answers):
+def test_a_transformer(micro, all_responses):
     """Prefixes of all lengths in one batch, of a prompt of its own length."""
     for prompt in ([1, 2, 3], [4, 1, 2]):
         found = exact_search(*micro, jnp.array(prompt), max_new_tokens=4, eos_ids=(0, 3), n_best=6)
-        expected = all_answers(prompt, 4, (0, 3))[:6]
-        assert found.proven and answers(found) == [tokens for tokens, _ in expected]
+        expected = all_responses(prompt, 4, (0, 3))[:6]
+        assert found.proven and responses(found) == [tokens for tokens, _ in expected]
         np.testing.assert_allclose(found.score[0], [score for _, score in expected], rtol=0, atol=2e-5)
 
 
@@ -159,7 +159,7 @@ def test_beams_are_never_certified_wrongly(tables, beams):
     )
     first = [tuple(t[0, : n[0]].tolist()) for t, n in zip(found.tokens, found.lengths, strict=True)]
     best = [ranked(table)[0] for table in logits]
-    right = np.array([ours == answer for ours, (answer, _) in zip(first, best, strict=True)])
+    right = np.array([ours == response for ours, (response, _) in zip(first, best, strict=True)])
     assert not (found.certified & ~right).any()
     assert found.certified.sum() > 80 and (~right).sum() > 6
     assert found.certified[right].mean() < 1  # a proof asks for more than being right

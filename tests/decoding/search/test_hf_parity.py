@@ -53,7 +53,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def likely(tiny_model, tiny_params, prompts):
-    """Tokens that are said often: with these as EOS, answers end at every step."""
+    """Tokens that are said often: with these as EOS, responses end at every step."""
     tokens, lengths = padded(prompts)
     found = jax.device_get(beam_search(tiny_model, tiny_params, tokens, lengths, hf_compat(5, 8, ())))
     return np.bincount(found.tokens.ravel(), minlength=60).argsort()[::-1].tolist()
@@ -123,7 +123,7 @@ GREEDY = {"beams": 1, "num_return_sequences": 1, "room": 8, "ends": 2, "constrai
 def test_one_beam_is_greedy_decoding_whatever_the_rest(decode, generate):
     case = GREEDY | {"length_penalty": 2.0, "early_stopping": "never"}
     own, other = decode(case), generate(case)
-    assert any(len(text) < 8 for [(text, _)] in other)  # there are answers that the penalty would go beyond
+    assert any(len(text) < 8 for [(text, _)] in other)  # there are responses that the penalty would go beyond
     assert [text for [(text, _)] in own] == [text for [(text, _)] in other]
 
 

@@ -102,7 +102,7 @@ def mctx_trees(tables, options, values=0.0, gumbel=0.0, rewards=None):
 
 
 def assert_same_trees(tree, other):
-    """All nodes that are no answers' ends: visits and values, and what is known of their edges."""
+    """All nodes that are no responses' ends: visits and values, and what is known of their edges."""
     for row in range(ROWS):
         ours = nodes_by_path(tree, row)
         parents, actions = other.parents[row], other.action_from_parent[row]
@@ -218,29 +218,29 @@ def test_bookkeeping(searched, tables):
         assert tree.unvisited[row] == unvisited
 
 
-def answers_of(tree, tables, row):
-    """Every answer whose end was visited with its score, best first, from the tree's edges and the tables."""
+def responses_of(tree, tables, row):
+    """Every response whose end was visited with its score, best first, from the tree's edges and the tables."""
     found = []
     for path, node in nodes_by_path(tree, row).items():
         for token, child in zip(tree.children.tokens[row, node], tree.children.index[row, node], strict=True):
             if child == COMPLETE:
-                answer = (*path, int(token))
-                score = sum(tables[row, TREE.states.index(answer[:t]), answer[t]] for t in range(len(answer)))
-                found.append((answer, score))
+                response = (*path, int(token))
+                score = sum(tables[row, TREE.states.index(response[:t]), response[t]] for t in range(len(response)))
+                found.append((response, score))
     return sorted(found, key=lambda item: -item[1])
 
 
-def test_answers_are_all_the_ends_that_were_visited(searched, tables):
+def test_responses_are_all_the_ends_that_were_visited(searched, tables):
     _, found, tree = searched
     for row in range(ROWS):
-        expected = answers_of(tree, tables, row)
+        expected = responses_of(tree, tables, row)
         count = int((found.finish[row] != Finish.INVALID).sum())
         assert 0 < count == len(expected) < SIMULATIONS
-        for n, (answer, score) in enumerate(expected):
-            assert tuple(found.tokens[row, n, : found.lengths[row, n]]) == answer
+        for n, (response, score) in enumerate(expected):
+            assert tuple(found.tokens[row, n, : found.lengths[row, n]]) == response
             assert not found.tokens[row, n, found.lengths[row, n] :].any()
             np.testing.assert_allclose([found.score[row, n], found.logp[row, n]], score, rtol=0, atol=1e-12)
-            assert found.finish[row, n] == (Finish.EOS if answer[-1] == TREE.eos else Finish.LENGTH)
+            assert found.finish[row, n] == (Finish.EOS if response[-1] == TREE.eos else Finish.LENGTH)
         assert (found.score[row, count:] == -np.inf).all() and (found.lengths[row, count:] == 0).all()
     assert {Finish.EOS, Finish.LENGTH} <= set(found.finish.ravel().tolist())
 
@@ -253,7 +253,7 @@ def exhaustive(table):
 
 
 @pytest.mark.slow
-def test_enough_simulations_find_the_best_answer(tables):
+def test_enough_simulations_find_the_best_response(tables):
     """With all of the tree's edges visited it must; the search of a row is over then, though others go on."""
     tables = np.where(np.arange(ROWS)[:, None, None] % 2, 0.1, 1.0) * tables  # every second row is nearly flat
     tables -= np.log(np.exp(tables).sum(-1, keepdims=True))
@@ -261,10 +261,10 @@ def test_enough_simulations_find_the_best_answer(tables):
     (full, tree), (few, _) = run(tables, options), run(tables, replace(PUCT, num_simulations=1))
     wrong = 0
     for row in range(ROWS):
-        answer, score = exhaustive(tables[row])
-        assert tuple(full.tokens[row, 0, : full.lengths[row, 0]]) == answer
+        response, score = exhaustive(tables[row])
+        assert tuple(full.tokens[row, 0, : full.lengths[row, 0]]) == response
         np.testing.assert_allclose(full.score[row, 0], score, rtol=0, atol=1e-12)
-        wrong += tuple(few.tokens[row, 0, : few.lengths[row, 0]]) != answer
+        wrong += tuple(few.tokens[row, 0, : few.lengths[row, 0]]) != response
     assert wrong  # one simulation is not enough
     done = tree.unvisited == 0
     assert done[1::2].all() and not done.all()
@@ -297,7 +297,7 @@ def test_most_visited_path(searched):
 
 
 def test_without_a_visited_end_the_path_is_finished_greedily(tables):
-    """One simulation makes one node, or finds the empty answer."""
+    """One simulation makes one node, or finds the empty response."""
     found, _ = run(tables, replace(PUCT, num_simulations=1))
     greedy = 0
     for row in range(ROWS):
@@ -319,7 +319,7 @@ def test_the_value_of_the_root_counts(tables):
 
 
 def test_fewer_actions_than_tokens(tables):
-    """The likeliest two: rewards stay those of the whole vocabulary, priors are of the two."""
+    """The most likely two: rewards stay those of the whole vocabulary, priors are of the two."""
     found, tree = run(tables, replace(PUCT, num_actions=2))
     order = np.argsort(-tables[:, 0])[:, :2]
     np.testing.assert_array_equal(tree.children.tokens[:, 0], order)
@@ -331,7 +331,7 @@ def test_fewer_actions_than_tokens(tables):
 
 
 def test_impossible_tokens_change_nothing(tables):
-    """Where only two tokens are possible, four actions grow the trees of two; dead ends are no answers."""
+    """Where only two tokens are possible, four actions grow the trees of two; dead ends are no responses."""
     possible = np.array(tables)
     possible[..., 1:3] = -np.inf
     possible -= np.log(np.exp(possible).sum(-1, keepdims=True))
@@ -339,7 +339,7 @@ def test_impossible_tokens_change_nothing(tables):
         (found, tree), (other, twin) = run(possible, options), run(possible, replace(options, num_actions=2))
         np.testing.assert_array_equal(tree.node_visits, twin.node_visits)
         np.testing.assert_array_equal(found.tokens, other.tokens)
-        assert ((found.finish > 0).sum(-1) <= 5).all()  # answers of at most 4 tokens, 0 or EOS
+        assert ((found.finish > 0).sum(-1) <= 5).all()  # responses of at most 4 tokens, 0 or EOS
         assert (tree.unvisited == 0).any()
         assert not np.isin(found.tokens[found.finish > 0], (1, 2)).any()
     dead = np.array(possible)
