@@ -22,6 +22,7 @@ from qstar_jax.decoding.search.beam_selection import Selection, extensions, is_d
 from qstar_jax.decoding.stop_strings import StopStrings
 
 BLOCK = 4  # most steps between two looks at whether every row is done
+MAX_WASTE = 64  # blocks may take one step past the limit per this many
 
 
 @jax.tree_util.register_dataclass
@@ -132,8 +133,9 @@ def beam_search(
 
 
 def block_size(steps: int) -> int:
-    """Steps per block: as many as `BLOCK` if they come out even, else as many as waste least, a single step at most."""
-    return min(range(min(BLOCK, steps), 1, -1), key=lambda size: -steps % size, default=1)
+    """Steps per block: as many as waste least, at most `BLOCK`; 1 if that were more than one step in `MAX_WASTE`."""
+    size = min(range(min(BLOCK, steps), 1, -1), key=lambda size: -steps % size, default=1)
+    return size if -steps % size * MAX_WASTE <= steps else 1
 
 
 def _start(step: StepScores, options: BeamOptions, stop_strings: StopStrings | None, key: jax.Array | None) -> _Beams:
