@@ -50,7 +50,7 @@ class Bar:
         self._progress.stop()
 
     def update(self, done: int, note: str = ""):
-        """Moves the bar to `done` items, and puts `note` behind the counts."""
+        """Moves the bar to `done` items, and shows `note` after the counts."""
         self._progress.update(self._task, completed=done, note=note)
 
     def track(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:

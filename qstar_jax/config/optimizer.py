@@ -8,7 +8,7 @@ from qstar_jax.config.variants import option, selector
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """The optimizer, behind global-norm clipping. Brackets name the optimizers that read an option; others refuse it.
+    """The optimizer, after global-norm clipping. Brackets name the optimizers that read an option; others refuse it.
 
     Args:
         name: adamw, lion, adafactor, or rmsprop (the paper's code base).

@@ -86,7 +86,7 @@ def _marks(tokens: Array, valid: Array, vocabulary: int) -> Array:
     """[B, K, S] tokens -> [B, K, V], True at tokens that are among the valid ones."""
     rows, paths, _ = tokens.shape
     b, k = jnp.arange(rows)[:, None, None], jnp.arange(paths)[:, None]
-    # Invalid entries go to a token behind the vocabulary, which is left out at the end.
+    # Invalid entries go to a token past the vocabulary, which is left out at the end.
     return (
         jnp.zeros((rows, paths, vocabulary + 1), bool)
         .at[b, k, jnp.where(valid, tokens, vocabulary)]

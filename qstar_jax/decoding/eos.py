@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Decodable(Protocol):
-    """A model with its tokenizer and generation settings: `loading.LoadedModel` and `training.setup.Start` are such."""
+    """A model with its tokenizer and generation settings: `store.open.LoadedModel` and `training.setup.Start`."""
 
     model: CausalLM
     tokenizer: "PreTrainedTokenizerBase"

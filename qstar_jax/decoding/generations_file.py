@@ -34,7 +34,7 @@ FREE_OPTIONS = (
 DROPPED = "dropped"  # the `finish` of a row without a response
 _REQUIRED = ("row", "answers", "prompt", "finish")
 _PAIR = ("tuned", "untuned")
-FIX = "choose another --out, or remove that folder to begin anew"
+FIX = "choose another --out, or remove that folder to start over"
 
 
 class GenerationsFile:

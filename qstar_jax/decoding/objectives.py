@@ -26,7 +26,7 @@ class StepScores:
 
     Attributes:
         score: What a search adds up. Shape [..., V].
-        value: Value of where the token leads, by which unfinished paths are compared; 0 behind an end. Shape [..., V],
+        value: Value of where the token leads, by which unfinished paths are compared; 0 after an end. Shape [..., V],
             or None for 0 everywhere.
         logp: log pi of the policy that is decoded, over the whole vocabulary, in nats. Shape [..., V].
         ref_logp: log pi_ref in nats, or None without a reference. Shape [..., V].

@@ -113,7 +113,7 @@ class Partial:
         return jax.tree.map(lambda x: take_rows(x, index), self)
 
     def best(self, count: int) -> "Partial":
-        """The `count` responses of highest score, best first; of equals the earlier."""
+        """The `count` responses of highest score, best first; ties go to the earlier."""
         return self.take(jax.lax.top_k(self.score, count)[1])
 
     def joined(self, *others: "Partial") -> "Partial":

@@ -76,14 +76,14 @@ def _check(config: GenerateConfig) -> DecodePlan:
 
 def _prompts(config: GenerateConfig, policy: LoadedModel, console: Console) -> Dataset:
     """Reads the prompts, and reports what was dropped and truncated."""
-    data, known = config.data, {"vocabulary": policy.model.config.vocab_size}
+    data, vocab = config.data, {"vocabulary": policy.model.config.vocab_size}
     if config.prompt is None:
         source = (data.eval, data.eval_split, "prompts")
-        dataset = load_examples(*source, policy.tokenizer, data, data.max_eval_rows, **known)
+        dataset = load_examples(*source, policy.tokenizer, data, data.max_eval_rows, **vocab)
         say(console, dataset.report(policy.model, config.decode.max_new_tokens))
         return dataset
     records, bad = prompt_records([{data.prompt: config.prompt}], data, "--prompt")
-    dataset = make_dataset(records, bad, "--prompt", policy.tokenizer, data, **known)
+    dataset = make_dataset(records, bad, "--prompt", policy.tokenizer, data, **vocab)
     if dataset.examples[0].prompt_truncated:
         limit = f"{data.max_prompt_length} tokens (data.max_prompt_length)"
         say(console, f"--prompt is longer than {limit}, and lost its beginning")

@@ -28,7 +28,7 @@ class SamplingState:
 
     Attributes:
         partial: The samples.
-        paused: Samples that wait behind a delimiter. Shape [B, N].
+        paused: Samples that wait after a delimiter. Shape [B, N].
         keys: A key for each sample; None where nothing is drawn. Shape [B, N].
         path: The pool's slots that hold a sample's tokens. Shape [B, N, M].
         memory: What the policy keeps of prompts and pool.
@@ -73,7 +73,7 @@ class Sampler:
         options: How tokens are drawn; `num_samples` is not read.
         objective: What is added up; its `logp` is the distribution that tokens are drawn from.
         stop_strings: Strings that end a response.
-        delimiter_ids: Tokens behind which a sample pauses.
+        delimiter_ids: Tokens after which a sample pauses.
     """
 
     model: Policy

@@ -18,7 +18,7 @@ class SampleOptions:
         max_new_tokens: Longest response T, EOS included.
         eos_ids: Tokens that end a response.
         num_samples: Responses per prompt, N.
-        temperature: Divides log pi before a token is drawn; 0 takes the most likely token, of equals the lowest id.
+        temperature: Divides log pi before a token is drawn; 0 takes the most likely token; ties go to the lowest id.
         top_k: See `restrict`.
         top_p: See `restrict`.
         min_p: See `restrict`.

@@ -100,13 +100,13 @@ def text_before_stop(strings: Sequence[str], tokens: Sequence[int], tokenizer: "
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> list[str]:
-    """The text that each token adds behind another one; U+FFFD for a token that is part of a character."""
+    """The text that each token adds after another one; U+FFFD for a token that is part of a character."""
     known = min(vocabulary, len(tokenizer))
     return texts_behind(tokenizer, [[token] for token in range(known)]) + [""] * (vocabulary - known)
 
 
 def texts_behind(tokenizer: "PreTrainedTokenizerBase", several: Sequence[Sequence[int]]) -> list[str]:
-    """The text of sequences of tokens behind other text, special tokens included."""
+    """The text of sequences of tokens after other text, special tokens included."""
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
     before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
     texts = tokenizer.batch_decode([[*anchor, *tokens] for tokens in several], clean_up_tokenization_spaces=False)

@@ -19,7 +19,7 @@ class TreeMemory:
 
     Attributes:
         start: State that each prompt leads to. Shape [B].
-        states: State behind each token of the pool. Shape [B, M].
+        states: State after each token of the pool. Shape [B, M].
     """
 
     start: Int[Array, " B"]

@@ -66,8 +66,8 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
                 f"reference {reference.source} and model {config.model} have different shapes (config.json)"
             )
         kind = KINDS[config.answers]
-        known = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
-        dataset = load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows, **known)
+        vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
+        dataset = load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows, **vocab)
         say(console, dataset.report(policy.model))
         responses = score_dataset(
             policy,

@@ -62,8 +62,8 @@ def read_trials(data: DataOptions, policy: LoadedModel) -> tuple[list[Trial], Da
         InputError: If the file cannot be used.
     """
     _, records, bad = read_records(data.eval, data.eval_split, "completions", data, data.max_eval_rows)
-    known = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
-    dataset = make_dataset(records, bad, data.eval, policy.tokenizer, data, **known)
+    vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
+    dataset = make_dataset(records, bad, data.eval, policy.tokenizer, data, **vocab)
     distinct: dict[bytes, Example] = {}
     for example in dataset.examples:
         distinct.setdefault(example.prompt.tobytes(), example)

@@ -28,6 +28,4 @@ def find(source: str) -> tuple[Task, int | None] | None:
         if task.name == name:
             return task, None if seed is None else int(seed)
     names = ", ".join(task.source for task in TASKS)
-    raise InputError(
-        f"{source}: no such built-in task; expected {names}, or with ?seed=N behind it for other rows of the task"
-    )
+    raise InputError(f"{source}: no such built-in task; expected {names}, optionally with ?seed=N for other rows")

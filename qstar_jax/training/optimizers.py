@@ -1,4 +1,4 @@
-"""Optimizers by name, behind global-norm clipping, with a warm-up and a schedule."""
+"""Optimizers by name, after global-norm clipping, with a warm-up and a schedule."""
 
 import jax
 import optax
@@ -24,7 +24,7 @@ def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Sched
 
 
 def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
-    """Makes the optimizer, behind global-norm clipping; weight decay is always decoupled.
+    """Makes the optimizer, after global-norm clipping; weight decay is always decoupled.
 
     Options that are not given take the optimizer's default.
 

@@ -46,7 +46,7 @@ class Start:
         step: Steps done already.
         params: Parameters of a fresh run, without an adapter; None if they are in the checkpoint of `step`.
         reference: Identity of the frozen reference; None if the loss has none.
-        generation: Dictionary of the model's generation_config.json (see `loading.LoadedModel`).
+        generation: Dictionary of the model's generation_config.json (see `store.open.LoadedModel`).
         date: Day that chat templates take for today, if known already (see `DataOptions.date`).
         base: Identity of the frozen base of an adapter; None without one.
         began: Description in the checkpoint; None for a fresh run.

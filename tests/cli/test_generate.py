@@ -273,7 +273,7 @@ def test_answers_of_a_model_that_has_changed_are_not_taken_for_its_own(
             (out / "generations.jsonl").write_bytes(content)
             assert generate(out, *words) == 2
             said = capsys.readouterr()
-            assert re.search(named, said.err) and said.err.rstrip().endswith("or remove that folder to begin anew")
+            assert re.search(named, said.err) and said.err.rstrip().endswith("or remove that folder to start over")
             assert "nothing to do" not in said.out and not decoded
             assert (out / "generations.jsonl").read_bytes() == content
     # Answers that do not say whose they are, are nobody's; a folder without an answer belongs to whom comes next.

@@ -19,7 +19,7 @@ EPSILON = 1e-8  # smallest range of values that is stretched to 1
 
 
 def puct(node: Node, *, pb_c_init: ScalarLike, pb_c_base: ScalarLike) -> Int[Array, " B"]:
-    """Chooses actions by value and by prior over visits; of equals, the most likely token.
+    """Chooses actions by value and by prior over visits; ties go to the most likely token.
 
     Args:
         node: One node per tree.

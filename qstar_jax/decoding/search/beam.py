@@ -21,7 +21,7 @@ from qstar_jax.decoding.search.beam_options import BeamOptions, check_objective
 from qstar_jax.decoding.search.beam_selection import Selection, extensions, is_done, select
 from qstar_jax.decoding.stop_strings import StopStrings
 
-BLOCK = 4  # most steps between two looks at whether every row is done
+BLOCK = 4  # maximum number of steps between two checks whether every prompt is done
 MAX_WASTE = 64  # blocks may take one step past the limit per this many
 
 
@@ -102,9 +102,9 @@ def beam_search(
         monotone=objective.monotone,
         stop_strings=stop_strings,
     )
-    # Whether all rows are done is looked at once per block of steps, as the host waits for it. Blocks have no branches:
-    # XLA copies what passes through them, and keys and values are most of the memory. So steps behind the end of the
-    # last row, or behind the limit, are run all the same, and change nothing.
+    # Check whether all prompts are done once per block of steps, since the host waits for the answer. Blocks have no
+    # branches: XLA copies what passes through them, and keys and values are most of the memory. So steps after the end
+    # of the last response, or past the limit, still run, and change nothing.
     block = block_size(max_new_tokens)
 
     def advance(carry, t):
@@ -116,7 +116,7 @@ def beam_search(
             t = jnp.minimum(t, max_new_tokens - 1)
         path = (chosen.ancestry[..., None] == jnp.arange(count)).reshape(len(prompts), count, -1)
         tokens = jax.lax.dynamic_index_in_dim(chosen.live.tokens, t, axis=2, keepdims=False)
-        # The last tokens are run for nothing: a first choice outside the loop would have to be compiled once more.
+        # The last extension is wasted; avoiding it would compile a second copy of `choose` outside the loop.
         logits, memory = model.extend(params, memory, tokens, path, t * count)
         return (chosen, objective(logits), memory), None
 
@@ -198,7 +198,7 @@ def _choose(
 
 
 def _group(x: Any, g: int, options: BeamOptions) -> Any:
-    """Of arrays [B, K, ...], the beams of one group."""
+    """Slices the beams of one group out of arrays [B, K, ...]."""
     width = options.beams // options.groups
     return jax.tree.map(lambda x: x[:, g * width : (g + 1) * width], x)
 

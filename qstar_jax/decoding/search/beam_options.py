@@ -1,4 +1,4 @@
-"""The semantics of beam search: its options, and those that other programs amount to."""
+"""The semantics of beam search: its options, and presets that match other libraries."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -102,7 +102,7 @@ def check_objective(options: BeamOptions, objective: Objective):
     if options.length_rule != "none" and not objective.comparable_across_lengths:
         raise ValueError(
             f"length_rule {options.length_rule!r} with {name}: a search for reward and one for likelihood differ by a "
-            "constant, and a constant divided by lengths is none; use length_rule 'none'"
+            "constant, which is no longer one when divided by lengths; use length_rule 'none'"
         )
     penalty = options.constraints.repetition_penalty
     if penalty != 1 and not objective.comparable_across_lengths:

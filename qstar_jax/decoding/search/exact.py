@@ -40,7 +40,7 @@ class ExactResponses(Responses):
 
 @dataclass(frozen=True, order=True)
 class _Prefix:
-    """A prefix or a whole response; ordered by score, of equals by tokens, and the best is the smallest."""
+    """A prefix or a whole response; ordered by score, ties by tokens; the best is the smallest."""
 
     loss: float
     tokens: tuple[int, ...]
@@ -59,7 +59,7 @@ class _Children:
     ref_logp: np.ndarray
 
     def entry(self, rank: int) -> tuple[float, tuple[int, ...], int, "_Children"]:
-        """The child of a rank as an entry of the heap: the best come first, of equals those whose tokens do."""
+        """The child of a rank as an entry of the heap: the best come first, ties in the order of their tokens."""
         return float(self.losses[rank]), (*self.prefix, int(self.tokens[rank])), rank, self
 
 

@@ -42,7 +42,7 @@ def mcts(
 
     Priors are log pi among a node's `num_actions` most likely tokens, rewards the objective's scores over the whole
     vocabulary, values the objective's values, or 0. Choices, means and counts are those of mctx, except for the nodes
-    that mctx makes behind the ends of responses. A tree without an unvisited action is done, and the search ends when
+    that mctx makes after the ends of responses. A tree without an unvisited action is done, and the search ends when
     all trees are.
 
     Responses are ranked by score and value, as beams are, among those whose end was visited. If none was, there is one
@@ -189,7 +189,7 @@ def expand(
     active: Bool[Array, " B"],
     eos_ids: tuple[int, ...],
 ) -> Tree:
-    """Makes a node behind an unvisited action, unless a response ends there.
+    """Makes a node for an unvisited action, unless a response ends there.
 
     Args:
         tree: Trees.
@@ -250,13 +250,13 @@ def backward(tree: Tree, parent_index: Int[Array, " B"], action: Int[Array, " B"
 
     def step(carry):
         tree, node, action, leaf_value, active = carry
-        # The parent's mean takes in what came back: the reward of the action, and the value behind it.
+        # The parent's mean takes in what came back: the reward of the action, and the value of its node.
         children = tree.children
         leaf_value = children.rewards[batch_range, node, action] + leaf_value
         count = tree.node_visits[batch_range, node]
         visits = count.astype(leaf_value.dtype)
         mean = (tree.node_values[batch_range, node] * visits + leaf_value) / (visits + 1)
-        # The action has the value of the node behind it, whose mean was updated before.
+        # The action has the value of its node, whose mean was updated before.
         child = children.index[batch_range, node, action]
         child_value = tree.node_values[batch_range, child]
         child_visits = children.visits[batch_range, node, action] + 1

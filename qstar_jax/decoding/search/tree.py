@@ -30,7 +30,7 @@ class Children:
         values: Value of the next node: the objective's value until there is such a node, then the node's.
         logp: log pi over the whole vocabulary, in nats.
         ref_logp: The same under the reference, or None without one.
-        index: The next node; UNVISITED, COMPLETE where a response ends, DEAD_END where no token is possible behind it.
+        index: The next node; UNVISITED, COMPLETE where a response ends, DEAD_END where no token is possible after it.
         visits: Simulations that went through it.
     """
 
@@ -120,7 +120,7 @@ class Tree:
         return Node(jax.tree.map(lambda x: x[index], self.children), *values)
 
     def most_visited(self) -> Int[Array, " B"]:
-        """The last node on the path of the most visited actions, of equals the most likely. Shape [B]."""
+        """The last node on the path of the most visited actions; ties go to the most likely. Shape [B]."""
         row = jnp.arange(len(self.parents))
 
         def next_node(node: Array) -> Array:

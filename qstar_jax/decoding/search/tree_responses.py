@@ -47,7 +47,7 @@ def finish_greedily(tree: Tree, where: Bool[Array, " B"], sampler: Sampler, memo
     where = (where & possible.any(-1))[:, None]
     prefix = tree.prefixes.take(node[:, None])
     partial = prefix.append(edges.tokens, edges.scores, where, eos_ids=sampler.options.eos_ids).without(~where)
-    # The path's tokens move to the first slots of a new pool, in their order; later ones will follow behind them.
+    # The path's tokens move to the first slots of a new pool, in their order; later ones will follow them.
     max_new_tokens = prefix.tokens.shape[-1]
     slots = _slots_of_path(tree, node, 2 * max_new_tokens)
     path = (jnp.arange(2 * max_new_tokens) < prefix.lengths)[:, None]

@@ -37,7 +37,7 @@ class Record:
     """Base of the frozen dataclasses that measurements are kept in; their fields are the keys of the file.
 
     Attributes:
-        NAME: Of the file, without .json, and of the option of `qstar report` that names its folder.
+        NAME: Name of the file without .json, and of the option of `qstar report` for its folder.
         COMMAND: The command that writes it.
     """
 

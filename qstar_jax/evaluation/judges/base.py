@@ -46,7 +46,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class WinRate:
-    """What verdicts amount to.
+    """A summary of verdicts.
 
     Args:
         rate: Mean of `win` over the decided comparisons, so a tie is half a win; None where none is decided.

@@ -22,7 +22,7 @@ class ChatServer:
     Args:
         model: Its name at the server.
         base_url: Address of the interface, such as http://localhost:8000/v1; None: the client's default.
-        temperature: Of sampling; None: what the server takes by itself.
+        temperature: Sampling temperature; None: the server's default.
         max_tokens: Longest reply, in tokens.
         http_retries: Further tries of a request that fails on its way, or with status 408, 409, 429 or 500 and above.
             Between them the client waits 0.5, 1, 2, 4, 8, 8, ... seconds, or as long as the server asks, up to 2
@@ -30,7 +30,7 @@ class ChatServer:
         timeout: Seconds that a request may take.
 
     Raises:
-        InputError: If the package `openai` or the key is missing, or the address is none.
+        InputError: If the package `openai` or the key is missing, or the address is invalid.
     """
 
     model: str

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.replies import Messages, Reply
 
-BYTES_A_TOKEN, TOKENS_A_MESSAGE = 3, 10  # English has about 4 bytes a token, so this errs upwards
+BYTES_PER_TOKEN, TOKENS_PER_MESSAGE = 3, 10  # English has about 4 bytes per token, so this errs upwards
 
 
 def estimate_tokens(messages: Messages) -> int:
     """Tokens of a conversation: one for 3 bytes of its text, and 10 a message."""
-    return sum(-(-len(m["content"].encode()) // BYTES_A_TOKEN) + TOKENS_A_MESSAGE for m in messages)
+    return sum(-(-len(m["content"].encode()) // BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE for m in messages)
 
 
 @dataclass(frozen=True)

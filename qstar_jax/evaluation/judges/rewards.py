@@ -14,7 +14,7 @@ class RewardJudge:
     """Compares the rewards of both responses; each distinct (prompt, response) is scored once.
 
     Args:
-        name: Of the judge, for reports.
+        name: Name of the judge, for reports.
         reward: Rewards of (prompt, response) pairs, all given at once; None or NaN where one has none.
         tolerance: Rewards that differ by no more than this tie, in units of the reward.
     """
