@@ -365,7 +365,7 @@ def test_options_that_do_not_go_with_their_objective_are_refused(search, history
     policy, plain = history_lm(0), BeamOptions(2, 4, (0,))
     divided, sampled = replace(plain, length_rule="hf", length_penalty=1.0), replace(plain, stochastic=True)
     for objective in (RegularisedReward(0.1), ImplicitReward(0.1)):
-        with pytest.raises(ValueError, match="differ by a constant, and a constant divided by lengths is none"):
+        with pytest.raises(ValueError, match="differ by a constant, which is no longer one when divided by lengths"):
             search(policy, divided, objective=objective)
         repeating = replace(plain, constraints=Constraints(repetition_penalty=2.0))
         with pytest.raises(ValueError, match=r"repetition_penalty 2\.0 .* a reward near 0 would be no worse for it"):
