@@ -54,7 +54,7 @@ def main(
     rounds: int = 3,
     dtype: Dtype = "float32",
     layout: Layout = "packed",
-    matmul_size: int = 2048,
+    matmul_size: int | None = None,
 ):
     """Measures matrix products and DPO steps in turn.
 
@@ -65,7 +65,7 @@ def main(
         rounds: Rounds, of which the medians count.
         dtype: Type of activations and of the measured matrix products.
         layout: How prompts and answers share rows.
-        matmul_size: Edge of the measured matrices.
+        matmul_size: Edge of the measured matrices; by default 2048 on a CPU and 8192 elsewhere.
     """
     mesh = make_mesh()
     with jax.set_mesh(mesh):
