@@ -222,8 +222,8 @@ def test_thoughts(name, tokenizer, read):
 def test_thoughts_that_would_be_lost_are_refused(name, tokenizer, read):
     row = preference([user("2 + 2?")], "<think>\nHm.\n</think>\n\nFour.", "<think>\nHa.\n</think>\n\nFive.")
     message = (
-        r"row 1: the chat template renders the prompt differently when a response follows .*<think>\\n' the prompt alone"
-        r" has '\\n</think>.*with the response 'Hm\."
+        r"row 1: the chat template renders the prompt differently when a response follows .*<think>\\n' the prompt"
+        r" alone has '\\n</think>.*with the response 'Hm\."
     )
     with pytest.raises(InputError, match=message):
         read([row], enable_thinking=False)
