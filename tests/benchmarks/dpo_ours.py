@@ -1,34 +1,45 @@
 """This library as a worker of dpo_vs_trl.py: the same requests on stdin as dpo_peers.py, the same lines of JSON out.
 
-python tests/benchmarks/dpo_ours.py --model FOLDER --pairs FILE.npz [--batch 4] [--reference live]
+python tests/benchmarks/dpo_ours.py --model FOLDER --pairs '[FILE.npz]' [--batch 4] [--reference live]
+
+Programs are compiled before anything is allocated; weights are read, or drawn where there are none, at each `begin`.
 """
 
 import json
-import resource
 import sys
-import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jsonargparse import auto_cli
+from worker import Turns, answering, process_peak_bytes
 
-from qstar_jax.config import ComputeOptions, DataOptions, Dtype, MeshOptions, OptimizerOptions
-from qstar_jax.data.batches import step_indices
+from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions, OptimizerOptions
+from qstar_jax.data.batches import Batch, step_indices
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Layout
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.losses import make_loss
+from qstar_jax.models import CausalLM
+from qstar_jax.models.causal_lm import Params
+from qstar_jax.models.decoder_config import DecoderConfig
 from qstar_jax.scoring import score_policy
 from qstar_jax.sharding import make_mesh
-from qstar_jax.store.open import load_model
+from qstar_jax.store.checkpoints import abstract_with_shardings
+from qstar_jax.store.open import load_model, param_shardings
 from qstar_jax.training.objectives import preference_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState, make_train_step
-from qstar_jax.training.throughput import measured_matmul_peak
+from qstar_jax.training.throughput import measured_matmul_peak, peak_flops
 
 
 def read_pairs(path: str) -> list[Example]:
@@ -43,102 +54,212 @@ def read_pairs(path: str) -> list[Example]:
     ]
 
 
+def open_model(path: str, compute: ComputeOptions, mesh: Mesh) -> tuple[CausalLM, Callable[[], Params]]:
+    """Reads the model's shape; its weights are loaded by what is returned with it, or drawn if there are none."""
+    source = Path(path)
+    config = source if source.is_file() else source / "config.json"
+    model = CausalLM.from_hf(json.loads(config.read_text(encoding="utf-8")), compute)
+    if source.is_dir() and any(source.glob("*.safetensors")):
+        return model, lambda: load_model(path, compute, mesh, MeshOptions()).params
+    shardings = param_shardings(model, mesh, MeshOptions())
+    return model, lambda: jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+
+
+def model_flops(config: DecoderConfig, examples: list[Example], shared: bool) -> float:
+    """Counts the FLOPs of one forward pass over pairs whose prompts are computed once, or once for each response."""
+    prompts = np.array([len(e.prompt) for e in examples])[:, None]
+    answers = np.array([[len(r.ids) for r in e.responses] for e in examples])
+    if shared:
+        tokens, keys = prompts.sum() + answers.sum(), (prompts**2 / 2).sum() + (answers * (prompts + answers / 2)).sum()
+    else:
+        tokens, keys = (prompts + answers).sum(), ((prompts + answers) ** 2 / 2).sum()
+    return config.forward_flops(tokens=tokens, scored_tokens=answers.sum(), context=keys / tokens)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """DPO with AdamW: a step, the state in which it begins, and the FLOPs that it takes.
+
+    Attributes:
+        model: The policy.
+        load: Loads or draws the parameters of its base.
+        live: Whether the reference is run at each step.
+        learning_rate: Constant rate of AdamW.
+    """
+
+    model: CausalLM
+    load: Callable[[], Params]
+    live: bool
+    learning_rate: float
+
+    @property
+    def optimizer(self):
+        """AdamW as in `qstar dpo`, at a constant rate."""
+        return make_optimizer(OptimizerOptions(learning_rate=self.learning_rate, schedule="constant"), 1)
+
+    def state(self, base: Params) -> TrainState:
+        """The state before the first step; an adapter leaves its base frozen, which is then the reference too."""
+        params, reference, frozen = base, None, None
+        if self.model.lora is not None:
+            params, frozen = jax.jit(self.model.init_adapter)(jax.random.key(1)), base
+        elif self.live:
+            reference = jax.tree.map(jnp.copy, base)
+        return TrainState(jnp.int32(0), params, jax.jit(self.optimizer.init)(params), reference, frozen, jnp.bool(True))
+
+    def compile(self, base: Params, batch: Batch, accumulate: int) -> jax.stages.Compiled:
+        """Compiles a step; `base` may be abstract."""
+        step = make_train_step(preference_loss_fn(self.model, make_loss()), self.optimizer, accumulate=accumulate)
+        return jax.jit(step, donate_argnums=0).lower(jax.eval_shape(self.state, base), batch).compile()
+
+    def step_flops(self, examples: list[Example], shared: bool) -> float:
+        """Model FLOPs of a step: forward and backward (an adapter saves the weights' gradients), and the reference."""
+        passes = (3 if self.model.lora is None else 2) + self.live
+        return passes * model_flops(self.model.config, examples, shared)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The steps on one file of pairs.
+
+    Attributes:
+        trainer: Makes the step.
+        examples: The pairs, whole batches of them.
+        batch: Pairs per step.
+        batches: The steps' batches.
+        programs: Compiled step of each shape of a batch.
+        shared: Whether prompts are computed once for both responses.
+    """
+
+    trainer: Trainer
+    examples: list[Example]
+    batch: int
+    batches: list[Batch]
+    programs: dict[tuple, jax.stages.Compiled]
+    shared: bool
+
+    @classmethod
+    def make(cls, trainer: Trainer, mesh: Mesh, options: DataOptions, path: str, batch: int, accumulate: int) -> "Job":
+        """Reads the pairs, computes the reference's log-probabilities if they are to be cached, and compiles."""
+        examples = read_pairs(path)
+        steps = len(examples) // batch
+        examples = examples[: steps * batch]
+        # Training shuffles: here so that it brings back the order of the file, which is that of the other libraries.
+        order = np.concatenate([step_indices(0, step, steps * batch, batch) for step in range(steps)])
+        placed = [example for _, example in sorted(zip(order, examples, strict=True), key=lambda pair: pair[0])]
+        with jax.set_mesh(mesh):
+            feeder = Feeder(Dataset(placed, (), path), batch, mesh, options, "batch", accumulate=accumulate)
+            if not trainer.live:
+                feeder = with_reference(trainer, feeder, mesh, options)
+            batches = [feeder.at_step(0, step) for step in range(steps)]
+            abstract = trainer.model.base.abstract_params()
+            base = abstract_with_shardings(abstract, param_shardings(trainer.model.base, mesh, MeshOptions()))
+            shapes = {_shape(b): b for b in batches}
+            programs = {shape: trainer.compile(base, b, accumulate) for shape, b in shapes.items()}
+        return cls(trainer, examples, batch, batches, programs, options.layout != "plain")
+
+    def run(self, turns: Turns):
+        """Trains as long as more steps are wanted."""
+        state = self.trainer.state(self.trainer.load())
+        for step in count():
+            number = step % len(self.batches)
+            batch = self.batches[number]
+            state, metrics = self.programs[_shape(batch)](state, batch)
+            total, examples = jax.device_get(metrics["loss"])
+            chosen = self.examples[number * self.batch :][: self.batch]
+            counts = {
+                "tokens": int((batch.blocks >= 0).sum()),
+                "slots": batch.tokens.size,
+                "flops": self.trainer.step_flops(chosen, self.shared),
+                "plain_flops": self.trainer.step_flops(chosen, False),
+            }
+            if not turns.wants_more(float(total / examples), self.batch, **counts):
+                return
+
+    @property
+    def step_bytes(self) -> int:
+        """Memory of the largest program: its arguments, and what it needs beside them."""
+        analyses = [program.memory_analysis() for program in self.programs.values()]
+        return max(a.argument_size_in_bytes + a.temp_size_in_bytes for a in analyses)
+
+
+def _shape(batch: Batch) -> tuple:
+    return tuple(x.shape for x in jax.tree.leaves(batch))
+
+
+def with_reference(trainer: Trainer, feeder: Feeder, mesh: Mesh, options: DataOptions) -> Feeder:
+    """Gives a feeder the reference's log-probabilities."""
+    model, examples = trainer.model.base, feeder.dataset.examples
+    params, logprobs = trainer.load(), jax.jit(lambda params, batch: score_policy(model, params, batch).logp)
+    in_order = Feeder(feeder.dataset, feeder.batch_size, mesh, options, "batch").in_order()
+    values = np.concatenate([logprobs(params, b) for b in in_order])
+    return feeder.with_reference(
+        [[values[i, r, : len(a.ids)] for r, a in enumerate(e.responses)] for i, e in enumerate(examples)]
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The largest memory so far: of the accelerator, or of this process on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else process_peak_bytes()
+
+
 def main(
     model: str,
-    pairs: str,
+    pairs: list[str],
     batch: int = 4,
+    accumulate: list[int] = [1],  # noqa: B006
     reference: Literal["live", "cached"] = "live",
-    dtype: Dtype = "float32",
+    compute: ComputeOptions = ComputeOptions(),
     learning_rate: float = 1e-6,
     layout: Layout = "packed",
     row_length: int = 0,
-    accumulate: int = 1,
+    lora_rank: int = 0,
 ):
     """Waits for requests and trains.
 
     Args:
-        model: Hugging Face folder.
-        pairs: The pairs' tokens.
+        model: Hugging Face folder, or a config.json alone (or its folder), whose weights are then random.
+        pairs: Files of the pairs' tokens.
         batch: Pairs per step.
+        accumulate: Micro-batches per step; one number, or one for each file.
         reference: Run at each step, or computed before.
-        dtype: Type of activations.
+        compute: Dtypes, attention and rematerialization.
         learning_rate: Of AdamW, constant.
         layout: How prompts and answers share rows.
         row_length: Slots of a packed row; 0 takes those of the longest pair.
-        accumulate: Micro-batches per step.
+        lora_rank: Rank of an adapter on all linear layers; 0 trains the whole model.
     """
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    examples = read_pairs(pairs)
-    steps = len(examples) // batch
-    # Training shuffles: here so that it brings back the order of the file, which is that of the other libraries.
-    order = np.concatenate([step_indices(0, step, steps * batch, batch) for step in range(steps)])
-    examples = [example for _, example in sorted(zip(order, examples, strict=False), key=lambda pair: pair[0])]
-    mesh = make_mesh()
-    with jax.set_mesh(mesh):
-        loaded = load_model(model, ComputeOptions(dtype=dtype), mesh, MeshOptions())
+    answers = sys.stdout
+    with answering(answers):
+        mesh = make_mesh()
+        base, load = open_model(model, compute, mesh)
+        policy = base.with_lora(lora_rank, 2.0 * lora_rank) if lora_rank else base
+        trainer = Trainer(policy, load, reference == "live", learning_rate)
         options = DataOptions(layout=layout, row_length=row_length)
-        dataset = Dataset(examples, (), pairs)
-        feeder = Feeder(dataset, batch, mesh, options, "batch", accumulate=accumulate)
-        if reference == "cached":
-            logprobs = jax.jit(lambda params, batch: score_policy(loaded.model, params, batch).logp)
-            in_order = Feeder(dataset, batch, mesh, options, "batch").in_order()
-            values = np.concatenate([logprobs(loaded.params, b) for b in in_order])
-            known = [[values[i, r, : len(a.ids)] for r, a in enumerate(e.responses)] for i, e in enumerate(examples)]
-            feeder = feeder.with_reference(known)
-        batches = [feeder.at_step(0, step) for step in range(steps)]
-        optimizer = make_optimizer(OptimizerOptions(learning_rate=learning_rate, schedule="constant"), 1)
-        step = make_train_step(preference_loss_fn(loaded.model, make_loss()), optimizer, accumulate=accumulate)
-        step = jax.jit(step, donate_argnums=0)
-        copy = jax.tree.map(jnp.copy, loaded.params) if reference == "live" else None
-        state = TrainState(jnp.int32(0), loaded.params, jax.jit(optimizer.init)(loaded.params), copy)
-        shapes = {tuple(x.shape for x in jax.tree.leaves(b)): b for b in batches}
-        compiled = {shape: step.lower(state, b).compile() for shape, b in shapes.items()}
-
-        def run(b):
-            nonlocal state
-            state, metrics = compiled[tuple(x.shape for x in jax.tree.leaves(b))](state, b)
-            total, count = jax.device_get(metrics["loss"])
-            return float(total / count)
-
-        losses = [run(batches[0])]
-        print(
-            json.dumps({"ready": True, "jax": jax.__version__, "losses": losses, "programs": len(compiled)}), flush=True
+        # XLA compiles without Python's lock, so the programs of all files take the time of one, given the cores.
+        accumulate = accumulate * len(pairs) if len(accumulate) == 1 else accumulate
+        with ThreadPoolExecutor() as pool:
+            make = partial(Job.make, trainer, mesh, options, batch=batch)
+            jobs = list(pool.map(lambda path, parts: make(path, accumulate=parts), pairs, accumulate))
+        device = jax.devices()[0]
+        turns = Turns(
+            answers,
+            peak_memory_bytes,
+            jax.profiler.trace,
+            jax=jax.__version__,
+            device=device.device_kind,
+            parameters=sum(x.size for x in jax.tree.leaves(base.abstract_params())),
+            compute=asdict(compute),
+            layout=layout,
+            accumulate=accumulate,
+            programs=sum(len(job.programs) for job in jobs),
+            step_bytes=[job.step_bytes for job in jobs],
+            matmul_flops=measured_matmul_peak(compute.dtype),
+            datasheet_flops=None if device.platform == "cpu" else peak_flops([device]),
         )
-        done = 1
-        for line in sys.stdin:
-            words = line.split()
-            if words[:1] == ["stop"]:
-                break
-            chosen = [batches[(done + i) % len(batches)] for i in range(int(words[1]))]
-            done += len(chosen)
-            start = time.perf_counter()
-            losses = [run(b) for b in chosen]
-            seconds = time.perf_counter() - start
-            tokens = sum(int((b.blocks >= 0).sum()) for b in chosen)
-            scored = sum(int(b.response_lengths.sum()) for b in chosen)
-            config = loaded.model.config
-            context = tokens / batch / len(chosen) / 2
-            forward = config.forward_flops(tokens=tokens, scored_tokens=scored, context=context)
-            flops = forward * (4 if reference == "live" else 3)
-            peak = measured_matmul_peak(dtype, 2048)
-            share = flops / seconds / peak
-            slots = sum(b.tokens.size for b in chosen)
-            print(
-                json.dumps(
-                    {
-                        "seconds": seconds,
-                        "pairs": batch * len(chosen),
-                        "losses": losses,
-                        "tokens": tokens,
-                        "padding": 1 - tokens / slots,
-                        "share_of_matmul_peak": share,
-                        "matmul_gflops": peak / 1e9,
-                    }
-                ),
-                flush=True,
-            )
-        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-        print(json.dumps({"peak_memory_bytes": peak, "baseline_bytes": rss}), flush=True)
+        with jax.set_mesh(mesh):
+            for index in turns.begun():
+                jobs[index].run(turns)
 
 
 if __name__ == "__main__":

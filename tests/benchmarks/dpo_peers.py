@@ -3,77 +3,35 @@
     python tests/benchmarks/dpo_peers.py trl|torch --model FOLDER --pairs FILE.npz [--batch 4] [--reference live|cached]
 
 `trl` is TRL's DPOTrainer in the training loop of transformers; `torch` is the step that one would write by hand. Both
-take the pairs in order, whole batches, over and over, with the same loss, clipping and optimizer.
+take the pairs in order, whole batches, over and over, with the same loss, clipping and optimizer, on the GPU if there
+is one.
 
 FILE.npz has integer arrays: prompts and answers (token ids, one after the other), prompt_lengths [N], answer_lengths
 [N, 2] (chosen, rejected) and pad_id. The answers of a pair follow each other, and EOS is part of them.
 
-A worker takes its first batch as a warm-up and prints a line of JSON with "ready" and the loss of that step. Then it
-answers the lines of standard input: `step N` with "seconds", "pairs" and "losses" of the next N steps, `stop` (or the
-end of the input) with "peak_memory_bytes" and "baseline_bytes", the memory of the process after its imports. All else
-that libraries print goes to standard error. Linux hands a parent's peak memory on to its children, so the parent has to
-be small.
+A worker answers the requests that `worker.Turns` lists. Linux hands a parent's peak memory on to its children, so the
+parent has to be small.
 """
 
 import argparse
-import contextlib
+import gc
 import itertools
-import json
-import resource
 import sys
 import tempfile
-import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import is_flash_attn_2_available
+from worker import Turns, answering, process_peak_bytes
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BETA, MAX_GRAD_NORM = 0.1, 1.0
 Pair = dict[str, list[int]]  # prompt_ids, chosen_ids, rejected_ids: the columns of TRL's collator
-
-
-class Worker:
-    """Tells the parent what became of its steps, and runs as many as it asks for."""
-
-    def __init__(self, options: argparse.Namespace, answers: TextIO):
-        self.options, self.answers = options, answers
-        self.baseline_bytes = psutil.Process().memory_info().rss
-        self.ready = False
-        self._begin(steps=1)
-
-    def _begin(self, steps: int) -> None:
-        self.steps, self.losses, self.start = steps, [], time.perf_counter()
-
-    def _answer(self, **fields) -> None:
-        print(json.dumps(fields), file=self.answers, flush=True)
-
-    def wants_more(self, loss: float) -> bool:
-        """Takes the loss of a step that is complete; waits for the next request if it was the last one of its own."""
-        self.losses.append(loss)
-        if len(self.losses) < self.steps:
-            return True
-        seconds = time.perf_counter() - self.start
-        if self.ready:
-            self._answer(seconds=seconds, pairs=self.steps * self.options.batch, losses=self.losses)
-        else:
-            versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "trl")}
-            options = vars(self.options) | {"threads": torch.get_num_threads()}  # as the libraries left them
-            self._answer(ready=True, losses=self.losses, versions=versions, **options)
-            self.ready = True
-        match sys.stdin.readline().split():
-            case ["step", steps] if steps.isdecimal() and int(steps) > 0:
-                self._begin(int(steps))
-                return True
-            case ["stop"] | []:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-                self._answer(peak_memory_bytes=peak, baseline_bytes=self.baseline_bytes)
-                return False
-            case request:
-                sys.exit(f"unknown request {' '.join(request)!r}; expected 'step N' or 'stop'")
 
 
 def load_pairs(path: str, batch: int) -> tuple[list[Pair], int]:
@@ -90,20 +48,41 @@ def load_pairs(path: str, batch: int) -> tuple[list[Pair], int]:
 
 
 def load_model(options: argparse.Namespace) -> PreTrainedModel:
-    """Loads float32 weights, whatever type the steps compute in, without dropout (evaluation mode)."""
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    """Loads float32 weights, or draws them if there are none, always the same; without dropout (evaluation mode)."""
+    source = Path(options.model)
+    flash = DEVICE.type == "cuda" and options.dtype == "bfloat16" and is_flash_attn_2_available()
+    kind = {"dtype": torch.float32, "attn_implementation": "flash_attention_2" if flash else "sdpa"}
+    if source.is_dir() and any(source.glob("*.safetensors")):
+        return AutoModelForCausalLM.from_pretrained(source, **kind).to(DEVICE)
+    torch.manual_seed(0)
+    with DEVICE:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), **kind).eval()
 
 
-def run_trl(options: argparse.Namespace, pairs: list[Pair], pad_id: int, answers: TextIO) -> None:
-    """Runs `DPOTrainer.train()`; a callback at the end of each step talks to the parent."""
+def free_memory() -> None:
+    """Gives back what the last model has left; the peak starts anew."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def make_turns(options: argparse.Namespace, answers: TextIO) -> Turns:
+    """Says that the worker is ready, and what it runs with."""
+    peak = torch.cuda.max_memory_allocated if DEVICE.type == "cuda" else process_peak_bytes
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    libraries = ("torch", "transformers", *(("accelerate", "trl") if options.library == "trl" else ()))
+    versions = {name: version(name) for name in libraries}
+    threads = torch.get_num_threads()  # as the libraries left them
+    return Turns(answers, peak, versions=versions, device=device, **vars(options) | {"threads": threads})
+
+
+def run_trl(options: argparse.Namespace, answers: TextIO) -> None:
+    """Runs `DPOTrainer.train()`, which a callback at the end of each step holds until more steps are wanted."""
     # imported here, for they would count in the memory of the other worker
     from datasets import Dataset
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
-
-    worker = Worker(options, answers)
 
     class PretokenizedTrainer(DPOTrainer):
         step_loss = 0.0
@@ -121,42 +100,68 @@ def run_trl(options: argparse.Namespace, pairs: list[Pair], pad_id: int, answers
 
     class Requests(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            loss, trainer.step_loss = trainer.step_loss.item(), 0.0
-            control.should_training_stop = not worker.wants_more(loss)
+            loss, trainer.step_loss = trainer.step_loss.item(), 0.0  # waits for the device
+            control.should_training_stop = not turns.wants_more(loss, options.batch)
 
-    # of a tokenizer the trainer needs no more than the pad id
+    turns = make_turns(options, answers)
+    for index in turns.begun():
+        trainer = None
+        free_memory()
+        pairs, pad_id = load_pairs(options.pairs[index], options.batch)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = PretokenizedTrainer(
+                model=load_model(options),
+                ref_model=load_model(options) if options.reference == "live" else None,
+                args=DPOConfig(output_dir=folder, **trl_options(options, index)),
+                train_dataset=Dataset.from_list(pairs),
+                processing_class=padding_tokenizer(pad_id),
+                callbacks=[Requests()],
+            )
+            trainer.train()
+
+
+def trl_options(options: argparse.Namespace, index: int) -> dict[str, object]:
+    """The options of DPOConfig.
+
+    TRL 1.16 is at its fastest with them: its fused head (Triton kernels on a GPU) is always on, `padding_free` has no
+    effect, kernels of the Hub need a network, and the activations of the benchmarks' batches fit without checkpointing.
+    """
+    accumulate = micro_batches(options, index)
+    return {
+        "beta": BETA,
+        "max_length": None,
+        "precompute_ref_log_probs": options.reference == "cached",
+        "per_device_train_batch_size": options.batch // accumulate,
+        "gradient_accumulation_steps": accumulate,
+        "train_sampling_strategy": "sequential",
+        "max_steps": 10**9,  # until the parent says stop
+        "optim": options.optim,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": MAX_GRAD_NORM,
+        "gradient_checkpointing": False,
+        "bf16": options.dtype == "bfloat16",
+        "use_cpu": DEVICE.type == "cpu",
+        "dataloader_pin_memory": DEVICE.type == "cuda",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def micro_batches(options: argparse.Namespace, index: int) -> int:
+    """Micro-batches per step on a file."""
+    return options.accumulate[index if len(options.accumulate) > 1 else 0]
+
+
+def padding_tokenizer(pad_id: int) -> PreTrainedTokenizerFast:
+    """Makes a tokenizer of which a trainer needs no more than the pad id."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
     vocabulary = Tokenizer(WordLevel({"<pad>": pad_id}, unk_token="<pad>"))
-    with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(
-            output_dir=folder,
-            beta=BETA,
-            max_length=None,
-            precompute_ref_log_probs=options.reference == "cached",
-            per_device_train_batch_size=options.batch // options.accumulate,
-            gradient_accumulation_steps=options.accumulate,
-            train_sampling_strategy="sequential",
-            max_steps=10**9,  # until the parent says stop
-            optim=options.optim,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="constant",
-            max_grad_norm=MAX_GRAD_NORM,
-            gradient_checkpointing=False,
-            bf16=options.dtype == "bfloat16",
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = PretokenizedTrainer(
-            model=load_model(options),  # the reference, if live, is loaded by TRL from the same folder
-            args=config,
-            train_dataset=Dataset.from_list(pairs),
-            processing_class=PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>"),
-            callbacks=[Requests()],
-        )
-        trainer.train()
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>")
 
 
 def collate(pairs: list[Pair], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -169,7 +174,7 @@ def collate(pairs: list[Pair], pad_id: int) -> tuple[torch.Tensor, torch.Tensor,
         ids[row, :end] = torch.tensor(prompt + answer)
         attended[row, :end] = 1
         answered[row, len(prompt) : end] = True
-    return ids, attended, answered
+    return ids.to(DEVICE), attended.to(DEVICE), answered.to(DEVICE)
 
 
 def answer_logprobs(
@@ -183,55 +188,66 @@ def answer_logprobs(
     return logprobs.new_zeros(len(ids)).index_add(0, predicting.nonzero()[:, 0], logprobs)
 
 
-def run_torch(options: argparse.Namespace, pairs: list[Pair], pad_id: int, answers: TextIO) -> None:
+def run_torch(options: argparse.Namespace, answers: TextIO) -> None:
     """Runs plain DPO steps."""
-    worker = Worker(options, answers)
+    turns = make_turns(options, answers)
+    for index in turns.begun():
+        free_memory()
+        train_plainly(options, index, turns)
+
+
+def train_plainly(options: argparse.Namespace, index: int, turns: Turns) -> None:
+    """Trains on a file as long as more steps are wanted."""
     model = load_model(options)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.learning_rate, weight_decay=0, fused=options.optim == "adamw_torch_fused"
     )
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16")
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=options.dtype == "bfloat16")
+    pairs, pad_id = load_pairs(options.pairs[index], options.batch)
+    accumulate = micro_batches(options, index)
+    size = options.batch // accumulate
+    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
 
     def reference_logprobs(reference: PreTrainedModel, batch: list[Pair]) -> torch.Tensor:
         with torch.no_grad(), autocast:
             return answer_logprobs(reference, *collate(batch, pad_id))
 
-    size = options.batch // options.accumulate
-    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
     if options.reference == "live":
         reference, cached = load_model(options), None
     else:
         cached = [reference_logprobs(model, batch) for batch in batches]
 
-    def add_gradient(index: int) -> float:
+    def add_gradient(index: int) -> torch.Tensor:
         # the reference first, while there are no activations of the policy
         baseline = cached[index] if cached else reference_logprobs(reference, batches[index])
         with autocast:
             logprobs = answer_logprobs(model, *collate(batches[index], pad_id))
         chosen, rejected = (logprobs - baseline).chunk(2)
-        loss = -F.logsigmoid(BETA * (chosen - rejected)).mean() / options.accumulate
+        loss = -F.logsigmoid(BETA * (chosen - rejected)).mean() / accumulate
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     def step() -> float:
-        loss = sum(add_gradient(next(indices)) for _ in range(options.accumulate))
+        loss = sum(add_gradient(next(indices)) for _ in range(accumulate))
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return loss
+        return loss.item()
 
     indices = itertools.cycle(range(len(batches)))
-    while worker.wants_more(step()):
+    while turns.wants_more(step(), options.batch):
         pass
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", choices=["trl", "torch"])
-    parser.add_argument("--model", required=True, help="Hugging Face folder of a Llama-family model")
-    parser.add_argument("--pairs", required=True, help="FILE.npz")
+    parser.add_argument(
+        "--model", required=True, help="Hugging Face folder, or a config.json alone, whose weights are then random"
+    )
+    parser.add_argument("--pairs", required=True, nargs="+", help="FILE.npz")
     parser.add_argument("--batch", type=int, default=4, help="pairs per step")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
+    parser.add_argument("--accumulate", type=int, default=[1], nargs="+", help="micro-batches per step, of each file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reference", choices=["live", "cached"], default="live")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
@@ -245,8 +261,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     run = run_trl if options.library == "trl" else run_torch
-    with contextlib.redirect_stdout(sys.stderr):
-        run(options, *load_pairs(options.pairs, options.batch), sys.__stdout__)
+    answers = sys.stdout
+    with answering(answers):
+        run(options, answers)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tunix's DPOTrainer as a worker of dpo_vs_trl.py: the same requests on stdin as dpo_peers.py, the same lines of JSON.
 
-    python tests/benchmarks/dpo_tunix.py --model FOLDER --pairs FILE.npz [--batch 4]
+    python tests/benchmarks/dpo_tunix.py --model FOLDER --pairs '[FILE.npz]' [--batch 4]
 
 Runs in an environment of its own (pip install google-tunix==0.1.7 jax==0.10.2 jsonargparse). The trainer runs its own
 loop and is given batches as the parent asks for steps. Float32 with a live reference only: the model's class computes
@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import sys
-import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +24,7 @@ from jsonargparse import auto_cli
 from tunix.models.llama3 import model as llama
 from tunix.models.llama3.params import create_model_from_safe_tensors
 from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput
-
-
-def peak_memory_bytes(field: str = "VmHWM") -> int:
-    """Reads what Linux counts of this process's memory."""
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+from worker import Turns, answering
 
 
 def load_model(folder: str) -> llama.Llama3:
@@ -93,17 +88,8 @@ class Trainer(DPOTrainer):
         return losses
 
 
-def main(model: str, pairs: str, batch: int = 4, learning_rate: float = 1e-6):
-    """Waits for requests and trains.
-
-    Args:
-        model: Hugging Face folder of a Llama.
-        pairs: The pairs' tokens.
-        batch: Pairs per step.
-        learning_rate: Of AdamW, constant.
-    """
-    baseline = peak_memory_bytes("VmRSS")
-    batches = itertools.cycle(read_batches(pairs, batch))
+def train(model: str, batches: Iterator[TrainingInput], batch: int, learning_rate: float, turns: Turns):
+    """Trains as long as more steps are wanted."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=0.0))
     config = DPOTrainingConfig(beta=0.1, eval_every_n_steps=10**9)
     trainer = Trainer(load_model(model), load_model(model), optimizer, config)
@@ -111,22 +97,30 @@ def main(model: str, pairs: str, batch: int = 4, learning_rate: float = 1e-6):
     # Where no mesh is set, the trainer leaves this to its first step, and the second would compile once more.
     nnx.update(trainer.optimizer, jax.device_put(nnx.state(trainer.optimizer), jax.devices()[0]))
 
-    def requested() -> Iterator[TrainingInput]:
-        yield next(batches)
-        versions = {name: version(name) for name in ("google-tunix", "jax", "flax")}
-        print(json.dumps({"ready": True, "losses": trainer.take_losses(), "versions": versions}), flush=True)
-        for line in sys.stdin:
-            words = line.split()
-            if words[:1] == ["stop"]:
-                break
-            start = time.perf_counter()
-            yield from itertools.islice(batches, int(words[1]))
-            losses = trainer.take_losses()
-            seconds = time.perf_counter() - start
-            print(json.dumps({"seconds": seconds, "pairs": batch * len(losses), "losses": losses}), flush=True)
+    def wanted() -> Iterator[TrainingInput]:
+        more = True
+        while more:
+            yield next(batches)
+            more = turns.wants_more(trainer.take_losses()[0], batch)
 
-    trainer.train(requested())
-    print(json.dumps({"peak_memory_bytes": peak_memory_bytes(), "baseline_bytes": baseline}), flush=True)
+    trainer.train(wanted())
+
+
+def main(model: str, pairs: list[str], batch: int = 4, learning_rate: float = 1e-6):
+    """Waits for requests and trains.
+
+    Args:
+        model: Hugging Face folder of a Llama.
+        pairs: Files of the pairs' tokens.
+        batch: Pairs per step.
+        learning_rate: Of AdamW, constant.
+    """
+    answers = sys.stdout
+    with answering(answers):
+        versions = {name: version(name) for name in ("google-tunix", "jax", "flax")}
+        turns = Turns(answers, versions=versions)
+        for index in turns.begun():
+            train(model, itertools.cycle(read_batches(pairs[index], batch)), batch, learning_rate, turns)
 
 
 if __name__ == "__main__":

@@ -106,37 +106,33 @@ def main(
             subprocess.run([sys.executable, "-c", TOKENIZE, shape, model, str(count), pairs], check=True)
         with np.load(pairs) as file:
             tokens = float((2 * file["prompt_lengths"] + file["answer_lengths"].sum(1)).mean())
-        common = ["--model", model, "--pairs", pairs, "--batch", str(batch), "--reference", reference, "--dtype", dtype]
-        torch = [*common, "--threads", str(threads), "--optim", "adamw_torch_fused"]
+        common = ["--model", model, "--batch", str(batch)]
+        ours = [*common, "--pairs", json.dumps([pairs]), "--reference", reference, "--compute.dtype", dtype]
+        torch = [*common, "--pairs", pairs, "--reference", reference, "--dtype", dtype]
+        torch += ["--threads", str(threads), "--optim", "adamw_torch_fused"]
         peers = str(HERE / "dpo_peers.py")
         words = {
             "trl": [peers, "trl", *torch],
             "torch": [peers, "torch", *torch],
-            "tunix": [str(HERE / "dpo_tunix.py"), "--model", model, "--pairs", pairs, "--batch", str(batch)],
-            "ours": [str(HERE / "dpo_ours.py"), *common],
+            "tunix": [str(HERE / "dpo_tunix.py"), *common, "--pairs", json.dumps([pairs])],
+            "ours": [str(HERE / "dpo_ours.py"), *ours],
         }
         pythons = {"tunix": tunix_python}
         workers = {}
         for name in libraries:
             library, _, accumulate = name.partition("/")
-            more = ["--accumulate", accumulate] if accumulate else []
+            parts = f"[{accumulate}]" if library == "ours" else accumulate
+            more = ["--accumulate", parts] if accumulate else []
             workers[name] = Worker([*words[library], *more], pythons.get(library, sys.executable))
-        turns = {name: [] for name in libraries}
+        turns = {name: [worker.ask("begin 0")] for name, worker in workers.items()}
         for _ in range(rounds):
             for name, worker in workers.items():
                 turns[name].append(worker.ask(f"step {steps}"))
-        memory = {name: worker.ask("stop") for name, worker in workers.items()}
+        for worker in workers.values():
+            worker.ask("stop")
     result = {"model": Path(model).name, "shape": shape, "reference": reference, "batch": batch, "dtype": dtype}
     for name in libraries:
-        speed = statistics.median(turn["pairs"] / turn["seconds"] for turn in turns[name])
-        extra = {key: statistics.median(turn[key] for turn in turns[name]) for key in turns[name][0] if key in OURS}
-        result[name] = {
-            "pairs_per_second": speed,
-            "tokens_per_second": speed * tokens,  # of the plain layout, so that it means the same for all
-            "peak_memory_gib": memory[name]["peak_memory_bytes"] / 2**30,
-            "losses": [*workers[name].ready["losses"], *(loss for turn in turns[name] for loss in turn["losses"])][:4],
-            **extra,
-        }
+        result[name] = summary(turns[name], workers[name].ready, tokens)
     for own in libraries:
         for name in libraries:
             if own.startswith("ours") and not name.startswith("ours"):
@@ -147,7 +143,25 @@ def main(
     print(json.dumps(result, indent=2))
 
 
-OURS = ("padding", "share_of_matmul_peak", "matmul_gflops")
+def summary(turns: list[dict], ready: dict, tokens: float) -> dict:
+    """Medians over the turns of a library after the first, in which it gets warm; `tokens` per pair."""
+    timed = turns[1:]
+    speed = statistics.median(turn["pairs"] / turn["seconds"] for turn in timed)
+    result = {
+        "pairs_per_second": speed,
+        "tokens_per_second": speed * tokens,  # of the plain layout, so that it means the same for all
+        "peak_memory_gib": max(turn["peak_memory_bytes"] for turn in turns) / 2**30,
+        "losses": [loss for turn in turns for loss in turn["losses"]][:4],
+    }
+    if "matmul_flops" in ready:
+        flops = statistics.median(turn["flops"] / turn["seconds"] for turn in timed)
+        result |= {
+            "padding": statistics.median(1 - turn["tokens"] / turn["slots"] for turn in timed),
+            "share_of_matmul_peak": flops / ready["matmul_flops"],
+            "matmul_gflops": ready["matmul_flops"] / 1e9,
+        }
+    return result
+
 
 if __name__ == "__main__":
     auto_cli(main, as_positional=False)
