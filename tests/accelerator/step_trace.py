@@ -19,12 +19,12 @@ from jsonargparse import auto_cli
 KINDS = {
     "attention": r"cudnn|fmha|sdpa|flash|attention",
     "collectives": r"nccl|all-?_?reduce|all-?_?gather|reduce-?_?scatter|all-?_?to-?_?all|collective",
-    "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|wgmma|splitk|matmul|(^|[_-])dot([_.-]|$)|ynn_fusion",
-    "copies and gathers": (
+    "matrix_products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|wgmma|splitk|matmul|(^|[_-])dot([_.-]|$)|ynn_fusion",
+    "copies_and_gathers": (
         r"memcpy|memset|copy|gather|scatter|transpose|dynamic-?_?update-?_?slice|dynamic-?_?slice|concatenate|"
         r"broadcast|(^|[_-])(pad|slice|reverse|iota)([_.-]|$)"
     ),
-    "elementwise and reductions": (
+    "elementwise_and_reductions": (
         r"fusion|reduce|softmax|elementwise|convert|(^|[_-])(add|subtract|multiply|divide|maximum|minimum|negate|exp|"
         r"exponential|log|tanh|logistic|rsqrt|sqrt|power|select|compare|and|or|not|rng|threefry2x32)([_.-]|$)"
     ),
@@ -118,12 +118,12 @@ def summarize(kernels: list[Kernel], top: int = 10) -> dict:
         by_kind[kernel.kind] += kernel.duration_ns
         by_name[kernel.short_name, kernel.kind].append(kernel.duration_ns)
     longest = sorted(by_name, key=lambda key: -sum(by_name[key]))
-    shares = {f"share of {kind}": by_kind[kind] / total for kind in (*KINDS, OTHER)}
+    shares = {f"{kind}_share": by_kind[kind] / total for kind in (*KINDS, OTHER)}
     return {
         "span_seconds": span / 1e9,
         "kernels": len(kernels),
         **shares,
-        "share of idle time": idle / total,
+        "idle_share": idle / total,
         "longest": [
             {"name": name, "kind": kind, "share": sum(by_name[name, kind]) / total, "runs": len(by_name[name, kind])}
             for name, kind in longest[:top]

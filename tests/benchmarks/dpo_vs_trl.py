@@ -132,7 +132,7 @@ def main(
             worker.ask("stop")
     result = {"model": Path(model).name, "shape": shape, "reference": reference, "batch": batch, "dtype": dtype}
     for name in libraries:
-        result[name] = summary(turns[name], workers[name].ready, tokens)
+        result[name] = summary(turns[name], tokens)
     for own in libraries:
         for name in libraries:
             if own.startswith("ours") and not name.startswith("ours"):
@@ -143,7 +143,7 @@ def main(
     print(json.dumps(result, indent=2))
 
 
-def summary(turns: list[dict], ready: dict, tokens: float) -> dict:
+def summary(turns: list[dict], tokens: float) -> dict:
     """Medians over the turns of a library after the first, in which it gets warm; `tokens` per pair."""
     timed = turns[1:]
     speed = statistics.median(turn["pairs"] / turn["seconds"] for turn in timed)
@@ -153,12 +153,13 @@ def summary(turns: list[dict], ready: dict, tokens: float) -> dict:
         "peak_memory_gib": max(turn["peak_memory_bytes"] for turn in turns) / 2**30,
         "losses": [loss for turn in turns for loss in turn["losses"]][:4],
     }
-    if "matmul_flops" in ready:
+    if "matmul_flops" in timed[0]:
+        peak = timed[0]["matmul_flops"]
         flops = statistics.median(turn["flops"] / turn["seconds"] for turn in timed)
         result |= {
             "padding": statistics.median(1 - turn["tokens"] / turn["slots"] for turn in timed),
-            "share_of_matmul_peak": flops / ready["matmul_flops"],
-            "matmul_gflops": ready["matmul_flops"] / 1e9,
+            "share_of_matmul_peak": flops / peak,
+            "matmul_gflops": peak / 1e9,
         }
     return result
 

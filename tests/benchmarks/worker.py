@@ -89,7 +89,10 @@ class Turns:
 
     `begin I` asks for a fresh model and one step on the pairs of the I-th file, `step N` for N more steps, `step N
     FOLDER` for a trace of them, `stop` for the end. The answers to the first two have the fields `seconds`, `pairs`,
-    `losses`, `peak_memory_bytes`, and the sums of what the steps counted.
+    `losses`, `peak_memory_bytes`, the sums of what the steps counted, and `facts`.
+
+    Attributes:
+        facts: Said with each answer.
 
     Args:
         answers: Where the answers go.
@@ -107,6 +110,7 @@ class Turns:
     ):
         self._answers, self._peak_memory_bytes, self._trace = answers, peak_memory_bytes, trace
         self._tracing = contextlib.ExitStack()
+        self.facts: dict[str, object] = {}
         self.answer(ready=True, **about)
         self._read_request()
 
@@ -132,7 +136,8 @@ class Turns:
             return True
         seconds = time.perf_counter() - self._began
         self._tracing.close()
-        self.answer(seconds=seconds, losses=self._losses, peak_memory_bytes=self._peak_memory_bytes(), **self._counts)
+        peak = self._peak_memory_bytes()
+        self.answer(seconds=seconds, losses=self._losses, peak_memory_bytes=peak, **self._counts, **self.facts)
         return self._read_request()
 
     def _start(self, steps: int):
