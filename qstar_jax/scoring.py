@@ -76,6 +76,6 @@ def response_alternatives(
 
 def _scored_states(model: CausalLM, params: Params, batch: Batch) -> Float[Array, "N K D"]:
     """Hidden states of the slots whose next token is scored, in any layout of the sequences."""
-    mask = PackedMask(blocks=batch.blocks, branches=batch.branches)
+    mask = PackedMask(batch.blocks, batch.branches, batch.texts)
     hidden = model.hidden_states(params, batch.tokens, batch.positions, mask)
     return jnp.take_along_axis(hidden, batch.slots[..., None], axis=1)

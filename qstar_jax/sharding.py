@@ -49,6 +49,12 @@ def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def platform() -> str:
+    """Returns the platform for which programs are traced, "cpu", "gpu" or "tpu": that of the mesh, if one is set."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def parameter_spec(
     path: str,
     shape: Sequence[int],

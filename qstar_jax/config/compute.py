@@ -18,7 +18,8 @@ class ComputeOptions:
             `attention`, all but the inputs of attention; `full`, every layer.
         attention: Attention in training and scoring. `dense` computes all scores of a sequence at once; `blockwise`
             those of 128 queries at a time, and again in the backward pass, for long sequences; `flash` is a TPU kernel
-            whose scores never leave the processor; `auto` is flash on a TPU, else blockwise.
+            whose scores never leave the processor, `cudnn` its counterpart for bfloat16 on NVIDIA GPUs; `auto` is flash
+            on a TPU, cudnn on a GPU for what it can compute, else blockwise.
         longrope: Which rotary frequencies a model with longrope (Phi 3) uses, for all texts alike: those for texts that
             fit its original context (`short`), or those for longer ones (`long`); `auto` is short if no sequence is
             longer than that context, and refuses to guess otherwise.
@@ -27,7 +28,7 @@ class ComputeOptions:
     param_dtype: Dtype = "float32"
     dtype: Dtype = "float32"
     remat: Literal["none", "dots", "attention", "full"] = "none"
-    attention: Literal["auto", "dense", "blockwise", "flash"] = "auto"
+    attention: Literal["auto", "dense", "blockwise", "flash", "cudnn"] = "auto"
     longrope: Literal["auto", "short", "long"] = "auto"
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax.data.packing import Block, Plan, Shapes, plan_batch
 from qstar_jax.data.tokenization import Example
+from qstar_jax.models.masks import Texts
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +36,7 @@ class Batch:
         truncated: The response lost its end, and its EOS.
         weights: 1, or 0 for empty examples that only fill up the last batch of an evaluation.
         ref_logp: Cached log pi_ref of the responses' tokens in nats, if any.
+        texts: Where each response lies together with its prompt; None if the shapes do not ask for it.
     """
 
     tokens: Int[Array, "N S"]
@@ -49,6 +51,12 @@ class Batch:
     truncated: Bool[Array, "B R"]
     weights: Float[Array, " B"]
     ref_logp: Float[Array, "B R T"] | None = None
+    texts: Texts | None = None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """N, K, and the number of texts; see `Plan`."""
+        return *self.slots.shape[-2:], 0 if self.texts is None else self.texts.slots.shape[-2]
 
     @property
     def response_mask(self) -> Bool[Array, "B R T"]:
@@ -62,7 +70,7 @@ def make_batch(
     *,
     fill_to: int = 0,
     ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
-    at_least: tuple[int, int] = (0, 0),
+    at_least: tuple[int, int, int] = (0, 0, 0),
     plan: Plan | None = None,
 ) -> Batch:
     """Packs examples into the arrays of one batch.
@@ -72,7 +80,7 @@ def make_batch(
         shapes: Shapes of the dataset.
         fill_to: Add examples without tokens, of weight 0, up to this many.
         ref_logps: log pi_ref of each token of each response of each example, in nats.
-        at_least: N and K are at least these.
+        at_least: N, K and the number of texts are at least these.
         plan: What `plan_batch` returned for these arguments, if it was called before.
 
     Returns:
@@ -83,12 +91,14 @@ def make_batch(
     """
     # Decide which blocks share a sequence, and how large the arrays are.
     plan = plan or plan_batch(examples, shapes, fill_to)
-    sequences, scored = (max(sizes) for sizes in zip(plan.size, at_least, strict=True))
+    sequences, scored, texts = (max(sizes) for sizes in zip(plan.size, at_least, strict=True))
     # Allocate a batch of padding, with the lengths of its examples.
     batch = _padding(examples, max(len(examples), fill_to), (sequences, scored), shapes)
     # Write the tokens, sequence by sequence.
     for n, blocks in enumerate(plan.sequences):
         _write_sequence(batch, n, blocks, examples)
+    if shapes.text_length:
+        batch = replace(batch, texts=_find_texts(batch, plan.sequences, texts, shapes))
     return batch if ref_logps is None else replace(batch, ref_logp=_padded(ref_logps, batch.index.shape))
 
 
@@ -142,6 +152,30 @@ def _write_sequence(batch: Batch, n: int, blocks: Sequence[Block], examples: Seq
             batch.slots[n, entries], batch.targets[n, entries] = branch, ids
             batch.index[block.example, r, : len(ids)] = n * width + entries
             slot, entry = slot + len(ids), entry + len(ids)
+
+
+def _find_texts(batch: Batch, sequences: Sequence[Sequence[Block]], count: int, shapes: Shapes) -> Texts:
+    """Lists the slots of each text, and the texts of each slot."""
+    n_sequences, length = batch.tokens.shape
+    responses = max(len(block.responses) for blocks in sequences for block in blocks)
+    slots = np.full((count, shapes.text_length), -1, np.int32)
+    places = np.full((n_sequences, length, responses), -1, np.int32)
+    per_shard, texts_per_shard = n_sequences // shapes.shards, count // shapes.shards
+    number = 0
+    for n, blocks in enumerate(sequences):
+        shard, offset = divmod(n, per_shard)
+        number = max(number, shard * texts_per_shard)  # the first text of each shard
+        for block in range(len(blocks)):
+            in_block = batch.blocks[n] == block
+            for entry, branch in enumerate(np.unique(batch.branches[n, in_block & (batch.branches[n] > 0)])):
+                text = np.flatnonzero(in_block & np.isin(batch.branches[n], (0, branch)))
+                slots[number, : len(text)] = offset * length + text
+                # The shared tokens take the entry of this branch; those of the branch itself have no other text.
+                entries = np.where(batch.branches[n, text] == 0, entry, 0)
+                first = (number - shard * texts_per_shard) * shapes.text_length
+                places[n, text, entries] = first + np.arange(len(text))
+                number += 1
+    return Texts(slots, places, shapes.shards)
 
 
 def _padded(values: Sequence[Sequence[np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:

@@ -82,6 +82,9 @@ class Shapes:
         response_length: T, tokens of the longest response.
         sequences: The number of sequences N is a multiple of this.
         scored: The number of scored tokens per sequence K is a multiple of this.
+        text_length: L, tokens of the longest text, where batches list their texts (see `Texts`); otherwise 0.
+        texts: The number of texts per shard is a multiple of this.
+        shards: Devices over which sequences are sharded.
     """
 
     layout: Layout
@@ -89,6 +92,9 @@ class Shapes:
     response_length: int
     sequences: int
     scored: int
+    text_length: int = 0
+    texts: int = 1
+    shards: int = 1
 
     @classmethod
     def of(
@@ -100,6 +106,7 @@ class Shapes:
         row_length: int = 0,
         shards: int = 1,
         multiple: int = 8,
+        texts: bool = False,
     ) -> "Shapes":
         """Finds shapes that every example fits.
 
@@ -110,6 +117,7 @@ class Shapes:
             row_length: Slots per sequence where examples are packed; at least the length of the longest block.
             shards: Devices over which sequences are sharded.
             multiple: Lengths are multiples of it, in tokens.
+            texts: Whether batches list their texts.
         """
         blocks = blocks_of(examples, layout)
         longest = max(block.length for block in blocks)
@@ -120,7 +128,12 @@ class Shapes:
         sequences = _round_up(_round_up(batch_size, 4) // 4 if layout == "packed" else 1, shards)
         most = length if layout == "packed" else max(block.scored for block in blocks)
         scored = min(max(_round_up(length, 4) // 4, FEW), most)
-        return cls(layout, length, response_length, sequences, _round_up(scored, multiple))
+        scored = _round_up(scored, multiple)
+        if not texts:
+            return cls(layout, length, response_length, sequences, scored)
+        text_length = _round_up(max(len(e.prompt) - 1 + len(r.ids) for e in examples for r in e.responses), multiple)
+        quarter = _round_up(batch_size * len(examples[0].responses), 4 * shards) // (4 * shards)
+        return cls(layout, length, response_length, sequences, scored, text_length, quarter, shards)
 
 
 @dataclass(frozen=True)
@@ -129,11 +142,11 @@ class Plan:
 
     Attributes:
         sequences: Blocks of each sequence.
-        size: (N, K): sequences of the batch, and scored tokens per sequence.
+        size: (N, K, T): sequences of the batch, scored tokens per sequence, and texts; T is 0 if they are not listed.
     """
 
     sequences: list[list[Block]]
-    size: tuple[int, int]
+    size: tuple[int, int, int]
 
 
 def plan_batch(examples: Sequence[Example], shapes: Shapes, fill_to: int = 0) -> Plan:
@@ -147,9 +160,19 @@ def plan_batch(examples: Sequence[Example], shapes: Shapes, fill_to: int = 0) ->
     sequences = pack(blocks, shapes.length, shapes.layout)
     # Without packing, a full batch always has the same number of sequences.
     per_example = responses if shapes.layout == "plain" else 1
-    count = len(sequences) if shapes.layout == "packed" else max(len(examples), fill_to) * per_example
+    filled = len(sequences) if shapes.layout == "packed" else max(len(examples), fill_to) * per_example
     scored = max(sum(block.scored for block in sequence) for sequence in sequences)
-    return Plan(sequences, (_round_up(count, shapes.sequences), _round_up(scored, shapes.scored)))
+    count = _round_up(filled, shapes.sequences)
+    texts = _count_texts(sequences, count, shapes) if shapes.text_length else 0
+    return Plan(sequences, (count, _round_up(scored, shapes.scored), texts))
+
+
+def _count_texts(sequences: list[list[Block]], count: int, shapes: Shapes) -> int:
+    """Returns the number of texts of a batch, with the same room for them in each shard of `count` sequences."""
+    per_shard = count // shapes.shards
+    shards = [sequences[start : start + per_shard] for start in range(0, count, per_shard)]
+    most = max(sum(len(block.responses) for sequence in shard for block in sequence) for shard in shards)
+    return _round_up(most, shapes.texts) * shapes.shards
 
 
 def _check(examples: Sequence[Example], blocks: Sequence[Block], shapes: Shapes):

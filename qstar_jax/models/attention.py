@@ -1,15 +1,20 @@
-"""Attention, computed densely, in blocks of queries, or by flash kernels on TPUs."""
+"""Attention, computed densely, in blocks of queries, or by flash kernels on TPUs and NVIDIA GPUs."""
 
-from collections.abc import Callable
-from functools import partial
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Array, Bool, Float, Int
 
+from qstar_jax.models.cudnn_attention import cudnn_attention, why_not
 from qstar_jax.models.flash_attention import flash_attention
 from qstar_jax.models.masks import MASKED, PackedMask, Window, visible
+from qstar_jax.sharding import platform
+
+_log = logging.getLogger(__name__)
 
 
 def masked_attention(
@@ -19,8 +24,11 @@ def masked_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    windows: Sequence[int | None] = (),
 ) -> Callable[..., Array]:
     """Selects the implementation of attention for a mask and `compute.attention`.
+
+    The log says once which one is used on a GPU, and why.
 
     Args:
         mask: True where a query (second axis) may attend to a key (third axis), always computed densely; or a
@@ -29,18 +37,47 @@ def masked_attention(
         option: `compute.attention`.
         scale: Multiplies the scores.
         softcap: Scores s become softcap * tanh(s / softcap).
+        windows: The values that a traced window may take.
 
     Returns:
         Function of queries [B, S, H, D], keys and values [B, S, G, D] and the keyword `window`, returning outputs
         [B, S, H, D]. With a window, a query at position p sees only keys at positions above p - window.
     """
     if option == "auto":
-        option = "flash" if jax.default_backend() == "tpu" else "blockwise"
+        option = {"tpu": "flash", "gpu": "cudnn if possible"}.get(platform(), "blockwise")
     if isinstance(mask, PackedMask) and option == "dense":
         mask = mask.dense()
-    implementations = {"blockwise": blockwise_attention, "flash": flash_attention}
+    implementations = {
+        "blockwise": blockwise_attention,
+        "flash": flash_attention,
+        "cudnn": partial(cudnn_attention, windows=windows),
+        "cudnn if possible": partial(_cudnn_if_possible, windows=windows),
+    }
     attention = implementations[option] if isinstance(mask, PackedMask) else dense_attention
     return partial(attention, mask=mask, positions=positions, scale=scale, softcap=softcap)
+
+
+def _cudnn_if_possible(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: PackedMask,
+    *,
+    positions: Int[Array, "B S"],
+    window: Window = None,
+    windows: Sequence[int | None],
+    **options,
+) -> Array:
+    reason = why_not(q, k, v, mask, window=window, windows=windows, **options)
+    _log_once(f"attention: blockwise, not cuDNN: {reason}" if reason else "attention: cuDNN")
+    if reason:
+        return blockwise_attention(q, k, v, mask, positions=positions, window=window, **options)
+    return cudnn_attention(q, k, v, mask, positions=positions, window=window, windows=windows, **options)
+
+
+@cache
+def _log_once(message: str):
+    _log.info(message)
 
 
 def dense_attention(
@@ -92,7 +129,7 @@ def blockwise_attention(
     """
     # Looping over sequences and groups of heads turns attention into plain matrix products, several times faster on a
     # CPU. Sequences that are sharded over devices must be computed in one batch.
-    loop = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    loop = platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
     attend = _attend_sequentially if loop else _attend_batched
     is_visible, score = partial(visible, window=window), partial(scale_and_cap, scale=scale, softcap=softcap)
     return attend(q, k, v, mask.ids(positions), is_visible, score, block_size)

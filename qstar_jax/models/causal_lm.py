@@ -199,9 +199,8 @@ class CausalLM:
             Float32 logits of the first new token, shape [B, V], and the cache.
         """
         # Padding forms a block of its own: no token of a prompt attends to it.
-        slot = jnp.arange(prompts.shape[1])
-        positions = jnp.broadcast_to(slot, prompts.shape)
-        mask = PackedMask(jnp.where(slot < prompt_lengths[:, None], 0, -1), jnp.zeros_like(prompts))
+        mask = PackedMask.of_lengths(prompt_lengths, prompts.shape[1])
+        positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
         hidden, layers = self._bind(params).prefill(prompts, positions, mask, slots)
         # Only the last token of each prompt needs logits.
         last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]

@@ -207,8 +207,9 @@ class Decoder(nnx.Module):
         return rearrange(self.norm(x), "(b k) d -> b k d", b=tokens.shape[0]), caches
 
     def _attention(self, mask: Bool[Array, "B S S"] | PackedMask, positions: Int[Array, "B S"]) -> Callable[..., Array]:
-        option, config = self.compute.attention, self.config
-        return masked_attention(mask, positions, option, scale=config.scale, softcap=config.score_softcap)
+        config, windows = self.config, tuple(dict.fromkeys(kind.window for kind in self.config.layers))
+        form = {"scale": config.scale, "softcap": config.score_softcap, "windows": windows}
+        return masked_attention(mask, positions, self.compute.attention, **form)
 
     def _embed(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Float[Array, "N D"]:
         x = constrain_batch(self.embed(tokens))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qstar_jax.errors import InputError
 from qstar_jax.models.masks import MASKED, PackedMask, Window, visible
-from qstar_jax.sharding import BATCH
+from qstar_jax.sharding import BATCH, platform
 
 _LANES = 128  # width of a TPU vector, and the minimum size of a tile
 _FIRST, _LAST = ((0,), (0,)), ((1,), (1,))  # contracting dimensions of x.T @ y and of x @ y.T
@@ -62,9 +62,9 @@ def flash_attention(
     Raises:
         InputError: If JAX does not run on a TPU, or the mesh does not divide the batch or the groups of heads.
     """
-    if interpret is None and jax.default_backend() != "tpu":
+    if interpret is None and platform() != "tpu":
         raise InputError(
-            f"compute.attention flash: its kernels need a TPU, and JAX runs on {jax.default_backend()}; set "
+            f"compute.attention flash: its kernels need a TPU, and JAX runs on {platform()}; set "
             "compute.attention to blockwise, or to auto, which selects flash on TPUs only"
         )
     if block_size < _LANES or block_size % _LANES:

@@ -1,6 +1,6 @@
 """Which tokens may attend to which, shared by every implementation of attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,51 @@ Window = Int[Array, ""] | int | None  # number of tokens a query sees, including
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Texts:
+    """Where the texts of packed sequences lie. A text is a prompt with one of its responses, token after token.
+
+    The tokens of a prompt belong to the texts of all its responses. The sequences of a batch may be sharded over
+    devices: numbers count within the sequences, and the texts, of one shard.
+
+    Attributes:
+        slots: Slot of each token of each text, counted through the sequences; -1 after its end. Shape [T, L].
+        places: The inverse: where each slot occurs, counted through the texts; -1 for unused entries. A slot occurs in
+            at most R texts. Shape [N, S, R].
+        shards: Shards of sequences and texts.
+    """
+
+    slots: Int[Array, "T L"]
+    places: Int[Array, "N S R"]
+    shards: int = field(default=1, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class PackedMask:
     """Mask of sequences that pack several prompts and responses: causal, within a block, responses kept apart.
 
     Attributes:
         blocks: Block of each slot; -1 for padding, which sees padding only. Shape [B, S].
         branches: 0 for what the responses of a block share, otherwise the number of the response. Shape [B, S].
+        texts: Where the texts lie, for attention that computes them one by one; None if unknown.
+        padded: Each sequence holds a single text, which begins at slot 0.
     """
 
     blocks: Int[Array, "B S"]
     branches: Int[Array, "B S"]
+    texts: Texts | None = None
+    padded: bool = field(default=False, metadata={"static": True})
+
+    @classmethod
+    def of_lengths(cls, lengths: Int[Array, " B"], length: int) -> "PackedMask":
+        """Returns the mask of single texts, padded at the end.
+
+        Args:
+            lengths: Tokens of each text. Shape [B].
+            length: Slots per sequence, S.
+        """
+        blocks = jnp.where(jnp.arange(length) < lengths[:, None], 0, -1)
+        return cls(blocks, jnp.zeros_like(blocks), padded=True)
 
     def ids(self, positions: Int[Array, "B S"]) -> Int[Array, "3 B S"]:
         """Stacks what `visible` compares besides slots: the block, branch and position of each slot."""

@@ -19,8 +19,9 @@ def example(prompt, *responses, row=0):
 PAIRS = [example([5, 6], [7, 2], [8, 9, 8]), example([5], [7, 2, 7, 2], [2])]
 
 
-def batch_of(examples, layout="packed", *, row_length=0, fill_to=0, **options):
-    shapes = Shapes.of(examples, layout, batch_size=fill_to or len(examples), row_length=row_length, multiple=1)
+def batch_of(examples, layout="packed", *, row_length=0, fill_to=0, texts=False, **options):
+    batch_size = fill_to or len(examples)
+    shapes = Shapes.of(examples, layout, batch_size=batch_size, row_length=row_length, multiple=1, texts=texts)
     return make_batch(examples, shapes, fill_to=fill_to, **options)
 
 
@@ -41,6 +42,41 @@ def test_a_shared_prompt_by_hand():
     np.testing.assert_array_equal(batch.truncated, [[False, True], [False, False]])
     np.testing.assert_array_equal(batch.weights, [1, 1])
     assert batch.ref_logp is None
+
+
+def test_texts_by_hand():
+    texts = batch_of(PAIRS, "shared", texts=True).texts
+    # 5 6 7 and 5 6 8 9 share the first slot; 5 7 2 7 and 5 share none.
+    np.testing.assert_array_equal(texts.slots, [[0, 1, 2, -1], [0, 3, 4, 5], [6, 7, 8, 9], [10, -1, -1, -1]])
+    np.testing.assert_array_equal(texts.places[0], [[0, 4], [1, -1], [2, -1], [5, -1], [6, -1], [7, -1]])
+    np.testing.assert_array_equal(texts.places[1], [[8, -1], [9, -1], [10, -1], [11, -1], [12, -1], [-1, -1]])
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["packed", "shared", "plain"])
+def test_texts_gather_each_prompt_with_each_of_its_responses(layout, shards):
+    rng = np.random.default_rng(0)
+    ids = [[rng.integers(3, 60, n).tolist() for n in rng.integers(1, 9, 4)] for _ in range(16)]
+    examples = [example(*lists, row=row) for row, lists in enumerate(ids)]
+    shapes = Shapes.of(examples, layout, batch_size=16, row_length=40, shards=shards, texts=True)
+    batch = make_batch(examples, shapes)
+    slots, places = batch.texts.slots, batch.texts.places
+    assert batch.texts.shards == shards and slots.shape[1] == 16  # no longer than the longest text
+    found = []
+    # A shard's texts lie within its own sequences, and its places within its own texts.
+    arrays = (slots, places, batch.tokens, batch.positions, batch.blocks)
+    for slots, places, tokens, positions, blocks in zip(*[np.split(x, shards) for x in arrays], strict=True):
+        for number, row in enumerate(slots):
+            text = row[row >= 0]
+            assert (row[len(text) :] == -1).all()
+            np.testing.assert_array_equal(positions.ravel()[text], np.arange(len(text)))
+            expected = number * slots.shape[1] + np.arange(len(text))
+            assert (places.reshape(tokens.size, -1)[text] == expected[:, None]).sum() == len(text)
+            found += [tokens.ravel()[text].tolist()] if len(text) else []
+        assert (places >= 0).sum() == (slots >= 0).sum()
+        np.testing.assert_array_equal(places[..., 0] >= 0, blocks >= 0)
+    expected = [[*prompt, *response[:-1]] for prompt, *responses in ids for response in responses]
+    assert sorted(found) == sorted(filter(None, expected))
 
 
 def test_plain_sequences_by_hand():

@@ -10,9 +10,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qstar_jax.config import MeshOptions
+from qstar_jax.errors import InputError
 from qstar_jax.models.attention import masked_attention
+from qstar_jax.models.cudnn_attention import cudnn_attention
 from qstar_jax.models.flash_attention import flash_attention
-from qstar_jax.models.masks import PackedMask, visible
+from qstar_jax.models.masks import PackedMask, Texts, visible
 from qstar_jax.sharding import BATCH, make_mesh
 
 LENGTH, HEADS, GROUPS, WIDTH = 150, 4, 2, 8  # two tiles and two blocks, the second ones short
@@ -42,8 +44,32 @@ WAYS = {
     "side by side": partial(masked_attention, option="blockwise"),  # as rows lie on eight devices
     "flash": partial(partial, flash_attention, block_size=128, interpret=True),
     "flash on eight devices": partial(partial, flash_attention, block_size=128, interpret=True),
+    "texts": partial(partial, cudnn_attention, windows=WINDOWS, implementation="xla"),
+    "texts on eight devices": partial(partial, cudnn_attention, windows=WINDOWS, implementation="xla"),
 }
-EIGHT_DEVICES = ("side by side", "flash on eight devices")
+EIGHT_DEVICES = ("side by side", "flash on eight devices", "texts on eight devices")
+BY_TEXTS = ("texts", "texts on eight devices")
+
+
+def texts_of(blocks, branches, shards):
+    """The texts of some sequences, found token by token."""
+    rows, per_shard = len(blocks), len(blocks) // shards
+    texts = [[] for _ in range(shards)]
+    for row in range(rows):
+        for block in sorted(set(blocks[row]) - {-1}):
+            numbers = set(branches[row, blocks[row] == block])
+            for branch in sorted(numbers - {0}) or [0]:
+                inside = [s for s in range(LENGTH) if blocks[row, s] == block and branches[row, s] in (0, branch)]
+                texts[row // per_shard].append([row % per_shard * LENGTH + s for s in inside])
+    room, longest = max(map(len, texts)), max(len(text) for shard in texts for text in shard)
+    slots = np.full((shards, room, longest), -1, np.int32)
+    places = np.full((rows, LENGTH, 2), -1, np.int32)
+    for shard, number in np.ndindex(shards, room):
+        for token, slot in enumerate(texts[shard][number] if number < len(texts[shard]) else []):
+            slots[shard, number, token] = slot
+            row = places[shard * per_shard + slot // LENGTH, slot % LENGTH]
+            row[int(row[0] >= 0)] = number * longest + token
+    return Texts(jnp.asarray(slots.reshape(-1, longest)), jnp.asarray(places), shards)
 
 
 def seen_by(blocks, branches, positions, window):
@@ -79,27 +105,32 @@ def oracle(q, k, v, slope, seen, scale, softcap):
 
 
 @cache
-def arrays():
-    """Queries, keys, values and slopes of outputs for each window. Shape [W, B, S, H or G, D]."""
+def arrays(padding=True):
+    """Queries, keys, values and slopes of outputs for each window. Shape [W, B, S, H or G, D].
+
+    Without `padding`, values and slopes are 0 there, so that all results are too.
+    """
     rng = np.random.default_rng(0)
-    return tuple(
+    q, k, v, slope = (
         rng.normal(size=(len(WINDOWS), len(LAYOUTS), LENGTH, n, WIDTH)).astype(np.float32)
         for n in (HEADS, GROUPS, GROUPS, HEADS)
     )
+    in_text = 1 if padding else (BLOCKS >= 0)[..., None, None]
+    return q, k, v * in_text, slope * in_text
 
 
 @cache
-def expected(scale, softcap):
+def expected(scale, softcap, padding=True):
     """The oracle's results for each window, stacked."""
     seen = [seen_by(BLOCKS, BRANCHES, POSITIONS, window) for window in WINDOWS]
-    layers = [oracle(*x, own, scale, softcap) for *x, own in zip(*arrays(), seen, strict=True)]
+    layers = [oracle(*x, own, scale, softcap) for *x, own in zip(*arrays(padding), seen, strict=True)]
     return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def layers_of(way, scale, softcap, q, k, v, slope, blocks, branches, positions, windows):
+def layers_of(way, scale, softcap, q, k, v, slope, blocks, branches, positions, windows, texts):
     """Outputs and gradients of a scan over layers, each with a window of its own."""
-    mask = PackedMask(blocks, branches)
+    mask = PackedMask(blocks, branches, texts)
     attend = WAYS[way](mask=mask, positions=positions, scale=scale, softcap=softcap)
 
     def run(q, k, v):
@@ -111,15 +142,17 @@ def layers_of(way, scale, softcap, q, k, v, slope, blocks, branches, positions, 
 
 def computed(way, scale, softcap, dtype=jnp.float32):
     """Results of an implementation of attention for each window, stacked."""
-    x = [jnp.asarray(y, dtype) for y in arrays()]
+    x = [jnp.asarray(y, dtype) for y in arrays(way not in BY_TEXTS)]
+    texts = texts_of(BLOCKS, BRANCHES, 4 if way in EIGHT_DEVICES else 1) if way in BY_TEXTS else None
     rows = [jnp.asarray(y, jnp.int32) for y in (BLOCKS, BRANCHES, POSITIONS)]
     windows = jnp.array(WINDOWS, jnp.int32)
     if way not in EIGHT_DEVICES:
-        return layers_of(way, scale, softcap, *x, *rows, windows)
+        return layers_of(way, scale, softcap, *x, *rows, windows, texts)
     mesh = make_mesh(MeshOptions(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, *BATCH, None, "tensor")))
-        results = layers_of(way, scale, softcap, *x, *jax.device_put(rows, NamedSharding(mesh, BATCH)), windows)
+        rows, texts = jax.device_put((rows, texts), NamedSharding(mesh, BATCH))
+        results = layers_of(way, scale, softcap, *x, *rows, windows, texts)
     assert all(y.addressable_shards[0].data.size == y.size // 8 for y in results.values())
     return results
 
@@ -157,16 +190,21 @@ def test_the_oracle_tells_windows_caps_and_scales_apart():
 @pytest.mark.parametrize(("scale", "softcap"), [(0.5, None), (0.5, 1.5)])
 @pytest.mark.parametrize("way", WAYS)
 def test_scanned_layers_with_windows_of_their_own(way, scale, softcap, assert_norm_close):
-    assert_norm_close(computed(way, scale, softcap), expected(scale, softcap), 1e-5)
+    if way in BY_TEXTS and softcap is not None:
+        with pytest.raises(InputError, match=r"cannot cap scores, and this model caps them at 1\.5"):
+            computed(way, scale, softcap)
+        return
+    assert_norm_close(computed(way, scale, softcap), expected(scale, softcap, way not in BY_TEXTS), 1e-5)
 
 
 @pytest.mark.thin("flash")
 @pytest.mark.parametrize("way", WAYS)
 def test_bfloat16_loses_what_its_eight_bits_lose(way, assert_norm_close):
-    results = computed(way, 0.5, 1.5, jnp.bfloat16)
+    softcap = None if way in BY_TEXTS else 1.5
+    results = computed(way, 0.5, softcap, jnp.bfloat16)
     assert {x.dtype for x in results.values()} == {jnp.dtype(jnp.bfloat16)}
-    rounded = [jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in arrays()]
+    rounded = [jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in arrays(way not in BY_TEXTS)]
     seen = [seen_by(BLOCKS, BRANCHES, POSITIONS, window) for window in WINDOWS]
     for layer, (*x, own) in enumerate(zip(*rounded, seen, strict=True)):
-        exact = oracle(*x, own, 0.5, 1.5)
+        exact = oracle(*x, own, 0.5, softcap)
         assert_norm_close({name: y[layer].astype(jnp.float32) for name, y in results.items()}, exact, 1e-2)

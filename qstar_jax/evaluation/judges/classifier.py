@@ -179,9 +179,7 @@ def _scores(
     lengths: Int[Array, " B"],
     last: Int[Array, " B"],
 ) -> Float[Array, " B"]:
-    slots = jnp.arange(tokens.shape[1])
-    positions = jnp.broadcast_to(slots, tokens.shape)
-    mask = PackedMask(jnp.where(slots < lengths[:, None], 0, -1), jnp.zeros_like(tokens))
-    hidden = model.hidden_states(params, tokens, positions, mask)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = model.hidden_states(params, tokens, positions, PackedMask.of_lengths(lengths, tokens.shape[1]))
     pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return pooled.astype(jnp.float32) @ head
