@@ -3,12 +3,13 @@
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from qstar_jax.config import MeshOptions
+from qstar_jax.config import Dtype, MeshOptions
 from qstar_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -47,6 +48,18 @@ def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device
             "device(s): the sizes must be positive and multiply to that number (one may be -1: the remaining devices)"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextmanager
+def use_mesh(mesh: Mesh, dtype: Dtype) -> Iterator[None]:
+    """Enters a mesh, where the matrix products of `compute.dtype` float32 are float32 ones.
+
+    By default, JAX rounds their operands: to TF32 (10 bits of mantissa) on NVIDIA GPUs, and to bfloat16 on TPUs.
+    """
+    with jax.set_mesh(mesh):
+        precise = dtype == "float32" and platform() != "cpu"
+        with jax.default_matmul_precision("float32" if precise else None):
+            yield
 
 
 def platform() -> str:

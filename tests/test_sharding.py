@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from qstar_jax import sharding
 from qstar_jax.config import MeshOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
@@ -181,3 +182,16 @@ def test_activations_are_cut_by_rows_inside_a_mesh_only():
     with jax.set_mesh(mesh):
         y = jax.jit(constrain_batch)(x)
     assert y.sharding.shard_shape(y.shape) == (1, 4)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_float32_means_float32_on_every_platform(platform, one_device, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+
+    def precision(dtype):
+        with sharding.use_mesh(one_device, dtype):
+            jaxpr = jax.make_jaxpr(jax.value_and_grad(lambda x: (x @ x).sum()))(jnp.ones((2, 2), dtype))
+            return {str(e.params["precision"]) for e in jaxpr.eqns if e.primitive.name == "dot_general"}
+
+    assert precision("bfloat16") == {"None"}
+    assert precision("float32") == ({"None"} if platform == "cpu" else {"(Precision.HIGHEST, Precision.HIGHEST)"})

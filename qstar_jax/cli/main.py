@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import json
+import logging
 import os
 import re
 import sys
@@ -117,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a model's text must not crash a terminal
     parser = build_parser()
     parsed = parser.parse_args(argv)
+    _show_log()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that torch is missing
     try:
@@ -132,6 +134,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"qstar {parsed.verb}: {error}\n(QSTAR_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def _show_log():
+    """Shows what the package logs, without dates and levels, from the first process only."""
+
+    def is_first_process(_: logging.LogRecord) -> bool:
+        import jax  # takes a second, which not all verbs need
+
+        return jax.process_index() == 0
+
+    log, handler = logging.getLogger("qstar_jax"), logging.StreamHandler()
+    handler.addFilter(is_first_process)
+    log.handlers = [handler]  # not one more for each call
+    log.setLevel(logging.INFO)
 
 
 def _options(parser: Parser, parsed: Namespace) -> Any:

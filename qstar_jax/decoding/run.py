@@ -7,7 +7,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.text import Text
 
@@ -20,7 +19,7 @@ from qstar_jax.decoding.generate import Guide, prepare
 from qstar_jax.decoding.generations_file import GenerationsFile, generate_missing, generation_identity, prompt_texts
 from qstar_jax.decoding.options import DecodePlan, interpret
 from qstar_jax.errors import InputError
-from qstar_jax.sharding import make_mesh
+from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store import hub
 from qstar_jax.store.open import LoadedModel, load_model
 from qstar_jax.store.references import find_beta, open_reference
@@ -37,7 +36,7 @@ def generate_file(config: GenerateConfig, console: Console):
     file = GenerationsFile(Path(config.out), asdict(config))
     mesh = make_mesh(config.mesh)
     keep_programs()
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh, config.compute.dtype):
         load = cache(partial(load_model, compute=config.compute, mesh=mesh, mesh_options=config.mesh))
         policy = load(config.model)
         if settings := hub.other_settings(policy.generation):

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from qstar_jax.config import ScoreConfig
@@ -18,7 +17,7 @@ from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.scored import ScoredResponse, unscored_line
 from qstar_jax.evaluation.token_rewards import score_dataset
-from qstar_jax.sharding import make_mesh
+from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.identity import examples_identity, write_identity
 from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta, open_reference
@@ -56,7 +55,7 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
     if config.data.eval is None:
         raise InputError("--data.eval is missing: name the file whose responses are to be scored")
     mesh, data = make_mesh(config.mesh), config.data
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh, config.compute.dtype):
         load = partial(load_model, compute=config.compute, mesh=mesh, mesh_options=config.mesh)
         policy = load(config.model)
         reference = open_reference(policy, config.reference, config.model, load)

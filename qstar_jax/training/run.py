@@ -16,7 +16,7 @@ from rich.console import Console
 from qstar_jax.config import DpoConfig, SftConfig
 from qstar_jax.console import say
 from qstar_jax.data.batches import Batch
-from qstar_jax.sharding import make_mesh
+from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.checkpoints import CheckpointStore, Description
 from qstar_jax.store.files import write_json
 from qstar_jax.store.identity import identity_file
@@ -89,7 +89,8 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
     plan = _announce(make_plan(config), console)
     mesh = make_mesh(plan.config.mesh)
     keep_programs()
-    with jax.set_mesh(mesh), CheckpointStore(plan.out, plan.config.train.keep_checkpoints) as store:
+    store = CheckpointStore(plan.out, plan.config.train.keep_checkpoints)
+    with use_mesh(mesh, plan.config.compute.dtype), store:
         # Start: open the model or a checkpoint, and the data.
         run = _prepare(plan, store, mesh, console)
         if run.start.step >= run.steps:

@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
@@ -29,7 +28,7 @@ from qstar_jax.evaluation.intervals import Interval, mean_interval
 from qstar_jax.evaluation.judges import Comparison, Judge, Verdict, make_judge
 from qstar_jax.evaluation.judges.alpaca_eval import export
 from qstar_jax.evaluation.scored import ScoredResponse
-from qstar_jax.sharding import make_mesh
+from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.identity import examples_identity, write_identity
 from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta, open_reference
@@ -296,7 +295,7 @@ def measure_sweep(config: SweepConfig, console: Console) -> Sweep:
         for name, model in models.items()
     }
     keep_programs()
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh, config.compute.dtype):
         judge = _judge(config, mesh, console)
         entries = [_try_model(config, name, model, files[name], mesh, console) for name, model in models.items()]
         # All models at once: the cost of a judge is known before its first call.

@@ -25,7 +25,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.masks import PackedMask
-from qstar_jax.sharding import BATCH
+from qstar_jax.sharding import BATCH, use_mesh
 from qstar_jax.store import hub
 from qstar_jax.store.hub.reader import TensorFiles
 from qstar_jax.store.open import param_shardings
@@ -103,7 +103,7 @@ class ClassifierReward:
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         replicated = NamedSharding(self.mesh, PartitionSpec())  # so that every host can read the result
         score = jax.jit(partial(_scores, self.model), out_shardings=replicated)
-        with jax.set_mesh(self.mesh):
+        with use_mesh(self.mesh, self.model.compute.dtype):
             for rows in track(self.console, batches, "judging", len(batches)):
                 arrays = jax.device_put(self._arrays([ids[row] for row in rows]), NamedSharding(self.mesh, BATCH))
                 values = jax.device_get(score(self.params, self.head, *arrays))

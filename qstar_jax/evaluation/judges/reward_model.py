@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -22,6 +21,7 @@ from qstar_jax.evaluation.judges.classifier import ClassifierReward, as_messages
 from qstar_jax.evaluation.judges.rewards import Reward
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.sharding import use_mesh
 from qstar_jax.store import hub
 from qstar_jax.store.checkpoints import find_checkpoint
 from qstar_jax.store.open import LoadedModel, load_model
@@ -69,7 +69,7 @@ class SummedReward:
         dataset = Dataset(examples, tuple(dropped), "judge")
         if warning := self.policy.model.check_length(dataset.longest(), "the longest text for judge.model"):
             say(self.console, warning)
-        with jax.set_mesh(self.mesh):
+        with use_mesh(self.mesh, self.policy.model.compute.dtype):
             scored = score_dataset(
                 self.policy,
                 self.ref_params,
@@ -124,7 +124,7 @@ def load_reward(
             f"multiple of {parts}"
         )
     common = {"data": data, "batch_size": batch_size, "mesh": mesh, "console": console}
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh, compute.dtype):
         if find_checkpoint(Path(model).expanduser()) is None and is_classifier(folder := hub.open_folder(model)):
             given = [name for name, value in (("reference", reference), ("beta", beta)) if value is not None]
             if given:
