@@ -125,7 +125,7 @@ def summarize(kernels: list[Kernel], top: int = 10) -> dict:
         **shares,
         "idle_share": idle / total,
         "longest": [
-            {"name": name, "kind": kind, "share": sum(by_name[name, kind]) / total, "runs": len(by_name[name, kind])}
+            {"kernel": name, "kind": kind, "share": sum(by_name[name, kind]) / total, "runs": len(by_name[name, kind])}
             for name, kind in longest[:top]
         ],
         "other": [name for name, kind in longest if kind == OTHER][:top],

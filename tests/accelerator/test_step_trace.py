@@ -56,7 +56,7 @@ def test_shares_add_up():
     assert summary["matrix_products_share"] == pytest.approx(40 / 110)
     assert summary["elementwise_and_reductions_share"] == pytest.approx(30 / 110)
     assert sum(value for key, value in summary.items() if key.endswith("_share")) == pytest.approx(1)
-    assert [(k["name"], k["runs"]) for k in summary["longest"]] == [("nvjet_tst_128x256", 1), ("loop_add_fusion", 2)]
+    assert [(k["kernel"], k["runs"]) for k in summary["longest"]] == [("nvjet_tst_128x256", 1), ("loop_add_fusion", 2)]
     assert summary["other"] == ["strange"]
 
 

@@ -1,13 +1,12 @@
 """DPO steps of this library and of TRL on one accelerator, in turn; an adapter of an 8B shape; where the time goes.
 
-    python tests/accelerator/training.py [--tiny] [--limit 190]
+    python tests/accelerator/training.py [--tiny true] [--limit 190]
 
 Weights are random, in the shapes of real models; parameters and optimizer are float32, matrix products bfloat16, the
 reference runs at each step. Prints a line of JSON per record, the most important first. What does not fit into the time
 is skipped by name.
 """
 
-import argparse
 import importlib.util
 import json
 import math
@@ -21,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+from jsonargparse import auto_cli
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
@@ -116,6 +116,8 @@ def compete(contest: Contest, index: int, workers: dict[str, Worker], rounds: in
         for name, turn in ask_all(workers, f"step {steps}", label, records).items():
             turns[name].append(turn)
     results = {name: summary(contest, tokens, turns[name]) for name in workers}
+    if "trl" in results:
+        results["trl"]["micro_batches"] = contest.trl_accumulate[index]
     if "ours" in results:
         results["ours"] |= settings(workers["ours"].ready, index)
         for name in results:
@@ -150,7 +152,7 @@ def utilization(turn: dict, ready: dict, result: dict, name: str) -> dict:
     """MFU: the FLOPs that the library's layout of the pairs needs, over those of large matrix products."""
     steps = turn["pairs"] / result["pairs_per_step"]
     flops = turn["flops" if name == "ours" else "plain_flops"] / steps / result["step_seconds"]
-    shares = {"mfu": flops / turn["matmul_flops"], "matmul_flops_per_second": turn["matmul_flops"]}
+    shares = {"mfu": flops / turn["matmul_flops"], "matmul_tflops_per_second": turn["matmul_flops"] / 1e12}
     if ready["datasheet_flops"]:
         shares["mfu_of_data_sheet"] = flops / ready["datasheet_flops"]
     return shares
@@ -176,8 +178,12 @@ def trace(name: str, worker: Worker, records: Records):
     with records.attempt(name), tempfile.TemporaryDirectory() as folder:
         turn = worker.ask(f"step 1 {folder}", records.left)
         command = [sys.executable, str(HERE / "step_trace.py"), folder]
-        output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=records.left)
-        records.say(name, step_seconds=turn["seconds"], **json.loads(output.stdout))
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=records.left)
+        shares = json.loads(output.stdout)
+        kernels = shares.pop("longest")
+        records.say(name, step_seconds=turn["seconds"], **shares)
+        for number, kernel in enumerate(kernels, 1):
+            records.say(f"{name}, kernel {number}", **kernel)
 
 
 def measure(group: list[Contest], records: Records, rounds: int, steps: int):
@@ -216,7 +222,7 @@ def stop(workers: dict[str, Worker]):
         workers.popitem()[1].kill()
 
 
-def main(tiny: bool, limit: float):
+def main(tiny: bool = False, limit: float = 190.0):
     """Measures everything, and exits with 1 if something failed.
 
     Args:
@@ -231,7 +237,4 @@ def main(tiny: bool, limit: float):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="run the same on tiny models, to see that it works")
-    parser.add_argument("--limit", type=float, default=190.0, help="seconds that it may take")
-    main(**vars(parser.parse_args()))
+    auto_cli(main, as_positional=False)
