@@ -18,8 +18,9 @@ fi
 
 missing=$("$python" - <<'END'
 from importlib.util import find_spec
-needed = "jax flax optax orbax einops chex jaxtyping transformers datasets jsonargparse tensorboardX psutil torch trl"
-print(*(name for name in needed.split() if find_spec(name) is None))
+needed = """jax flax optax orbax einops chex jaxtyping transformers datasets jsonargparse docstring_parser
+    typeshed_client tensorboardX psutil torch trl""".split()
+print(*(name for name in needed if find_spec(name) is None))
 END
 )
 [ -z "$missing" ] || echo "$python lacks $missing: pip install -e '.[cuda13,parity,bench]', or carry the wheels that" \
