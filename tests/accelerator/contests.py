@@ -33,15 +33,15 @@ TINY_SHAPES = {"tldr": (24, 4), "chat": (4, 28)}
 
 @dataclass(frozen=True)
 class Contest:
-    """Steps on pairs of each shape, of this library and maybe of TRL.
+    """Steps on pairs of each shape, of this library, of TRL, or of both.
 
     Attributes:
         name: The model's.
         config: Its config.json.
         shapes: Name of each shape of pairs -> tokens of a prompt, and of each response.
         batch: Pairs per step.
-        accumulate: Our micro-batches per step, for each shape.
-        trl_accumulate: TRL's; none: TRL does not take part.
+        accumulate: Our micro-batches per step, for each shape; none: we do not take part.
+        trl_accumulate: TRL's, likewise.
         options: Further words for dpo_ours.py.
         environment: Further variables for it.
         traced: Whether to trace a step.
@@ -61,18 +61,19 @@ class Contest:
 
 
 # Both libraries hold their memory at once, so ours gets a share of the card and TRL the rest. Compiled for an H100, our
-# step takes 33 GiB (1B) and 24 (0.6B); TRL needs, besides 26 (13) for weights, optimizer and gradients, 1.7 to 2.2 GiB
-# of activations per pair of a micro-batch.
+# steps take 34.9 and 33.9 GiB (1B) and 23.7 and 24.2 (0.6B). TRL needs 26 and 13 for weights, optimizer, gradients and
+# bfloat16 copies, and 1.7 to 2.2 GiB of activations per pair of a micro-batch, so on chat-like pairs of the 1B shape
+# its micro-batches are half of what fits alone.
 DOTS = ["--compute.remat", "dots"]
 ONE_B = Contest(
     "llama-3.2-1b",
     llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, tie_word_embeddings=True, **LLAMA3_ROPE),
     SHAPES,
     batch=32,
-    accumulate=[2, 4],
-    trl_accumulate=[4, 4],
+    accumulate=[1, 4],
+    trl_accumulate=[4, 8],
     options=DOTS,
-    environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.44"},
+    environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.465"},
     traced=True,
     seconds=90,
 )
@@ -84,7 +85,7 @@ SMALL = Contest(
     accumulate=[1, 2],
     trl_accumulate=[2, 4],
     options=DOTS,
-    environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.36"},
+    environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.335"},
     seconds=50,
 )
 # A base in bfloat16, which is its own reference. It has the card to itself, once the others have gone.
@@ -101,14 +102,15 @@ LORA = Contest(
 )
 
 
-def variant(name: str, options: list[str], accumulate: list[int] = ONE_B.accumulate) -> Contest:
-    """The 1B shape with other options, without TRL."""
+def variant(name: str, options: list[str], shapes: dict[str, int]) -> Contest:
+    """Our steps on the 1B shape with other options; for each shape of pairs, the micro-batches per step."""
     return replace(
         ONE_B,
         name=f"{ONE_B.name} ({name})",
-        options=options,
-        accumulate=accumulate,
+        shapes={shape: SHAPES[shape] for shape in shapes},
+        accumulate=list(shapes.values()),
         trl_accumulate=[],
+        options=options,
         environment=ON_DEMAND,
         traced=False,
         seconds=15,
@@ -120,12 +122,15 @@ GROUPS = [
     [ONE_B],
     [SMALL, LORA],
     [
-        variant("attention blockwise", [*DOTS, "--compute.attention", "blockwise"]),
-        variant("remat attention", ["--compute.remat", "attention"]),
-        variant("remat none", [], accumulate=[4, 8]),
-        variant("larger micro-batches", DOTS, accumulate=[1, 2]),
-        variant("two prompts a row", [*DOTS, "--row_length", "1024"]),
-        variant("prompts repeated", [*DOTS, "--layout", "plain"], accumulate=[4, 4]),
+        replace(
+            ONE_B, name=f"{ONE_B.name} (trl alone)", accumulate=[], trl_accumulate=[2, 4], traced=False, seconds=45
+        ),
+        variant("attention blockwise", [*DOTS, "--compute.attention", "blockwise"], {"tldr": 1, "chat": 4}),
+        variant("remat attention", ["--compute.remat", "attention"], {"tldr": 1, "chat": 2}),
+        variant("remat none", [], {"tldr": 2, "chat": 4}),
+        variant("larger micro-batches", DOTS, {"chat": 2}),
+        variant("two prompts a row", [*DOTS, "--row_length", "1024"], {"tldr": 1}),
+        variant("prompts repeated", [*DOTS, "--layout", "plain"], {"tldr": 2}),
     ],
 ]
 
@@ -140,7 +145,7 @@ def shrunk(contest: Contest) -> Contest:
         config=make(64, 128, 2, 4, 2, 512, **head),
         shapes={shape: TINY_SHAPES[shape] for shape in contest.shapes},
         batch=4,
-        accumulate=parts,
+        accumulate=parts if contest.accumulate else [],
         trl_accumulate=parts if contest.trl_accumulate else [],
         environment={},
         seconds=0,

@@ -1,6 +1,6 @@
 """DPO steps of this library and of TRL on one accelerator, in turn; an adapter of an 8B shape; where the time goes.
 
-    python tests/accelerator/training.py [--tiny true] [--limit 190]
+    python tests/accelerator/training.py [--tiny true] [--limit 190] [--groups '[0, 2]']
 
 Weights are random, in the shapes of real models; parameters and optimizer are float32, matrix products bfloat16, the
 reference runs at each step. Prints a line of JSON per record, the most important first. What does not fit into the time
@@ -75,9 +75,11 @@ def start(contest: Contest, folder: Path, records: Records) -> dict[str, Worker]
         files.append(str(folder / f"{shape}.npz"))
         np.savez(files[-1], **random_pairs(*tokens, 4 * contest.batch, contest.config["vocab_size"]))
     common = ["--model", str(config), "--batch", str(contest.batch)]
-    ours = [*common, "--pairs", json.dumps(files), "--accumulate", json.dumps(contest.accumulate)]
-    ours += ["--compute.dtype", "bfloat16", *contest.options]
-    workers = {"ours": Worker([str(BENCHMARKS / "dpo_ours.py"), *ours], environment=contest.environment, wait=False)}
+    workers = {}
+    if contest.accumulate:
+        ours = [*common, "--pairs", json.dumps(files), "--accumulate", json.dumps(contest.accumulate)]
+        ours += ["--compute.dtype", "bfloat16", *contest.options]
+        workers["ours"] = Worker([str(BENCHMARKS / "dpo_ours.py"), *ours], environment=contest.environment, wait=False)
     if contest.trl_accumulate and not importlib.util.find_spec("trl"):
         records.skip(f"{contest.name}: trl", "trl is not installed")
     elif contest.trl_accumulate:
@@ -160,9 +162,12 @@ def utilization(turn: dict, ready: dict, result: dict, name: str) -> dict:
 
 def settings(ready: dict, index: int) -> dict:
     """What we ran with."""
-    accumulate = ready["accumulate"][index]
-    compiled = {"compiled_gib": ready["step_bytes"][index] / 2**30}
-    return {key: ready["compute"][key] for key in ("attention", "remat")} | compiled | {"micro_batches": accumulate}
+    return {
+        "attention": ready["attention"][index],
+        "remat": ready["compute"]["remat"],
+        "compiled_gib": ready["step_bytes"][index] / 2**30,
+        "micro_batches": ready["accumulate"][index],
+    }
 
 
 def ratios(ours: dict, trl: dict) -> dict[str, float]:
@@ -222,16 +227,17 @@ def stop(workers: dict[str, Worker]):
         workers.popitem()[1].kill()
 
 
-def main(tiny: bool = False, limit: float = 190.0):
+def main(tiny: bool = False, limit: float = 190.0, groups: list[int] | None = None):
     """Measures everything, and exits with 1 if something failed.
 
     Args:
         tiny: Whether to run the same on tiny models, to see that it works.
         limit: Seconds that it may take.
+        groups: Numbers of the groups of contests, from 0; all by default.
     """
     records = Records(limit)
-    groups, rounds, steps = (TINY_GROUPS, 2, 1) if tiny else (GROUPS, 3, 2)
-    for group in groups:
+    chosen, rounds, steps = (TINY_GROUPS, 2, 1) if tiny else (GROUPS, 3, 2)
+    for group in chosen if groups is None else [chosen[number] for number in groups]:
         measure(group, records, rounds, steps)
     sys.exit(records.failed)
 

@@ -34,7 +34,7 @@ from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.decoder_config import DecoderConfig
 from qstar_jax.scoring import score_policy
-from qstar_jax.sharding import make_mesh
+from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.checkpoints import abstract_with_shardings
 from qstar_jax.store.open import load_model, param_shardings
 from qstar_jax.training.objectives import preference_loss_fn
@@ -147,7 +147,7 @@ class Job:
         # Training shuffles: here so that it brings back the order of the file, which is that of the other libraries.
         order = np.concatenate([step_indices(0, step, steps * batch, batch) for step in range(steps)])
         placed = [example for _, example in sorted(zip(order, examples, strict=True), key=lambda pair: pair[0])]
-        with jax.set_mesh(mesh):
+        with use_mesh(mesh, trainer.model.compute.dtype):
             feeder = Feeder(Dataset(placed, (), path), batch, mesh, options, "batch", accumulate=accumulate)
             if not trainer.live:
                 feeder = with_reference(trainer, feeder, mesh, options)
@@ -181,6 +181,12 @@ class Job:
         """Memory of the largest program: its arguments, and what it needs beside them."""
         analyses = [program.memory_analysis() for program in self.programs.values()]
         return max(a.argument_size_in_bytes + a.temp_size_in_bytes for a in analyses)
+
+    @property
+    def attention(self) -> str:
+        """What computes attention: cuDNN, if the programs call it, else what the options say."""
+        called = all("__cudnn$fmha" in program.as_text() for program in self.programs.values())
+        return "cudnn" if called else self.trainer.model.compute.attention
 
 
 def _shape(batch: Batch) -> tuple:
@@ -262,9 +268,10 @@ def main(
             accumulate=accumulate,
             programs=sum(len(job.programs) for job in jobs),
             step_bytes=[job.step_bytes for job in jobs],
+            attention=[job.attention for job in jobs],
             datasheet_flops=None if device.platform == "cpu" else peak_flops([device]),
         )
-        with jax.set_mesh(mesh):
+        with use_mesh(mesh, compute.dtype):
             for index in turns.begun():
                 turns.facts["matmul_flops"] = measured_matmul_peak(compute.dtype)  # while the other libraries wait
                 jobs[index].run(turns)

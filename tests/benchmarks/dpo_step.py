@@ -23,7 +23,7 @@ from qstar_jax.data.packing import Layout, Shapes
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.losses import make_loss
 from qstar_jax.models import CausalLM
-from qstar_jax.sharding import make_mesh
+from qstar_jax.sharding import make_mesh, platform, use_mesh
 from qstar_jax.store.open import load_model
 from qstar_jax.tasks.tiny_tldr import BASE
 from qstar_jax.training.objectives import preference_loss_fn
@@ -43,7 +43,7 @@ def full_batch(model: CausalLM, pairs: int, length: int, layout: Layout) -> Batc
         Example(ids(prompt), False, tuple(Response(ids(length - prompt), False) for _ in range(2)), row)
         for row in range(pairs)
     ]
-    shapes = Shapes.of(examples, layout, batch_size=pairs)
+    shapes = Shapes.of(examples, layout, batch_size=pairs, texts=platform() == "gpu")  # cuDNN's attention needs them
     return jax.tree.map(jnp.asarray, make_batch(examples, shapes))
 
 
@@ -68,7 +68,7 @@ def main(
         matmul_size: Edge of the measured matrices; by default 2048 on a CPU and 8192 elsewhere.
     """
     mesh = make_mesh()
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh, dtype):
         loaded = load_model(model, ComputeOptions(dtype=dtype), mesh, MeshOptions())
         optimizer = make_optimizer(OptimizerOptions(), steps=100)
         step = jax.jit(make_train_step(preference_loss_fn(loaded.model, make_loss()), optimizer), donate_argnums=0)
