@@ -18,7 +18,7 @@ FLOORS = (
     *("tasks", "data"),
     *("store", "scoring"),
     *("decoding", "training"),
-    *("evaluation", "report"),
+    *("evaluation", "report", "plan"),
     *("demo", "cli"),
 )
 

@@ -1,0 +1,198 @@
+"""What a compiled program costs: matrix products, traffic between devices, kernels. All figures are of one device."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from qstar_jax.plan.hlo import Array, Instruction, Module
+
+_COLLECTIVES = (
+    "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"
+)
+_GEMM, _CONVOLUTION, _ATTENTION = "__cublas$", "__cudnn$conv", "__cudnn$fmha"
+# Instructions that launch nothing: they name, index or order what others have made.
+_FREE = frozenset(
+    "parameter constant bitcast tuple get-tuple-element after-all partition-id opt-barrier add-dependency "
+    "async-done async-update copy-done all-gather-done all-reduce-done collective-permute-done".split()
+)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product, or what a kernel of attention multiplies.
+
+    Attributes:
+        flops: Floating-point operations of one run, a multiply-add counted as two.
+        runs: How often it runs per call of the program.
+        dtype: Dtype of its left operand.
+        kind: What computes it: dot, convolution, or the target of a custom call.
+        source: The JAX operation that it came from.
+    """
+
+    flops: float
+    runs: float
+    dtype: str
+    kind: str
+    source: str
+
+    @property
+    def total(self) -> float:
+        """FLOPs of all runs."""
+        return self.flops * self.runs
+
+
+def products(module: Module) -> list[Product]:
+    """Lists all matrix products; see `opaque_kernels` for what may hide more."""
+    found = []
+    for computation, x, runs in module.instructions("dot|convolution|custom-call"):
+        flops = _flops(x, module.operands(computation, x))
+        if flops is not None:
+            dtype = module.operands(computation, x)[0].dtype
+            found.append(Product(flops, runs, dtype, x.target or x.opcode, x.source))
+    return found
+
+
+def opaque_kernels(module: Module) -> Counter[str]:
+    """Counts the runs of kernels whose products are unknown, such as those written in Pallas, by target."""
+    counts = Counter()
+    for computation, x, runs in module.instructions("custom-call"):
+        if _flops(x, module.operands(computation, x)) is None:
+            counts[x.target] += runs
+    return counts
+
+
+def _flops(x: Instruction, operands: list[Array]) -> float | None:
+    """FLOPs of one run; None if this is no product, or nothing is known about it."""
+    if x.opcode == "dot":
+        contracted = x.numbers(r"lhs_contracting_dims=\{([\d,]*)\}")
+    elif x.target.startswith(_GEMM):
+        dimensions = x.config["gemm_backend_config"]["dot_dimension_numbers"]
+        contracted = [int(i) for i in dimensions["lhs_contracting_dimensions"]]
+    elif x.opcode == "convolution" or x.target == f"{_CONVOLUTION}Forward":
+        return 2.0 * x.results[0].size * _convolution_depth(x, *operands[:2])
+    elif x.target.startswith(_ATTENTION):
+        return _attention_flops(x, operands[0])
+    else:
+        return None
+    return 2.0 * x.results[0].size * math.prod(operands[0].shape[i] for i in contracted)
+
+
+def _attention_flops(x: Instruction, queries: Array) -> float:
+    """FLOPs of cuDNN's attention: 2 products forward, and 5 backward, where the scores are computed again.
+
+    Causal attention is counted at half of the scores, which is what the kernels compute of long rows; what lengths and
+    windows save is not known.
+    """
+    config = x.config["cudnn_fmha_backend_config"]
+    scores = math.prod(int(size) for size in config["intermediate_tensor_shape"]["dimensions"])
+    products_of_scores = 5 if "Backward" in x.target else 2
+    return 2.0 * scores * queries.shape[-1] * products_of_scores * (0.5 if "CAUSAL" in config["mask_type"] else 1.0)
+
+
+def _convolution_depth(x: Instruction, inputs: Array, kernel: Array) -> float:
+    """Mean number of products behind an output. Products with padding are none: TPUs write matrix products so."""
+    labels = [x.find(rf"dim_labels={pattern}") for pattern in (r"(\w+)_", r"\w+_(\w+)->", r"\w+->(\w+)")]
+    depth = float(kernel.shape[labels[1].index("i")])
+    fields = dict(pair.split("=") for pair in (x.find(r"window=\{([^}]*)\}") or "").split())
+    for axis in filter(str.isdigit, labels[1]):
+        sizes = [
+            array.shape[text.index(axis)] for array, text in zip((inputs, kernel, x.results[0]), labels, strict=True)
+        ]
+        axis_fields = {name: value.split("x")[int(axis)] for name, value in fields.items()}
+        depth *= _mean_taps(*sizes, axis_fields)
+    return depth
+
+
+def _mean_taps(length: int, window: int, outputs: int, fields: dict[str, str]) -> float:
+    """Mean number of window entries that meet an input, along one dimension."""
+    stride, dilation, spread = (int(fields.get(name, 1)) for name in ("stride", "rhs_dilate", "lhs_dilate"))
+    before = int(fields.get("pad", "0_0").split("_")[0])
+    places = [o * stride - before + w * dilation for o in range(outputs) for w in range(window)]
+    return sum(0 <= place <= (length - 1) * spread and place % spread == 0 for place in places) / max(outputs, 1)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A transfer between devices.
+
+    Attributes:
+        kind: all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, ...
+        array: The largest array that is gathered, reduced, scattered, exchanged or sent.
+        nbytes: Bytes of all of them, in one run.
+        group: Devices that take part, in each group.
+        runs: How often it runs per call of the program.
+        source: The JAX operation that it came from.
+    """
+
+    kind: str
+    array: Array
+    nbytes: int
+    group: int
+    runs: float
+    source: str
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that a device sends in all runs, with ring algorithms."""
+        share = (self.group - 1) / self.group
+        shares = {"all-gather": share, "reduce-scatter": share, "all-to-all": share, "all-reduce": 2 * share}
+        return self.nbytes * shares.get(self.kind, 1.0) * self.runs
+
+
+def collectives(module: Module, devices: int) -> list[Collective]:
+    """Lists all transfers between the devices of a program, also those that run beside other work."""
+    found: dict[object, Collective] = {}
+    for computation, x, runs in module.instructions(f"(?:{_COLLECTIVES})(?:-start)?"):
+        kind = x.opcode.removesuffix("-start")
+        # A TPU's reduce-scatter is a fusion of that name around an all-reduce.
+        kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind
+        group = _group_size(x, devices)
+        arrays = module.operands(computation, x)[: 1 if kind == "ragged-all-to-all" else None]
+        if kind == "all-gather":
+            (axis,) = x.numbers(r"dimensions=\{(\d+)\}")
+            arrays = [
+                Array(a.dtype, tuple(n * group if i == axis else n for i, n in enumerate(a.shape))) for a in arrays
+            ]
+        item = Collective(
+            kind, max(arrays, key=lambda a: a.nbytes), sum(a.nbytes for a in arrays), group, runs, x.source
+        )
+        # On TPUs, a transfer beside other work appears where it starts, where it is carried along (maybe in a loop) and
+        # where it ends, with one channel: it is one.
+        channel = x.find(r"channel_id=(\d+)")
+        key = (kind, channel) if channel else (computation, x.name)
+        if key not in found or runs < found[key].runs:
+            found[key] = item
+    return list(found.values())
+
+
+def _group_size(x: Instruction, devices: int) -> int:
+    if sizes := x.find(r"replica_groups=mesh\[([^\]]*)\]"):  # mesh['data'=2,'fsdp'=4] {'fsdp'}
+        axes = x.find(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}").replace("'", "").split(",")
+        by_axis = dict(pair.split("=") for pair in sizes.replace("'", "").replace(" ", "").split(","))
+        return math.prod(int(by_axis[axis.strip()]) for axis in axes)
+    if iota := x.numbers(r"replica_groups=\[([\d,]+)\]<="):  # [groups,devices of a group]<=[...]
+        return iota[-1]
+    return len(x.numbers(r"replica_groups=\{\{([\d,]*)\}")) or devices  # {{0,1},{2,3}}, or {}: all
+
+
+def kernels(module: Module) -> Counter[str]:
+    """Counts what a GPU launches per call, by kind: products, cuDNN's kernels, fusions, copies, ..."""
+    counts, pending = Counter(), [module.entry]
+    while pending:
+        name = pending.pop()
+        for x in module.computations[name].values():
+            # Other computations lie within one kernel.
+            if x.opcode in ("while", "conditional", "call", "async-start"):
+                pending += [callee for _, callee in x.callees]
+            elif x.opcode not in _FREE:
+                counts[_kernel_kind(x)] += module.runs[name]
+    return counts
+
+
+def _kernel_kind(x: Instruction) -> str:
+    if x.opcode == "custom-call":
+        return x.target
+    if x.opcode != "fusion":
+        return x.opcode
+    inner = x.config.get("fusion_backend_config", {}).get("kind", "")
+    return inner.strip("_") or x.find(r"kind=k(\w+)").lower() + " fusion"

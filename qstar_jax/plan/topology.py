@@ -1,0 +1,132 @@
+"""Hardware that need not be there: devices to compile programs for, and what the makers say of each chip."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from ctypes.util import find_library
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+from jax.experimental.topologies import get_topology_desc
+
+from qstar_jax.errors import InputError
+
+GPUS = Path(__file__).parent / "gpus"  # descriptions for XLA, as a card's driver would give them
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A chip; rates are of its data sheet. For the peak of its matrix products, see `training.throughput.BF16_PEAKS`.
+
+    Attributes:
+        name: What a topology calls it.
+        memory_bytes: Its memory.
+        memory_bandwidth: Bytes per second to and from its memory.
+        network_bandwidth: Bytes per second that it can send to other chips of a slice, or GPUs of a host.
+        example: A topology of it.
+    """
+
+    name: str
+    memory_bytes: int
+    memory_bandwidth: float
+    network_bandwidth: float
+    example: str
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is an NVIDIA GPU; otherwise it is a TPU."""
+        return (GPUS / f"{self.name}.txtpb").is_file()
+
+
+# TPUs: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, where the bandwidth between chips is that of both
+# directions together. H100: NVIDIA's data sheet of the SXM5 module, NVLink in one direction; the memory is what its
+# driver reports.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 32 * 2**30, 1228e9, 300e9, "v4:2x2x4"),
+        Chip("v5e", 16 * 2**30, 819e9, 200e9, "v5e:4x4"),
+        Chip("v5p", 95 * 2**30, 2765e9, 600e9, "v5p:2x2x4"),
+        Chip("v6e", 32 * 2**30, 1638e9, 400e9, "v6e:4x4"),
+        Chip("tpu7x", 192 * 2**30, 7380e9, 600e9, "tpu7x:2x2x4"),
+        Chip("h100", 84942979072, 3352e9, 450e9, "h100:1x1x8"),
+    )
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """Returns the chip of a topology such as v5e:4x4.
+
+    Raises:
+        InputError: If the name is none of a topology, or the chip is unknown.
+    """
+    name, _, sizes = topology.partition(":")
+    dimensions = 3 if name in CHIPS and CHIPS[name].is_gpu else "1,3"
+    if name not in CHIPS or not re.fullmatch(rf"([1-9]\d*(x|$)){{{dimensions}}}", sizes):
+        raise InputError(
+            f"unknown topology {topology!r}; expected a chip and its arrangement, such as "
+            f"{', '.join(chip.example for chip in CHIPS.values())} (GPUs: slices x hosts x devices of a host)"
+        )
+    return CHIPS[name]
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+    """Returns the devices of a topology, for which programs can be compiled but not run.
+
+    Args:
+        topology: A chip and its arrangement: v5e:4x4, v5p:2x2x4, h100:1x1x8 (slices x hosts x devices of a host).
+
+    Raises:
+        InputError: If it is unknown, or a package is missing that compiles for it.
+    """
+    chip = chip_of(topology)
+    sizes = topology.partition(":")[2]
+    try:
+        if chip.is_gpu:
+            return list(_gpu_devices(chip, sizes))
+        return list(_tpu_devices(topology, [int(size) for size in sizes.split("x")]))
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition(": ")[2]
+        raise InputError(f"topology {topology!r}: {reason} (an example that exists: {chip.example})") from error
+
+
+def _gpu_devices(chip: Chip, sizes: str) -> list[jax.Device]:
+    missing = ", ".join(_missing_for_gpus())
+    if missing:
+        raise InputError(f"compiling for NVIDIA GPUs needs {missing}: pip install 'qstar_jax[plan-gpu]'")
+    description = (GPUS / f"{chip.name}.txtpb").read_text(encoding="utf-8")
+    return get_topology_desc(chip.name, "cuda", topology=sizes, target_config=description).devices
+
+
+def _missing_for_gpus() -> Iterator[str]:
+    """Yields the packages that are not installed; the system may have what they hold."""
+    if not list(_installed("jax_plugins", "xla_cuda*")):
+        yield "jax-cuda12-plugin"
+    if not shutil.which("ptxas") and not list(_installed("nvidia", "*/bin/ptxas")):
+        yield "nvidia-cuda-nvcc-cu12"
+    # JAX asks cuDNN for its version before it compiles attention for it.
+    if not find_library("cudnn") and not list(_installed("nvidia", "cudnn/lib/libcudnn.so.*")):
+        yield "nvidia-cudnn-cu12"
+
+
+def _installed(package: str, pattern: str) -> Iterator[Path]:
+    """Yields the files of a namespace package that match a pattern."""
+    spec = find_spec(package)
+    for folder in spec.submodule_search_locations if spec else ():
+        yield from Path(folder).glob(pattern)
+
+
+def _tpu_devices(topology: str, sizes: list[int]) -> list[jax.Device]:
+    if find_spec("libtpu") is None:
+        raise InputError("compiling for TPUs needs libtpu: pip install 'qstar_jax[plan]'")
+    # Without these, libtpu would look for a TPU's metadata and for its neighbours, and only one process could load it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Smaller topologies than a whole host of 2x2 chips are part of one.
+    whole_host = len(sizes) > 1 and min(sizes[:2]) > 1
+    bounds = {} if whole_host else {"chips_per_host_bounds": tuple(sizes + [1] * (3 - len(sizes)))}
+    return get_topology_desc(topology, "tpu", **bounds).devices
