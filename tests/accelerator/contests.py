@@ -73,7 +73,7 @@ ONE_B = Contest(
     accumulate=[1, 4],
     trl_accumulate=[4, 8],
     options=DOTS,
-    environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.465"},
+    environment={"XLA_CLIENT_MEM_FRACTION": "0.465"},
     traced=True,
     seconds=90,
 )
@@ -85,11 +85,11 @@ SMALL = Contest(
     accumulate=[1, 2],
     trl_accumulate=[2, 4],
     options=DOTS,
-    environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.335"},
+    environment={"XLA_CLIENT_MEM_FRACTION": "0.335"},
     seconds=50,
 )
 # A base in bfloat16, which is its own reference. It has the card to itself, once the others have gone.
-ON_DEMAND = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+ON_DEMAND = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_CLIENT_MEM_FRACTION": "0.92"}
 LORA = Contest(
     "llama-3-8b lora",
     llama(4096, 14336, 32, 32, 8, 128256, head_dim=128),

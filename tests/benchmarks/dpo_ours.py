@@ -5,6 +5,7 @@ python tests/benchmarks/dpo_ours.py --model FOLDER --pairs '[FILE.npz]' [--batch
 Programs are compiled before anything is allocated; weights are read, or drawn where there are none, at each `begin`.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -124,19 +124,17 @@ class Job:
 
     Attributes:
         trainer: Makes the step.
-        examples: The pairs, whole batches of them.
-        batch: Pairs per step.
+        pairs: Pairs per step.
         batches: The steps' batches.
+        counts: What each of them holds, and the FLOPs that it needs.
         programs: Compiled step of each shape of a batch.
-        shared: Whether prompts are computed once for both responses.
     """
 
     trainer: Trainer
-    examples: list[Example]
-    batch: int
+    pairs: int
     batches: list[Batch]
+    counts: list[dict[str, float]]
     programs: dict[tuple, jax.stages.Compiled]
-    shared: bool
 
     @classmethod
     def make(cls, trainer: Trainer, mesh: Mesh, options: DataOptions, path: str, batch: int, accumulate: int) -> "Job":
@@ -156,24 +154,25 @@ class Job:
             base = abstract_with_shardings(abstract, param_shardings(trainer.model.base, mesh, MeshOptions()))
             shapes = {_shape(b): b for b in batches}
             programs = {shape: trainer.compile(base, b, accumulate) for shape, b in shapes.items()}
-        return cls(trainer, examples, batch, batches, programs, options.layout != "plain")
+        shared = options.layout != "plain"
+        counts = [
+            {
+                "tokens": int((b.blocks >= 0).sum()),
+                "slots": b.tokens.size,
+                "flops": trainer.step_flops(examples[step * batch :][:batch], shared),
+                "plain_flops": trainer.step_flops(examples[step * batch :][:batch], False),
+            }
+            for step, b in enumerate(batches)
+        ]
+        return cls(trainer, batch, batches, counts, programs)
 
     def run(self, turns: Turns):
         """Trains as long as more steps are wanted."""
         state = self.trainer.state(self.trainer.load())
-        for step in count():
-            number = step % len(self.batches)
-            batch = self.batches[number]
+        for batch, counts in itertools.cycle(zip(self.batches, self.counts, strict=True)):
             state, metrics = self.programs[_shape(batch)](state, batch)
             total, examples = jax.device_get(metrics["loss"])
-            chosen = self.examples[number * self.batch :][: self.batch]
-            counts = {
-                "tokens": int((batch.blocks >= 0).sum()),
-                "slots": batch.tokens.size,
-                "flops": self.trainer.step_flops(chosen, self.shared),
-                "plain_flops": self.trainer.step_flops(chosen, False),
-            }
-            if not turns.wants_more(float(total / examples), self.batch, **counts):
+            if not turns.wants_more(float(total / examples), self.pairs, **counts):
                 return
 
     @property
