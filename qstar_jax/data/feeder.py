@@ -62,7 +62,7 @@ class Feeder:
         )
         self._ref_logps: Sequence[Sequence[np.ndarray]] | None = None
         self._sharding = NamedSharding(mesh, BATCH)
-        self._stacked_sharding = NamedSharding(mesh, PartitionSpec(None, *BATCH))
+        self._step_sharding = NamedSharding(mesh, BATCH if accumulate == 1 else PartitionSpec(None, *BATCH))
 
     def with_reference(self, ref_logps: Sequence[Sequence[np.ndarray]]) -> "Feeder":
         """Returns a feeder whose batches also carry log pi_ref of their responses' tokens."""
@@ -82,14 +82,23 @@ class Feeder:
 
     def at_step(self, seed: int, step: int) -> Batch:
         """Returns the batch of a step, a pure function of (seed, step), with a leading axis of micro-batches."""
+        return self._place(self._make_step(seed, step), self._step_sharding)
+
+    def shapes_at_step(self, seed: int, step: int) -> Batch:
+        """Returns the shapes, dtypes and shardings of `at_step`; the devices need not be there."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._step_sharding), self._make_step(seed, step)
+        )
+
+    def _make_step(self, seed: int, step: int) -> Batch:
         micro_batches = self.indices_at_step(seed, step)
         if self.accumulate == 1:
-            return self._place(self._make(micro_batches[0]), self._sharding)
+            return self._make(micro_batches[0])
         # All micro-batches take the largest size among them, so that they can be stacked.
         plans = [plan_batch(self._examples(indices), self.shapes) for indices in micro_batches]
         size = tuple(np.max([plan.size for plan in plans], axis=0))
         batches = [self._make(i, at_least=size, plan=plan) for i, plan in zip(micro_batches, plans, strict=True)]
-        return self._place(jax.tree.map(lambda *x: np.stack(x), *batches), self._stacked_sharding)
+        return jax.tree.map(lambda *x: np.stack(x), *batches)
 
     def in_order(self, start: int = 0) -> Iterator[Batch]:
         """Yields all examples from `start` on in file order; those that fill up the last batch have weight 0."""

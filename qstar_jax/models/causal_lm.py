@@ -294,7 +294,7 @@ class DecodeCache:
 
 @cache
 def _abstract_params(model: CausalLM) -> Params:
-    return jax.eval_shape(model.init, jax.random.key(0))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0)))  # no device makes the key
 
 
 @cache

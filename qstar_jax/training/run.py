@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import optax
 import yaml
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.config import DpoConfig, SftConfig
@@ -35,9 +35,9 @@ from qstar_jax.training.objectives.responses import token_counts
 from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from qstar_jax.training.plan import RunPlan, make_plan
 from qstar_jax.training.run_log import RunLog
-from qstar_jax.training.setup import Start, build_state, describe, find_start, saved_arrays
+from qstar_jax.training.setup import Start, build_state, describe, find_start, jit_step, saved_arrays
 from qstar_jax.training.source import DatasetSource
-from qstar_jax.training.step import TrainState, TrainStep, make_train_step
+from qstar_jax.training.step import TrainState
 from qstar_jax.training.throughput import Throughput, peak_flops, peak_memory_bytes
 
 
@@ -182,7 +182,7 @@ def _make_loop(
     loop = Loop(
         options=options,
         steps=run.steps,
-        train_step=_jit_step(run, state),
+        train_step=jit_step(plan, loss_fn, run.optimizer, state),
         source=source,
         evaluators=evaluators,
         schedule=learning_rate_schedule(plan.config.optimizer, run.steps),
@@ -207,19 +207,6 @@ def _estimate(run: Run, state: TrainState, batch: Batch, throughput: Throughput)
         limit=device_memory(jax.local_devices()[0]),
         peak_flops=throughput.peak_flops,
     )
-
-
-def _jit_step(run: Run, state: TrainState) -> TrainStep:
-    """Jits the step; the state keeps its shardings and its buffers."""
-    train_step = make_train_step(
-        run.loss_fn,
-        run.optimizer,
-        accumulate=run.plan.config.train.accumulate,
-        sync_every=run.plan.reference.sync_every,
-        sync_mix=run.plan.reference.sync_mix,
-    )
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(run.mesh, PartitionSpec())))
 
 
 def _finish(run: Run, summary: dict[str, float], probe: Probe | None, seconds: float) -> dict[str, float | str]:

@@ -29,8 +29,9 @@ from qstar_jax.store.checkpoints import (
 from qstar_jax.store.identity import check_weights, weights_identity
 from qstar_jax.store.open import load_model, param_shardings
 from qstar_jax.training.continuation import check_same_options
+from qstar_jax.training.objectives import LossFn
 from qstar_jax.training.plan import RunPlan
-from qstar_jax.training.step import TrainState
+from qstar_jax.training.step import TrainState, TrainStep, make_train_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ def find_start(plan: RunPlan, store: CheckpointStore, mesh: Mesh) -> Start:
     config, step = plan.config, store.latest_step
     if step is None:
         loaded = load_model(config.model, config.compute, mesh, config.mesh)
-        model = _with_adapter(loaded.model, config.lora)
+        model = with_adapter(loaded.model, config.lora)
         tokenizer = adopt_template(loaded.tokenizer, config.data.chat_template)
         needed = plan.objective.uses_reference
         identity = weights_identity(loaded.model, loaded.params) if needed or model.lora else None
@@ -101,7 +102,12 @@ def find_start(plan: RunPlan, store: CheckpointStore, mesh: Mesh) -> Start:
     )
 
 
-def _with_adapter(model: CausalLM, options: LoraOptions) -> CausalLM:
+def with_adapter(model: CausalLM, options: LoraOptions) -> CausalLM:
+    """Returns the model with the adapter that the options ask for, if any.
+
+    Raises:
+        InputError: If they contradict each other, or do not fit the model.
+    """
     if options.rank == 0:
         without_effect = [name for name in ("alpha", "targets") if getattr(options, name) is not None]
         if without_effect:
@@ -153,18 +159,42 @@ def build_state(
     Raises:
         InputError: If the run's reference is no longer the one with which it began.
     """
-    model, options = start.model, plan.config.mesh
-    shardings = param_shardings(model, mesh, options)
-    abstract = abstract_with_shardings(model.abstract_params(), shardings)
-    base, adapter = split_adapter(abstract)
-    opt_state = jax.eval_shape(optimizer.init, base if model.lora is None else adapter)
-    opt_state = abstract_with_shardings(opt_state, tree_shardings(opt_state, mesh, options, SHARDING_OVERRIDES))
+    abstract = abstract_state(plan, start.model, optimizer, mesh)
     if start.params is None:
-        arrays = _restore(plan, start, store, base, adapter, opt_state)
+        arrays = _restore(plan, start, store, abstract)
     else:
-        arrays = _initialize(plan, start, optimizer, store, description, adapter, opt_state)
-    step, finite = jax.device_put((jnp.int32(start.step), jnp.bool(True)), NamedSharding(mesh, PartitionSpec()))
+        arrays = _initialize(plan, start, optimizer, store, description, abstract)
+    step, finite = jax.device_put((jnp.int32(start.step), jnp.bool(True)), abstract.step.sharding)
     return TrainState(step=step, finite=finite, **arrays)
+
+
+def abstract_state(plan: RunPlan, model: CausalLM, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Returns shapes, dtypes and shardings of a run's state; the devices need not be there."""
+    options, everywhere = plan.config.mesh, NamedSharding(mesh, PartitionSpec())
+    params = abstract_with_shardings(model.abstract_params(), param_shardings(model, mesh, options))
+    base, adapter = split_adapter(params)
+    trained = base if model.lora is None else adapter
+    opt_state = jax.eval_shape(optimizer.init, trained)
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        params=trained,
+        opt_state=abstract_with_shardings(opt_state, tree_shardings(opt_state, mesh, options, SHARDING_OVERRIDES)),
+        ref_params=base if plan.holds_reference else None,
+        frozen=None if model.lora is None else base,
+        finite=jax.ShapeDtypeStruct((), jnp.bool, sharding=everywhere),
+    )
+
+
+def jit_step(plan: RunPlan, loss_fn: LossFn, optimizer: optax.GradientTransformation, state: TrainState) -> TrainStep:
+    """Makes and jits the step of a run; the state, which may be abstract, keeps its shardings and its buffers."""
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        accumulate=plan.config.train.accumulate,
+        sync_every=plan.reference.sync_every,
+        sync_mix=plan.reference.sync_mix,
+    )
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(_shardings(state), state.step.sharding))
 
 
 def _initialize(
@@ -173,31 +203,28 @@ def _initialize(
     optimizer: optax.GradientTransformation,
     store: CheckpointStore,
     description: Description,
-    adapter: Params,
-    opt_state: optax.OptState,
+    abstract: TrainState,
 ) -> dict[str, Any]:
-    """Arrays of a fresh state; `adapter` and `opt_state` are abstract."""
+    """Arrays of a fresh state."""
     model, params, frozen, ref_params = start.model, start.params, None, None
     if plan.holds_reference:
         # A copy: the state is donated to each step, so the policy may not share its buffers.
         ref_params = jax.tree.map(jnp.copy, params)
     if model.lora is not None:
         store.save_frozen(BASE, params, description)
-        frozen, init = params, jax.jit(model.init_adapter, out_shardings=_shardings(adapter))
+        frozen, init = params, jax.jit(model.init_adapter, out_shardings=_shardings(abstract.params))
         params = init(jax.random.key(plan.config.train.seed))
     elif plan.objective.uses_reference:
         store.save_frozen(REFERENCE, params, description)  # also if it is cached: `score` reads it
-    opt_state = jax.jit(optimizer.init, out_shardings=_shardings(opt_state))(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=_shardings(abstract.opt_state))(params)
     return {"params": params, "opt_state": opt_state, "ref_params": ref_params, "frozen": frozen}
 
 
-def _restore(
-    plan: RunPlan, start: Start, store: CheckpointStore, base: Params, adapter: Params, opt_state: optax.OptState
-) -> dict[str, Any]:
-    """Arrays of the state in a checkpoint; `base`, `adapter` and `opt_state` are abstract."""
+def _restore(plan: RunPlan, start: Start, store: CheckpointStore, abstract: TrainState) -> dict[str, Any]:
+    """Arrays of the state in a checkpoint."""
     has_adapter = start.model.lora is not None
-    abstract = {"params": adapter if has_adapter else base, "opt_state": opt_state}
-    arrays = store.restore(start.step, abstract | ({"ref_params": base} if plan.moves_reference else {}))
+    base = abstract.frozen if has_adapter else abstract.params
+    arrays = store.restore(start.step, saved_arrays(plan, abstract))
 
     def read_frozen(name: str, identity: str | None) -> Params:
         params = read_checkpoint_params(store.run / name, start.model.base, _shardings(base))

@@ -17,7 +17,7 @@ from qstar_jax.store.checkpoints import BASE
 from qstar_jax.store.open import load_model
 from qstar_jax.training import run as run_module
 from qstar_jax.training.plan import make_plan
-from qstar_jax.training.setup import _with_adapter
+from qstar_jax.training.setup import with_adapter
 
 LORA = LoraOptions(rank=4)
 
@@ -100,10 +100,10 @@ def test_every_kind_of_reference_gives_the_same_run(mode, run, lora_config, tiny
 
 def test_each_option_reaches_the_model(tiny_model):
     """What rank, alpha and targets do to the numbers is tested with the model."""
-    assert _with_adapter(tiny_model, LoraOptions()) == tiny_model
-    usual = _with_adapter(tiny_model, LORA).lora
+    assert with_adapter(tiny_model, LoraOptions()) == tiny_model
+    usual = with_adapter(tiny_model, LORA).lora
     assert (usual.rank, usual.alpha, usual.targets) == (4, 8.0, tuple(tiny_model.linear_layers))
-    other = _with_adapter(tiny_model, LoraOptions(rank=2, alpha=1.0, targets=["v_proj", "q_proj"])).lora
+    other = with_adapter(tiny_model, LoraOptions(rank=2, alpha=1.0, targets=["v_proj", "q_proj"])).lora
     assert (other.rank, other.alpha, other.targets) == (2, 1.0, ("q_proj", "v_proj"))
 
 

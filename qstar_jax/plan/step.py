@@ -1,0 +1,147 @@
+"""The step that a run would take, compiled from shapes alone: nothing is read, nothing is allocated."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qstar_jax.data.batches import Batch
+from qstar_jax.data.feeder import Feeder
+from qstar_jax.data.loading import Dataset
+from qstar_jax.data.packing import blocks_of
+from qstar_jax.data.tokenization import Example, Response
+from qstar_jax.models import CausalLM
+from qstar_jax.plan.costs import Product, collectives, kernels, opaque_kernels, products
+from qstar_jax.plan.hlo import Module
+from qstar_jax.sharding import use_mesh
+from qstar_jax.training.optimizers import make_optimizer
+from qstar_jax.training.plan import RunPlan
+from qstar_jax.training.setup import abstract_state, jit_step, with_adapter
+from qstar_jax.training.step import TrainState
+
+
+def pairs_of_lengths(prompt: int, response: int, count: int) -> list[Example]:
+    """Returns pairs of which only the lengths matter, in tokens."""
+    ids = np.zeros(response, np.int32)
+    return [Example(np.zeros(prompt, np.int32), False, (Response(ids, False),) * 2, row) for row in range(count)]
+
+
+@dataclass(frozen=True)
+class LoweredStep:
+    """A step, ready to be compiled.
+
+    Attributes:
+        lowered: The program.
+        state: Shapes and shardings of its state.
+        batch: Those of its batch.
+        flops: Model FLOPs of a step, over all devices.
+    """
+
+    lowered: jax.stages.Lowered
+    state: TrainState
+    batch: Batch
+    flops: float
+
+
+def lower_step(plan: RunPlan, model: CausalLM, examples: Sequence[Example], mesh: Mesh) -> LoweredStep:
+    """Lowers the step of a run on a mesh whose devices need not be there.
+
+    Args:
+        plan: Options and objective of the run.
+        model: Its model, without an adapter.
+        examples: Its examples, or some that are as long.
+        mesh: Devices that are there, or those of a topology.
+
+    Raises:
+        InputError: If the options do not fit the model or the mesh.
+    """
+    options = plan.config.train
+    model = with_adapter(model, plan.config.lora)
+    dataset = Dataset(list(examples), (), plan.config.data.train)
+    feeder = Feeder(
+        dataset, options.batch_size, mesh, plan.config.data, "train.batch_size", accumulate=options.accumulate
+    )
+    if plan.reference.mode == "cached":
+        feeder = feeder.with_reference([[np.zeros(len(r.ids), np.float32) for r in e.responses] for e in examples])
+    optimizer = make_optimizer(plan.config.optimizer, options.steps or feeder.batches)
+    with use_mesh(mesh, plan.config.compute.dtype):
+        state = abstract_state(plan, model, optimizer, mesh)
+        batch = feeder.shapes_at_step(options.seed, 0)
+        lowered = jit_step(plan, plan.objective.loss_fn(model), optimizer, state).lower(state, batch)
+    in_step = [examples[i] for i in feeder.indices_at_step(options.seed, 0).reshape(-1)]
+    return LoweredStep(lowered, state, batch, step_flops(plan, model, in_step))
+
+
+def step_flops(plan: RunPlan, model: CausalLM, examples: Sequence[Example]) -> float:
+    """Counts the model FLOPs of a step on some examples: what it needs, if nothing is computed twice."""
+    tokens = scored_tokens = keys = 0
+    for block in blocks_of(examples, plan.config.data.layout):
+        shared = block.length - block.scored
+        responses = [len(examples[block.example].responses[r].ids) for r in block.responses]
+        keys += shared * (shared + 1) / 2 + sum(n * shared + n * (n + 1) / 2 for n in responses)
+        tokens += block.length
+        scored_tokens += block.scored
+    forward = model.config.forward_flops(tokens=tokens, scored_tokens=scored_tokens, context=keys / tokens)
+    # An adapter saves the gradients of the weights, a third of the rest.
+    return forward * ((3 if model.lora is None else 2) + plan.runs_reference)
+
+
+@dataclass(frozen=True)
+class CompiledProgram:
+    """What a compiled program needs on one device.
+
+    Attributes:
+        compiled: The program.
+        devices: Devices that it runs on.
+    """
+
+    compiled: jax.stages.Compiled
+    devices: int
+
+    @cached_property
+    def module(self) -> Module:
+        """Its text, parsed."""
+        return Module.parse(self.compiled.as_text())
+
+    @cached_property
+    def products(self) -> list[Product]:
+        """Its matrix products."""
+        return products(self.module)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes: of arguments, of temporaries, and of all that is held while it runs."""
+        sizes = self.compiled.memory_analysis()
+        fresh = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # outputs that take no argument's place
+        arguments, temporary = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+        return {"arguments": arguments, "temporary": temporary, "total": arguments + temporary + fresh}
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """FLOPs of matrix products by the dtype of their operands."""
+        totals = Counter()
+        for product in self.products:
+            totals[product.dtype] += product.total
+        return dict(totals)
+
+    @property
+    def kernels(self) -> dict[str, float]:
+        """How often each kind of kernel runs, the most frequent first."""
+        return dict(kernels(self.module).most_common())
+
+    @property
+    def opaque(self) -> dict[str, float]:
+        """Runs of kernels whose products are not in `flops`."""
+        return dict(opaque_kernels(self.module))
+
+    @property
+    def wire_bytes(self) -> dict[str, float]:
+        """Bytes that are sent to other devices, by kind of transfer."""
+        totals = Counter()
+        for item in collectives(self.module, self.devices):
+            totals[item.kind] += item.wire_bytes
+        return dict(totals)
