@@ -29,7 +29,7 @@ from contests import GROUPS, TINY_GROUPS, Contest  # noqa: E402
 from dpo_vs_trl import random_pairs  # noqa: E402
 from worker import Worker  # noqa: E402
 
-PATIENCE = 100.0  # seconds until a library counts as hung
+PATIENCE = 120.0  # seconds until a library counts as hung
 
 
 class Records:
