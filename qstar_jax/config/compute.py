@@ -14,8 +14,8 @@ class ComputeOptions:
         param_dtype: Dtype in which parameters and optimizer moments are stored; float32 with `dtype` bfloat16 trains
             float32 master weights with bfloat16 matrix products.
         dtype: Dtype of activations and matrix products; log-softmax, sums over tokens and losses are always float32.
-        remat: What the backward pass recomputes instead of keeping it: `none`; `dots`, all but matrix products;
-            `attention`, all but the inputs of attention; `full`, every layer.
+        remat: What the backward pass recomputes instead of keeping it: `none`; `dots`, all but matrix products and the
+            output of attention; `attention`, all but the output of attention; `full`, every layer.
         attention: Attention in training and scoring. `dense` computes all scores of a sequence at once; `blockwise`
             those of 128 queries at a time, and again in the backward pass, for long sequences; `flash` is a TPU kernel
             whose scores never leave the processor, `cudnn` its counterpart for bfloat16 on NVIDIA GPUs; `auto` is flash

@@ -258,10 +258,15 @@ def _select_rotation(rotations: list[Rotation | None], index: Int[Array, ""] | i
 
 
 def _rematerialize(run_layer, remat: str):
-    if remat == "full":
-        return jax.checkpoint(run_layer)
-    if remat == "attention":
-        return jax.checkpoint(run_layer, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT))
-    if remat == "dots":
-        return jax.checkpoint(run_layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return run_layer
+    if remat == "none":
+        return run_layer
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names(ATTENTION_OUT)
+    policy = {
+        "full": None,
+        "attention": attention,
+        # Without its output, attention would be run twice in the backward pass: for that of its own, and for the
+        # gradient of the product that reads it.
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+    }[remat]
+    return jax.checkpoint(run_layer, policy=policy)
