@@ -52,8 +52,10 @@ from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Example, Response
+from qstar_jax.errors import InputError
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.models import CausalLM
+from qstar_jax.plan.topology import topology_devices
 from qstar_jax.sharding import make_mesh
 from qstar_jax.store import hub
 from qstar_jax.store.open import param_shardings
@@ -143,6 +145,21 @@ def assert_norm_close():
 def one_device():
     """A mesh of one device."""
     return make_mesh(MeshOptions(data=1), devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def devices_of() -> Callable[[str], list[jax.Device]]:
+    """The devices of a topology; skips a test where a package is missing that compiles for it."""
+
+    def devices(topology: str) -> list[jax.Device]:
+        try:
+            return topology_devices(topology)
+        except InputError as error:
+            if "pip install" not in str(error):
+                raise
+            pytest.skip(str(error))
+
+    return devices
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.data.batches import make_batch
@@ -20,7 +21,7 @@ from qstar_jax.models.decoder_config import LayerKind
 from qstar_jax.models.masks import PackedMask, Texts
 from qstar_jax.models.rope import Rope
 from qstar_jax.scoring import score_policy
-from qstar_jax.sharding import make_mesh
+from qstar_jax.sharding import BATCH, make_mesh
 
 on_xla = partial(cudnn_attention.cudnn_attention, implementation="xla")
 WINDOWS = {"layers": (LayerKind(Rope(10000.0), window=3), LayerKind(Rope(10000.0), window=5))}
@@ -114,6 +115,48 @@ def test_what_cudnn_leaves_behind_the_end_of_a_text_reaches_nothing(monkeypatch)
         padding = (mask.blocks < 0)[..., None, None]
         for x in (out, *pull_back(jnp.ones_like(out))):
             assert np.isfinite(x).all() and not np.where(padding, x, 0).any()
+
+
+@pytest.fixture
+def compiled_for_h100s(devices_of):
+    """`compiled(count, length, window)`: attention and its gradients over two responses each, on so many H100s."""
+
+    def compiled(count, length, window=None, windows=()):
+        mesh = make_mesh(MeshOptions(data=count), devices_of("h100:1x1x2")[:count])
+
+        def step(q, k, v, mask, window):
+            attend = masked_attention(mask, mask.blocks, "auto", scale=0.125, windows=windows)
+            out, pull_back = jax.vjp(partial(attend, window=window), q, k, v)
+            return pull_back(out)
+
+        def shape(*sizes, dtype=jnp.int32):
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, BATCH))
+
+        q, k = (shape(8, length, heads, 64, dtype=jnp.bfloat16) for heads in (32, 8))
+        texts = Texts(shape(16, length // 2 + 64), shape(8, length, 2), count)
+        mask_of_texts = PackedMask(shape(8, length), shape(8, length), texts)
+        window = window and jax.ShapeDtypeStruct((), jnp.int32)
+        with jax.set_mesh(mesh):
+            return jax.jit(step).lower(q, k, k, mask_of_texts, window).compile()
+
+    return compiled
+
+
+def test_programs_for_an_h100(compiled_for_h100s):
+    short, long = compiled_for_h100s(1, 1024), compiled_for_h100s(1, 4096)
+    counts = [long.as_text().count(f'"__cudnn$fmhaSoftmax{backward}"') for backward in ("", "Backward")]
+    assert counts == [2, 1]  # forward, and again in the backward pass
+    # Memory grows with the length, not with its square.
+    temporary = [program.memory_analysis().temp_size_in_bytes for program in (short, long)]
+    assert 3 * temporary[0] < temporary[1] < 4.5 * temporary[0]
+
+
+def test_programs_for_two_h100s_and_windows(compiled_for_h100s):
+    text = compiled_for_h100s(2, 1024, window=256, windows=(256, None)).as_text()
+    assert text.count('"__cudnn$fmhaSoftmaxBackward"') == 2  # one for each branch
+    assert "conditional(" in text
+    # The texts of a sequence are on its device.
+    assert not any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 
 
 def test_why_not():
