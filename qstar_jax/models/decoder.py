@@ -91,7 +91,9 @@ class Decoder(nnx.Module):
         # Embed, scan over the layers with their settings, and normalize.
         run_layer, settings = _rematerialize(run_layer, self.compute.remat), self._stacked_settings()
         x = self._embed(tokens, positions)
-        x, _ = jax.lax.scan(lambda x, layer: (run_layer(layer[0], x, layer[1]), None), x, (self.layers, settings))
+        unroll = 1 if self.compute.scan_layers else self.config.num_hidden_layers
+        layers = (self.layers, settings)
+        x, _ = jax.lax.scan(lambda x, layer: (run_layer(layer[0], x, layer[1]), None), x, layers, unroll=unroll)
         return rearrange(self.norm(x), "(b s) d -> b s d", b=tokens.shape[0])
 
     def prefill(

@@ -21,6 +21,7 @@ FREE_OPTIONS = (
     "mesh",
     "compute.remat",
     "compute.attention",
+    "compute.scan_layers",
     "data.bad_rows",
     "reference.cache",
     #

@@ -11,6 +11,7 @@ from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.masks import right_padded
+from qstar_jax.plan.hlo import Module
 
 # Compiled once a model and shape, whichever tests they serve.
 logits_of = jax.jit(CausalLM.logits, static_argnums=0)
@@ -164,6 +165,17 @@ def test_rematerialisation_changes_no_gradient_but_the_program(tiny_config, tiny
             actual["none"],
         )
     assert len(set(programs.values())) == 4 and "checkpoint" not in programs["none"]
+
+
+def test_layers_without_a_loop_train_the_same(tiny_config, tiny_params, tokens, assert_norm_close):
+    grads, loops = {}, {}
+    for scan_layers in (True, False):
+        model = CausalLM.from_hf(tiny_config, ComputeOptions(scan_layers=scan_layers))
+        compiled = jax.jit(jax.grad(loss_of(model, jnp.asarray(tokens[:, :8])))).lower(tiny_params).compile()
+        grads[scan_layers] = compiled(tiny_params)
+        loops[scan_layers] = [loop.trips for loop in Module.parse(compiled.as_text()).loops]
+    assert_norm_close(grads[False], grads[True], 1e-6)
+    assert tiny_config["num_hidden_layers"] in loops[True] and tiny_config["num_hidden_layers"] not in loops[False]
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
