@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qstar_jax.plan.hlo import Array, Instruction, Module
@@ -177,7 +178,20 @@ def _group_size(x: Instruction, devices: int) -> int:
 
 def kernels(module: Module) -> Counter[str]:
     """Counts what a GPU launches per call, by kind: products, cuDNN's kernels, fusions, copies, ..."""
-    counts, pending = Counter(), [module.entry]
+    counts = Counter()
+    for _, x, runs in _launched(module):
+        counts[_kernel_kind(x)] += runs
+    return counts
+
+
+def memory_traffic(module: Module) -> float:
+    """Counts the bytes that kernels of a GPU read and write per call, if no cache holds what one leaves for another."""
+    return sum(runs * _traffic(module, name, x) for name, x, runs in _launched(module))
+
+
+def _launched(module: Module) -> Iterator[tuple[str, Instruction, float]]:
+    """Yields (computation, instruction, runs) of what is launched as kernels."""
+    pending = [module.entry]
     while pending:
         name = pending.pop()
         for x in module.computations[name].values():
@@ -185,8 +199,37 @@ def kernels(module: Module) -> Counter[str]:
             if x.opcode in ("while", "conditional", "call", "async-start"):
                 pending += [callee for _, callee in x.callees]
             elif x.opcode not in _FREE:
-                counts[_kernel_kind(x)] += module.runs[name]
-    return counts
+                yield name, x, module.runs[name]
+
+
+def _traffic(module: Module, computation: str, x: Instruction) -> int:
+    """Bytes that one run of a kernel reads and writes; of an array that it slices or updates, only that part."""
+    if x.opcode != "fusion":
+        inside = module.computations[computation]
+        reads = sum(_read_bytes(name, [x], inside) for name in dict.fromkeys(x.operands) if name in inside)
+        return reads + _written_bytes(x, inside)
+    ((_, callee),) = x.callees
+    inside = module.computations[callee]
+    users = {name: [y for y in inside.values() if name in y.operands] for name in inside}
+    reads = sum(_read_bytes(name, users[name], inside) for name, y in inside.items() if y.opcode == "parameter")
+    return reads + _written_bytes(list(inside.values())[-1], inside)
+
+
+def _read_bytes(name: str, users: list[Instruction], inside: Mapping[str, Instruction]) -> int:
+    first = [user for user in users if user.operands[0] == name]
+    if len(first) == len(users) and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
+        return sum(array.nbytes for user in users for array in user.results)
+    if len(first) == len(users) and all(user.opcode == "dynamic-update-slice" for user in users):
+        return 0
+    return sum(array.nbytes for array in inside[name].results)
+
+
+def _written_bytes(root: Instruction, inside: Mapping[str, Instruction]) -> int:
+    if root.opcode == "dynamic-update-slice":  # in place
+        return sum(array.nbytes for array in inside[root.operands[1]].results)
+    if root.opcode in ("bitcast", "tuple"):
+        return sum(_written_bytes(inside[name], inside) for name in root.operands)
+    return sum(array.nbytes for array in root.results)
 
 
 def _kernel_kind(x: Instruction) -> str:

@@ -15,7 +15,7 @@ from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import blocks_of
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.models import CausalLM
-from qstar_jax.plan.costs import Product, collectives, kernels, opaque_kernels, products
+from qstar_jax.plan.costs import Product, collectives, kernels, memory_traffic, opaque_kernels, products
 from qstar_jax.plan.hlo import Module
 from qstar_jax.sharding import use_mesh
 from qstar_jax.training.optimizers import make_optimizer
@@ -132,6 +132,11 @@ class CompiledProgram:
     def kernels(self) -> dict[str, float]:
         """How often each kind of kernel runs, the most frequent first."""
         return dict(kernels(self.module).most_common())
+
+    @property
+    def traffic(self) -> float:
+        """Bytes that its kernels read and write; of a GPU."""
+        return memory_traffic(self.module)
 
     @property
     def opaque(self) -> dict[str, float]:

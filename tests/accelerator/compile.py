@@ -7,6 +7,7 @@ Needs the extra `plan-gpu` for GPUs, and `plan` for TPUs. Prints one line of JSO
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -28,9 +29,10 @@ from qstar_jax.config import (
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.plan.step import CompiledProgram, lower_step, pairs_of_lengths
-from qstar_jax.plan.topology import chip_of, topology_devices
+from qstar_jax.plan.topology import Chip, chip_of, topology_devices
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.plan import make_plan
+from qstar_jax.training.throughput import peak_flops
 
 GIB = 2**30
 MODELS = {contest.name.removesuffix(" lora"): contest.config for contest in (ONE_B, SMALL, LORA)} | {
@@ -78,6 +80,10 @@ def main(
         compute=compute,
         mesh=mesh,
     )
+    if model not in MODELS and not Path(model).is_file():
+        raise InputError(f"--model {model}: expected a config.json, or one of {', '.join(MODELS)}")
+    if shape not in SHAPES and not re.fullmatch(r"\d+\+\d+", shape):
+        raise InputError(f"--shape {shape}: expected {', '.join(SHAPES)} or lengths in tokens such as 384+48")
     hf = MODELS.get(model) or json.loads(Path(model).read_text(encoding="utf-8"))
     prompt, response = SHAPES.get(shape) or map(int, shape.split("+"))
     devices = make_mesh(mesh, topology_devices(topology))
@@ -92,21 +98,29 @@ def main(
         Path(hlo).write_text(program.compiled.as_text(), encoding="utf-8")
     settings = {"model": model, "shape": shape, "topology": topology, "pairs": batch, "micro_batches": accumulate}
     settings |= {"attention": compute.attention, "remat": compute.remat, "reference": reference.mode}
-    settings |= {"lora_rank": lora.rank, "layout": layout, "sequences": list(step.batch.tokens.shape)}
-    print(json.dumps(settings | record(program, step.flops / devices.size, chip_of(topology).memory_bytes)
-                     | {"lower_seconds": lowered - began, "compile_seconds": compiled - lowered}))  # fmt: skip
+    settings |= {
+        "scan_layers": compute.scan_layers,
+        "lora_rank": lora.rank,
+        "layout": layout,
+        "sequences": list(step.batch.tokens.shape),
+    }
+    settings |= {"lower_seconds": round(lowered - began, 1), "compile_seconds": round(compiled - lowered, 1)}
+    peak = peak_flops(list(devices.devices.flat)) / devices.size
+    print(json.dumps(settings | record(program, step.flops / devices.size, chip_of(topology), peak)))
 
 
-def record(program: CompiledProgram, model_flops: float, memory: int) -> dict:
-    """What a program needs on one device."""
+def record(program: CompiledProgram, model_flops: float, chip: Chip, peak: float) -> dict:
+    """What a program needs on one device, and the times of its products and its traffic at the chip's rates."""
     flops = program.flops
+    times = {"products_seconds": sum(flops.values()) / peak, "memory_seconds": program.traffic / chip.memory_bandwidth}
     return {
         **{f"{name}_gib": round(size / GIB, 2) for name, size in program.memory.items()},
-        "of_gib": round(memory / GIB, 2),
+        "of_gib": round(chip.memory_bytes / GIB, 2),
         "model_flops": model_flops,
         "product_flops": sum(flops.values()),
         "products_over_model": round(sum(flops.values()) / model_flops, 3),
         "product_flops_by_dtype": flops,
+        **(times if chip.is_gpu else {}),
         "wire_bytes": program.wire_bytes,
         "kernels": program.kernels,
         "opaque_kernels": program.opaque,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from qstar_jax.plan.costs import Collective, collectives, kernels, opaque_kernels, products
+from qstar_jax.plan.costs import Collective, collectives, kernels, memory_traffic, opaque_kernels, products
 from qstar_jax.plan.hlo import Module
 
 P = PartitionSpec
@@ -143,6 +143,28 @@ def test_attention_of_an_h100(devices_of):
     flops = 2 * 64 * 2 * 8 * 512 * 512 / 2  # of one product over all scores, half of which are masked
     # Scores and outputs; backward the scores again, and the gradients of probabilities, queries, keys and values.
     assert [product.total for product in products(compiled(program, q, k))] == [2 * flops, 5 * flops]
+
+
+def test_memory_traffic_of_an_h100(devices_of):
+    here = on(devices_of("h100:1x1x1")[0])
+    x = shape(1024, 512, sharding=here)
+    nbytes = 1024 * 512 * 4
+    assert memory_traffic(compiled(lambda x, y: jnp.tanh(x + y), x, x)) == 3 * nbytes
+    assert memory_traffic(compiled(lambda x: jnp.tanh(x[:256]), x)) == nbytes / 2
+    x, w = (shape(*sizes, dtype=jnp.bfloat16, sharding=here) for sizes in ((4096, 512), (512, 8192)))
+    assert memory_traffic(compiled(lambda x, w: x @ w, x, w)) == 2 * (4096 * 512 + 512 * 8192 + 4096 * 8192)
+
+
+def test_memory_traffic_of_a_loop_is_that_of_its_slices(devices_of):
+    here = on(devices_of("h100:1x1x1")[0])
+    stack, row = shape(64, 1024, 1024, sharding=here), 1024 * 1024 * 4
+
+    def program(stack):
+        return jax.lax.scan(lambda carry, x: (jnp.tanh(carry + x), carry), jnp.zeros_like(stack[0]), stack)
+
+    # Each step reads a slice and the carry, and writes the carry, and the slice of a stack; before, zeros are written.
+    traffic = memory_traffic(compiled(program, stack))
+    assert 64 * 4 * row < traffic < 64 * 8 * row
 
 
 def test_a_pallas_kernel_is_opaque():
