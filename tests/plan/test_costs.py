@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from qstar_jax.config import ComputeOptions
+from qstar_jax.decoding import SampleOptions, sample
 from qstar_jax.plan.costs import Collective, collectives, kernels, memory_traffic, opaque_kernels, products
 from qstar_jax.plan.hlo import Module
 
@@ -182,3 +186,18 @@ def test_a_device_alone_sends_nothing():
     module = compiled(lambda x: x + 1, shape(16))
     assert collectives(module, 1) == []
     assert Collective("all-reduce", module.computations[module.entry], 64, 1, 1.0, "").wire_bytes == 0
+
+
+def test_decoding_on_an_h100_copies_no_layer_out_of_a_stack(devices_of, tiny_model):
+    here, compute = on(devices_of("h100:1x1x1")[0]), ComputeOptions(param_dtype="bfloat16", dtype="bfloat16")
+    model, tokens = replace(tiny_model, compute=compute), shape(2, 16, dtype=jnp.int32, sharding=here)
+    traffic = {}
+    for name, layout in (("stacked", lambda params: params), ("apart", model.unstack)):
+        params = jax.tree.map(
+            lambda x: shape(*x.shape, dtype=x.dtype, sharding=here), jax.eval_shape(layout, model.abstract_params())
+        )
+        lengths, options = shape(2, dtype=jnp.int32, sharding=here), SampleOptions(8, (), temperature=0.0)
+        with jax.set_mesh(here.mesh):
+            text = sample.lower(model, params, tokens, lengths, None, options).compile().as_text()
+        traffic[name] = memory_traffic(Module.parse(text, unknown_trips=8))
+    assert traffic["apart"] < traffic["stacked"]
