@@ -97,15 +97,17 @@ class CompiledProgram:
     Attributes:
         compiled: The program.
         devices: Devices that it runs on.
+        unknown_trips: Trips assumed of loops whose number of trips depends on data.
     """
 
     compiled: jax.stages.Compiled
     devices: int
+    unknown_trips: float = 1.0
 
     @cached_property
     def module(self) -> Module:
         """Its text, parsed."""
-        return Module.parse(self.compiled.as_text())
+        return Module.parse(self.compiled.as_text(), self.unknown_trips)
 
     @cached_property
     def products(self) -> list[Product]:

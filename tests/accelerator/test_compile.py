@@ -3,11 +3,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).parent / "compile.py"
+HERE = Path(__file__).parent
 
 
-def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(PROGRAM), *words], capture_output=True, text=True)
+def run(*words: str, program: str = "compile.py") -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(HERE / program), *words], capture_output=True, text=True)
 
 
 def test_a_real_model_on_an_h100(devices_of):
@@ -22,6 +22,15 @@ def test_a_real_model_on_an_h100(devices_of):
     assert 0 < record["products_seconds"] < record["memory_seconds"] < 1
 
 
+def test_a_search_on_an_h100(devices_of):
+    devices_of("h100:1x1x1")
+    words = ["--model", "smollm2-135m", "--searches", "[greedy 1]", "--new_tokens", "8"]
+    record = json.loads(run(*words, program="compile_decoding.py").stdout)
+    assert 0 < record["weights_seconds"] < record["memory_seconds"]
+    assert record["total_gib"] < record["of_gib"]
+    assert record["kernels_per_token"] > 30  # layers
+
+
 def test_bad_words():
     for words, sentence in (
         (["--model", "gpt"], "expected a config.json, or one of llama-3.2-1b"),
@@ -30,3 +39,5 @@ def test_bad_words():
     ):
         done = run(*words)
         assert done.returncode == 1 and sentence in done.stderr
+    done = run("--searches", "[sorted 1]", program="compile_decoding.py")
+    assert done.returncode == 1 and ("expected beams N" in done.stderr or "pip install" in done.stderr)
