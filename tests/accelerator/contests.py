@@ -126,6 +126,7 @@ GROUPS = [
             ONE_B, name=f"{ONE_B.name} (trl alone)", accumulate=[], trl_accumulate=[2, 4], traced=False, seconds=45
         ),
         variant("attention blockwise", [*DOTS, "--compute.attention", "blockwise"], {"tldr": 1, "chat": 4}),
+        variant("layers apart", [*DOTS, "--compute.scan_layers", "false"], {"tldr": 1, "chat": 2}),
         variant("remat attention", ["--compute.remat", "attention"], {"tldr": 1, "chat": 2}),
         variant("remat none", [], {"tldr": 2, "chat": 4}),
         variant("larger micro-batches", DOTS, {"chat": 2}),
