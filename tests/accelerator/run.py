@@ -56,6 +56,7 @@ class Part:
 # The limits add up to less than eight minutes.
 PARTS = (
     Part("machine", (str(HERE / "machine.py"),), 40),
+    Part("correctness", (str(HERE / "correctness.py"),), 130),
     Part("training", (str(HERE / "training.py"),), 200),
 )
 
