@@ -137,14 +137,14 @@ def check_unseen(option: str, dtype: Dtype, case: Case) -> dict[str, Any]:
             errors.append(f"token {slot} reaches tokens that must not see it")
         if not changed[:, slot][in_text[:, slot]].all():
             errors.append(f"token {slot} does not reach itself")
-    # If only the first response to the first prompt has a gradient, so have only it and its prompt.
-    first = (mask.blocks == 0) & (mask.branches == 1)
-    may_have = (mask.blocks == 0) & (mask.branches <= 1)
-    gradients = run(option, case, None, None, dtype, accelerator(), (q, k, v, slope * first[..., None, None]))[1:]
+    # If only the second response to the last prompt has a gradient, so have only it and its prompt.
+    block = (mask.blocks >= 0) & (mask.blocks == mask.blocks.max(1, keepdims=True))
+    second, may_have = block & (mask.branches == 2), block & (mask.branches != 1)
+    gradients = run(option, case, None, None, dtype, accelerator(), (q, k, v, slope * second[..., None, None]))[1:]
     for name, gradient in zip("qkv", gradients, strict=True):
         if gradient[~may_have].any():
             errors.append(f"the gradient of {name} reaches other texts")
-        if not gradient[first].any():
+        if not gradient[second].any():
             errors.append(f"the gradient of {name} is zero")
     record = {"name": f"unseen tokens {option} {dtype} {case.width}", "ok": not errors}
     return record | ({"error": "; ".join(errors)} if errors else {})

@@ -12,7 +12,8 @@ python=${PYTHON:-python3}
 # Wheels go to a folder of their own, which is gone afterwards: the machine's packages stay as they are.
 if compgen -G "$here/wheels/*.whl" >/dev/null; then
     site=$(mktemp -d); trap 'rm -rf "$site"' EXIT
-    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$here"/wheels/*.whl
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$here"/wheels/*.whl ||
+        echo "$here/wheels is not for this $python; wheels.sh takes its version" >&2
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
