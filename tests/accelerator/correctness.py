@@ -1,6 +1,6 @@
 """What this library computes on the accelerator, against what it computes on the CPU.
 
-    python tests/accelerator/correctness.py [--tiny true] [--limit 120]
+    python tests/accelerator/correctness.py [--tiny true] [--limit 105]
 
 Prints a line of JSON per check. Both sides run in one process, the CPU's in float32. Compilation takes most of the
 time, so the checks are spread over several processes, which share a GPU; what has not begun when time is up is reported
@@ -65,7 +65,7 @@ def work(tiny: bool, share: int, of: int, limit: float):
         print(json.dumps(record | {"seconds": round(time.monotonic() - start, 1)}), flush=True)
 
 
-def main(tiny: bool = False, limit: float = 120.0, processes: int = 0, share: int = -1):
+def main(tiny: bool = False, limit: float = 105.0, processes: int = 0, share: int = -1):
     """Runs all checks in several processes, and exits with 1 if one failed.
 
     Args:
