@@ -31,7 +31,7 @@ from qstar_jax.training.step import TrainState, make_train_step
 
 NAMES = """
     llama qwen3 gemma2 mistral gemma3 qwen2_window phi3 gpt2 olmo2 smollm3 gpt_neox gemma llama3_tied llama_biases
-    qwen2 phi3_long smollm3_window llama_yarn gpt_neox_sequential llama_one_key gemma3_images phi3_short
+    qwen2 phi3_long smollm3_window llama_yarn
 """.split()
 # Between them: windows, caps, learned and rotary positions, biases, shared keys.
 TINY_NAMES = "gemma2 gpt2".split()

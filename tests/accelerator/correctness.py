@@ -71,10 +71,10 @@ def main(tiny: bool = False, limit: float = 105.0, processes: int = 0, share: in
     Args:
         tiny: Whether to check few families and short sequences.
         limit: Seconds after which no check begins.
-        processes: Number of processes; by default one per core, at most 8, and 1 on a TPU, which serves only one.
+        processes: Number of processes; by default one per core, at most 12, and 1 on a TPU, which serves only one.
         share: Which share of the checks this process runs; by default it starts a process for each.
     """
-    processes = processes or (1 if find_spec("libtpu") else min(os.cpu_count() or 1, 8))
+    processes = processes or (1 if find_spec("libtpu") else min(os.cpu_count() or 1, 12))
     if share >= 0:
         work(tiny, share, processes, limit)
         return
