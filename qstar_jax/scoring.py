@@ -13,6 +13,7 @@ from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.logprobs import token_logprobs, top_logprobs
 from qstar_jax.models.lora import split_adapter
 from qstar_jax.models.masks import PackedMask
+from qstar_jax.sharding import batch_shards, map_batch
 
 
 def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
@@ -22,8 +23,7 @@ def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
         Scores of shape [B, R, T], float32, without `ref_logp`.
     """
     scores = token_logprobs(_scored_states(model, params, batch), model.head(params), batch.targets)
-    # Gathers from the slots of the sequences to the responses; only floats move, so this is cheap across devices too.
-    logp, logz = (jnp.where(batch.response_mask, x.reshape(-1)[batch.index], 0.0) for x in scores)
+    logp, logz = (jnp.where(batch.response_mask, _of_responses(x, batch), 0.0) for x in scores)
     return TokenScores(logp, None, logz, batch.response_mask)
 
 
@@ -71,11 +71,26 @@ def response_alternatives(
     base = split_adapter(params)[0] if ref_params is None else ref_params
     hidden, ref_hidden = _scored_states(model, params, batch), _scored_states(model.base, base, batch)
     ranked = top_logprobs(hidden, model.head(params), ref_hidden, model.base.head(base), count)
-    return tuple(x.reshape(-1, count)[batch.index] for x in ranked)
+    return tuple(_of_responses(x, batch) for x in ranked)
 
 
 def _scored_states(model: CausalLM, params: Params, batch: Batch) -> Float[Array, "N K D"]:
     """Hidden states of the slots whose next token is scored, in any layout of the sequences."""
     mask = PackedMask(batch.blocks, batch.branches, batch.texts)
     hidden = model.hidden_states(params, batch.tokens, batch.positions, mask)
-    return jnp.take_along_axis(hidden, batch.slots[..., None], axis=1)
+    return map_batch(
+        lambda _, hidden, slots: jnp.take_along_axis(hidden, slots[..., None], axis=1), None, hidden, batch.slots
+    )
+
+
+def _of_responses(scored: Array, batch: Batch) -> Array:
+    """Gathers from scored slots, [N, K, ...], to the tokens of responses, [B, R, T, ...]."""
+
+    def gather(_, scored: Array, index: Array) -> Array:
+        return scored.reshape(-1, *scored.shape[2:])[index]
+
+    if batch.shards == 1 or batch.shards != batch_shards():
+        return gather(None, scored, batch.index)
+    # The sequences of an example lie on its device, whose first is number shard * N / shards.
+    per_shard = scored.shape[0] * scored.shape[1] // batch.shards
+    return map_batch(gather, None, scored, batch.index % per_shard)

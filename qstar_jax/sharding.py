@@ -3,10 +3,13 @@
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qstar_jax.config import Dtype, MeshOptions
@@ -16,6 +19,7 @@ AXES = ("data", "fsdp", "tensor")
 # Shards the batch dimension. In the order (data, fsdp), XLA (jax 0.10.2 and 0.12) moves examples to the wrong devices
 # when all three axes are larger than 1: wrong numbers, and no error.
 BATCH = PartitionSpec(("fsdp", "data"))
+GATHERED = "gathered"  # checkpoint name of the matrices that `gather_layer` gathers
 
 
 def join_processes(options: MeshOptions):
@@ -170,3 +174,87 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if mesh.empty or "data" not in mesh.axis_names:
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def batch_shards() -> int:
+    """Returns the number of devices over which the mesh shards a batch; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+
+
+def gather_layer(layer: Any, dtype: Dtype, hints: Mapping[str, Sequence[str | None]]) -> Any:
+    """Gathers the matrices of a layer over `fsdp`, in the dtype of the products, for use in all of them.
+
+    Left to itself, the compiler may instead gather activations, which grow with the batch, or gather a matrix anew for
+    every product. Gradients are scattered again.
+
+    Args:
+        layer: Tree of the parameters of one layer, without the axis over layers.
+        dtype: Dtype of the products.
+        hints: As for `parameter_spec`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("fsdp", 1) == 1:
+        return layer
+
+    def gather(path, x: jax.Array) -> jax.Array:
+        if x.ndim < 2:
+            return x
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        _, *spec = parameter_spec(f"layers/{name}", (1, *x.shape), mesh.shape, min_shard_size=0, hints=hints)
+        spec = PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
+        return checkpoint_name(_constrain_value(spec, x.astype(dtype)), GATHERED)
+
+    return jax.tree_util.tree_map_with_path(gather, layer)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _constrain_value(spec: PartitionSpec, x: jax.Array) -> jax.Array:
+    """Constrains the sharding of an array, but not that of its gradient."""
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+_constrain_value.defvjp(lambda spec, x: (_constrain_value(spec, x), None), lambda _, __, x_bar: (x_bar,))
+
+
+def map_batch(function: Callable[..., Any], params: Any, *arrays: jax.Array) -> Any:
+    """Computes function(params, *arrays) on each shard of the batch, with whole parameters.
+
+    What travels between devices are the parameters, gathered over `fsdp`, and their gradients, scattered again: nothing
+    that grows with the batch. The axis `tensor` is left to the compiler.
+
+    Args:
+        function: Treats the items of the batch independently.
+        params: Tree of arrays.
+        *arrays: Arrays whose first dimension is the batch.
+
+    Returns:
+        Arrays whose first dimension is the batch. Without a mesh, or with one that does not divide the batch, the
+        function is called with everything.
+    """
+    mesh, shards = jax.sharding.get_abstract_mesh(), batch_shards()
+    if shards == 1 or any(x.shape[0] % shards for x in arrays):
+        return function(params, *arrays)
+    # Sharding them as the rule does is free; otherwise the compiler would move them first.
+    specs = jax.tree.map(lambda x: _fsdp_only(parameter_spec("", x.shape, mesh.shape)), params)
+
+    def on_shard(params: Any, *arrays: jax.Array) -> Any:
+        return function(jax.tree.map(_gather_over_fsdp, params, specs), *arrays)
+
+    return jax.shard_map(
+        on_shard,
+        in_specs=(specs, *[BATCH] * len(arrays)),
+        out_specs=BATCH,
+        axis_names={"data", "fsdp"},
+        check_vma=False,
+    )(params, *arrays)
+
+
+def _fsdp_only(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(axis if axis == "fsdp" else None for axis in spec))
+
+
+def _gather_over_fsdp(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    if "fsdp" not in spec:
+        return x
+    return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True)

@@ -3,8 +3,8 @@
 The batch is a pure function of (seed, step): a resumed run, on any number of hosts, sees the same rows in order.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import jax
@@ -36,7 +36,8 @@ class Batch:
         truncated: The response lost its end, and its EOS.
         weights: 1, or 0 for empty examples that only fill up the last batch of an evaluation.
         ref_logp: Cached log pi_ref of the responses' tokens in nats, if any.
-        texts: Where each response lies together with its prompt; None if the shapes do not ask for it.
+        texts: Text b * R + r is response r of example b after its prompt; None if the shapes do not ask for texts.
+        shards: Devices for which the batch was packed: the sequences of an example lie on the same device.
     """
 
     tokens: Int[Array, "N S"]
@@ -52,11 +53,7 @@ class Batch:
     weights: Float[Array, " B"]
     ref_logp: Float[Array, "B R T"] | None = None
     texts: Texts | None = None
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """N, K, and the number of texts; see `Plan`."""
-        return *self.slots.shape[-2:], 0 if self.texts is None else self.texts.slots.shape[-2]
+    shards: int = field(default=1, metadata={"static": True})
 
     @property
     def response_mask(self) -> Bool[Array, "B R T"]:
@@ -70,7 +67,7 @@ def make_batch(
     *,
     fill_to: int = 0,
     ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
-    at_least: tuple[int, int, int] = (0, 0, 0),
+    at_least: tuple[int, int] = (0, 0),
     plan: Plan | None = None,
 ) -> Batch:
     """Packs examples into the arrays of one batch.
@@ -80,25 +77,29 @@ def make_batch(
         shapes: Shapes of the dataset.
         fill_to: Add examples without tokens, of weight 0, up to this many.
         ref_logps: log pi_ref of each token of each response of each example, in nats.
-        at_least: N, K and the number of texts are at least these.
+        at_least: N and K are at least these.
         plan: What `plan_batch` returned for these arguments, if it was called before.
 
     Returns:
         A batch of numpy arrays: int32, bool for `truncated`, float32 for `weights` and `ref_logp`.
 
     Raises:
-        ValueError: An example does not fit, or has another number of responses than the first.
+        ValueError: An example does not fit, or has another number of responses than the first; or the shards do not
+            divide the batch.
     """
+    size = max(len(examples), fill_to)
+    if size % shapes.shards:
+        raise ValueError(f"a batch of {size} examples cannot be sharded over {shapes.shards} devices")
     # Decide which blocks share a sequence, and how large the arrays are.
     plan = plan or plan_batch(examples, shapes, fill_to)
-    sequences, scored, texts = (max(sizes) for sizes in zip(plan.size, at_least, strict=True))
+    sequences, scored = (max(sizes) for sizes in zip(plan.size, at_least, strict=True))
     # Allocate a batch of padding, with the lengths of its examples.
-    batch = _padding(examples, max(len(examples), fill_to), (sequences, scored), shapes)
+    batch = _padding(examples, size, (sequences, scored), shapes)
     # Write the tokens, sequence by sequence.
-    for n, blocks in enumerate(plan.sequences):
+    for n, blocks in _numbered(plan, sequences):
         _write_sequence(batch, n, blocks, examples)
     if shapes.text_length:
-        batch = replace(batch, texts=_find_texts(batch, plan.sequences, texts, shapes))
+        batch = replace(batch, texts=_find_texts(batch, plan, shapes.text_length))
     return batch if ref_logps is None else replace(batch, ref_logp=_padded(ref_logps, batch.index.shape))
 
 
@@ -125,7 +126,14 @@ def _padding(examples: Sequence[Example], count: int, size: tuple[int, int], sha
         response_lengths=lengths,
         truncated=truncated,
         weights=(np.arange(count) < len(examples)).astype(np.float32),
+        shards=shapes.shards,
     )
+
+
+def _numbered(plan: Plan, count: int) -> Iterator[tuple[int, list[Block]]]:
+    """Yields the sequences of a plan with their numbers in a batch of `count`."""
+    for shard, sequences in enumerate(plan.shards):
+        yield from enumerate(sequences, start=shard * count // len(plan.shards))
 
 
 def _write_sequence(batch: Batch, n: int, blocks: Sequence[Block], examples: Sequence[Example]):
@@ -154,28 +162,27 @@ def _write_sequence(batch: Batch, n: int, blocks: Sequence[Block], examples: Seq
             slot, entry = slot + len(ids), entry + len(ids)
 
 
-def _find_texts(batch: Batch, sequences: Sequence[Sequence[Block]], count: int, shapes: Shapes) -> Texts:
-    """Lists the slots of each text, and the texts of each slot."""
-    n_sequences, length = batch.tokens.shape
-    responses = max(len(block.responses) for blocks in sequences for block in blocks)
-    slots = np.full((count, shapes.text_length), -1, np.int32)
-    places = np.full((n_sequences, length, responses), -1, np.int32)
-    per_shard, texts_per_shard = n_sequences // shapes.shards, count // shapes.shards
-    number = 0
-    for n, blocks in enumerate(sequences):
-        shard, offset = divmod(n, per_shard)
-        number = max(number, shard * texts_per_shard)  # the first text of each shard
-        for block in range(len(blocks)):
-            in_block = batch.blocks[n] == block
-            for entry, branch in enumerate(np.unique(batch.branches[n, in_block & (batch.branches[n] > 0)])):
-                text = np.flatnonzero(in_block & np.isin(batch.branches[n], (0, branch)))
-                slots[number, : len(text)] = offset * length + text
-                # The shared tokens take the entry of this branch; those of the branch itself have no other text.
-                entries = np.where(batch.branches[n, text] == 0, entry, 0)
-                first = (number - shard * texts_per_shard) * shapes.text_length
-                places[n, text, entries] = first + np.arange(len(text))
-                number += 1
-    return Texts(slots, places, shapes.shards)
+def _find_texts(batch: Batch, plan: Plan, length: int) -> Texts:
+    """Lists the slots of each text, of at most `length` tokens, and the texts of each slot."""
+    (count, sequence_length), (examples, responses, _) = batch.tokens.shape, batch.index.shape
+    slots = np.full((examples * responses, length), -1, np.int32)
+    shared_by = max(len(block.responses) for _, blocks in _numbered(plan, count) for block in blocks)
+    places = np.full((count, sequence_length, shared_by), -1, np.int32)
+    # Numbers count within the sequences, and the texts, of a shard.
+    sequences_per_shard, texts_per_shard = count // batch.shards, len(slots) // batch.shards
+    for n, blocks in _numbered(plan, count):
+        for number, block in enumerate(blocks):
+            in_block, branches = batch.blocks[n] == number, batch.branches[n]
+            used = 0  # texts of the block so far: one for each response that has tokens
+            for r in block.responses:
+                if not (in_block & (branches == r + 1)).any():
+                    continue
+                tokens, text = np.flatnonzero(in_block & np.isin(branches, (0, r + 1))), block.example * responses + r
+                slots[text, : len(tokens)] = n % sequences_per_shard * sequence_length + tokens
+                entries = np.where(branches[tokens] == 0, used, 0)  # tokens of a branch are in a single text
+                places[n, tokens, entries] = text % texts_per_shard * length + np.arange(len(tokens))
+                used += 1
+    return Texts(slots, places, batch.shards)
 
 
 def _padded(values: Sequence[Sequence[np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:

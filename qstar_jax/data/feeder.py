@@ -102,14 +102,14 @@ class Feeder:
 
     def in_order(self, start: int = 0) -> Iterator[Batch]:
         """Yields all examples from `start` on in file order; those that fill up the last batch have weight 0."""
-        size, total = (0, 0, 0), len(self.dataset.examples)
+        size, total = (0, 0), len(self.dataset.examples)
         for first in range(start, total, self.batch_size):
             indices = np.arange(first, min(first + self.batch_size, total))
             # A short last batch takes at least the size of the previous one, to reuse its compiled program.
             short = len(indices) < self.batch_size
-            at_least = size if short else (0, 0, 0)
+            at_least = size if short else (0, 0)
             batch = self._make(indices, fill_to=self.batch_size, at_least=at_least)
-            size = batch.size
+            size = batch.slots.shape
             yield self._place(batch, self._sharding)
 
     def _examples(self, indices: np.ndarray) -> list[Example]:

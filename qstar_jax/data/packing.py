@@ -80,11 +80,10 @@ class Shapes:
         layout: How prompts and responses share sequences.
         length: S, slots per sequence.
         response_length: T, tokens of the longest response.
-        sequences: The number of sequences N is a multiple of this.
+        sequences: The number of sequences of each shard is a multiple of this.
         scored: The number of scored tokens per sequence K is a multiple of this.
+        shards: Devices over which a batch is sharded; each has its own examples and their sequences.
         text_length: L, tokens of the longest text, where batches list their texts (see `Texts`); otherwise 0.
-        texts: The number of texts per shard is a multiple of this.
-        shards: Devices over which sequences are sharded.
     """
 
     layout: Layout
@@ -92,9 +91,8 @@ class Shapes:
     response_length: int
     sequences: int
     scored: int
-    text_length: int = 0
-    texts: int = 1
     shards: int = 1
+    text_length: int = 0
 
     @classmethod
     def of(
@@ -115,7 +113,7 @@ class Shapes:
             layout: How prompts and responses share sequences.
             batch_size: Examples per batch.
             row_length: Slots per sequence where examples are packed; at least the length of the longest block.
-            shards: Devices over which sequences are sharded.
+            shards: Devices over which a batch is sharded.
             multiple: Lengths are multiples of it, in tokens.
             texts: Whether batches list their texts.
         """
@@ -125,15 +123,12 @@ class Shapes:
         response_length = _round_up(max(len(r.ids) for e in examples for r in e.responses), multiple)
         # Steps of a quarter of the batch, and of the sequence: at most sixteen programs, of which most datasets need
         # two or three. For short sequences in steps of at least `FEW`.
-        sequences = _round_up(_round_up(batch_size, 4) // 4 if layout == "packed" else 1, shards)
+        sequences = _round_up(batch_size, 4 * shards) // (4 * shards) if layout == "packed" else 1
         most = length if layout == "packed" else max(block.scored for block in blocks)
-        scored = min(max(_round_up(length, 4) // 4, FEW), most)
-        scored = _round_up(scored, multiple)
-        if not texts:
-            return cls(layout, length, response_length, sequences, scored)
-        text_length = _round_up(max(len(e.prompt) - 1 + len(r.ids) for e in examples for r in e.responses), multiple)
-        quarter = _round_up(batch_size * len(examples[0].responses), 4 * shards) // (4 * shards)
-        return cls(layout, length, response_length, sequences, scored, text_length, quarter, shards)
+        scored = _round_up(min(max(_round_up(length, 4) // 4, FEW), most), multiple)
+        longest_text = max(len(e.prompt) - 1 + len(r.ids) for e in examples for r in e.responses)
+        text_length = _round_up(longest_text, multiple) if texts else 0
+        return cls(layout, length, response_length, sequences, scored, shards, text_length)
 
 
 @dataclass(frozen=True)
@@ -141,12 +136,12 @@ class Plan:
     """Where the blocks of one batch go.
 
     Attributes:
-        sequences: Blocks of each sequence.
-        size: (N, K, T): sequences of the batch, scored tokens per sequence, and texts; T is 0 if they are not listed.
+        shards: Blocks of each sequence of each shard.
+        size: (N, K): sequences of the batch, and scored tokens per sequence.
     """
 
-    sequences: list[list[Block]]
-    size: tuple[int, int, int]
+    shards: list[list[list[Block]]]
+    size: tuple[int, int]
 
 
 def plan_batch(examples: Sequence[Example], shapes: Shapes, fill_to: int = 0) -> Plan:
@@ -157,22 +152,15 @@ def plan_batch(examples: Sequence[Example], shapes: Shapes, fill_to: int = 0) ->
     """
     blocks, responses = blocks_of(examples, shapes.layout), len(examples[0].responses)
     _check(examples, blocks, shapes)
-    sequences = pack(blocks, shapes.length, shapes.layout)
+    # Each shard packs its own examples, so that nothing of an example lies on another device.
+    per_shard = max(len(examples), fill_to) // shapes.shards
+    own = [[block for block in blocks if block.example // per_shard == i] for i in range(shapes.shards)]
+    shards = [pack(blocks, shapes.length, shapes.layout) for blocks in own]
     # Without packing, a full batch always has the same number of sequences.
     per_example = responses if shapes.layout == "plain" else 1
-    filled = len(sequences) if shapes.layout == "packed" else max(len(examples), fill_to) * per_example
-    scored = max(sum(block.scored for block in sequence) for sequence in sequences)
-    count = _round_up(filled, shapes.sequences)
-    texts = _count_texts(sequences, count, shapes) if shapes.text_length else 0
-    return Plan(sequences, (count, _round_up(scored, shapes.scored), texts))
-
-
-def _count_texts(sequences: list[list[Block]], count: int, shapes: Shapes) -> int:
-    """Returns the number of texts of a batch, with the same room for them in each shard of `count` sequences."""
-    per_shard = count // shapes.shards
-    shards = [sequences[start : start + per_shard] for start in range(0, count, per_shard)]
-    most = max(sum(len(block.responses) for sequence in shard for block in sequence) for shard in shards)
-    return _round_up(most, shapes.texts) * shapes.shards
+    count = max(map(len, shards)) if shapes.layout == "packed" else per_shard * per_example
+    scored = max(sum(block.scored for block in sequence) for sequences in shards for sequence in sequences)
+    return Plan(shards, (_round_up(count, shapes.sequences) * shapes.shards, _round_up(scored, shapes.scored)))
 
 
 def _check(examples: Sequence[Example], blocks: Sequence[Block], shapes: Shapes):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qstar_jax.errors import InputError
 from qstar_jax.models.masks import PackedMask, Window
-from qstar_jax.sharding import BATCH, platform
+from qstar_jax.sharding import BATCH, batch_shards, platform
 
 _MIN_CAPABILITY = 8.0  # Ampere, the oldest architecture of cuDNN's flash attention
 Implementation = Literal["cudnn", "xla"]
@@ -101,8 +101,7 @@ def why_not(
         return "the window is traced, and cuDNN needs to know it"
     if not mask.padded and mask.texts is None:
         return "the mask does not list the texts of its sequences"
-    mesh = jax.sharding.get_abstract_mesh()
-    shards, tensor = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]) if mesh.size > 1 else (1, 1)
+    shards, tensor = batch_shards(), jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     if len(q) % shards:
         return f"a batch of {len(q)} sequences cannot be sharded over mesh.data * mesh.fsdp = {shards} devices"
     if mask.texts is not None and mask.texts.shards != shards:

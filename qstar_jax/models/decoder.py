@@ -19,7 +19,7 @@ from qstar_jax.models.head import Head
 from qstar_jax.models.lora import Lora
 from qstar_jax.models.masks import PackedMask
 from qstar_jax.models.rope import Rotation, identity_rotation, rotation
-from qstar_jax.sharding import constrain_batch
+from qstar_jax.sharding import GATHERED, constrain_batch, gather_layer, map_batch
 
 LayerCaches = LayerCache | tuple[LayerCache, ...]  # stacked along a leading axis of layers, or one per layer
 LayerSettings = tuple[Int[Array, ""] | int | None, Int[Array, ""] | int | None]  # window, index into the rotations
@@ -86,6 +86,7 @@ class Decoder(nnx.Module):
 
         def run_layer(layer: Block, x: Array, settings: LayerSettings) -> Array:
             window, rotation = settings[0], _select_rotation(rotations, settings[1])
+            layer = gather_layer(layer, self.compute.dtype, SHARDING_OVERRIDES)
             return layer(x, tokens.shape[0], rotation, partial(attend, window=window))
 
         # Embed, scan over the layers with their settings, and normalize.
@@ -214,14 +215,18 @@ class Decoder(nnx.Module):
         return masked_attention(mask, positions, self.compute.attention, **form)
 
     def _embed(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Float[Array, "N D"]:
-        x = constrain_batch(self.embed(tokens))
+        x = self._look_up(self.embed, tokens)
         if self.config.embedding_scale != 1:
             # Models are trained with a scale rounded to the dtype of the activations.
             x *= jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.config.learned_positions:
-            x += constrain_batch(self.embed_positions(positions))
+            x += self._look_up(self.embed_positions, positions)
         # Flatten for plain matrix products: with three dimensions, XLA transposes first on a CPU.
         return rearrange(x, "b s d -> (b s) d")
+
+    def _look_up(self, table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        vectors = table.embedding[...].astype(self.compute.dtype)
+        return constrain_batch(map_batch(lambda vectors, ids: vectors[ids], vectors, ids))
 
     def _rotations(self, positions: Int[Array, "B S"], slots: int) -> list[Rotation | None]:
         """Computes the cosines and sines of each of `config.ropes`.
@@ -260,8 +265,6 @@ def _select_rotation(rotations: list[Rotation | None], index: Int[Array, ""] | i
 
 
 def _rematerialize(run_layer, remat: str):
-    if remat == "none":
-        return run_layer
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(ATTENTION_OUT)
     policy = {
@@ -270,5 +273,7 @@ def _rematerialize(run_layer, remat: str):
         # Without its output, attention would be run twice in the backward pass: for that of its own, and for the
         # gradient of the product that reads it.
         "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+        # Whole matrices are gathered again: kept for the backward pass, those of all layers would be on every device.
+        "none": policies.save_anything_except_these_names(GATHERED),
     }[remat]
     return jax.checkpoint(run_layer, policy=policy)

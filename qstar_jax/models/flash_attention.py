@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qstar_jax.errors import InputError
 from qstar_jax.models.masks import MASKED, PackedMask, Window, visible
-from qstar_jax.sharding import BATCH, platform
+from qstar_jax.sharding import BATCH, batch_shards, platform
 
 _LANES = 128  # width of a TPU vector, and the minimum size of a tile
 _FIRST, _LAST = ((0,), (0,)), ((1,), (1,))  # contracting dimensions of x.T @ y and of x @ y.T
@@ -73,11 +73,11 @@ def flash_attention(
     attend, ids, window = partial(_attend, static), mask.ids(positions), None if window is None else jnp.int32(window)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:  # XLA cannot shard a kernel by itself
-        batch_shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-        if q.shape[0] % batch_shards:
+        shards, tensor = batch_shards(), mesh.shape["tensor"]
+        if q.shape[0] % shards:
             raise InputError(
                 f"compute.attention flash: a batch of {q.shape[0]} sequences cannot be sharded over mesh.data * "
-                f"mesh.fsdp = {batch_shards} devices; change the batch or the mesh, or set compute.attention to "
+                f"mesh.fsdp = {shards} devices; change the batch or the mesh, or set compute.attention to "
                 "blockwise"
             )
         if k.shape[2] % tensor:  # what divides the groups divides the heads

@@ -1,5 +1,7 @@
 """Log-probabilities from hidden states, chunked over tokens: the [B, T, V] logits are never materialized.
 
+Each device of a mesh works through the tokens of its own shard of the batch.
+
 Losses, scoring, evaluation and references all call `token_logprobs`. The logits of a chunk are computed in the forward
 pass and recomputed in the backward pass; only one log-normalizer per token is saved in between.
 """
@@ -12,6 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qstar_jax.models.head import Head
+from qstar_jax.sharding import map_batch
+
+# Tokens per chunk. Fewer would save memory, but each chunk reads and writes the gradient of the whole table.
+CHUNK = 1024
 
 
 def token_logprobs(
@@ -19,23 +25,27 @@ def token_logprobs(
     head: Head,
     targets: Int[Array, "B T"],
     *,
-    chunk_size: int = 128,
+    chunk_size: int = CHUNK,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Computes the log-probability of each target and the log-normalizer of its position.
 
-    Memory grows with `B * chunk_size * V` instead of `B * T * V` in both passes. bfloat16 inputs accumulate in float32,
-    and everything from the logits on is float32. The vocabulary may be sharded.
+    Memory grows with `chunk_size * V` instead of `B * T * V` in both passes. bfloat16 inputs accumulate in float32, and
+    everything from the logits on is float32. The vocabulary may be sharded.
 
     Args:
         hidden: Last hidden states; position t predicts `targets[:, t]`. Shape [B, T, D].
         head: Maps them to logits z over V tokens.
         targets: Token ids. Shape [B, T].
-        chunk_size: Positions per chunk of logits.
+        chunk_size: Tokens per chunk of logits, on each device.
 
     Returns:
         (logp, logz), both float32 in nats, shape [B, T]: log softmax(z)[target], and logsumexp(z).
     """
-    return _token_logprobs(chunk_size, hidden, head, targets)
+
+    def kernel(head: Head, hidden: Array, targets: Array) -> tuple[Array, Array]:
+        return _token_logprobs(chunk_size, hidden, head, targets)
+
+    return map_batch(kernel, head, hidden, targets)
 
 
 def top_logprobs(
@@ -45,7 +55,7 @@ def top_logprobs(
     ref_head: Head,
     count: int,
     *,
-    chunk_size: int = 128,
+    chunk_size: int = CHUNK,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"], Float[Array, "B T K"]]:
     """Finds the most likely tokens at each position, and their log-probabilities under a reference.
 
@@ -55,38 +65,38 @@ def top_logprobs(
         ref_hidden: Last hidden states of the reference. Shape [B, T, E].
         ref_head: The reference's head, over the same V tokens.
         count: Tokens per position, K; at most V.
-        chunk_size: Positions per chunk of logits.
+        chunk_size: Tokens per chunk of logits, on each device.
 
     Returns:
         (ids, logp, ref_logp), most likely first; the last two float32 in nats. Shape [B, T, K] each.
     """
 
-    def one_chunk(chunk):
-        hidden, ref_hidden = chunk
-        logp, ids = jax.lax.top_k(jax.nn.log_softmax(head.logits(hidden)), count)
-        ref_logp = jax.nn.log_softmax(ref_head.logits(ref_hidden))
-        return ids, logp, jnp.take_along_axis(ref_logp, ids, axis=-1)
+    def top(heads: tuple[Head, Head], hidden: Array, ref_hidden: Array) -> tuple[Array, Array, Array]:
+        head, ref_head = heads
 
-    batch, length, _ = hidden.shape
-    chunks = jax.lax.map(one_chunk, (_to_chunks(hidden, chunk_size), _to_chunks(ref_hidden, chunk_size)))
-    return tuple(_from_chunks(x, batch, length) for x in chunks)
+        def one_chunk(chunk):
+            hidden, ref_hidden = chunk
+            logp, ids = jax.lax.top_k(jax.nn.log_softmax(head.logits(hidden)), count)
+            ref_logp = jax.nn.log_softmax(ref_head.logits(ref_hidden))
+            return ids, logp, jnp.take_along_axis(ref_logp, ids, axis=-1)
+
+        chunks = jax.lax.map(one_chunk, (_to_chunks(hidden, chunk_size), _to_chunks(ref_hidden, chunk_size)))
+        return tuple(_from_chunks(x, *hidden.shape[:2]) for x in chunks)
+
+    return map_batch(top, (head, ref_head), hidden, ref_hidden)
 
 
 def _to_chunks(x: Array, chunk_size: int) -> Array:
-    """[B, T, ...] -> [chunks, B * C, ...]; chunks time, because the batch axis is the one that is sharded."""
-    batch, length = x.shape[:2]
-    chunk_size = min(chunk_size, length)
-    chunks = -(-length // chunk_size)
-    x = jnp.pad(x, ((0, 0), (0, chunks * chunk_size - length)) + ((0, 0),) * (x.ndim - 2))
-    # Flatten batch and time for a plain matrix product.
-    x = x.reshape(batch, chunks, chunk_size, *x.shape[2:]).swapaxes(0, 1)
-    return x.reshape(chunks, batch * chunk_size, *x.shape[3:])
+    """[B, T, ...] -> [chunks, C, ...], C at most `chunk_size`; flat, for plain matrix products."""
+    x = x.reshape(-1, *x.shape[2:])
+    chunks = -(-len(x) // chunk_size)
+    length = -(-len(x) // chunks)
+    return jnp.pad(x, ((0, chunks * length - len(x)),) + ((0, 0),) * (x.ndim - 1)).reshape(chunks, length, *x.shape[1:])
 
 
 def _from_chunks(x: Array, batch: int, length: int) -> Array:
     """Inverts `_to_chunks`, dropping its padding."""
-    chunks = x.shape[0]
-    return x.reshape(chunks, batch, -1, *x.shape[2:]).swapaxes(0, 1).reshape(batch, -1, *x.shape[2:])[:, :length]
+    return x.reshape(-1, *x.shape[2:])[: batch * length].reshape(batch, length, *x.shape[2:])
 
 
 def _one_hot(targets: Array, vocabulary: int) -> Array:
