@@ -265,6 +265,8 @@ def _select_rotation(rotations: list[Rotation | None], index: Int[Array, ""] | i
 
 
 def _rematerialize(run_layer, remat: str):
+    if remat == "none" and jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return run_layer
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(ATTENTION_OUT)
     policy = {
