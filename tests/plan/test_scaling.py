@@ -1,0 +1,71 @@
+"""Steps compiled for pods: what a chip sends and holds depends on its own share of the batch, and on no other's."""
+
+from functools import cache
+
+import jax
+import pytest
+
+from qstar_jax.config import ComputeOptions, DataOptions, DpoConfig, MeshOptions, TrainOptions
+from qstar_jax.models import CausalLM
+from qstar_jax.plan.costs import collectives
+from qstar_jax.plan.step import CompiledProgram, lower_step, pairs_of_lengths
+from qstar_jax.sharding import make_mesh
+from qstar_jax.training.plan import make_plan
+
+MODEL = {
+    "model_type": "llama", "vocab_size": 16384, "hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 2,
+    "num_attention_heads": 20, "num_key_value_heads": 20, "head_dim": 128, "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+LARGEST = 16384 * 2560  # elements of the largest matrix
+
+
+@pytest.fixture(scope="module")
+def step_on(devices_of):
+    """Compiles a step of so many pairs on fully sharded parameters; also returns its model FLOPs per device."""
+
+    @cache
+    def compiled(topology: str, pairs: int) -> tuple[CompiledProgram, float]:
+        devices = devices_of(topology)
+        compute, mesh = ComputeOptions(dtype="bfloat16", remat="full"), MeshOptions(data=1, fsdp=len(devices))
+        sections = {"data": DataOptions(train="pairs"), "train": TrainOptions(batch_size=pairs)}
+        plan = make_plan(DpoConfig(model="", out="", compute=compute, mesh=mesh, **sections))
+        examples = pairs_of_lengths(384, 48, pairs)
+        step = lower_step(plan, CausalLM.from_hf(MODEL, compute), examples, make_mesh(mesh, devices))
+        return CompiledProgram(step.lowered.compile(), len(devices)), step.flops / len(devices)
+
+    return compiled
+
+
+def wire_bytes(program):
+    return sum(program.wire_bytes.values())
+
+
+def test_a_chip_sends_what_the_parameters_cost_whatever_the_batch_is(step_on):
+    (small, _), (large, _) = step_on("v5e:4x4", 16), step_on("v5e:4x4", 64)
+    assert wire_bytes(large) == pytest.approx(wire_bytes(small), rel=0.01)
+    for program in (small, large):
+        for item in collectives(program.module, program.devices):
+            assert item.array.size <= LARGEST, item
+    # Matrices are gathered for the policy, its backward pass and the reference. Gradients are scattered: here by the
+    # compiler's all-reduce, which sends twice as much.
+    params = jax.tree.leaves(CausalLM.from_hf(MODEL).abstract_params())
+    matrices = 2 * sum(x.size for x in params if x.ndim > 1)
+    assert wire_bytes(small) < (3 + 2) * matrices
+
+
+def test_a_chip_of_a_larger_slice_sends_and_holds_no_more(step_on):
+    (small, _), (large, _) = step_on("v5e:4x4", 16), step_on("v5e:8x8", 64)
+    assert wire_bytes(large) < 1.2 * wire_bytes(small)
+    assert large.memory["temporary"] < 1.1 * small.memory["temporary"]
+
+
+def test_memory_is_linear_in_the_examples_of_a_chip(step_on):
+    one, four = (step_on("v5e:4x4", pairs)[0].memory["temporary"] for pairs in (16, 64))
+    assert four < 4 * one
+
+
+def test_chips_do_not_repeat_each_others_work(step_on):
+    program, needed = step_on("v5e:4x4", 16)
+    # Needed: policy, twice as much backward, reference; with recomputation the policy again.
+    assert sum(program.flops.values()) < 1.2 * needed * 5 / 4
