@@ -58,6 +58,7 @@ PARTS = (
     Part("machine", (str(HERE / "machine.py"),), 40),
     Part("correctness", (str(HERE / "correctness.py"),), 130),
     Part("training", (str(HERE / "training.py"),), 200),
+    Part("decoding", (str(HERE / "decoding.py"),), 90),
 )
 
 

@@ -15,13 +15,14 @@ from importlib.metadata import version
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode_turns import random_prompts, serve
+from decode_turns import random_prompts, reset_process_peak, serve
+from dpo_ours import open_model
 from jsonargparse import auto_cli
+from worker import process_peak_bytes
 
 from qstar_jax.config import ComputeOptions, Dtype, MeshOptions
 from qstar_jax.decoding import BeamOptions, SampleOptions, beam_search, sample
 from qstar_jax.sharding import make_mesh
-from qstar_jax.store.open import load_model
 
 
 def seconds_of(run: Callable[[], object], rounds: int = 5) -> float:
@@ -35,7 +36,10 @@ def seconds_of(run: Callable[[], object], rounds: int = 5) -> float:
 
 
 def read_bandwidth() -> float:
-    """Memory bandwidth of all cores together, in bytes per second, on arrays larger than any cache."""
+    """Bytes per second that the device reads from its memory: a CPU with all cores, on arrays larger than any cache."""
+    if jax.default_backend() != "cpu":
+        array, read = jax.random.normal(jax.random.key(0), (2**29,)), jax.jit(jnp.max)
+        return array.nbytes / seconds_of(lambda: read(array))
     cores = len(os.sched_getaffinity(0))
     arrays = [np.ones(2**26, np.float32) for _ in range(cores)]
     with ThreadPoolExecutor(cores) as pool:
@@ -63,16 +67,32 @@ def nbytes(tree) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def main(model: str, prompt_tokens: int, new_tokens: int, batch: int, settings: list[str], dtype: Dtype = "float32"):
+def memory() -> dict[str, Callable]:
+    """How the peak of the device's memory is read, and begins anew: on accelerators it cannot."""
+    if jax.default_backend() == "cpu":
+        return {"peak": process_peak_bytes, "reset_peak": reset_process_peak}
+    return {"peak": lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"], "reset_peak": lambda: None}
+
+
+def main(
+    model: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    settings: list[str],
+    dtype: Dtype = "float32",
+    quick: bool = False,
+):
     """Waits for requests and decodes.
 
     Args:
-        model: Hugging Face folder.
+        model: Hugging Face folder; without weights they are drawn.
         prompt_tokens: Length of each prompt.
         new_tokens: Length of each answer.
         batch: Prompts.
         settings: Requests that there will be.
         dtype: Type of weights and activations.
+        quick: Whether to leave out, in the end, what takes further programs.
     """
     compilations = 0
 
@@ -82,10 +102,10 @@ def main(model: str, prompt_tokens: int, new_tokens: int, batch: int, settings: 
 
     jax.monitoring.register_event_duration_secs_listener(count_compilation)
     mesh = make_mesh(MeshOptions(data=1), jax.devices()[:1])
-    loaded = load_model(model, ComputeOptions(dtype=dtype, param_dtype=dtype), mesh, MeshOptions())
-    lm, config = loaded.model, loaded.model.config
-    params = jax.jit(lm.unstack)(loaded.params)
-    jax.tree.map(lambda x: x.delete(), loaded.params["layers"])
+    lm, load = open_model(model, ComputeOptions(dtype=dtype, param_dtype=dtype), mesh)
+    config, stacked = lm.config, load()
+    params = jax.jit(lm.unstack)(stacked)
+    jax.tree.map(lambda x: x.delete(), stacked["layers"])
     prompts = jnp.asarray(random_prompts(batch, prompt_tokens, config.vocab_size))
     lengths = jnp.full(batch, prompt_tokens, jnp.int32)
     prefill = jax.jit(lm.prefill, static_argnums=3)
@@ -99,9 +119,17 @@ def main(model: str, prompt_tokens: int, new_tokens: int, batch: int, settings: 
         arguments = (lm, params, prompts, lengths, keys, SampleOptions(new_tokens, (), num_samples=count))
         return sample, arguments, count * (new_tokens - 1)
 
+    def compile_search(setting: str) -> jax.stages.Compiled:
+        kind, count = setting.split()
+        search, arguments, _ = program(kind, int(count))
+        return search.lower(*arguments).compile()
+
+    with ThreadPoolExecutor() as pool:  # compilation is most of a short benchmark's time
+        compiled = dict(zip(settings, pool.map(compile_search, settings), strict=True))
+
     def run(kind: str, count: int) -> np.ndarray:
-        search, arguments, _ = program(kind, count)
-        tokens = np.asarray(search(*arguments).tokens)
+        _, (_, *arguments, _), _ = program(kind, count)  # model and options are part of the program
+        tokens = np.asarray(compiled[f"{kind} {count}"](*arguments).tokens)
         return tokens[:, 0] if kind == "beams" else tokens.reshape(-1, new_tokens)
 
     def floor(count: int, pool: int, bandwidth: float) -> dict:
@@ -128,8 +156,7 @@ def main(model: str, prompt_tokens: int, new_tokens: int, batch: int, settings: 
 
     def temporary(kind: str, count: int, pool: int) -> dict:
         """Bytes beside arguments and results: of the whole search, cache included, and of one step of the model."""
-        search, arguments, _ = program(kind, count)
-        whole = search.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        whole = compiled[f"{kind} {count}"].memory_analysis().temp_size_in_bytes
         _, cache = jax.eval_shape(partial(lm.prefill, slots=pool), params, prompts, lengths)
         shapes = (jax.ShapeDtypeStruct((batch, count), jnp.int32), jax.ShapeDtypeStruct((batch, count, pool), bool))
         step = jax.jit(lm.extend, donate_argnums=1).lower(params, cache, *shapes, jax.ShapeDtypeStruct((), jnp.int32))
@@ -145,12 +172,15 @@ def main(model: str, prompt_tokens: int, new_tokens: int, batch: int, settings: 
         for setting in settings:
             kind, count = setting.split()
             pool = program(kind, int(count))[2]
-            found[setting] = floor(int(count), pool, bandwidth) | temporary(kind, int(count), pool)
+            found[setting] = floor(int(count), pool, bandwidth)
+            if quick:
+                continue
+            found[setting] |= temporary(kind, int(count), pool)
             found[setting]["prefill_seconds"] = seconds_of(lambda pool=pool: prefill(params, prompts, lengths, pool))
         return {"read_gigabytes_per_second": bandwidth / 1e9, "limits": found}
 
     versions = {name: version(name) for name in ("jax", "flax")}
-    serve(run, settings, count=lambda: {"compilations": compilations}, close=limits, versions=versions)
+    serve(run, settings, count=lambda: {"compilations": compilations}, close=limits, versions=versions, **memory())
 
 
 if __name__ == "__main__":
