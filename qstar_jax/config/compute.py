@@ -21,8 +21,8 @@ class ComputeOptions:
             whose scores never leave the processor, `cudnn` its counterpart for bfloat16 on NVIDIA GPUs; `auto` is flash
             on a TPU, cudnn on a GPU for what it can compute, else blockwise.
         scan_layers: Whether training and scoring loop over one compiled layer. Without the loop, programs take two to
-            five times as long to compile, and no longer copy weights and activations from and to stacks of all layers:
-            a DPO step compiled for an H100 reads and writes 15 to 27 % less memory.
+            six times as long to compile, and no longer copy weights and activations from and to stacks of all layers: a
+            DPO step compiled for an H100 reads and writes 14 to 29 % less memory.
         longrope: Which rotary frequencies a model with longrope (Phi 3) uses, for all texts alike: those for texts that
             fit its original context (`short`), or those for longer ones (`long`); `auto` is short if no sequence is
             longer than that context, and refuses to guess otherwise.
