@@ -91,7 +91,7 @@ class Decoder(nnx.Module):
 
         # Embed, scan over the layers with their settings, and normalize.
         run_layer, settings = _rematerialize(run_layer, self.compute.remat), self._stacked_settings()
-        x = self._embed(tokens, positions)
+        x = self._embed(tokens, positions, gather=True)
         unroll = 1 if self.compute.scan_layers else self.config.num_hidden_layers
         layers = (self.layers, settings)
         x, _ = jax.lax.scan(lambda x, layer: (run_layer(layer[0], x, layer[1]), None), x, layers, unroll=unroll)
@@ -214,19 +214,19 @@ class Decoder(nnx.Module):
         form = {"scale": config.scale, "softcap": config.score_softcap, "windows": windows}
         return masked_attention(mask, positions, self.compute.attention, **form)
 
-    def _embed(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Float[Array, "N D"]:
-        x = self._look_up(self.embed, tokens)
+    def _embed(
+        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], *, gather: bool = False
+    ) -> Float[Array, "N D"]:
+        """Embeds tokens; with `gather`, tables travel between devices, not the vectors of the tokens."""
+        look_up = _look_up_gathered if gather else _look_up
+        x = look_up(self.embed, tokens)
         if self.config.embedding_scale != 1:
             # Models are trained with a scale rounded to the dtype of the activations.
             x *= jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.config.learned_positions:
-            x += self._look_up(self.embed_positions, positions)
+            x += look_up(self.embed_positions, positions)
         # Flatten for plain matrix products: with three dimensions, XLA transposes first on a CPU.
         return rearrange(x, "b s d -> (b s) d")
-
-    def _look_up(self, table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        vectors = table.embedding[...].astype(self.compute.dtype)
-        return constrain_batch(map_batch(lambda vectors, ids: vectors[ids], vectors, ids))
 
     def _rotations(self, positions: Int[Array, "B S"], slots: int) -> list[Rotation | None]:
         """Computes the cosines and sines of each of `config.ropes`.
@@ -262,6 +262,15 @@ def _select_rotation(rotations: list[Rotation | None], index: Int[Array, ""] | i
     if index is None or isinstance(index, int):
         return rotations[index or 0]
     return jax.tree.map(lambda *kinds: jax.lax.select_n(index, *kinds), *rotations)
+
+
+def _look_up(table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    return constrain_batch(table(ids))
+
+
+def _look_up_gathered(table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    vectors = table.embedding[...].astype(table.dtype)
+    return constrain_batch(map_batch(lambda vectors, ids: vectors[ids], vectors, ids))
 
 
 def _rematerialize(run_layer, remat: str):
