@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "demo": (config.DemoConfig, "show the paper's insights on a small task, offline, in minutes"),
     "sft": (config.SftConfig, "fine-tune on responses"),
     "dpo": (config.DpoConfig, "train on preference pairs"),
+    "plan": (config.PlanConfig, "compile a run's step for hardware that is not there, and say what it needs"),
     "score": (config.ScoreConfig, "score every token of every response by its reward"),
     "generate": (config.GenerateConfig, "generate responses: greedy, sampled, searched for, or chosen by reward"),
     "sweep": (config.SweepConfig, "measure wider beams: win rate, length and reward"),

@@ -17,6 +17,7 @@ from qstar_jax.config.judge import JudgeOptions as JudgeOptions
 from qstar_jax.config.loss import LossOptions as LossOptions
 from qstar_jax.config.loss import ReferenceOptions as ReferenceOptions
 from qstar_jax.config.optimizer import OptimizerOptions as OptimizerOptions
+from qstar_jax.config.plan import PlanConfig as PlanConfig
 from qstar_jax.config.train import DpoConfig as DpoConfig
 from qstar_jax.config.train import LoraOptions as LoraOptions
 from qstar_jax.config.train import SftConfig as SftConfig

@@ -14,7 +14,7 @@ _GEMM, _CONVOLUTION, _ATTENTION = "__cublas$", "__cudnn$conv", "__cudnn$fmha"
 # Instructions that launch nothing: they name, index or order what others have made.
 _FREE = frozenset(
     "parameter constant bitcast tuple get-tuple-element after-all partition-id opt-barrier add-dependency "
-    "async-done async-update copy-done all-gather-done all-reduce-done collective-permute-done".split()
+    "async-update".split()
 )
 
 
@@ -168,7 +168,7 @@ def collectives(module: Module, devices: int) -> list[Collective]:
 
 def _group_size(x: Instruction, devices: int) -> int:
     if sizes := x.find(r"replica_groups=mesh\[([^\]]*)\]"):  # mesh['data'=2,'fsdp'=4] {'fsdp'}
-        axes = x.find(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}").replace("'", "").split(",")
+        axes = x.find(r"replica_groups=mesh\[[^\]]*\](?:, device_ids=\S+)? \{([^}]*)\}").replace("'", "").split(",")
         by_axis = dict(pair.split("=") for pair in sizes.replace("'", "").replace(" ", "").split(","))
         return math.prod(int(by_axis[axis.strip()]) for axis in axes)
     if iota := x.numbers(r"replica_groups=\[([\d,]+)\]<="):  # [groups,devices of a group]<=[...]
@@ -198,12 +198,16 @@ def _launched(module: Module) -> Iterator[tuple[str, Instruction, float]]:
             # Other computations lie within one kernel.
             if x.opcode in ("while", "conditional", "call", "async-start"):
                 pending += [callee for _, callee in x.callees]
-            elif x.opcode not in _FREE:
+            elif x.opcode not in _FREE and not x.opcode.endswith("-done"):
                 yield name, x, module.runs[name]
 
 
 def _traffic(module: Module, computation: str, x: Instruction) -> int:
     """Bytes that one run of a kernel reads and writes; of an array that it slices or updates, only that part."""
+    if x.opcode == "copy-start":  # returns its target and its source
+        return sum(array.memory_bytes for array in x.results)
+    if x.opcode == "slice-start":  # between a TPU's memory and its core
+        return x.results[1].nbytes + x.results[1].memory_bytes
     if x.opcode != "fusion":
         inside = module.computations[computation]
         reads = sum(_read_bytes(name, [x], inside) for name in dict.fromkeys(x.operands) if name in inside)
@@ -218,18 +222,18 @@ def _traffic(module: Module, computation: str, x: Instruction) -> int:
 def _read_bytes(name: str, users: list[Instruction], inside: Mapping[str, Instruction]) -> int:
     first = [user for user in users if user.operands[0] == name]
     if len(first) == len(users) and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-        return sum(array.nbytes for user in users for array in user.results)
+        return sum(array.memory_bytes for user in users for array in user.results)
     if len(first) == len(users) and all(user.opcode == "dynamic-update-slice" for user in users):
         return 0
-    return sum(array.nbytes for array in inside[name].results)
+    return sum(array.memory_bytes for array in inside[name].results)
 
 
 def _written_bytes(root: Instruction, inside: Mapping[str, Instruction]) -> int:
     if root.opcode == "dynamic-update-slice":  # in place
-        return sum(array.nbytes for array in inside[root.operands[1]].results)
+        return sum(array.memory_bytes for array in inside[root.operands[1]].results)
     if root.opcode in ("bitcast", "tuple"):
         return sum(_written_bytes(inside[name], inside) for name in root.operands)
-    return sum(array.nbytes for array in root.results)
+    return sum(array.memory_bytes for array in root.results)
 
 
 def _kernel_kind(x: Instruction) -> str:

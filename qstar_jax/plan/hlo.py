@@ -5,11 +5,11 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-_TYPE = re.compile(r"\b([a-z]+\d\w*|pred)\[([\d,]*)\]")
+_TYPE = re.compile(r"\b([a-z]+\d\w*|pred)\[([\d,]*)\](?:\{[^{}]*(S\(1\))[^{}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _CALLEES = re.compile(
@@ -25,10 +25,17 @@ class Array:
     Attributes:
         dtype: As XLA writes it: bf16, f32, s32, ...
         shape: Its dimensions.
+        on_chip: Whether it lies within a TPU's core, not in its memory.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    on_chip: bool = field(default=False, compare=False)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that it takes of the memory."""
+        return 0 if self.on_chip else self.nbytes
 
     @property
     def size(self) -> int:
@@ -166,8 +173,15 @@ class Module:
                 yield name, 1 / len(callees) if instruction.opcode == "conditional" else 1.0
 
     def _trips(self, loop: Instruction) -> int | None:
-        known = loop.config.get("known_trip_count")
-        return known and int(known["n"])
+        if known := loop.config.get("known_trip_count"):
+            return int(known["n"])
+        # TPUs' programs do not say it, but those of JAX's loops whose length is known count up from 0 to a constant.
+        condition = self.computations[dict(loop.callees)["condition"]]
+        root = list(condition.values())[-1]
+        if root.opcode != "compare" or root.find(r"direction=(\w+)") != "LT":
+            return None
+        limit = condition[root.operands[1]]
+        return limit.numbers(r"^\((\d+)\)")[0] if limit.opcode == "constant" else None
 
     def instructions(self, opcodes: str) -> Iterator[tuple[str, Instruction, float]]:
         """Yields (computation, instruction, runs) of those that run and whose opcode matches a regular expression."""
@@ -195,7 +209,7 @@ def _instruction(name: str, text: str) -> Instruction:
     opcode, _, _ = text[end:].strip().partition("(")
     start = text.index("(", end)
     stop = _closing(text, start)
-    results = tuple(Array(dtype, _dims(shape)) for dtype, shape in _TYPE.findall(text[:end]))
+    results = tuple(Array(dtype, _dims(shape), bool(space)) for dtype, shape, space in _TYPE.findall(text[:end]))
     operands = tuple(re.findall(r"%([\w.\-]+)", text[start:stop]))
     # Constants keep their value as an attribute.
     attributes = text[stop:] if operands else text[start:]

@@ -1,9 +1,10 @@
 """Hardware that need not be there: devices to compile programs for, and what the makers say of each chip."""
 
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes.util import find_library
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -57,6 +58,25 @@ CHIPS = {
 }
 
 
+# Arrangements that can be rented, the smallest first.
+_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8"
+_HOSTS = "1x1x1 1x1x2 1x1x4 1x1x8 1x2x8 1x4x8 1x8x8"
+
+
+def slices_of(chip: str) -> list[str]:
+    """Returns the topologies of a chip, the smallest first.
+
+    Raises:
+        InputError: If the chip is unknown.
+    """
+    if chip not in CHIPS:
+        raise InputError(f"unknown chip {chip!r}; expected one of {', '.join(CHIPS)}")
+    is_flat = CHIPS[chip].example.partition(":")[2].count("x") == 1
+    sizes = _HOSTS if CHIPS[chip].is_gpu else _FLAT if is_flat else _CUBES
+    return [f"{chip}:{size}" for size in sizes.split()]
+
+
 def chip_of(topology: str) -> Chip:
     """Returns the chip of a topology such as v5e:4x4.
 
@@ -71,6 +91,11 @@ def chip_of(topology: str) -> Chip:
             f"{', '.join(chip.example for chip in CHIPS.values())} (GPUs: slices x hosts x devices of a host)"
         )
     return CHIPS[name]
+
+
+def devices_per_chip(topology: str, devices: Sequence[jax.Device]) -> int:
+    """Returns the number of devices that share the memory and the rates of a chip: two in a v4 or tpu7x."""
+    return len(devices) // math.prod(int(size) for size in topology.partition(":")[2].split("x"))
 
 
 def topology_devices(topology: str) -> list[jax.Device]:

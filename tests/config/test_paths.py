@@ -16,7 +16,7 @@ PATHS = {
 # Options that are text and no path.
 WORDS = {
     "prompt", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url", "loss.name",
-    "loss.divergence", "lora.targets", "max_shard_size",
+    "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies",
 }  # fmt: skip
 COLUMNS = {"train_split", "eval_split", "prompt", "chosen", "rejected", "completion", "tools", "system", "date"}
 

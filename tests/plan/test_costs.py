@@ -101,7 +101,14 @@ def test_transfers_of_several_arrays_in_loops_and_groups():
 
 
 @pytest.mark.parametrize(
-    "groups, size", [("{{0,1,2},{3,4,5}}", 3), ("[2,4]<=[8]", 4), ("mesh['x'=4,'y'=2] {'y'}", 2), ("{}", 8)]
+    "groups, size",
+    [
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("[2,4]<=[8]", 4),
+        ("mesh['x'=4,'y'=2] {'y'}", 2),
+        ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}", 4),
+        ("{}", 8),
+    ],
 )
 def test_notations_of_groups(groups, size):
     text = f"""
@@ -201,3 +208,19 @@ def test_decoding_on_an_h100_copies_no_layer_out_of_a_stack(devices_of, tiny_mod
             text = sample.lower(model, params, tokens, lengths, None, options).compile().as_text()
         traffic[name] = memory_traffic(Module.parse(text, unknown_trips=8))
     assert traffic["apart"] < traffic["stacked"]
+
+
+def test_memory_traffic_of_a_tpu_leaves_out_what_lies_in_its_core():
+    module = Module.parse("""
+ENTRY %main (x: f32[6,512]) -> f32[2,512] {
+  %x = f32[6,512]{1,0:T(8,128)} parameter(0)
+  %c = (f32[6,512]{1,0:T(8,128)S(1)}, f32[6,512]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %d = f32[6,512]{1,0:T(8,128)S(1)} copy-done(%c)
+  %s = ((f32[6,512]{1,0:T(8,128)}), f32[2,512]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:512]}
+  %e = f32[2,512]{1,0:T(8,128)S(1)} slice-done(%s)
+  %n = f32[6,512]{1,0:T(8,128)S(1)} negate(%d)
+  ROOT %r = f32[2,512]{1,0:T(8,128)} exponential(%e)
+}""")
+    row = 4 * 512
+    copied, sliced, written, counter = 6 * row, 2 * row, 2 * row, 4
+    assert memory_traffic(module) == copied + sliced + written + counter

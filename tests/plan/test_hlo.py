@@ -81,3 +81,25 @@ def test_layouts_of_tpus_and_tuples_are_read():
     assert loop.config == {"a": ["(}"]}
     assert module.computations["main.1"]["c"].source == "zero"
     assert module.operands("main.1", loop) == [*loop.results]
+
+
+def test_trips_that_only_the_condition_tells():
+    text = """
+%condition (arg.1: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(6)
+  %arg.1 = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%counter, %LIMIT), direction=LT
+}
+
+%body (arg.2: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %arg.2 = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+}
+
+ENTRY %main.1 (x: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  ROOT %w = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%x), condition=%condition, body=%body
+}
+"""
+    assert [loop.trips for loop in Module.parse(text.replace("LIMIT", "limit")).loops] == [6]
+    assert [loop.trips for loop in Module.parse(text.replace("LIMIT", "counter")).loops] == [None]

@@ -1,0 +1,81 @@
+import json
+
+import jax
+import pytest
+
+from qstar_jax.cli.main import main
+from qstar_jax.plan import plan as plan_module
+from qstar_jax.plan import search
+
+
+@pytest.fixture
+def model(tmp_path, tiny_config):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def cpus(monkeypatch):
+    for module in (plan_module, search):
+        monkeypatch.setattr(module, "topology_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(plan_module, "peak_flops", lambda devices: 1e9 * len(devices))
+
+
+WORDS = "--data.max_length 64 --data.max_prompt_length 48 --train.batch_size 8".split()
+
+
+@pytest.mark.parametrize("verb", ["dpo", "sft"])
+def test_a_plan_is_printed_and_written(verb, model, cpus, tmp_path, capsys):
+    out = tmp_path / "plans" / verb
+    words = ["--model", model, "--topology", "v5e:2x4", "--verb", verb, "--out", str(out), *WORDS]
+    assert main(["plan", *words]) == 0
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["fits"] and plan["changes"] == [] and plan["config"]["mesh"]["fsdp"] == -1
+    printed = capsys.readouterr().out
+    assert "v5e:2x4, as given: fits" in printed and "A step on v5e:2x4: 8 devices, 16.0 GiB each" in printed
+    assert f"{plan['flops']['needed']:.3g}" in printed and "binds" in printed
+
+
+def test_the_configurations_of_runs_are_read(model, cpus, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data: {train: /not/there.jsonl, max_length: 64, max_prompt_length: 48}\n"
+        "optimizer: {warmup_steps: 150}\ntrain: {batch_size: 4}\nmesh: {data: 4, fsdp: 1, tensor: 2}\n"
+    )
+    out = tmp_path / "out"
+    words = ["--config", str(file), "--model", model, "--topology", "v5e:2x4", "--out", str(out)]
+    assert main(["plan", *words]) == 0
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["config"]["mesh"]["data"] == 4 and "all-reduce" in plan["collectives"]
+
+
+def test_the_model_of_an_earlier_run(dpo_run, cpus, tmp_path):
+    out = tmp_path / "out"
+    assert main(["plan", "--model", str(dpo_run), "--topology", "v5e:2x4", "--out", str(out), *WORDS]) == 0
+    assert json.loads((out / "plan.json").read_text())["fits"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give either --topology, such as v5e:4x4, or --topologies"),
+        (["--topology", "v5e:2x2", "--topologies", "v5e"], "give either"),
+        (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; expected a chip and its arrangement, such as v4"),
+        (["--topologies", "v9"], "unknown chip 'v9'"),
+        (["--topology", "v5e:2x4", "--train.batch_size", "12"], "does not divide evenly over 8 devices"),
+        (["--topology", "v5e:2x4", "--mesh.fsdp", "3"], "does not fit 8 device"),
+        (["--topology", "v5e:2x4", "--prompt_length", "64"], "a response of 0 tokens"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, message, model, cpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["plan", "--model", model, "--out", str(out), *WORDS, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1 and not out.exists()
+
+
+def test_a_run_that_fits_nowhere(model, cpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan_module.Plan, "fits", False)
+    words = ["--model", model, "--topology", "v5e:2x4", "--out", str(tmp_path / "out"), *WORDS]
+    assert main(["plan", *words, "--lora.rank", "2", "--compute.remat", "full"]) == 2
+    assert "v5e:2x4 does not hold this run, not even with compute.param_dtype bfloat16;" in capsys.readouterr().err

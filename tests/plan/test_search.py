@@ -1,0 +1,103 @@
+import math
+
+import jax
+import pytest
+
+from qstar_jax.config import LoraOptions, LossOptions, MeshOptions, PlanConfig, TrainOptions
+from qstar_jax.errors import InputError
+from qstar_jax.plan import search
+from qstar_jax.plan.plan import Plan
+from qstar_jax.plan.search import find_settings, find_slice
+
+GIVEN = PlanConfig(model="x", out="x", train=TrainOptions(batch_size=32))
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """`planned(fits)` makes every plan say what `fits(config, topology)` says, and lists the configs."""
+
+    def topology_devices(topology):
+        return (jax.devices() * 32)[: math.prod(map(int, topology.partition(":")[2].split("x")))]
+
+    def make_mesh(options, devices):
+        if len(devices) % options.tensor:
+            raise InputError("mesh")
+        return type("Mesh", (), {"shape": {"data": 1, "fsdp": len(devices) // options.tensor}})
+
+    def prepare(fits):
+        configs = []
+
+        def make_run_plan(config, topology):
+            configs.append(config)
+            total = 1 if fits(config, topology) else 3
+            return Plan(topology, 8, 2, {"total": total}, None, {}, {}, 0.0, {}, None, 0.0)
+
+        monkeypatch.setattr(search, "make_run_plan", make_run_plan)
+        return configs
+
+    monkeypatch.setattr(search, "topology_devices", topology_devices)
+    monkeypatch.setattr(search, "make_mesh", make_mesh)
+    return prepare
+
+
+def no_report(change, plan):
+    pass
+
+
+ORDER = [
+    "train.accumulate 2", "train.accumulate 4", "compute.remat attention", "compute.remat full",
+    "reference.mode cached", "lora.rank 16", "compute.param_dtype bfloat16",
+]  # fmt: skip
+
+
+def test_what_fits_is_left_alone(planned):
+    configs = planned(lambda config, topology: True)
+    assert find_settings(GIVEN, "v5e:2x4", no_report)[0] == [] and configs == [GIVEN]
+
+
+@pytest.mark.parametrize("last", range(len(ORDER)), ids=ORDER)
+def test_the_first_setting_that_fits(planned, last):
+    calls = iter(range(100))
+    configs = planned(lambda config, topology: next(calls) == last + 1)
+    seen = []
+    changes, plan = find_settings(GIVEN, "v5e:2x4", lambda change, plan: seen.append((change, plan.fits)))
+    assert changes == ORDER[: last + 1] and plan.fits
+    assert seen == [("as given", False), *((change, change == ORDER[last]) for change in changes)]
+    # Each change is on top of those before it.
+    values = dict(change.split() for change in changes)
+    for name, value in values.items():
+        block, option = name.split(".")
+        assert str(getattr(getattr(configs[-1], block), option)) == value
+
+
+def test_only_what_helps_is_tried(planned):
+    configs = planned(lambda config, topology: False)
+    coupled = PlanConfig(model="x", out="x", loss=LossOptions(name="simpo"), lora=LoraOptions(rank=4))
+    with pytest.raises(InputError, match=r"remat full, compute.param_dtype bfloat16;"):
+        find_settings(coupled, "v5e:4x8", no_report)
+    assert len(configs) == 4
+    with pytest.raises(InputError, match="v5e:2x4 does not hold this run; a step needs"):
+        find_settings(PlanConfig(model="x", out="x", search=False), "v5e:2x4", no_report)
+
+
+def test_the_smallest_slice_that_holds_a_run(planned):
+    planned(lambda config, topology: topology == "v5e:4x4")
+    config = PlanConfig(model="x", out="x", topologies="v5e", mesh=MeshOptions(data=1, fsdp=-1, tensor=2))
+    seen = []
+    assert find_slice(config, lambda change, plan: seen.append(plan.topology)).topology == "v5e:4x4"
+    assert seen == ["v5e:2x2", "v5e:2x4", "v5e:4x4"]  # 1x1 does not suit the mesh
+
+
+def test_a_run_that_no_slice_holds(planned):
+    planned(lambda config, topology: False)
+    with pytest.raises(InputError, match=r"batch_size 32 divides holds this run; tried v5e:1x1, .*, v5e:4x8$"):
+        find_slice(PlanConfig(model="x", out="x", topologies="v5e"), no_report)
+    with pytest.raises(InputError, match=r"no slice of v5e suits the mesh and train.batch_size 1"):
+        find_slice(
+            PlanConfig(
+                model="x", out="x", topologies="v5e", train=TrainOptions(batch_size=1), mesh=MeshOptions(tensor=999)
+            ),
+            no_report,
+        )
+    with pytest.raises(InputError, match="unknown chip 'a100'; expected one of v4, v5e"):
+        find_slice(PlanConfig(model="x", out="x", topologies="a100"), no_report)
