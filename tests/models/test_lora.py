@@ -223,7 +223,7 @@ def test_only_the_adapter_is_trained_and_no_gradient_of_the_base_is_computed(tin
 @pytest.mark.slow
 def test_memory_of_a_whole_step_does_not_grow_with_the_vocabulary(tiny_config, pair_batch):
     """With the embedding frozen nothing but chunks of logits grows; whole logits of long responses would not fit."""
-    batch = pair_batch(4, length=2048, response_length=1024, row_length=4096)
+    batch = pair_batch(8, length=2048, response_length=1024, row_length=4096)
     optimizer = make_optimizer(OptimizerOptions(), 4)
 
     def temporary(vocabulary):
