@@ -71,13 +71,19 @@ def cudnn_attention(
             "where it is possible"
         )
     del positions  # the tokens of a text are next to each other once they are gathered
-    attend = jax.checkpoint(partial(_attend, scale=scale, windows=windows, implementation=implementation))
+    traced = window if isinstance(window, jax.Array) else None
+
+    @jax.checkpoint  # which would trace a static window, were it an argument
+    def attend(q: Array, k: Array, v: Array, mask: PackedMask, traced: Array | None) -> Array:
+        known = window if traced is None else traced
+        return _attend(q, k, v, mask, known, scale=scale, windows=windows, implementation=implementation)
+
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:  # the texts of a shard lie within it, which XLA cannot know
         heads = PartitionSpec(*BATCH, None, "tensor")
         specs = heads, heads, heads, BATCH, PartitionSpec()
         attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
-    return attend(q, k, v, mask, window)
+    return attend(q, k, v, mask, traced)
 
 
 def why_not(

@@ -88,6 +88,16 @@ def test_a_model_scores_and_trains_the_same(layout, cudnn_on_xla, tiny_model, ti
         assert_norm_close(*results, 1e-5)
 
 
+@pytest.mark.parametrize("windows", [(), (None,), (5, None)])
+def test_a_static_window_need_not_be_among_those_of_traced_ones(windows):
+    batch = batch_of("packed", texts=True)
+    mask, x = PackedMask(batch.blocks, batch.branches, batch.texts), arrays(batch)
+    out = on_xla(*x, mask, positions=batch.positions, window=3, scale=1.0, windows=windows)
+    expected = masked_attention(mask, batch.positions, "dense", scale=1.0)(*x, window=3)
+    inside = batch.blocks >= 0
+    np.testing.assert_allclose(out[inside], expected[inside], rtol=1e-5, atol=1e-5)
+
+
 def test_what_may_not_be_seen_changes_no_bit():
     batch = batch_of("packed", texts=True)
     mask, (q, k, v) = PackedMask(batch.blocks, batch.branches, batch.texts), arrays(batch)
