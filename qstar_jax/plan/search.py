@@ -94,7 +94,7 @@ def _smaller(config: PlanConfig, topology: str) -> Iterator[tuple[str, PlanConfi
     if run.holds_reference and not run.moves_reference:
         config = replace(config, reference=replace(config.reference, mode="cached"))
         yield "reference.mode cached", config
-    if config.lora.rank == 0:
+    if config.lora.rank == 0 and not run.moves_reference:
         config = replace(config, lora=replace(config.lora, rank=16))
         yield "lora.rank 16", config
     if config.compute.param_dtype == "float32":

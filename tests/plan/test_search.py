@@ -3,7 +3,7 @@ import math
 import jax
 import pytest
 
-from qstar_jax.config import LoraOptions, LossOptions, MeshOptions, PlanConfig, TrainOptions
+from qstar_jax.config import LoraOptions, LossOptions, MeshOptions, PlanConfig, ReferenceOptions, TrainOptions
 from qstar_jax.errors import InputError
 from qstar_jax.plan import search
 from qstar_jax.plan.plan import Plan
@@ -78,6 +78,13 @@ def test_only_what_helps_is_tried(planned):
     assert len(configs) == 4
     with pytest.raises(InputError, match="v5e:2x4 does not hold this run; a step needs"):
         find_settings(PlanConfig(model="x", out="x", search=False), "v5e:2x4", no_report)
+
+
+def test_a_moving_reference_stays_live(planned):
+    planned(lambda config, topology: False)
+    moving = PlanConfig(model="x", out="x", reference=ReferenceOptions(sync_every=10))
+    with pytest.raises(InputError, match=r"remat full, compute.param_dtype bfloat16;"):
+        find_settings(moving, "v5e:2x4", no_report)
 
 
 def test_the_smallest_slice_that_holds_a_run(planned):
