@@ -175,13 +175,24 @@ class Module:
     def _trips(self, loop: Instruction) -> int | None:
         if known := loop.config.get("known_trip_count"):
             return int(known["n"])
-        # TPUs' programs do not say it, but those of JAX's loops whose length is known count up from 0 to a constant.
-        condition = self.computations[dict(loop.callees)["condition"]]
-        root = list(condition.values())[-1]
-        if root.opcode != "compare" or root.find(r"direction=(\w+)") != "LT":
+        return self._counted_trips(**dict(loop.callees))
+
+    def _counted_trips(self, condition: str, body: str) -> int | None:
+        """Trips of a loop whose counter goes up from 0 by a constant to a constant: TPUs' programs do not say them."""
+        test = list(self.computations[condition].values())[-1]
+        if test.opcode != "compare" or test.find(r"direction=(\w+)") != "LT":
             return None
-        limit = condition[root.operands[1]]
-        return limit.numbers(r"^\((\d+)\)")[0] if limit.opcode == "constant" else None
+        counter, limit = (self.computations[condition][name] for name in test.operands)
+        index, inside = counter.numbers(r"index=(\d+)"), self.computations[body]
+        result = list(inside.values())[-1]
+        if limit.opcode != "constant" or not index or result.opcode != "tuple":
+            return None
+        # XLA may have unrolled the loop, whose counter then goes up by more than 1.
+        update = inside[result.operands[index[0]]]
+        steps = [inside[name] for name in update.operands if inside[name].opcode == "constant"]
+        if update.opcode != "add" or len(steps) != 1:
+            return None
+        return -(-_value(limit) // _value(steps[0]))
 
     def instructions(self, opcodes: str) -> Iterator[tuple[str, Instruction, float]]:
         """Yields (computation, instruction, runs) of those that run and whose opcode matches a regular expression."""
@@ -201,6 +212,10 @@ class Module:
     def loops(self) -> list[Loop]:
         """All loops that are entered."""
         return [Loop(self._trips(x), runs, x.source) for _, x, runs in self.instructions("while")]
+
+
+def _value(constant: Instruction) -> int:
+    return constant.numbers(r"^\((\d+)\)")[0]
 
 
 def _instruction(name: str, text: str) -> Instruction:

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import pytest
 
 from qstar_jax.plan.hlo import Array, Module
 
@@ -83,23 +84,34 @@ def test_layouts_of_tpus_and_tuples_are_read():
     assert module.operands("main.1", loop) == [*loop.results]
 
 
-def test_trips_that_only_the_condition_tells():
-    text = """
-%condition (arg.1: (s32[], f32[8])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(6)
-  %arg.1 = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
-  %counter = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
-  ROOT %lt.1 = pred[]{:T(512)} compare(%counter, %LIMIT), direction=LT
-}
+@pytest.mark.parametrize(
+    ("limit", "step", "update", "trips"),
+    [
+        ("limit", 1, "next", 6), ("limit", 2, "next", 3), ("limit", 4, "next", 2),
+        ("counter", 1, "next", None), ("limit", 1, "i", None),
+    ],
+)  # fmt: skip
+def test_trips_are_read_off_a_counter_where_nothing_else_tells_them(limit, step, update, trips):
+    text = f"""
+%condition (arg.1: (f32[8], s32[])) -> pred[] {{
+  %limit = s32[]{{:T(128)}} constant(6)
+  %arg.1 = (f32[8]{{0:T(128)}}, s32[]{{:T(128)}}) parameter(0)
+  %counter = s32[]{{:T(128)}} get-tuple-element(%arg.1), index=1
+  ROOT %lt.1 = pred[]{{:T(512)}} compare(%counter, %{limit}), direction=LT
+}}
 
-%body (arg.2: (s32[], f32[8])) -> (s32[], f32[8]) {
-  ROOT %arg.2 = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
-}
+%body (arg.2: (f32[8], s32[])) -> (f32[8], s32[]) {{
+  %arg.2 = (f32[8]{{0:T(128)}}, s32[]{{:T(128)}}) parameter(0)
+  %x = f32[8]{{0:T(128)}} get-tuple-element(%arg.2), index=0
+  %i = s32[]{{:T(128)}} get-tuple-element(%arg.2), index=1
+  %step = s32[]{{:T(128)}} constant({step})
+  %next = s32[]{{:T(128)}} add(%i, %step)
+  ROOT %tuple.1 = (f32[8]{{0:T(128)}}, s32[]{{:T(128)}}) tuple(%x, %{update})
+}}
 
-ENTRY %main.1 (x: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %x = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
-  ROOT %w = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%x), condition=%condition, body=%body
-}
+ENTRY %main.1 (x: (f32[8], s32[])) -> (f32[8], s32[]) {{
+  %x = (f32[8]{{0:T(128)}}, s32[]{{:T(128)}}) parameter(0)
+  ROOT %w = (f32[8]{{0:T(128)}}, s32[]{{:T(128)}}) while(%x), condition=%condition, body=%body
+}}
 """
-    assert [loop.trips for loop in Module.parse(text.replace("LIMIT", "limit")).loops] == [6]
-    assert [loop.trips for loop in Module.parse(text.replace("LIMIT", "counter")).loops] == [None]
+    assert [loop.trips for loop in Module.parse(text).loops] == [trips]
