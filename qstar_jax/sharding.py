@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -62,7 +62,7 @@ def use_mesh(mesh: Mesh, dtype: Dtype) -> Iterator[None]:
     """
     with jax.set_mesh(mesh):
         precise = dtype == "float32" and platform() != "cpu"
-        with jax.default_matmul_precision("float32" if precise else None):
+        with jax.default_matmul_precision("float32") if precise else nullcontext():
             yield
 
 

@@ -194,4 +194,6 @@ def test_float32_means_float32_on_every_platform(platform, one_device, monkeypat
             return {str(e.params["precision"]) for e in jaxpr.eqns if e.primitive.name == "dot_general"}
 
     assert precision("bfloat16") == {"None"}
+    with jax.default_matmul_precision("tensorfloat32"):  # what a caller has chosen stays
+        assert precision("bfloat16") == {"(Precision.HIGH, Precision.HIGH)"}
     assert precision("float32") == ({"None"} if platform == "cpu" else {"(Precision.HIGHEST, Precision.HIGHEST)"})

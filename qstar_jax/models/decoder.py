@@ -270,7 +270,7 @@ def _look_up(table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
 
 def _look_up_gathered(table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     vectors = table.embedding[...].astype(table.dtype)
-    return constrain_batch(map_batch(lambda vectors, ids: vectors[ids], vectors, ids))
+    return constrain_batch(map_batch(partial(jnp.take, axis=0), vectors, ids))
 
 
 def _rematerialize(run_layer, remat: str):

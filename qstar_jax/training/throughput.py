@@ -70,8 +70,7 @@ class Throughput:
 def measured_matmul_peak(dtype: str = "float32", size: int | None = None, rounds: int = 3) -> float:
     """Measures the FLOP/s of large matrix products on the default device, once per process: the best of some rounds.
 
-    The matrices are random: an H200 multiplied zeros 13 % faster than random numbers, as bits that never change take
-    less power.
+    The matrices are random: GPUs multiply zeros and ones faster, as bits that never change take less power.
 
     Args:
         dtype: Dtype of the matrices and of their product.

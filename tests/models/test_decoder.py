@@ -12,6 +12,7 @@ from qstar_jax.config import ComputeOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.decoder_config import DecoderConfig, LayerKind
+from qstar_jax.models.masks import PackedMask
 from qstar_jax.models.rope import LongRope, Rope
 
 LOCAL, GLOBAL = LayerKind(Rope(10.0), window=3), LayerKind(Rope(100.0))
@@ -166,3 +167,9 @@ def test_flops_by_hand():
     assert config.forward_flops(tokens=5, scored_tokens=3, context=3) == 5 * 2 * (2 * 120 + 48) + 3 * 2 * 4 * 10
     config = replace(config, layers=(LayerKind(), LayerKind(window=1)))
     assert config.forward_flops(tokens=5, scored_tokens=0, context=3) == 5 * (2 * 2 * 120 + 48 + 16)
+
+
+def test_an_id_beyond_the_vocabulary_is_no_other_token(tiny_model, tiny_params):
+    tokens, mask = jnp.array([[3, tiny_model.config.vocab_size]]), PackedMask(*jnp.zeros((2, 1, 2), int))
+    hidden = tiny_model.hidden_states(tiny_params, tokens, jnp.array([[0, 1]]), mask)
+    assert np.isnan(hidden[0, 1]).all()
