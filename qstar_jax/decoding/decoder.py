@@ -88,13 +88,6 @@ class Decoder:
     vocabulary: int
     mesh: Mesh
 
-    @property
-    def batched(self) -> bool:
-        """Whether a batch of prompts is decoded at once: not by methods with one key per batch, nor by exact search."""
-        method = self.plan.block.method
-        has_one_key = method in ("beam", "mcts") and self.plan.samples
-        return not has_one_key and method != "exact"
-
     def __call__(
         self, prompts: Sequence[np.ndarray], rows: Sequence[int] | None = None, *, fill_to: int = 0
     ) -> list[list[Generation]]:
@@ -116,17 +109,17 @@ class Decoder:
         """
         count = len(prompts)
         rows = list(range(count)) if rows is None else list(rows)
-        missing = max(fill_to - count, 0) if self.batched else 0
+        missing = max(fill_to - count, 0) if self.plan.batched else 0
         # Pad the batch, and derive a key from each row.
         padded, lengths = self._pad([*prompts, *prompts[:1] * missing])
         key = jax.random.key(self.plan.block.seed or 0)
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.array(rows + rows[:1] * missing))
         # Replicate: prompts are few, and beams of one prompt belong together.
         padded, lengths, keys = jax.device_put((padded, lengths, keys), NamedSharding(self.mesh, PartitionSpec()))
-        if self.batched:
-            parts = [self._search(padded, lengths, keys)]
+        if self.plan.batched:
+            parts = [self.search(padded, lengths, keys)]
         else:
-            parts = [self._search(padded[i : i + 1], lengths[i : i + 1], keys[i : i + 1]) for i in range(count)]
+            parts = [self.search(padded[i : i + 1], lengths[i : i + 1], keys[i : i + 1]) for i in range(count)]
         return [responses for part in jax.device_get(parts) for responses in self._generations(part)][:count]
 
     def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +130,8 @@ class Decoder:
         check_vocabulary(padded, self.vocabulary, self.tokenizer, "a prompt", "one of the models")
         return padded, lengths
 
-    def _search(self, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], keys: Key[Array, " B"]) -> Responses:
+    def search(self, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], keys: Key[Array, " B"]) -> Responses:
+        """Runs the method on padded prompts; on a single one, unless they are `batched`."""
         common = (self.model, self.params, prompts, lengths)
         shared = {"objective": self.objective}
         stopping = shared | {"stop_strings": self.stop_strings}
@@ -150,10 +144,10 @@ class Decoder:
             case "chunk":
                 return chunk_beam_search(*common, keys, options, **stopping)
             case "mcts":
-                return mcts(*common, options, key=None if self.batched else keys[0], **shared)[0]
+                return mcts(*common, options, key=None if self.plan.batched else keys[0], **shared)[0]
             case "exact":
                 return exact_search(self.model, self.params, prompts[0, : int(lengths[0])], **vars(options), **shared)
-        return beam_search(*common, options, key=None if self.batched else keys[0], **stopping)
+        return beam_search(*common, options, key=None if self.plan.batched else keys[0], **stopping)
 
     def _generations(self, responses: Responses) -> list[list[Generation]]:
         count, width = responses.logp.shape

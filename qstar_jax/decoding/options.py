@@ -70,6 +70,12 @@ class DecodePlan:
         return isinstance(self.method, SampleOptions | ChunkOptions) and self.method.temperature != 0
 
     @property
+    def batched(self) -> bool:
+        """Whether a batch of prompts is decoded at once: not by methods with one key per batch, nor by exact search."""
+        has_one_key = self.block.method in ("beam", "mcts") and self.samples
+        return not has_one_key and self.block.method != "exact"
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the reference runs beside the policy."""
         return self.block.report_reference or self.block.objective != "likelihood"

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 _TYPE = re.compile(r"\b([a-z]+\d\w*|pred)\[([\d,]*)\](?:\{[^{}]*(S\(1\))[^{}]*\})?")
@@ -126,15 +127,16 @@ class Module:
     Attributes:
         computations: Name -> instructions by name, in their order. The root of a computation comes last.
         entry: Name of the computation that is called.
-        unknown_trips: Trips assumed of loops whose number of trips depends on data.
+        unknown_trips: Trips assumed of loops whose number of trips depends on data, in the order in which they are
+            entered, an outer loop before those inside it; of further ones 1.
     """
 
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
-    unknown_trips: float = 1.0
+    unknown_trips: tuple[float, ...] = ()
 
     @classmethod
-    def parse(cls, text: str, unknown_trips: float = 1.0) -> "Module":
+    def parse(cls, text: str, unknown_trips: tuple[float, ...] = ()) -> "Module":
         """Reads what `jax.stages.Compiled.as_text()` returns."""
         computations: dict[str, dict[str, Instruction]] = {}
         entry, current = "", None
@@ -167,10 +169,23 @@ class Module:
         for role, name in callees:
             if instruction.opcode == "while":
                 trips = self._trips(instruction)
-                trips = self.unknown_trips if trips is None else trips
+                trips = self._assumed_trips[instruction.name] if trips is None else trips
                 yield name, trips if role == "body" else trips + 1
             else:
                 yield name, 1 / len(callees) if instruction.opcode == "conditional" else 1.0
+
+    @cached_property
+    def _assumed_trips(self) -> Mapping[str, float]:
+        """Name of each loop with an unknown number of trips -> those assumed."""
+        names = list(dict.fromkeys(self._unknown_loops(self.entry)))
+        return dict(zip_longest(names, self.unknown_trips[: len(names)], fillvalue=1.0))
+
+    def _unknown_loops(self, computation: str) -> Iterator[str]:
+        for x in self.computations[computation].values():
+            if x.opcode == "while" and self._trips(x) is None:
+                yield x.name
+            for _, callee in x.callees:
+                yield from self._unknown_loops(callee)
 
     def _trips(self, loop: Instruction) -> int | None:
         if known := loop.config.get("known_trip_count"):
@@ -189,6 +204,8 @@ class Module:
             return None
         # XLA may have unrolled the loop, whose counter then goes up by more than 1.
         update = inside[result.operands[index[0]]]
+        while update.opcode == "copy":
+            update = inside[update.operands[0]]
         steps = [inside[name] for name in update.operands if inside[name].opcode == "constant"]
         if update.opcode != "add" or len(steps) != 1:
             return None

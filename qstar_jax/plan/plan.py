@@ -1,32 +1,36 @@
-"""The plan of a run on hardware that is not there: what its step needs, and what binds it."""
+"""The plan of a run on hardware that is not there: what a step or a search needs, and what binds it."""
 
 import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from qstar_jax.config import DpoConfig, LossOptions, PlanConfig, ReferenceOptions, SftConfig
-from qstar_jax.data.tokenization import Example
-from qstar_jax.errors import InputError
-from qstar_jax.models import CausalLM
+from qstar_jax.config import PlanConfig
 from qstar_jax.plan.costs import collectives, memory_traffic
-from qstar_jax.plan.step import CompiledProgram, LoweredStep, lower_step, pairs_of_lengths
+from qstar_jax.plan.decode import LoweredSearch, lower_search
+from qstar_jax.plan.options import (
+    decode_plan,
+    examples_of,
+    mesh_options,
+    prompt_length_of,
+    read_model,
+    read_models,
+    run_plan,
+)
+from qstar_jax.plan.step import CompiledProgram, LoweredStep, lower_step
 from qstar_jax.plan.topology import Chip, chip_of, devices_per_chip, topology_devices
 from qstar_jax.sharding import make_mesh
-from qstar_jax.store.checkpoints import find_checkpoint, read_description
-from qstar_jax.store.hub.folder import read_config_of
-from qstar_jax.training.plan import make_plan
 from qstar_jax.training.throughput import peak_flops
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step needs; all figures are of one device and one step.
+    """What a step of training, or a batch of a search, needs; all figures are of one device, but for the tokens.
 
     Attributes:
         topology: The hardware.
@@ -34,13 +38,15 @@ class Plan:
         memory_limit: Bytes of memory.
         memory: Bytes: of arguments, of temporaries, in total; empty if the compiler found no room for them.
         refusal: What the compiler said then; None if it compiled.
-        flops: FLOPs that the step needs, and those of the products in the program, which lack those of kernels that
+        flops: FLOPs that the model needs, and those of the products in the program, which lack those of kernels that
             cannot be read.
         collectives: Kind -> how often it runs, and bytes that it sends.
         memory_traffic: Bytes read from and written to memory, at most: as if nothing stayed in the
             processor between two kernels.
         seconds: By arithmetic, memory and network, each on its own, at the rates of the data sheet.
-        expected_mfu: Share of the peak that the step's FLOPs take if what binds takes all the time; None if unknown.
+        expected_mfu: Share of the peak that the model's FLOPs take if what binds takes all the time; None if unknown.
+        tokens: Tokens of the texts of a step, or new tokens of the responses of a search, over all devices.
+        tokens_per_second: These, if what binds takes all the time; None if unknown.
         compile_seconds: Time to compile the program here.
     """
 
@@ -54,11 +60,13 @@ class Plan:
     memory_traffic: float
     seconds: dict[str, float]
     expected_mfu: float | None
+    tokens: int
+    tokens_per_second: float | None
     compile_seconds: float
 
     @property
     def fits(self) -> bool:
-        """Whether the memory of a device holds the step."""
+        """Whether the memory of a device holds it."""
         return self.refusal is None and self.memory["total"] <= self.memory_limit
 
     @property
@@ -72,73 +80,35 @@ class Plan:
 
 
 def make_run_plan(config: PlanConfig, topology: str) -> Plan:
-    """Compiles the step of a run for a topology.
+    """Compiles the step of a run, or a search, for a topology.
 
     Raises:
         InputError: If options do not fit the model or the topology, or a package is missing that compiles for it.
     """
     chip, devices = chip_of(topology), topology_devices(topology)
     chip = _share_of(chip, devices_per_chip(topology, devices))
-    run, mesh = run_options(config), make_mesh(config.mesh, devices)
-    step = lower_step(make_plan(run), read_model(config), examples_of(config), mesh)
+    lowered = lower_program(config, make_mesh(mesh_options(config), devices))
     began = time.perf_counter()
     try:
-        program = CompiledProgram(step.lowered.compile(), len(devices))
+        program = CompiledProgram(lowered.lowered.compile(), len(devices), lowered.unknown_trips)
     except jax.errors.JaxRuntimeError as error:
         if not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
             raise
-        return _refused(topology, devices, chip, step, str(error), time.perf_counter() - began)
-    return _measured(topology, devices, chip, step, program, time.perf_counter() - began)
+        return _refused(topology, devices, chip, lowered, str(error), time.perf_counter() - began)
+    return _measured(topology, devices, chip, lowered, program, time.perf_counter() - began)
 
 
-def run_options(config: PlanConfig) -> DpoConfig | SftConfig:
-    """Returns the options of the verb that is planned.
-
-    Raises:
-        InputError: If some of those that were given are not for this verb.
-    """
-    if config.verb == "sft" and (config.loss, config.reference) != (LossOptions(), ReferenceOptions()):
-        raise InputError("--loss and --reference have no effect with --verb sft; leave them out")
-    # No file is read, so none need be named; without data, the length of an epoch is unknown.
-    data = replace(config.data, train=config.data.train or "examples of one length")
-    train = replace(config.train, steps=config.train.steps or config.optimizer.warmup_steps + 1)
-    kind = SftConfig if config.verb == "sft" else DpoConfig
-    options = {field.name: getattr(config, field.name) for field in fields(kind)}
-    return kind(**options | {"data": data, "train": train})
-
-
-def read_model(config: PlanConfig) -> CausalLM:
-    """Reads the shape of a model, without its weights.
+def lower_program(config: PlanConfig, mesh: Mesh) -> LoweredStep | LoweredSearch:
+    """Lowers the step of a run, or a search, on a mesh.
 
     Raises:
-        InputError: If there is no usable config.json.
+        InputError: If options do not fit the model or the mesh.
     """
-    checkpoint = find_checkpoint(Path(config.model).expanduser())
-    if checkpoint is None:
-        return CausalLM.from_hf(read_config_of(config.model), config.compute)
-    return read_description(checkpoint).build_model(config.compute).base
-
-
-def check_lengths(config: PlanConfig) -> str | None:
-    """Checks the lengths against the context of the model, as `CausalLM.check_length` does."""
-    return read_model(config).check_length(sum(_lengths(config)), "prompt and response")
-
-
-def examples_of(config: PlanConfig) -> list[Example]:
-    """Returns the examples of one batch, all as long as the options say."""
-    pairs = pairs_of_lengths(*_lengths(config), config.train.batch_size)
-    return pairs if config.verb == "dpo" else [replace(pair, responses=pair.responses[:1]) for pair in pairs]
-
-
-def _lengths(config: PlanConfig) -> tuple[int, int]:
-    prompt = config.data.max_prompt_length if config.prompt_length is None else config.prompt_length
-    response = config.data.max_length - prompt if config.response_length is None else config.response_length
-    if prompt < 1 or response < 1:
-        raise InputError(
-            f"a prompt of {prompt} and a response of {response} tokens: expected at least 1 of each; set "
-            "--prompt_length and --response_length, or data.max_length above data.max_prompt_length"
-        )
-    return prompt, response
+    if config.verb != "generate":
+        return lower_step(run_plan(config), read_model(config, config.model), examples_of(config), mesh)
+    weights = [pair.weight for pair in config.pairs]
+    prompts = config.batch_size, prompt_length_of(config)
+    return lower_search(read_models(config), decode_plan(config), *prompts, mesh, mesh_options(config), weights)
 
 
 def _share_of(chip: Chip, devices: int) -> Chip:
@@ -152,22 +122,39 @@ def _share_of(chip: Chip, devices: int) -> Chip:
 
 
 def _refused(
-    topology: str, devices: Sequence[jax.Device], chip: Chip, step: LoweredStep, error: str, seconds: float
+    topology: str,
+    devices: Sequence[jax.Device],
+    chip: Chip,
+    lowered: LoweredStep | LoweredSearch,
+    error: str,
+    seconds: float,
 ) -> Plan:
-    flops = {"needed": step.flops / len(devices)}
-    refusal = error.partition("\n")[0]
-    return Plan(topology, len(devices), chip.memory_bytes, {}, refusal, flops, {}, 0.0, {}, None, seconds)
+    return Plan(
+        topology=topology,
+        devices=len(devices),
+        memory_limit=chip.memory_bytes,
+        memory={},
+        refusal=error.partition("\n")[0],
+        flops={"needed": lowered.flops / len(devices)},
+        collectives={},
+        memory_traffic=0.0,
+        seconds={},
+        expected_mfu=None,
+        tokens=lowered.tokens,
+        tokens_per_second=None,
+        compile_seconds=seconds,
+    )
 
 
 def _measured(
     topology: str,
     devices: Sequence[jax.Device],
     chip: Chip,
-    step: LoweredStep,
+    lowered: LoweredStep | LoweredSearch,
     program: CompiledProgram,
     compile_seconds: float,
 ) -> Plan:
-    flops = {"needed": step.flops / len(devices), "program": sum(program.flops.values())}
+    flops = {"needed": lowered.flops / len(devices), "program": sum(program.flops.values())}
     transfers = defaultdict(lambda: {"count": 0.0, "bytes": 0.0})
     for item in collectives(program.module, len(devices)):
         transfers[item.kind]["count"] += item.runs
@@ -190,5 +177,7 @@ def _measured(
         memory_traffic=traffic,
         seconds=seconds,
         expected_mfu=flops["needed"] / peak / max(seconds.values()),
+        tokens=lowered.tokens,
+        tokens_per_second=lowered.tokens / max(seconds.values()),
         compile_seconds=compile_seconds,
     )

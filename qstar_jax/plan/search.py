@@ -5,15 +5,15 @@ from dataclasses import replace
 
 from qstar_jax.config import PlanConfig
 from qstar_jax.errors import InputError
-from qstar_jax.plan.plan import Plan, make_run_plan, run_options
+from qstar_jax.plan.options import decode_plan, mesh_options, run_plan
+from qstar_jax.plan.plan import Plan, make_run_plan
 from qstar_jax.plan.topology import slices_of, topology_devices
 from qstar_jax.sharding import make_mesh
-from qstar_jax.training.plan import make_plan
 
 Report = Callable[[str, Plan], None]
 
 
-def find_settings(config: PlanConfig, topology: str, report: Report) -> tuple[list[str], Plan]:
+def find_settings(config: PlanConfig, topology: str, report: Report) -> tuple[list[str], PlanConfig, Plan]:
     """Plans a run; where it does not fit, tries one setting after the other, each on top of those before it.
 
     Args:
@@ -22,24 +22,26 @@ def find_settings(config: PlanConfig, topology: str, report: Report) -> tuple[li
         report: Is told of each plan, and what was changed last.
 
     Returns:
-        What was changed, and the first plan that fits.
+        What was changed, the options with it, and the first plan that fits.
 
     Raises:
         InputError: If none does, or the options cannot be used.
     """
     plan, changes = make_run_plan(config, topology), []
     report("as given", plan)
-    candidates = () if plan.fits or not config.search else _smaller(config, topology)
+    smaller = _smaller_search if config.verb == "generate" else _smaller_step
+    candidates = () if plan.fits or not config.search else smaller(config, topology)
     for change, candidate in candidates:
-        plan = make_run_plan(candidate, topology)
+        config, plan = candidate, make_run_plan(candidate, topology)
         changes.append(change)
         report(change, plan)
         if plan.fits:
             break
     if plan.fits:
-        return changes, plan
+        return changes, config, plan
     tried = f", not even with {', '.join(changes)}" if changes else ""
-    raise InputError(f"{topology} does not hold this run{tried}; a step needs more than the memory of a device")
+    what = "a search" if config.verb == "generate" else "a step"
+    raise InputError(f"{topology} does not hold this run{tried}; {what} needs more than the memory of a device")
 
 
 def find_slice(config: PlanConfig, report: Report) -> Plan:
@@ -57,30 +59,28 @@ def find_slice(config: PlanConfig, report: Report) -> Plan:
         if plan.fits:
             return plan
         tried.append(topology)
+    batch = "" if config.verb == "generate" else f" and train.batch_size {config.train.batch_size}"
     if not tried:
-        raise InputError(
-            f"no slice of {config.topologies} suits the mesh and train.batch_size {config.train.batch_size}"
-        )
+        raise InputError(f"no slice of {config.topologies} suits the mesh{batch}")
     raise InputError(
-        f"no slice of {config.topologies} over which train.batch_size {config.train.batch_size} divides holds this "
-        f"run; tried {', '.join(tried)}"
+        f"no slice of {config.topologies} that suits the mesh{batch} holds this run; tried {', '.join(tried)}"
     )
 
 
 def _divides(config: PlanConfig, topology: str) -> bool:
     devices = topology_devices(topology)
     try:
-        mesh = make_mesh(config.mesh, devices)
+        mesh = make_mesh(mesh_options(config), devices)
     except InputError:
         return False
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return config.train.batch_size % (shards * config.train.accumulate) == 0
+    return config.verb == "generate" or config.train.batch_size % (shards * config.train.accumulate) == 0
 
 
-def _smaller(config: PlanConfig, topology: str) -> Iterator[tuple[str, PlanConfig]]:
+def _smaller_step(config: PlanConfig, topology: str) -> Iterator[tuple[str, PlanConfig]]:
     """Yields what needs less memory: first what costs no accuracy and little time, last what changes the training."""
-    run = make_plan(run_options(config))
-    mesh = make_mesh(config.mesh, topology_devices(topology))
+    run = run_plan(config)
+    mesh = make_mesh(mesh_options(config), topology_devices(topology))
     most = config.train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     for micro_batches in range(config.train.accumulate + 1, most + 1):
         if most % micro_batches == 0 and not run.objective.couples_examples:
@@ -100,3 +100,18 @@ def _smaller(config: PlanConfig, topology: str) -> Iterator[tuple[str, PlanConfi
     if config.compute.param_dtype == "float32":
         config = replace(config, compute=replace(config.compute, param_dtype="bfloat16"))
         yield "compute.param_dtype bfloat16", config
+
+
+def _smaller_search(config: PlanConfig, topology: str) -> Iterator[tuple[str, PlanConfig]]:
+    """Yields what needs less memory: first what changes no response, last what rounds."""
+    devices = len(topology_devices(topology))
+    if make_mesh(mesh_options(config), topology_devices(topology)).shape["tensor"] < devices:
+        config = replace(config, mesh=replace(config.mesh, data=1, fsdp=1, tensor=devices))
+        yield f"mesh.tensor {devices}", config
+    while config.batch_size > 1 and decode_plan(config).batched:
+        config = replace(config, batch_size=config.batch_size // 2)
+        yield f"batch_size {config.batch_size}", config
+    for option in ("param_dtype", "dtype"):
+        if getattr(config.compute, option) == "float32":
+            config = replace(config, compute=replace(config.compute, **{option: "bfloat16"}))
+            yield f"compute.{option} bfloat16", config

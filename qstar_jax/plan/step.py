@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -39,12 +40,16 @@ class LoweredStep:
         state: Shapes and shardings of its state.
         batch: Those of its batch.
         flops: Model FLOPs of a step, over all devices.
+        tokens: Tokens of all its texts.
     """
+
+    unknown_trips: ClassVar[tuple[float, ...]] = ()
 
     lowered: jax.stages.Lowered
     state: TrainState
     batch: Batch
     flops: float
+    tokens: int
 
 
 def lower_step(plan: RunPlan, model: CausalLM, examples: Sequence[Example], mesh: Mesh) -> LoweredStep:
@@ -73,7 +78,8 @@ def lower_step(plan: RunPlan, model: CausalLM, examples: Sequence[Example], mesh
         batch = feeder.shapes_at_step(options.seed, 0)
         lowered = jit_step(plan, plan.objective.loss_fn(model), optimizer, state).lower(state, batch)
     in_step = [examples[i] for i in feeder.indices_at_step(options.seed, 0).reshape(-1)]
-    return LoweredStep(lowered, state, batch, step_flops(plan, model, in_step))
+    tokens = sum(block.length for block in blocks_of(in_step, plan.config.data.layout))
+    return LoweredStep(lowered, state, batch, step_flops(plan, model, in_step), tokens)
 
 
 def step_flops(plan: RunPlan, model: CausalLM, examples: Sequence[Example]) -> float:
@@ -97,12 +103,12 @@ class CompiledProgram:
     Attributes:
         compiled: The program.
         devices: Devices that it runs on.
-        unknown_trips: Trips assumed of loops whose number of trips depends on data.
+        unknown_trips: Trips assumed of loops whose number of trips depends on data (see `Module`).
     """
 
     compiled: jax.stages.Compiled
     devices: int
-    unknown_trips: float = 1.0
+    unknown_trips: tuple[float, ...] = ()
 
     @cached_property
     def module(self) -> Module:

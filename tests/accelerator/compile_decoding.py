@@ -17,24 +17,26 @@ import jax
 from compile import GIB, MODELS
 from jsonargparse import auto_cli
 
-from qstar_jax.config import ComputeOptions, MeshOptions
-from qstar_jax.decoding import BeamOptions, SampleOptions
+from qstar_jax.config import ComputeOptions, DecodeOptions, MeshOptions
+from qstar_jax.decoding.options import interpret
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
-from qstar_jax.plan.decode import lower_search, search_trips
+from qstar_jax.plan.decode import lower_search
 from qstar_jax.plan.step import CompiledProgram
 from qstar_jax.plan.topology import chip_of, topology_devices
 from qstar_jax.sharding import make_mesh
 
 
-def options_of(search: str, new_tokens: int) -> BeamOptions | SampleOptions:
-    """The options of a search such as `beams 5`, `samples 8` or `greedy 1`; no token ends a response."""
+def options_of(search: str, new_tokens: int) -> DecodeOptions:
+    """The options of a search such as `beams 5`, `samples 8` or `greedy 1`."""
     kind, _, count = search.partition(" ")
     if kind == "beams":
-        return BeamOptions(int(count), new_tokens, ())
-    if kind not in ("samples", "greedy"):
+        return DecodeOptions("beam", new_tokens, beams=int(count))
+    if kind == "samples":
+        return DecodeOptions("sample", new_tokens, return_sequences=int(count))
+    if search != "greedy 1":
         raise InputError(f"--searches {search}: expected beams N, samples N or greedy 1")
-    return SampleOptions(new_tokens, (), num_samples=int(count), temperature=float(kind == "samples"))
+    return DecodeOptions("greedy", new_tokens)
 
 
 def main(
@@ -63,9 +65,9 @@ def main(
     policy = CausalLM.from_hf(MODELS[model], compute)
     weights = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(policy.abstract_params()))
     for search in searches:
-        options, began = options_of(search, new_tokens), time.perf_counter()
-        lowered = lower_search(policy, (prompts, prompt_tokens), options, devices, mesh)
-        program = CompiledProgram(lowered.compile(), devices.size, search_trips(options))
+        plan, began = interpret(options_of(search, new_tokens)), time.perf_counter()
+        lowered = lower_search([policy], plan, prompts, prompt_tokens, devices, mesh)
+        program = CompiledProgram(lowered.lowered.compile(), devices.size, lowered.unknown_trips)
         record = {"model": model, "topology": topology, "search": search, "prompts": prompts}
         record |= {"compile_seconds": round(time.perf_counter() - began, 1)}
         record |= {f"{name}_gib": round(size / GIB, 2) for name, size in program.memory.items()}

@@ -55,6 +55,24 @@ def test_the_model_of_an_earlier_run(dpo_run, cpus, tmp_path):
     assert json.loads((out / "plan.json").read_text())["fits"]
 
 
+def test_decoding_is_planned_with_the_options_of_generate(model, cpus, tmp_path, capsys):
+    file = tmp_path / "generate.yaml"
+    file.write_text(
+        f"batch_size: 2\nreference: {model}\ndata: {{eval: /not/there.jsonl, max_prompt_length: 48}}\n"
+        "decode: {method: best_of_n, num_samples: 4, rejection_interval: 3, max_new_tokens: 8, stop: [w1]}\n"
+    )
+    out = tmp_path / "out"
+    words = ["--config", str(file), "--verb", "generate", "--model", model, "--topology", "v5e:2x4", "--out", str(out)]
+    assert main(["plan", *words]) == 0
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["fits"] and plan["tokens"] == 2 * 8
+    assert plan["config"]["decode"]["num_samples"] == 4 and plan["config"]["mesh"]["data"] == -1
+    assert "loss" not in plan["config"] and plan["config"]["reference"] == model
+    printed = capsys.readouterr().out
+    assert "A batch of best_of_n on v5e:2x4: 8 devices" in printed and "MFU" not in printed
+    assert f"{plan['tokens_per_second']:,.0f}" in printed and "new tokens per second" in printed
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -65,6 +83,8 @@ def test_the_model_of_an_earlier_run(dpo_run, cpus, tmp_path):
         (["--topology", "v5e:2x4", "--train.batch_size", "12"], "does not divide evenly over 8 devices"),
         (["--topology", "v5e:2x4", "--mesh.fsdp", "3"], "does not fit 8 device"),
         (["--topology", "v5e:2x4", "--prompt_length", "64"], "a response of 0 tokens"),
+        (["--topology", "v5e:2x4", "--decode.beams", "5"], "--decode.beams 5 has no effect with --verb dpo"),
+        (["--topologies", "v5e", "--search", "false"], "--search false has no effect with --topologies"),
     ],
 )
 def test_bad_input_is_one_sentence(words, message, model, cpus, tmp_path, capsys):

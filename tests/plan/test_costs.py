@@ -206,7 +206,7 @@ def test_decoding_on_an_h100_copies_no_layer_out_of_a_stack(devices_of, tiny_mod
         lengths, options = shape(2, dtype=jnp.int32, sharding=here), SampleOptions(8, (), temperature=0.0)
         with jax.set_mesh(here.mesh):
             text = sample.lower(model, params, tokens, lengths, None, options).compile().as_text()
-        traffic[name] = memory_traffic(Module.parse(text, unknown_trips=8))
+        traffic[name] = memory_traffic(Module.parse(text, unknown_trips=(8,)))
     assert traffic["apart"] < traffic["stacked"]
 
 

@@ -44,7 +44,19 @@ def test_a_loop_of_unknown_length_runs_as_often_as_assumed():
     module = compiled(program, floats(32, 64), floats(64, 64), jax.ShapeDtypeStruct((), jnp.int32))
     assert [loop.trips for loop in module.loops] == [None]
     assert runs_of(module, "dot") == [1]
-    assert runs_of(Module(module.computations, module.entry, unknown_trips=7), "dot") == [7]
+    assert runs_of(Module(module.computations, module.entry, unknown_trips=(7,)), "dot") == [7]
+
+
+def test_loops_of_unknown_length_in_their_order():
+    def program(x, w, n):
+        for _ in range(2):
+            x = jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ w), x)
+        return jax.lax.fori_loop(0, n, lambda _, x: jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ w), x), x)
+
+    module = compiled(program, floats(32, 64), floats(64, 64), jax.ShapeDtypeStruct((), jnp.int32))
+    assumed = Module(module.computations, module.entry, unknown_trips=(2, 3, 5, 7))
+    assert sorted(runs_of(assumed, "dot")) == [2, 3, 5 * 7]
+    assert sorted(runs_of(Module(module.computations, module.entry, unknown_trips=(2,)), "dot")) == [1, 1, 2]
 
 
 def test_branches_are_equally_likely():
@@ -87,7 +99,7 @@ def test_layouts_of_tpus_and_tuples_are_read():
 @pytest.mark.parametrize(
     ("limit", "step", "update", "trips"),
     [
-        ("limit", 1, "next", 6), ("limit", 2, "next", 3), ("limit", 4, "next", 2),
+        ("limit", 1, "next", 6), ("limit", 2, "next", 3), ("limit", 4, "next", 2), ("limit", 1, "copied", 6),
         ("counter", 1, "next", None), ("limit", 1, "i", None),
     ],
 )  # fmt: skip
@@ -105,7 +117,8 @@ def test_trips_are_read_off_a_counter_where_nothing_else_tells_them(limit, step,
   %x = f32[8]{{0:T(128)}} get-tuple-element(%arg.2), index=0
   %i = s32[]{{:T(128)}} get-tuple-element(%arg.2), index=1
   %step = s32[]{{:T(128)}} constant({step})
-  %next = s32[]{{:T(128)}} add(%i, %step)
+  %next = s32[]{{:T(128)S(6)}} add(%i, %step)
+  %copied = s32[]{{:T(128)}} copy(%next)
   ROOT %tuple.1 = (f32[8]{{0:T(128)}}, s32[]{{:T(128)}}) tuple(%x, %{update})
 }}
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 import jax
 import pytest
 
-from qstar_jax.config import ComputeOptions, DataOptions, LossOptions, MeshOptions, PlanConfig, TrainOptions
+from qstar_jax.config import ComputeOptions, DataOptions, DecodeOptions, MeshOptions, PlanConfig, TrainOptions
 from qstar_jax.errors import InputError
 from qstar_jax.plan import plan as plan_module
-from qstar_jax.plan.plan import check_lengths, examples_of, make_run_plan, run_options
+from qstar_jax.plan.options import examples_of
+from qstar_jax.plan.plan import make_run_plan
 from qstar_jax.plan.topology import chip_of
 
 DATA = DataOptions(max_length=64, max_prompt_length=48)
@@ -79,23 +80,18 @@ def test_an_sft_step_has_one_response_and_no_reference(config, cpus):
     assert {len(example.responses) for example in examples_of(sft)} == {1}
     pair, single = (make_run_plan(options, "v5e:2x4") for options in (config, sft))
     assert single.memory["arguments"] < pair.memory["arguments"] and single.flops["needed"] < pair.flops["needed"]
-    with pytest.raises(InputError, match="no effect with --verb sft"):
-        run_options(replace(sft, loss=LossOptions(beta=0.2)))
 
 
-@pytest.mark.parametrize(
-    ("prompt", "response", "expected"), [(None, None, (48, 16)), (10, None, (10, 54)), (10, 5, (10, 5))]
-)
-def test_lengths(config, prompt, response, expected):
-    example = examples_of(replace(config, prompt_length=prompt, response_length=response))[0]
-    assert (len(example.prompt), len(example.responses[0].ids)) == expected
-
-
-def test_lengths_that_leave_nothing_and_lengths_beyond_the_context(config):
-    with pytest.raises(InputError, match="a prompt of 64 and a response of 0 tokens"):
-        examples_of(replace(config, prompt_length=64))
-    assert check_lengths(config) is None
-    assert "exceed the model's context of 256" in check_lengths(replace(config, prompt_length=300, response_length=8))
+def test_a_search_for_responses(config, cpus):
+    decode = DecodeOptions(method="beam", beams=3, max_new_tokens=8, return_sequences=2)
+    config = replace(config, verb="generate", decode=decode, mesh=MeshOptions(min_shard_size=64))
+    plan = make_run_plan(config, "v5e:2x4")
+    assert plan.fits and plan.tokens == 4 * 2 * 8
+    assert plan.tokens_per_second == plan.tokens / max(plan.seconds.values())
+    twice = make_run_plan(replace(config, batch_size=8), "v5e:2x4")
+    assert twice.tokens == 2 * plan.tokens and twice.flops["needed"] == 2 * plan.flops["needed"]
+    sharded = make_run_plan(replace(config, mesh=MeshOptions(data=1, tensor=8, min_shard_size=64)), "v5e:2x4")
+    assert sharded.memory["arguments"] < plan.memory["arguments"] and "all-reduce" in sharded.collectives
 
 
 def test_a_mesh_that_does_not_divide(config, cpus):

@@ -1,9 +1,19 @@
 import math
+from dataclasses import replace
 
 import jax
 import pytest
 
-from qstar_jax.config import LoraOptions, LossOptions, MeshOptions, PlanConfig, ReferenceOptions, TrainOptions
+from qstar_jax.config import (
+    ComputeOptions,
+    DecodeOptions,
+    LoraOptions,
+    LossOptions,
+    MeshOptions,
+    PlanConfig,
+    ReferenceOptions,
+    TrainOptions,
+)
 from qstar_jax.errors import InputError
 from qstar_jax.plan import search
 from qstar_jax.plan.plan import Plan
@@ -22,7 +32,8 @@ def planned(monkeypatch):
     def make_mesh(options, devices):
         if len(devices) % options.tensor:
             raise InputError("mesh")
-        return type("Mesh", (), {"shape": {"data": 1, "fsdp": len(devices) // options.tensor}})
+        left = len(devices) // options.tensor
+        return type("Mesh", (), {"shape": {"data": 1, "fsdp": left, "tensor": options.tensor}})
 
     def prepare(fits):
         configs = []
@@ -30,7 +41,7 @@ def planned(monkeypatch):
         def make_run_plan(config, topology):
             configs.append(config)
             total = 1 if fits(config, topology) else 3
-            return Plan(topology, 8, 2, {"total": total}, None, {}, {}, 0.0, {}, None, 0.0)
+            return Plan(topology, 8, 2, {"total": total}, None, {}, {}, 0.0, {}, None, 0, None, 0.0)
 
         monkeypatch.setattr(search, "make_run_plan", make_run_plan)
         return configs
@@ -60,8 +71,8 @@ def test_the_first_setting_that_fits(planned, last):
     calls = iter(range(100))
     configs = planned(lambda config, topology: next(calls) == last + 1)
     seen = []
-    changes, plan = find_settings(GIVEN, "v5e:2x4", lambda change, plan: seen.append((change, plan.fits)))
-    assert changes == ORDER[: last + 1] and plan.fits
+    changes, found, plan = find_settings(GIVEN, "v5e:2x4", lambda change, plan: seen.append((change, plan.fits)))
+    assert changes == ORDER[: last + 1] and plan.fits and found is configs[-1]
     assert seen == [("as given", False), *((change, change == ORDER[last]) for change in changes)]
     # Each change is on top of those before it.
     values = dict(change.split() for change in changes)
@@ -87,6 +98,42 @@ def test_a_moving_reference_stays_live(planned):
         find_settings(moving, "v5e:2x4", no_report)
 
 
+SEARCH = PlanConfig(model="x", out="x", verb="generate", decode=DecodeOptions(method="beam"))
+
+
+@pytest.mark.parametrize(
+    ("config", "order"),
+    [
+        (SEARCH, "mesh.tensor 8, batch_size 2, batch_size 1, compute.param_dtype bfloat16, compute.dtype bfloat16"),
+        (
+            PlanConfig(
+                model="x", out="x", verb="generate", mesh=MeshOptions(data=1, tensor=8),
+                compute=ComputeOptions(param_dtype="bfloat16"), batch_size=3,
+            ),
+            "batch_size 1, compute.dtype bfloat16",
+        ),
+        # Stochastic beams take one prompt at a time.
+        (
+            PlanConfig(model="x", out="x", verb="generate", decode=DecodeOptions(method="beam", stochastic=True)),
+            "mesh.tensor 8, compute.param_dtype bfloat16, compute.dtype bfloat16",
+        ),
+    ],
+    ids=["beams", "sharded already", "one at a time"],
+)  # fmt: skip
+def test_settings_of_a_search(planned, config, order):
+    configs = planned(lambda config, topology: False)
+    with pytest.raises(InputError, match=rf"not even with {order}; a search needs"):
+        find_settings(config, "v5e:2x4", no_report)
+    last = configs[-1]
+    assert (last.compute.param_dtype, last.compute.dtype, last.mesh.tensor) == ("bfloat16", "bfloat16", 8)
+    assert last.batch_size == 1 or config.decode.stochastic
+
+
+def test_the_smallest_slice_for_a_search(planned):
+    planned(lambda config, topology: topology == "v5e:2x2")
+    assert find_slice(replace(SEARCH, topologies="v5e", batch_size=3), no_report).topology == "v5e:2x2"
+
+
 def test_the_smallest_slice_that_holds_a_run(planned):
     planned(lambda config, topology: topology == "v5e:4x4")
     config = PlanConfig(model="x", out="x", topologies="v5e", mesh=MeshOptions(data=1, fsdp=-1, tensor=2))
@@ -97,7 +144,9 @@ def test_the_smallest_slice_that_holds_a_run(planned):
 
 def test_a_run_that_no_slice_holds(planned):
     planned(lambda config, topology: False)
-    with pytest.raises(InputError, match=r"batch_size 32 divides holds this run; tried v5e:1x1, .*, v5e:4x8$"):
+    with pytest.raises(
+        InputError, match=r"suits the mesh and train.batch_size 32 holds this run; tried v5e:1x1, .*, v5e:4x8$"
+    ):
         find_slice(PlanConfig(model="x", out="x", topologies="v5e"), no_report)
     with pytest.raises(InputError, match=r"no slice of v5e suits the mesh and train.batch_size 1"):
         find_slice(
