@@ -210,22 +210,40 @@ def _traffic(module: Module, computation: str, x: Instruction) -> int:
         return x.results[1].nbytes + x.results[1].memory_bytes
     if x.opcode != "fusion":
         inside = module.computations[computation]
-        reads = sum(_read_bytes(name, [x], inside) for name in dict.fromkeys(x.operands) if name in inside)
+        reads = sum(_read_bytes(module, name, [x], inside) for name in dict.fromkeys(x.operands) if name in inside)
         return reads + _written_bytes(x, inside)
-    ((_, callee),) = x.callees
-    inside = module.computations[callee]
-    users = {name: [y for y in inside.values() if name in y.operands] for name in inside}
-    reads = sum(_read_bytes(name, users[name], inside) for name, y in inside.items() if y.opcode == "parameter")
+    inside = _fused(module, x)
+    reads = sum(_parameter_bytes(module, name, inside) for name, y in inside.items() if y.opcode == "parameter")
     return reads + _written_bytes(list(inside.values())[-1], inside)
 
 
-def _read_bytes(name: str, users: list[Instruction], inside: Mapping[str, Instruction]) -> int:
-    first = [user for user in users if user.operands[0] == name]
-    if len(first) == len(users) and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-        return sum(array.memory_bytes for user in users for array in user.results)
-    if len(first) == len(users) and all(user.opcode == "dynamic-update-slice" for user in users):
-        return 0
-    return sum(array.memory_bytes for array in inside[name].results)
+def _fused(module: Module, fusion: Instruction) -> Mapping[str, Instruction]:
+    ((_, callee),) = fusion.callees
+    return module.computations[callee]
+
+
+def _parameter_bytes(module: Module, name: str, inside: Mapping[str, Instruction]) -> int:
+    return _read_bytes(module, name, [y for y in inside.values() if name in y.operands], inside)
+
+
+def _read_bytes(module: Module, name: str, users: list[Instruction], inside: Mapping[str, Instruction]) -> int:
+    whole = sum(array.memory_bytes for array in inside[name].results)
+    return min(whole, sum(_part_bytes(module, name, user, whole) for user in users))
+
+
+def _part_bytes(module: Module, name: str, user: Instruction, whole: int) -> int:
+    """Bytes that a user reads of an array."""
+    if user.opcode == "fusion":  # within a fusion, on TPUs
+        inside = _fused(module, user)
+        indices = {y.numbers(r"^\((\d+)\)")[0]: parameter for parameter, y in inside.items() if y.opcode == "parameter"}
+        used = [i for i, operand in enumerate(user.operands) if operand == name]
+        return sum(_parameter_bytes(module, indices[i], inside) for i in used)
+    if user.operands.index(name) == 0 and user.operands.count(name) == 1:
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            return sum(array.memory_bytes for array in user.results)
+        if user.opcode == "dynamic-update-slice":
+            return 0
+    return whole
 
 
 def _written_bytes(root: Instruction, inside: Mapping[str, Instruction]) -> int:

@@ -224,3 +224,31 @@ ENTRY %main (x: f32[6,512]) -> f32[2,512] {
     row = 4 * 512
     copied, sliced, written, counter = 6 * row, 2 * row, 2 * row, 4
     assert memory_traffic(module) == copied + sliced + written + counter
+
+
+def test_memory_traffic_of_a_slice_within_nested_fusions_is_that_of_the_slice():
+    module = Module.parse("""
+%slice (stack.1: bf16[16,8,128], i.1: s32[]) -> bf16[8,128] {
+  %stack.1 = bf16[16,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i.1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %part = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%stack.1, %i.1, %zero, %zero), dynamic_slice_sizes={1,8,128}
+  ROOT %flat = bf16[8,128]{1,0:T(8,128)(2,1)} bitcast(%part)
+}
+
+%product (i.2: s32[], stack.2: bf16[16,8,128], x.2: bf16[4,8]) -> bf16[4,128] {
+  %i.2 = s32[]{:T(128)} parameter(0)
+  %stack.2 = bf16[16,8,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %x.2 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} parameter(2)
+  %weights = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%stack.2, %i.2), kind=kLoop, calls=%slice
+  ROOT %y = bf16[4,128]{1,0:T(8,128)(2,1)} convolution(%x.2, %weights), dim_labels=bf_io->bf
+}
+
+ENTRY %main (i: s32[], stack: bf16[16,8,128], x: bf16[4,8]) -> bf16[4,128] {
+  %i = s32[]{:T(128)} parameter(0)
+  %stack = bf16[16,8,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %x = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} parameter(2)
+  ROOT %r = bf16[4,128]{1,0:T(8,128)(2,1)} fusion(%i, %stack, %x), kind=kOutput, calls=%product
+}""")
+    weights, written, index = 2 * 8 * 128, 2 * 4 * 128, 4
+    assert memory_traffic(module) == weights + written + index
