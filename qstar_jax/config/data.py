@@ -11,10 +11,13 @@ class DataOptions:
     """Where examples come from and how they become tokens.
 
     Args:
-        train: JSONL or a JSON array (.jsonl, .json, also .gz), Parquet, or a dataset name on the hub.
+        train: A file: JSONL or a JSON array (.jsonl, .json), CSV (.csv, .tsv), each also .gz, Parquet or Arrow; a
+            folder or a pattern ("data/*.jsonl") of such files of one kind; a folder of `save_to_disk`; or a dataset
+            name on the hub.
         eval: Held-out examples, in any of the same forms; null: no evaluation.
-        train_split: Split to read if `train` is a hub name.
-        eval_split: Split to read if `eval` is a hub name.
+        train_split: Split to read if `train` is a hub name, or a folder that has splits.
+        eval_split: Split to read if `eval` is a hub name, or a folder that has splits.
+        name: Configuration of a dataset on the hub that has several; null: its default.
         prompt: Column of the prompt (text or chat messages); files of whole dialogues need none.
         chosen: Column of the preferred response.
         rejected: Column of the other response.
@@ -49,6 +52,7 @@ class DataOptions:
     eval: str | None = path(None)
     train_split: str = "train"
     eval_split: str = "test"
+    name: str | None = None
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"

@@ -7,10 +7,11 @@ from typing import Any, Literal
 from qstar_jax.config import DataOptions
 from qstar_jax.data.dropped import BadRow, Dropped, check_bad_rows, check_some_left, first_rows, reasons_with_rows
 from qstar_jax.data.preferences import completion_records, preference_records, prompt_records
-from qstar_jax.data.reading import read_rows
+from qstar_jax.data.reading import is_on_hub, read_rows
 from qstar_jax.data.records import Record
 from qstar_jax.data.repeats import repeats_note
 from qstar_jax.data.tokenization import Example, resolve_date, tokenize
+from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 
 Kind = Literal["preferences", "completions", "prompts"]
@@ -88,7 +89,12 @@ def read_records(
     Returns:
         All rows as read, their records, and the dropped rows.
     """
-    rows = read_rows(source, split, limit)
+    if options.name is not None and not any(map(is_on_hub, filter(None, (source, options.train, options.eval)))):
+        raise InputError(
+            f"data.name {options.name} has no effect: {source} is not on the Hub, whose datasets have configurations; "
+            "remove it"
+        )
+    rows = read_rows(source, split, limit, options.name)
     records, dropped = _RECORDS[kind](rows, options, source)
     check_bad_rows(dropped, len(rows), options.bad_rows, source)
     return rows, records, dropped
@@ -108,8 +114,8 @@ def load_examples(
     """Reads and tokenizes a file or a dataset on the Hub.
 
     Args:
-        source: Path of a JSON or Parquet file, or a name on the Hub.
-        split: Split to read if `source` is a name on the Hub.
+        source: What `read_rows` accepts: a file, a folder, a pattern, or a name on the Hub.
+        split: Split to read if `source` has splits.
         kind: What each row becomes: a prompt with two responses, with one, or with none.
         tokenizer: A Hugging Face tokenizer.
         options: Columns, form and maximum lengths.

@@ -1,34 +1,45 @@
-"""Reads rows from JSON files, Parquet files or datasets on the Hub as dictionaries, and never loads pickles."""
+"""Reads rows from files, folders and the Hub as dictionaries, and never runs code: no pickles, no scripts of data."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from qstar_jax.data.dropped import BadRow
+from qstar_jax.data.files import files_of_split, is_pattern, is_saved, kind_of, matching_files
 from qstar_jax.data.json_rows import json_rows
+from qstar_jax.data.tables import arrow_rows, csv_rows, hub_rows, parquet_rows, saved_rows
 from qstar_jax.errors import InputError
 from qstar_jax.tasks import TASKS, Task, find
 
 _ACCEPTED = (
-    ".jsonl, .json (one object per line, or one array of objects; both also .gz), .parquet, the name of a dataset on "
-    f"the Hugging Face Hub, or {', '.join(task.source for task in TASKS)}"
+    ".jsonl, .json (one object per line, or one array of objects), .csv, .tsv (all also .gz), .parquet, .arrow, a "
+    "folder or a pattern of such files, a folder of save_to_disk, the name of a dataset on the Hugging Face Hub, or "
+    f"{', '.join(task.source for task in TASKS)}"
 )
-_PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin"}
+_READERS: dict[str, Callable[[Path, str], Iterator[dict | BadRow]]] = {
+    ".jsonl": json_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+}
 
 
-def read_rows(source: str, split: str, limit: int | None = None) -> list[dict | BadRow]:
-    """Reads rows as dictionaries, in file order.
+def read_rows(source: str, split: str, limit: int | None = None, name: str | None = None) -> list[dict | BadRow]:
+    """Reads rows as dictionaries, in file order; files of a folder or a pattern in the order of their names.
 
     A row that cannot be read (a broken line, say) keeps its place as a `BadRow`, so that other rows keep their numbers;
     the caller drops or raises it. Blank lines are not rows.
 
     Args:
-        source: Path of a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file, the name of a dataset on the Hub, or
+        source: Path of a file (.jsonl, .json, .csv, .tsv, each also .gz, .parquet, .arrow), a folder or a pattern of
+            such files, a folder that `save_to_disk` has written, the name of a dataset on the Hub, or
             builtin:tiny-tldr (builtin:tiny-tldr?seed=3: other posts).
-        split: Split to read if `source` is on the Hub or built in; files have none.
+        split: Split to read if `source` is on the Hub, built in, or a folder with splits; files have none.
         limit: Read only the first `limit` rows.
+        name: Configuration of a dataset on the Hub; None: the default.
 
     Raises:
         InputError: The source does not exist, has an unsupported format, is broken as a whole, or is empty.
@@ -40,24 +51,24 @@ def read_rows(source: str, split: str, limit: int | None = None) -> list[dict | 
     if built_in := find(source):
         return _builtin_rows(source, *built_in, split, limit)
     path = Path(source).expanduser()
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if suffix in _PICKLES:
-        raise InputError(f"{source}: pickles are never loaded, as they can run code; accepted: {_ACCEPTED}")
-    if path.is_dir():
-        raise InputError(f"{source} is a folder; name a file in it (accepted: {_ACCEPTED})")
-    if not path.exists():
-        if not _is_hub_name(source):
-            raise InputError(f"{source}: no such file; accepted: {_ACCEPTED}")
-        rows = _hub_rows(source, split, limit)
-    elif suffix in (".jsonl", ".json"):
-        rows = list(islice(json_rows(path, source), limit))
-    elif path.suffix.lower() == ".parquet":
-        rows = list(islice(_parquet_rows(path, source), limit))
+    if is_on_hub(source):
+        rows = hub_rows(source, name, split, limit)
+    elif path.is_dir() and is_saved(path):
+        rows = list(islice(saved_rows(path, split, source), limit))
     else:
-        raise InputError(f"{source}: cannot read {path.suffix or 'a file without a suffix'}; accepted: {_ACCEPTED}")
+        rows = list(islice(_file_rows(_files(source, path, split), source), limit))
     if not rows:
         raise InputError(f"{source}: no rows; the file or split is empty")
     return rows
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source names a dataset on the Hub: no file here, and `owner/name` or `name`.
+
+    "v1.0" can be part of a name, the suffix ".csv" cannot.
+    """
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not re.search(r"\.[a-zA-Z]\w*$", source)
+    return bool(is_name) and not Path(source).exists()
 
 
 def _builtin_rows(source: str, task: Task, seed: int | None, split: str, limit: int | None) -> list[dict]:
@@ -66,58 +77,20 @@ def _builtin_rows(source: str, task: Task, seed: int | None, split: str, limit: 
     return task.rows(split, seed or 0, limit)
 
 
-def _is_hub_name(source: str) -> bool:
-    """Whether a source may be `owner/name` or `name`: "v1.0" can be part of a name, the suffix ".csv" cannot."""
-    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)) and not re.search(r"\.[a-zA-Z]\w*$", source)
+def _files(source: str, path: Path, split: str) -> list[Path]:
+    """Lists the files that a source names; a path that exists is never a pattern."""
+    if path.is_dir():
+        return files_of_split(path, split, _ACCEPTED)
+    return matching_files(source, _ACCEPTED) if is_pattern(source) and not path.exists() else [path]
 
 
-def _parquet_rows(path: Path, source: str) -> Iterator[dict | BadRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        if duplicates := {name for name in names if names.count(name) > 1}:
-            raise InputError(f"{source}: several columns are called {min(duplicates)!r}; expected unique names")
-        for batch in file.iter_batches(batch_size=1024):
-            yield from _batch_rows(batch)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{source}: not a readable Parquet file ({error})") from error
-
-
-def _batch_rows(batch: Any) -> Iterator[dict | BadRow]:
-    try:
-        yield from map(_without_nulls, batch.to_pylist())
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            yield BadRow("not valid UTF-8", f" ({error})")
-        else:
-            for row in range(batch.num_rows):
-                yield from _batch_rows(batch.slice(row, 1))
-
-
-def _without_nulls(row: dict) -> dict:
-    """Removes null entries from the structs of a row: columnar files add the keys of all other structs as nulls."""
-    return {column: _without_null_entries(value) for column, value in row.items()}
-
-
-def _without_null_entries(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_null_entries(entry) for key, entry in value.items() if entry is not None}
-    return [_without_null_entries(item) for item in value] if isinstance(value, list) else value
-
-
-def _hub_rows(source: str, split: str, limit: int | None) -> list[dict]:
-    try:
-        import datasets
-
-        rows = datasets.load_dataset(source, split=split)
-        rows = rows.select(range(min(limit, len(rows)))) if limit else rows
-        return list(map(_without_nulls, rows.to_list()))
-    except Exception as error:  # the client of the Hub may fail in many ways
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"{source!r} is neither a local file nor a dataset that could be loaded from the Hub, "
-            f"split {split!r} ({reason})"
-        ) from error
+def _file_rows(files: Sequence[Path], source: str) -> Iterator[dict | BadRow]:
+    """Yields the rows of files, one after the other; where there are several, faults name the file."""
+    for path in files:
+        read = _READERS[kind_of(path, _ACCEPTED)]
+        if len(files) == 1:
+            yield from read(path, source)
+            continue
+        for row in read(path, str(path)):
+            is_bad = isinstance(row, BadRow)
+            yield BadRow(str(row), f"{row.fault.removeprefix(str(row))}, in {path.name}") if is_bad else row

@@ -125,3 +125,18 @@ def test_a_broken_line_does_not_shift_row_numbers(tmp_path, plain_tokenizer):
     data = load_examples(str(path), "train", "preferences", plain_tokenizer, OPTIONS)
     assert data.dropped == (Dropped(2, "not valid JSON"), Dropped(9, "chosen equals rejected"))
     assert [example.row for example in data.examples] == [row for row in range(20) if row not in (2, 9)]
+
+
+def test_a_configuration_needs_a_dataset_on_the_hub(tmp_path, plain_tokenizer, monkeypatch):
+    import datasets
+
+    def load_dataset(source, name, *, split):
+        return datasets.Dataset.from_list([pair("a", name, "c")])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source, options = write(tmp_path, pair("a", "b", "c")), replace(OPTIONS, name="x")
+    data = load_examples("owner/set", "train", "preferences", plain_tokenizer, options)
+    assert plain_tokenizer.decode(data.examples[0].responses[0].ids) == "x[E]"
+    with pytest.raises(InputError, match=r"data.name x has no effect: .* is not on the Hub"):
+        load_examples(source, "train", "preferences", plain_tokenizer, options)
+    load_examples(source, "train", "preferences", plain_tokenizer, replace(options, train="owner/set", eval=source))
