@@ -42,16 +42,30 @@ def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device
         InputError: If the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(options, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def axis_sizes(options: MeshOptions, devices: int) -> tuple[int, ...]:
+    """Returns the sizes of the axes of a mesh.
+
+    Args:
+        options: Sizes of the axes; one of them may be -1, to take all remaining devices.
+        devices: Number of devices.
+
+    Raises:
+        InputError: If the sizes do not multiply to it.
+    """
     sizes = [options.data, options.fsdp, options.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    if sizes.count(-1) == 1 and fixed > 0 and devices % fixed == 0:
+        sizes[sizes.index(-1)] = devices // fixed
+    if min(sizes) < 1 or math.prod(sizes) != devices:
         raise InputError(
-            f"mesh data={options.data}, fsdp={options.fsdp}, tensor={options.tensor} does not fit {len(devices)} "
+            f"mesh data={options.data}, fsdp={options.fsdp}, tensor={options.tensor} does not fit {devices} "
             "device(s): the sizes must be positive and multiply to that number (one may be -1: the remaining devices)"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return tuple(sizes)
 
 
 @contextmanager

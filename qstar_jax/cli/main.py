@@ -148,6 +148,7 @@ def _show_log():
     log, handler = logging.getLogger("qstar_jax"), logging.StreamHandler()
     handler.addFilter(is_first_process)
     log.handlers = [handler]  # not one more for each call
+    log.propagate = False  # Orbax's import adds a handler that would show it again
     log.setLevel(logging.INFO)
 
 

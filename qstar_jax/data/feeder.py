@@ -58,7 +58,7 @@ class Feeder:
             batch_size=batch_size // accumulate,
             row_length=options.row_length,
             shards=shards,
-            texts=mesh.devices.flat[0].platform == "gpu",  # cuDNN's attention needs them
+            texts=mesh.abstract_mesh.abstract_device.platform == "gpu",  # cuDNN's attention needs them
         )
         self._ref_logps: Sequence[Sequence[np.ndarray]] | None = None
         self._sharding = NamedSharding(mesh, BATCH)

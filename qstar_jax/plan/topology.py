@@ -147,8 +147,9 @@ def _installed(package: str, pattern: str) -> Iterator[Path]:
 def _tpu_devices(topology: str, sizes: list[int]) -> list[jax.Device]:
     if find_spec("libtpu") is None:
         raise InputError("compiling for TPUs needs libtpu: pip install 'qstar_jax[plan]'")
-    # Without these, libtpu would look for a TPU's metadata and for its neighbours, and only one process could load it.
+    # Without these, libtpu would look for a TPU, its metadata and its neighbours, and only one process could load it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # of this machine; what counts is the topology
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # Smaller topologies than a whole host of 2x2 chips are part of one.

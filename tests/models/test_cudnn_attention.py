@@ -199,6 +199,7 @@ def test_auto_takes_it_on_a_gpu_where_it_can_and_says_so_once(monkeypatch, caplo
     monkeypatch.setattr(attention, "why_not", lambda *_, **__: next(reasons))
     monkeypatch.setattr(attention, "cudnn_attention", on_xla)
     attention._log_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("qstar_jax"), "propagate", True)  # the command line's log does not
     with caplog.at_level(logging.INFO, "qstar_jax"):
         outs = [masked_attention(mask, batch.positions, "auto", scale=1.0)(q, k, v) for _ in range(4)]
     assert [record.message for record in caplog.records] == [
