@@ -50,24 +50,29 @@ class Paths:
     Attributes:
         tokens: Tokens, 0 after the end. Shape [N, T].
         states: State in which each token is chosen, 0 after the end. Shape [N, T].
-        mask: True at tokens of the response. Shape [N, T].
+        mask: True at tokens of the response, the environment's included. Shape [N, T].
+        actions: True at the tokens that the policy chose. Shape [N, T].
     """
 
     tokens: np.ndarray
     states: np.ndarray
     mask: np.ndarray
+    actions: np.ndarray
 
 
 @dataclass(frozen=True)
 class TokenTree:
     """All responses of at most `depth` tokens to one prompt; those that end early end with `eos`.
 
-    A response of `depth` tokens is complete too: the horizon ends the MDP, with value 0 after it.
+    A response of `depth` tokens is complete too: the horizon ends the MDP, with value 0 after it. With an
+    `environment` a response is a dialogue: at some positions another speaks, and its states are chance nodes. Tables
+    of log pi_ref hold log P(o | s) of its replies there.
 
     Attributes:
         vocabulary: V, the number of tokens.
         depth: T, the longest response, in tokens.
         eos: Token that ends a response; None if all responses have `depth` tokens.
+        environment: Positions, counted from 0, whose tokens are replies of the environment and no actions.
 
     Raises:
         ValueError: If a number is out of range, or the tree has more than a million edges.
@@ -76,6 +81,7 @@ class TokenTree:
     vocabulary: int
     depth: int
     eos: int | None = None
+    environment: tuple[int, ...] = ()
 
     def __post_init__(self):
         """Checks the numbers before anything is enumerated."""
@@ -83,6 +89,8 @@ class TokenTree:
             raise ValueError(f"vocabulary {self.vocabulary} and depth {self.depth} must be at least 1")
         if self.eos is not None and not 0 <= self.eos < self.vocabulary:
             raise ValueError(f"eos {self.eos} is no token of a vocabulary of {self.vocabulary}")
+        if not set(self.environment) <= set(range(self.depth)):
+            raise ValueError(f"environment {self.environment}: positions lie between 0 and {self.depth - 1}")
         branches = self.vocabulary - (self.eos is not None)
         edges = self.vocabulary * sum(branches**level for level in range(self.depth))
         if edges > MAX_EDGES:
@@ -113,6 +121,11 @@ class TokenTree:
         )
 
     @cached_property
+    def acts(self) -> np.ndarray:
+        """Whether the policy chooses the token of a state, and not the environment. Shape [S]."""
+        return np.array([len(state) not in self.environment for state in self.states])
+
+    @cached_property
     def levels(self) -> tuple[slice, ...]:
         """The states of each depth: consecutive numbers, from the root down."""
         depths = np.array([len(state) for state in self.states])
@@ -132,7 +145,7 @@ class TokenTree:
         for n, path in enumerate(ends):
             tokens[n, : len(path)], mask[n, : len(path)] = path, True
             states[n, : len(path)] = [index[path[:t]] for t in range(len(path))]
-        return Paths(tokens, states, mask)
+        return Paths(tokens, states, mask, mask & self.acts[states])
 
     @cached_property
     def _shaping(self) -> np.ndarray:
@@ -156,9 +169,10 @@ class SoftSolution:
     """The optimum of the KL-regularised (maximum-entropy) problem of Eq. 2.
 
     Attributes:
-        q: Q*(s, a) in the paper's convention. Shape [S, V].
-        v: V*(s). Shape [S].
-        log_policy: log pi*(a | s) = (Q* - V*) / beta, in nats. Shape [S, V].
+        q: Q*(s, a) in the paper's convention; r + V*(s') of a reply of the environment. Shape [S, V].
+        v: V*(s); the mean of Q* over replies where the environment speaks. Shape [S].
+        log_policy: log pi*(a | s) = (Q* - V*) / beta, in nats; the environment's own log P where it speaks.
+            Shape [S, V].
     """
 
     q: Float[Array, "S V"]
@@ -188,19 +202,24 @@ def soft_value_iteration(
     Args:
         tree: The tree.
         rewards: r(s, a). Shape [S, V].
-        ref_logp: log pi_ref(a | s), in nats. Shape [S, V].
+        ref_logp: log pi_ref(a | s), and log P(o | s) where the environment speaks, in nats. Shape [S, V].
         beta: Temperature: reward per nat.
 
     Returns:
         Q*, V* and the optimal policy.
     """
-    bonus = rewards + beta * ref_logp
+    acts = tree.acts[:, None]
+    bonus = jnp.where(acts, rewards + beta * ref_logp, rewards)
     values = jnp.zeros(tree.shape[0] + 1, bonus.dtype)  # the last entry is that of terminal states
     for level in reversed(tree.levels):
         q = bonus[level] + values[tree.children[level]]
-        values = values.at[level].set(beta * jax.nn.logsumexp(q / beta, axis=-1))
+        if tree.acts[level.start]:
+            value = beta * jax.nn.logsumexp(q / beta, axis=-1)
+        else:  # the environment has no preferences
+            value = (jnp.exp(ref_logp[level]) * q).sum(-1)
+        values = values.at[level].set(value)
     q = bonus + values[tree.children]
-    return SoftSolution(q=q, v=values[:-1], log_policy=(q - values[:-1, None]) / beta)
+    return SoftSolution(q=q, v=values[:-1], log_policy=jnp.where(acts, (q - values[:-1, None]) / beta, ref_logp))
 
 
 def on_paths(tree: TokenTree, table: Float[Array, "S V"]) -> Float[Array, "N T"]:
@@ -252,22 +271,26 @@ def population_dpo_loss(
 ) -> Float[Array, ""]:
     """DPO's expected loss over all pairs of different responses, under their exact label probabilities.
 
+    Only actions count. For a learner that takes the environment's replies for actions, pass a tree without
+    `environment`.
+
     Args:
         tree: The tree.
         logits: Logits of the policy. Shape [S, V].
-        preferences: Entry (i, j) is the probability that i is preferred to j. Shape [N, N].
+        preferences: Entry (i, j) is the probability that i is preferred to j, times how often the two are compared
+            (0 for dialogues that never occur). Shape [N, N].
         ref_logp: log pi_ref(a | s), in nats. Shape [S, V].
         beta: Temperature: reward per nat.
 
     Returns:
         Mean loss, in nats. A scalar.
     """
-    ratios = path_sums(tree, jax.nn.log_softmax(logits) - ref_logp)
+    ratios = path_sums(tree, jnp.where(tree.acts[:, None], jax.nn.log_softmax(logits) - ref_logp, 0.0))
     chosen, rejected = jnp.broadcast_arrays(ratios[:, None], ratios[None, :])
     pairs = jnp.stack([chosen, rejected], axis=-1)[..., None]  # the sum of each response as its only token
     loss, _ = losses.sigmoid(pairs, jnp.ones(pairs.shape, bool), beta=beta)
-    different = ~np.eye(len(ratios), dtype=bool)
-    return jnp.where(different, preferences * loss, 0.0).sum() / max(different.sum() / 2, 1)
+    weights = jnp.where(np.eye(len(ratios), dtype=bool), 0.0, preferences)
+    return (weights * loss).sum() / jnp.maximum(weights.sum(), jnp.finfo(loss.dtype).tiny)
 
 
 def fit_dpo(
@@ -308,7 +331,8 @@ def fit_dpo(
         updates = jnp.where(moving, updates, 0.0)
         return (optax.apply_updates(logits, updates), state), logits
 
-    (last, _), logits = jax.lax.scan(step, (ref_logp, optimizer.init(ref_logp)), None, length=steps)
+    start = jnp.where(tree.acts[:, None], ref_logp, 0.0)  # replies that never occur have no finite logit
+    (last, _), logits = jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)
     logits = jnp.concatenate([logits, last[None]])
     return DpoFit(losses=jax.lax.map(loss_fn, logits), logits=logits)
 
