@@ -21,7 +21,18 @@ class DataOptions:
         prompt: Column of the prompt (text or chat messages); files of whole dialogues need none.
         chosen: Column of the preferred response.
         rejected: Column of the other response.
-        completion: Column of the response in files for supervised fine-tuning; if it is missing, `chosen` is read.
+        completion: Column of the response in files of single responses, or of several responses in rankings (there
+            `completions`, `responses` and `answers` are known too); for supervised fine-tuning, `chosen` is read if it
+            is missing.
+        label: Column that says whether a single response is desirable (kto, implicit_prm).
+        reward: Column of the reward of a single response (a_star, qrpo), or of the scores in rankings (a key of each
+            response, or a column with a list); null: the only one that can be it.
+        reference_rewards: Column of the rewards that responses of the reference to the same prompt got (a_star, qrpo):
+            a list, or their soft value as one number; in files without it, these are the rewards of all rows of the
+            prompt.
+        format: What the columns are: `pairs`, `arena`, `ranking` or `single`; null: found out.
+        pairs: Which pairs rankings become: `best_worst`, `best_random` (the best and any worse one) or `all` of
+            different scores; null: best_worst. plackett_luce reads whole rankings instead.
         tools: Column of the tools that the chat template shows to the model (a list of JSON schemas, or a JSON string
             of one), in files that have it; null ignores it.
         system: Column of the system message, in files that have it; it goes before the prompt's messages; null ignores
@@ -57,6 +68,11 @@ class DataOptions:
     chosen: str = "chosen"
     rejected: str = "rejected"
     completion: str = "completion"
+    label: str = "label"
+    reward: str | None = None
+    reference_rewards: str = "reference_rewards"
+    format: Literal["pairs", "arena", "ranking", "single"] | None = None
+    pairs: Literal["best_worst", "best_random", "all"] | None = None
     tools: str | None = "tools"
     system: str | None = "system"
     as_chat: bool = False

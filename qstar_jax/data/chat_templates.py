@@ -8,7 +8,7 @@ which the run began (`DataOptions.date`), at 00:00, so that a run continued late
 import copy
 import inspect
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -77,6 +77,20 @@ class ChatTemplate:
     def prints_date(self) -> bool:
         """Whether the template prints the current date."""
         return any(_CLOCK in _names(text) for text in self.texts)
+
+    def with_variables(self, variables: dict[str, Any] | None) -> "ChatTemplate":
+        """Returns the template with the variables of a row, which come before those of the options.
+
+        Raises:
+            BadRow: The template does not read one of them.
+        """
+        if not variables:
+            return self
+        try:
+            _check_arguments(variables, frozenset().union(*map(_variables, filter(None, self.texts))), self.tokenizer)
+        except InputError as error:
+            raise BadRow("the chat template does not read the variables of the row", f" ({error})") from error
+        return replace(self, arguments=self.arguments | variables)
 
     def __call__(self, messages: Messages, tools: list[dict] | None = None, *, open_turn: bool = False) -> str:
         """Renders a dialogue.
@@ -296,6 +310,7 @@ def _names(text: str) -> set[str]:
     return {node.name for node in _parsed(text).find_all(jinja2.nodes.Name)}
 
 
+@lru_cache
 def _variables(text: str) -> set[str]:
     """Returns the variables that a template reads from its arguments."""
     import jinja2.meta

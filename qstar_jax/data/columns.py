@@ -12,13 +12,28 @@ Turns = str | Messages
 
 _EXPECTED = "expected text or a list of chat messages ({'role': text, 'content': text})"
 _EXPECTED_TOOLS = "expected a list of JSON schemas, or a JSON string of one"
-_SHARE_GPT = {"human": "user", "gpt": "assistant"}  # roles that chat templates do not know, though many accept any
+# Roles of ShareGPT's and LLaMA-Factory's files -> those that chat templates know.
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
+_CALLS = ("function_call", "tool_call")  # whose text is JSON of calls
+_SHARE_GPT = ("user", "assistant", "system", "tool", *_ROLES)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_FIRST_KEY = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+_FIRST_KEY = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value|name|tool_calls)["']\s*:""")
 
 
 def parse_turns(value: Any, column: str, encoded: bool = False) -> Turns:
     """Parses text, or chat messages, whose null entries are removed (columnar files add them for missing keys).
+
+    Messages may be those of OpenAI (with tool calls and without content, or with a list of texts as content) or of
+    ShareGPT ({'from': 'human', 'value': text}); a single one need not be in a list.
 
     Args:
         value: Value of the column.
@@ -36,11 +51,63 @@ def parse_turns(value: Any, column: str, encoded: bool = False) -> Turns:
     _check_surrogates(value, column)
     if isinstance(value, str):
         return value
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
     if not isinstance(value, list):
         raise BadRow(f"column {column!r} {_holds(value)}", f"; {_EXPECTED}")
-    for number, message in enumerate(value, start=1):
-        _check_message(message, number, column)
-    return [{key: entry for key, entry in message.items() if entry is not None} for message in value]
+    return [_parse_message(message, number, column) for number, message in enumerate(value, start=1)]
+
+
+def _parse_message(message: Any, number: int, column: str) -> dict[str, Any]:
+    """Translates a message into the form of chat templates, and checks it."""
+    if isinstance(message, dict):
+        message = {key: entry for key, entry in _in_chat_form(message, number, column).items() if entry is not None}
+    _check_message(message, number, column)
+    return message
+
+
+def _in_chat_form(message: dict, number: int, column: str) -> dict[str, Any]:
+    if message.keys() >= {"from", "value"} and "role" not in message:
+        others = {key: entry for key, entry in message.items() if key not in ("from", "value")}
+        message = {"role": message["from"], "content": message["value"], **others}
+        if message["role"] not in _SHARE_GPT:
+            raise BadRow(
+                f"column {column!r} has a message from {message['role']!r}",
+                f" (message {number}); expected one of {', '.join(_SHARE_GPT)}",
+            )
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        return message
+    if role in _CALLS:
+        return message | {"role": _ROLES[role], "content": "", "tool_calls": _calls(content, number, column)}
+    if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
+        content = _joined(content, number, column)
+    if content is None and message.get("tool_calls"):
+        content = ""
+    return message | ({"role": _ROLES.get(role, role)} | ({} if content is None else {"content": content}))
+
+
+def _joined(parts: list[dict], number: int, column: str) -> str:
+    """Joins the texts of a content that lists its parts."""
+    for part in parts:
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(
+                f"column {column!r} has a message with a part of type {part['type']!r}",
+                f" (message {number}); expected text",
+            )
+    return "".join(part["text"] for part in parts)
+
+
+def _calls(text: Any, number: int, column: str) -> list[dict]:
+    """Parses the calls of a message of LLaMA-Factory: {"name": ..., "arguments": ...}, or a list of them, as JSON."""
+    calls = _decoded(text, column, "expected a function call as JSON") if isinstance(text, str) else text
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise BadRow(
+            f"column {column!r} has a call of a function without a name",
+            f" (message {number}: {text!r}); expected JSON with name and arguments",
+        )
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _check_message(message: Any, number: int, column: str):
@@ -57,11 +124,6 @@ def _check_message(message: Any, number: int, column: str):
                 f"column {column!r} has a message {problem}",
                 f" (message {number}, keys: {keys or 'none'}); {_EXPECTED}",
             )
-    if role := _SHARE_GPT.get(message["role"]):
-        raise BadRow(
-            f"column {column!r} has a message of the role {message['role']!r}",
-            f" (message {number}); expected roles that chat templates know: use {role!r}",
-        )
 
 
 def parse_tools(value: Any, column: str) -> list[dict] | None:
@@ -90,6 +152,21 @@ def parse_tools(value: Any, column: str) -> list[dict] | None:
     return None
 
 
+def parse_template_kwargs(value: Any, column: str) -> dict[str, Any] | None:
+    """Parses the variables of a row for its chat template, a dictionary or JSON of one; None if it has none.
+
+    Raises:
+        BadRow: The value is something else.
+    """
+    expected = "expected a dictionary of variables of the chat template"
+    if isinstance(value, str):
+        value = _decoded(value, column, expected) if value.strip() else None
+    _check_surrogates(value, column)
+    if value is not None and not isinstance(value, dict):
+        raise BadRow(f"column {column!r} {_holds(value)}", f"; {expected}")
+    return value or None
+
+
 def parse_system(value: Any, column: str) -> str | None:
     """Parses the system message of a row; None if it has none.
 
@@ -113,7 +190,8 @@ def holds_encoded_messages(values: Iterable[Any]) -> bool:
 
 
 def _looks_encoded(text: str) -> bool:
-    return text.strip() == "[]" or (bool(_FIRST_KEY.match(text)) and "role" in text and "content" in text)
+    keys = ("role" in text and "content" in text) or ("from" in text and "value" in text)
+    return text.strip() == "[]" or (bool(_FIRST_KEY.match(text)) and keys)
 
 
 def _decoded(text: str, column: str, expected: str) -> Any:

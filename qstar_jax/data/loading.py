@@ -2,20 +2,34 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.dropped import BadRow, Dropped, check_bad_rows, check_some_left, first_rows, reasons_with_rows
-from qstar_jax.data.preferences import completion_records, preference_records, prompt_records
+from qstar_jax.data.preferences import (
+    completion_records,
+    label_records,
+    preference_records,
+    prompt_records,
+    ranking_records,
+    return_records,
+)
 from qstar_jax.data.reading import is_on_hub, read_rows
+from qstar_jax.data.records import Kind as Kind
 from qstar_jax.data.records import Record
 from qstar_jax.data.repeats import repeats_note
 from qstar_jax.data.tokenization import Example, resolve_date, tokenize
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 
-Kind = Literal["preferences", "completions", "prompts"]
-_RECORDS = {"preferences": preference_records, "completions": completion_records, "prompts": prompt_records}
+_RECORDS = {
+    "preferences": preference_records,
+    "completions": completion_records,
+    "prompts": prompt_records,
+    "rankings": ranking_records,
+    "labels": label_records,
+    "returns": return_records,
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class Dataset:
         source: Path or name on the Hub.
         date: The date that the chat template prints, if any (see `DataOptions.date`).
         notes: Sentences on other changes to the rows.
+        steps: Rows whose responses are single steps, which have no end that they could lose.
     """
 
     examples: list[Example]
@@ -35,6 +50,7 @@ class Dataset:
     source: str
     date: str | None = None
     notes: tuple[str, ...] = ()
+    steps: frozenset[int] = frozenset()
 
     @property
     def summary(self) -> str:
@@ -42,12 +58,17 @@ class Dataset:
 
         Row numbers count from 1, as in the file (without blank lines).
         """
-        dropped, used = len(self.dropped), len(self.examples)
-        parts = [f"{self.source}: {used + dropped:,} rows read, {used:,} used"]
+        dropped, used = len(self.dropped), len({example.row for example in self.examples})
+        rows = len({example.row for example in self.examples} | {entry.row for entry in self.dropped})
+        parts = [f"{self.source}: {rows:,} rows read, {used:,} used"]
+        if len(self.examples) > used:
+            parts[0] += f" for {len(self.examples):,} examples"
         if dropped:
             parts.append(f"{dropped:,} dropped: {reasons_with_rows(self.dropped)}")
         prompts = [(e.row, len(e.prompt), e.prompt_truncated) for e in self.examples]
-        responses = [(e.row, len(r.ids), r.truncated) for e in self.examples for r in e.responses]
+        responses = [
+            (e.row, len(r.ids), r.truncated and e.row not in self.steps) for e in self.examples for r in e.responses
+        ]
         parts.append(_lengths("prompts", prompts, "beginning"))
         if responses:
             parts.append(_lengths("responses", responses, "end"))
@@ -116,7 +137,9 @@ def load_examples(
     Args:
         source: What `read_rows` accepts: a file, a folder, a pattern, or a name on the Hub.
         split: Split to read if `source` has splits.
-        kind: What each row becomes: a prompt with two responses, with one, or with none.
+        kind: What each row becomes: a prompt with two responses (`preferences`), with several, best first
+            (`rankings`), with one (`completions`; with its label or its reward: `labels`, `returns`), or with none
+            (`prompts`).
         tokenizer: A Hugging Face tokenizer.
         options: Columns, form and maximum lengths.
         limit: Use only the first `limit` rows.
@@ -156,5 +179,7 @@ def make_dataset(
     dropped = sorted(dropped + also_dropped, key=lambda row: row.row)
     check_some_left(dropped, total, source)
     check_bad_rows(dropped, total, options.bad_rows, source)
-    notes = filter(None, [repeats_note(records)])
-    return Dataset(examples, tuple(dropped), source, options.date, tuple(notes))
+    steps = [record.row for record in records if record.open_end]
+    step_note = f"Responses are single steps, which end without EOS: {len(steps):,} ({first_rows(steps)})."
+    notes = filter(None, [repeats_note(records), step_note if steps else ""])
+    return Dataset(examples, tuple(dropped), source, options.date, tuple(notes), frozenset(steps))

@@ -1,10 +1,11 @@
 """Parses a row into a record: a prompt and its responses, either all text or all chat messages."""
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Literal
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.columns import Messages, Turns, parse_system, parse_tools, parse_turns
+from qstar_jax.data.columns import Messages, Turns, parse_system, parse_template_kwargs, parse_tools, parse_turns
 from qstar_jax.data.dialogues import (
     ASSISTANT_MARKER,
     is_dialogue,
@@ -14,12 +15,18 @@ from qstar_jax.data.dialogues import (
     unify_form,
 )
 from qstar_jax.data.dropped import BadRow, DroppedRow
+from qstar_jax.data.outcomes import LABEL, OPEN_END, REWARD, parse_rewards
 
+Kind = Literal["preferences", "completions", "prompts", "rankings", "labels", "returns"]
 _EXPECTED = {
     "preferences": "prompt, chosen, rejected",
     "completions": "prompt, completion (or prompt, chosen; or messages)",
     "prompts": "prompt",
+    "rankings": "prompt, completions with scores",
+    "labels": "prompt, completion, label",
+    "returns": "prompt, completion, reward",
 }
+TEMPLATE_KWARGS = "chat_template_kwargs"  # column of variables of the chat template
 
 
 @dataclass(frozen=True)
@@ -28,10 +35,15 @@ class Record:
 
     Attributes:
         prompt: Text, or chat messages.
-        responses: (chosen, rejected), (response,) or (), in the form of the prompt; in chats, one assistant message
-            each.
+        responses: (chosen, rejected), (response,) or (), or a ranking, best first, in the form of the prompt; in chats,
+            one assistant message each.
         row: Index of its row, from 0.
         tools: JSON schemas for the chat template; None if the row has none.
+        template_kwargs: Variables for the chat template; None if the row has none.
+        open_end: Whether the responses are steps, which do not end with EOS.
+        label: Whether a single response is desirable; None without labels.
+        reward: Reward of a single response; None without rewards.
+        reference_rewards: Rewards of the reference's responses to the prompt; empty without any.
         repeats: Whether the responses repeat their prompt in the file, and if so, whether it was removed.
     """
 
@@ -39,6 +51,11 @@ class Record:
     responses: tuple[str | Messages, ...]
     row: int
     tools: list[dict] | None = None
+    template_kwargs: dict[str, Any] | None = None
+    open_end: bool = False
+    label: bool | None = None
+    reward: float | None = None
+    reference_rewards: tuple[float, ...] = ()
     repeats: Literal["no", "removed", "kept"] = "no"
 
 
@@ -47,19 +64,21 @@ class FileLayout:
     """The columns of a file.
 
     Attributes:
-        kind: What its rows become: preferences, completions or prompts.
+        kind: What its rows become, see `loading.read_records`.
         prompt: Column of the prompt; None if the columns of the responses hold whole dialogues.
         responses: Label of each response in messages -> (option that names its column, column).
         tools: Column of the tools, if any.
         system: Column of the system message, if any.
+        reference_rewards: Column of the rewards of the reference's responses, if any.
         encoded: Columns whose messages are encoded as JSON strings.
     """
 
-    kind: Literal["preferences", "completions", "prompts"]
+    kind: Kind
     prompt: str | None
     responses: dict[str, tuple[str, str]]
     tools: str | None = None
     system: str | None = None
+    reference_rewards: str | None = None
     encoded: frozenset[str] = frozenset()
 
     @property
@@ -69,21 +88,23 @@ class FileLayout:
         return columns if self.prompt is None else [self.prompt, *columns]
 
 
-def read_record(row: dict | BadRow, index: int, layout: FileLayout, options: DataOptions) -> Record:
+def read_record(row: dict | DroppedRow, index: int, layout: FileLayout, options: DataOptions) -> Record:
     """Parses the prompt and the responses of a row; `index` counts from 0.
 
     Returns:
         The record; its responses may be empty or equal, see `check_responses`.
 
     Raises:
+        DroppedRow: The row was dropped before.
         BadRow: The row lacks a column, or a column holds something else.
     """
-    if isinstance(row, BadRow):
+    if isinstance(row, DroppedRow):
         raise row
     # Separate the prompt from the responses: by columns, or by the turns of whole dialogues.
-    responses = [_turns(row, option, column, layout) for option, column in layout.responses.values()]
+    columns = [named for named in layout.responses.values() if layout.kind != "rankings" or named[1] in row]
+    responses = [_turns(row, option, column, layout) for option, column in columns]
     if layout.prompt is None:
-        for response, (_, column) in zip(responses, layout.responses.values(), strict=True):
+        for response, (_, column) in zip(responses, columns, strict=True):
             _check_dialogue(response, column, row, layout, options)
         prompt, responses = split_dialogues(responses)
     else:
@@ -96,7 +117,21 @@ def read_record(row: dict | BadRow, index: int, layout: FileLayout, options: Dat
     tools = layout.tools and parse_tools(_value(row, "tools", layout.tools, layout), layout.tools)
     if tools and isinstance(prompt, str):
         raise _needs_chat(layout.tools, "tools")
-    return Record(_with_system(prompt, system, layout.system) if system else prompt, tuple(responses), index, tools)
+    variables = parse_template_kwargs(row.get(TEMPLATE_KWARGS), TEMPLATE_KWARGS)
+    if variables and isinstance(prompt, str):
+        raise BadRow(f"the column {TEMPLATE_KWARGS!r} needs chat messages", ", but this is plain text; --data.as_chat")
+    rewards = layout.reference_rewards and parse_rewards(row, layout.reference_rewards)
+    return Record(
+        _with_system(prompt, system, layout.system) if system else prompt,
+        tuple(responses),
+        index,
+        tools,
+        variables,
+        open_end=row.get(OPEN_END, False),
+        label=row.get(LABEL),
+        reward=row.get(REWARD),
+        reference_rewards=tuple(rewards or ()),
+    )
 
 
 def check_responses(record: Record, layout: FileLayout) -> Record:
@@ -106,16 +141,21 @@ def check_responses(record: Record, layout: FileLayout) -> Record:
         BadRow: A response is empty, or in a chat not a single assistant message.
         DroppedRow: The two responses are equal.
     """
-    for response, label in zip(record.responses, layout.responses, strict=True):
+    for response, label in zip(record.responses, layout.responses, strict=False):
         name = f"{label} response".strip()
         if isinstance(response, list) and (roles := [message["role"] for message in response]) != ["assistant"]:
             listing = ", ".join(map(repr, roles)) or "no messages"
             raise BadRow(f"{name} is not a single assistant message", f" (roles: {listing})")
-        if not text_of(response).strip():
+        if not text_of(response).strip() and not _calls_tools(response):
             raise BadRow(f"empty {name}")
-    if len(record.responses) > 1 and record.responses[0] == record.responses[1]:
-        raise DroppedRow("chosen equals rejected")
+    if any(response == other for response, other in combinations(record.responses, 2)):
+        is_pair = len(record.responses) == 2
+        raise DroppedRow("chosen equals rejected" if is_pair else "two responses of the ranking are equal")
     return record
+
+
+def _calls_tools(response: Turns) -> bool:
+    return isinstance(response, list) and any(message.get("tool_calls") for message in response)
 
 
 def _value(row: dict, option: str, column: str, layout: FileLayout) -> Any:

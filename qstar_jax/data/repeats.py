@@ -20,14 +20,14 @@ def remove_repeated_prompts(
         The records, with `repeats` set, and the rows where only one response repeats the prompt.
     """
     # What each response holds after its prompt; None if it does not begin with it.
-    remainders = {record.row: [_remainder(record.prompt, text) for text in record.responses] for record in records}
+    remainders = [[_remainder(record.prompt, text) for text in record.responses] for record in records]
     # Decide for the whole file: is repetition the rule, or a coincidence in a few rows?
     num_prompts = sum(bool(_last_text(record.prompt).strip()) for record in records)
-    num_repeating = sum(None not in remainder for remainder in remainders.values())
+    num_repeating = sum(None not in remainder for remainder in remainders)
     remove = repeated_prompt == "remove" and 2 * num_repeating > num_prompts
 
-    def resolve(record: Record) -> Record:
-        remainder = remainders[record.row]
+    def resolve(item: tuple[Record, list]) -> Record:
+        record, remainder = item
         if None not in remainder:
             changes = {"responses": tuple(remainder), "repeats": "removed"} if remove else {"repeats": "kept"}
             return replace(record, **changes)
@@ -35,7 +35,7 @@ def remove_repeated_prompts(
             raise BadRow("only one of the responses repeats the prompt")
         return record
 
-    return sift(((record.row, record) for record in records), resolve)
+    return sift(((record.row, (record, rest)) for record, rest in zip(records, remainders, strict=True)), resolve)
 
 
 def repeats_note(records: list[Record]) -> str:

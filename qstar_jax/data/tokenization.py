@@ -163,7 +163,7 @@ def _make_example(
     if isinstance(record.prompt, str):
         prompt, response_ids = split_text(record, tokenizer)
     else:
-        prompt, response_ids = split_chat(record, tokenizer, template, eos_ids)
+        prompt, response_ids = split_chat(record, tokenizer, template.with_variables(record.template_kwargs), eos_ids)
     # The first token of a response must be predicted from something.
     if not prompt:
         if tokenizer.bos_token_id is None:
@@ -172,7 +172,8 @@ def _make_example(
     # Truncate the prompt first, then the responses to the remaining room.
     truncated_prompt = _truncate_prompt(prompt, options.max_prompt_length, tokenizer.bos_token_id)
     room = options.max_length - len(truncated_prompt)
-    responses = tuple(_make_response(ids, tokenizer.eos_token_id, eos_ids, room) for ids in response_ids)
+    end = [] if record.open_end else [tokenizer.eos_token_id]
+    responses = tuple(_make_response(ids, end, eos_ids, room) for ids in response_ids)
     if len(responses) > 1 and np.array_equal(responses[0].ids, responses[1].ids):
         raise DroppedRow("the tokens of the two responses are equal within max_length")
     prompt_truncated = len(truncated_prompt) < len(prompt)
@@ -187,14 +188,14 @@ def _truncate_prompt(prompt: list[int], length: int, bos: int | None) -> list[in
     return head + prompt[len(prompt) - (length - len(head)) :]
 
 
-def _make_response(ids: list[int], eos: int, eos_ids: frozenset[int], room: int) -> Response:
+def _make_response(ids: list[int], end: list[int], eos_ids: frozenset[int], room: int) -> Response:
     # Strip all EOS tokens at the end. Any other would teach the model to continue after the end of an episode.
     length = len(ids)
     while length and ids[length - 1] in eos_ids:
         length -= 1
     if not eos_ids.isdisjoint(ids[:length]):
         raise DroppedRow("EOS token inside a response")
-    # End with the first EOS that was stripped, or that of the tokenizer, if there is room for it.
-    end = ids[length : length + 1] or [eos]
-    truncated = length >= room
-    return Response(np.asarray(ids[:room] if truncated else ids[:length] + end, np.int32), truncated)
+    # End with the first EOS that was stripped, or that of the tokenizer, if there is room for it; steps have no end.
+    end = end and (ids[length : length + 1] or end)
+    truncated = length + len(end) > room
+    return Response(np.asarray(ids[:room] if truncated else ids[:length] + end, np.int32), truncated or not end)

@@ -18,7 +18,8 @@ WORDS = {
     "prompt", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url", "loss.name",
     "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies",
 }  # fmt: skip
-COLUMNS = "name train_split eval_split prompt chosen rejected completion tools system date".split()
+COLUMNS = """name train_split eval_split prompt chosen rejected completion label reward reference_rewards tools system
+    date""".split()
 
 
 @pytest.mark.parametrize(

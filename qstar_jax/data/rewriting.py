@@ -1,0 +1,245 @@
+"""Rewrites the rows of any format in the columns that `records` reads."""
+
+from collections.abc import Callable, Collection
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from qstar_jax.config import DataOptions
+from qstar_jax.data.dropped import BadRow, DroppedRow
+from qstar_jax.data.formats import CONVERSATIONS, File, Rows, prompt_reader, recognize
+from qstar_jax.data.outcomes import (
+    LABEL,
+    OPEN_END,
+    REWARD,
+    Ranking,
+    find_reward,
+    list_column,
+    parse_label,
+    parse_ranking,
+    parse_reward,
+)
+from qstar_jax.errors import InputError
+
+Numbered = list[tuple[int, dict | DroppedRow]]  # (index of the row, its content or why it is dropped)
+Rewrite = Callable[[dict, int], list[dict]]  # (row, its index) -> rows
+
+_WINNERS = {"model_a": 0, "model_b": 1}
+_TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad")
+_STEPS = "initial_reason_steps"
+
+
+def rows_of(kind: str, rows: Rows, options: DataOptions, source: str) -> Numbered:
+    """Rewrites the rows of a file as those of a kind of data.
+
+    Args:
+        kind: `preferences`: rows with the columns of `options.chosen` and `rejected`; `rankings`: with the columns
+            "place 1", "place 2" and so on; `labels` and `returns`: with `options.completion`, and `LABEL` or `REWARD`.
+        rows: As they were read.
+        options: Names of columns, and the rule that makes pairs.
+        source: The user's name for the file, for errors.
+
+    Returns:
+        Rows with their indices; one row may become several, or stand for why it is dropped.
+
+    Raises:
+        InputError: The columns fit none of the formats, or several.
+    """
+    file = File.of(rows, options, source)
+    name = recognize(kind, file)
+    if options.pairs is not None and (kind, name) != ("preferences", "ranking"):
+        raise InputError(
+            f"data.pairs {options.pairs} has no effect: it chooses pairs from rankings, and {source} is read as "
+            f"{kind} from the format {name!r}; remove it"
+        )
+    rewrite, prompt = _REWRITES[kind, name](file), prompt_reader(file, separate=name != "single")
+    numbered: Numbered = []
+    for index, row in enumerate(rows):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            numbered += [(index, new) for new in rewrite(prompt(row), index)]
+        except DroppedRow as error:
+            numbered.append((index, error))
+    return numbered
+
+
+def places(numbered: Collection[tuple[int, dict | DroppedRow]]) -> int:
+    """Returns the number of responses of the longest ranking."""
+    counts = [sum(name.startswith("place ") for name in row) for _, row in numbered if isinstance(row, dict)]
+    return max(counts, default=2)
+
+
+def _pairs(file: File) -> Rewrite:
+    if _STEPS not in file.columns:
+        return lambda row, index: [row]
+    chosen, rejected, prompt = file.options.chosen, file.options.rejected, file.options.prompt
+
+    def continue_steps(row: dict, index: int) -> list[dict]:
+        """The steps that both responses share come before them; a step does not end the response."""
+        steps = row.get(_STEPS) or ""
+        texts = [row.get(name) for name in (prompt, chosen, rejected)]
+        if not all(isinstance(text, str) for text in (steps, *texts)):
+            raise BadRow(f"columns {prompt!r}, {_STEPS!r}, {chosen!r} and {rejected!r} are not all text")
+        if file.options.as_chat:
+            return [row | {chosen: steps + texts[1], rejected: steps + texts[2], OPEN_END: True}]
+        return [row | {prompt: texts[0] + "\n" * bool(steps) + steps, OPEN_END: True}]
+
+    return continue_steps
+
+
+def _arena(file: File) -> Rewrite:
+    def sort(row: dict, index: int) -> list[dict]:
+        winner = row.get("winner")
+        if winner in _TIES:
+            raise DroppedRow("tie")
+        if not isinstance(winner, str) or winner not in _WINNERS:
+            raise BadRow("unknown winner", f" ({winner!r}; expected {', '.join((*_WINNERS, *_TIES))})")
+        best = _WINNERS[winner]
+        new = {
+            file.options.chosen: row.get(CONVERSATIONS[best]),
+            file.options.rejected: row.get(CONVERSATIONS[1 - best]),
+        }
+        return [{name: value for name, value in row.items() if name != file.options.prompt} | new]
+
+    return sort
+
+
+def _ranking_pairs(file: File) -> Rewrite:
+    read = _ranking_reader(file)
+
+    def choose(row: dict, index: int) -> list[dict]:
+        pairs = pairs_by_rule(read(row), file.options.pairs or "best_worst", index)
+        return [row | {file.options.chosen: better, file.options.rejected: worse} for better, worse in pairs]
+
+    return choose
+
+
+def pairs_by_rule(ranking: Ranking, rule: str, index: int) -> list[tuple[Any, Any]]:
+    """Makes pairs of responses of different scores from a ranking.
+
+    Args:
+        ranking: Responses with their scores, best first.
+        rule: `best_worst`, `best_random` (the best and any worse one), or `all`.
+        index: Index of the row, which decides what is random.
+
+    Raises:
+        DroppedRow: All scores are equal.
+    """
+    best, worst = ranking[0], ranking[-1]
+    if best.score == worst.score:
+        raise DroppedRow("all responses have the same score")
+    if rule == "all":
+        return [(a.text, b.text) for a, b in combinations(ranking, 2) if a.score > b.score]
+    if rule == "best_random":
+        worse = [one for one in ranking if one.score < best.score]
+        # Raw Philox words are the same in every version of numpy.
+        worst = worse[int(np.random.Philox(key=index).random_raw()) % len(worse)]
+    return [(best.text, worst.text)]
+
+
+def _ranking_reader(file: File) -> Callable[[dict], Ranking]:
+    column = list_column(file.rows, file.options, file.columns)
+    if column is None:
+        raise InputError(
+            f"{file.source}: no column of several responses (found: {', '.join(sorted(file.columns)) or 'none'}); "
+            "expected completions, responses or answers; name yours with --data.completion"
+        )
+    key = find_reward(file.rows, file.options, column)
+    if key is None:
+        raise InputError(
+            f"{file.source}: the responses in {column!r} have no scores; expected numbers beside each text, or a list "
+            "of numbers in another column; name it with --data.reward"
+        )
+    return lambda row: parse_ranking(row, column, key)
+
+
+def _places(file: File) -> Rewrite:
+    read = _ranking_reader(file)
+
+    def rank(row: dict, index: int) -> list[dict]:
+        # Of responses with the same score, which have no order, the first one stays.
+        places = {one.score: one.text for one in reversed(read(row))}
+        if len(places) < 2:
+            raise DroppedRow("all responses have the same score")
+        return [row | {f"place {place}": text for place, text in enumerate(reversed(places.values()), start=1)}]
+
+    return rank
+
+
+def _places_of_pair(pairs: Callable[[File], Rewrite]) -> Callable[[File], Rewrite]:
+    def make(file: File) -> Rewrite:
+        rewrite, options = pairs(file), file.options
+
+        def rank(row: dict, index: int) -> list[dict]:
+            new = rewrite(row, index)
+            return [pair | {"place 1": pair.get(options.chosen), "place 2": pair.get(options.rejected)} for pair in new]
+
+        return rank
+
+    return make
+
+
+def _labels_of_pair(pairs: Callable[[File], Rewrite]) -> Callable[[File], Rewrite]:
+    def make(file: File) -> Rewrite:
+        rewrite, options = pairs(file), file.options
+
+        def split(row: dict, index: int) -> list[dict]:
+            return [
+                pair | {options.completion: pair.get(getattr(options, name)), LABEL: name == "chosen"}
+                for pair in rewrite(row, index)
+                for name in ("chosen", "rejected")
+            ]
+
+        return split
+
+    return make
+
+
+def _labels(file: File) -> Rewrite:
+    column, response = file.options.label, _response(file)
+    if column not in file.columns:
+        raise InputError(
+            f"{file.source}: no column {column!r} (found: {', '.join(sorted(file.columns)) or 'none'}); expected a "
+            "label of each response; name yours with --data.label"
+        )
+    return lambda row, index: [response(row) | {LABEL: parse_label(row, column)}]
+
+
+def _returns(file: File) -> Rewrite:
+    column, response = find_reward(file.rows, file.options), _response(file)
+    if column is None:
+        raise InputError(
+            f"{file.source}: no column of rewards (found: {', '.join(sorted(file.columns)) or 'none'}); name yours "
+            "with --data.reward"
+        )
+    return lambda row, index: [response(row) | {REWARD: parse_reward(row, column)}]
+
+
+def _response(file: File) -> Callable[[dict], dict]:
+    """Puts single responses into the column `options.completion`; dialogues hold their prompts themselves."""
+    column, completion, prompt = file.response, file.options.completion, file.options.prompt
+    if column in (None, completion):
+        return lambda row: row
+    return lambda row: {name: value for name, value in row.items() if name != prompt} | {completion: row.get(column)}
+
+
+def _returns_of_ranking(file: File) -> Rewrite:
+    read, completion = _ranking_reader(file), file.options.completion
+    return lambda row, index: [row | {completion: one.text, REWARD: one.score} for one in read(row)]
+
+
+_REWRITES: dict[tuple[str, str], Callable[[File], Rewrite]] = {
+    ("preferences", "pairs"): _pairs,
+    ("preferences", "arena"): _arena,
+    ("preferences", "ranking"): _ranking_pairs,
+    ("rankings", "ranking"): _places,
+    ("rankings", "pairs"): _places_of_pair(_pairs),
+    ("rankings", "arena"): _places_of_pair(_arena),
+    ("labels", "single"): _labels,
+    ("labels", "pairs"): _labels_of_pair(_pairs),
+    ("labels", "arena"): _labels_of_pair(_arena),
+    ("returns", "single"): _returns,
+    ("returns", "ranking"): _returns_of_ranking,
+}
