@@ -3,13 +3,16 @@
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qstar_jax.config import Dtype, MeshOptions
@@ -34,16 +37,21 @@ def join_processes(options: MeshOptions):
 def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges devices as a (data, fsdp, tensor) mesh of Auto axes.
 
+    The network between slices of TPUs, and between hosts of GPUs, is slow. So `data` extends over them, along which
+    only gradients travel, once a step; `fsdp` and `tensor` stay inside. Hosts of GPUs whose number does not divide
+    `data` are arranged in their order.
+
     Args:
         options: Sizes of the axes; one of them may be -1, to take all remaining devices.
         devices: Devices to arrange; all by default.
 
     Raises:
-        InputError: If the sizes do not multiply to the number of devices.
+        InputError: If the sizes do not multiply to the number of devices, or a slice of TPUs does not hold `fsdp` and
+            `tensor`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(options, len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def axis_sizes(options: MeshOptions, devices: int) -> tuple[int, ...]:
@@ -66,6 +74,27 @@ def axis_sizes(options: MeshOptions, devices: int) -> tuple[int, ...]:
             "device(s): the sizes must be positive and multiply to that number (one may be -1: the remaining devices)"
         )
     return tuple(sizes)
+
+
+def slice_sizes(devices: Sequence[jax.Device]) -> list[int]:
+    """Returns the number of devices of each slice of TPUs, or host of GPUs: JAX numbers both in one attribute."""
+    return list(Counter(getattr(device, "slice_index", 0) for device in devices).values())
+
+
+def _arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    (data, fsdp, tensor), slices = sizes, slice_sizes(devices)
+    fits = data % len(slices) == 0 and len(set(slices)) == 1
+    if len(slices) > 1 and fits:
+        inside, outside = [data // len(slices), fsdp, tensor], [len(slices), 1, 1]
+        return create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
+    if len(slices) > 1 and devices[0].platform == "tpu":
+        raise InputError(
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(slices)} slices of "
+            f"{', '.join(map(str, sorted(set(slices))))} TPUs: in every layer, parameters would travel over the slow "
+            f"network between slices; expected slices of one size, and --mesh.data a multiple of {len(slices)}"
+        )
+    # Neighbours on the network become neighbours in the mesh, the last axes first.
+    return create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 @contextmanager

@@ -171,6 +171,34 @@ def test_meshes_that_do_not_fit_are_refused(options):
         make_mesh(options)
 
 
+def device(number: int, slice_index: int, platform: str):
+    """A stand-in: virtual devices belong to no slice."""
+    names = {"id": number, "slice_index": slice_index, "platform": platform, "device_kind": platform}
+    return type("Device", (), names)()
+
+
+def ids(mesh):
+    return [[d.id for d in row.flat] for row in mesh.devices]
+
+
+def test_data_extends_over_hosts_of_gpus_and_the_rest_stays_inside():
+    hosts = [device(number, number % 2, "gpu") for number in range(8)]  # in no order that helps
+    expected = [[0, 2], [4, 6], [1, 3], [5, 7]]
+    assert ids(make_mesh(MeshOptions(data=4, fsdp=2), hosts)) == expected
+    assert ids(make_mesh(MeshOptions(data=4, tensor=2), hosts)) == expected
+    # One host has no room for eight.
+    assert ids(make_mesh(MeshOptions(data=1, fsdp=8), hosts)) == [list(range(8))]
+    uneven = [device(number, int(number > 2), "gpu") for number in range(8)]
+    assert ids(make_mesh(MeshOptions(data=4, fsdp=2), uneven)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("options", [MeshOptions(data=1, fsdp=-1), MeshOptions(data=3, tensor=4)])
+def test_parameters_that_would_travel_between_slices_of_tpus_are_refused(options):
+    tpus = [device(number, number // 6, "tpu") for number in range(12)]
+    with pytest.raises(InputError, match=r"mesh data=[13], .* 2 slices of 6 TPUs.* --mesh.data a multiple of 2$"):
+        make_mesh(options, tpus)
+
+
 def test_some_of_the_devices():
     assert make_mesh(MeshOptions(data=2), devices=jax.devices()[2:4]).devices.size == 2
 

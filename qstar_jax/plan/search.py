@@ -8,7 +8,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.plan.options import decode_plan, mesh_options, run_plan
 from qstar_jax.plan.plan import Plan, make_run_plan
 from qstar_jax.plan.topology import slices_of, topology_devices
-from qstar_jax.sharding import make_mesh
+from qstar_jax.sharding import make_mesh, slice_sizes
 
 Report = Callable[[str, Plan], None]
 
@@ -104,10 +104,12 @@ def _smaller_step(config: PlanConfig, topology: str) -> Iterator[tuple[str, Plan
 
 def _smaller_search(config: PlanConfig, topology: str) -> Iterator[tuple[str, PlanConfig]]:
     """Yields what needs less memory: first what changes no response, last what rounds."""
-    devices = len(topology_devices(topology))
-    if make_mesh(mesh_options(config), topology_devices(topology)).shape["tensor"] < devices:
-        config = replace(config, mesh=replace(config.mesh, data=1, fsdp=1, tensor=devices))
-        yield f"mesh.tensor {devices}", config
+    devices = topology_devices(topology)
+    slices = len(slice_sizes(devices))
+    tensor = len(devices) // slices
+    if make_mesh(mesh_options(config), devices).shape["tensor"] < tensor:
+        config = replace(config, mesh=replace(config.mesh, data=slices, fsdp=1, tensor=tensor))
+        yield f"mesh.tensor {tensor}", config
     while config.batch_size > 1 and decode_plan(config).batched:
         config = replace(config, batch_size=config.batch_size // 2)
         yield f"batch_size {config.batch_size}", config

@@ -157,3 +157,9 @@ def test_a_run_that_no_slice_holds(planned):
         )
     with pytest.raises(InputError, match="unknown chip 'a100'; expected one of v4, v5e"):
         find_slice(PlanConfig(model="x", out="x", topologies="a100"), no_report)
+
+
+def test_a_search_keeps_each_copy_of_the_model_within_a_slice(planned, monkeypatch):
+    monkeypatch.setattr(search, "slice_sizes", lambda devices: [4, 4])
+    planned(lambda config, topology: (config.mesh.data, config.mesh.tensor) == (2, 4))
+    assert find_settings(SEARCH, "v5e:2x4", no_report)[0] == ["mesh.tensor 4"]
