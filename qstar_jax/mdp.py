@@ -7,12 +7,14 @@ Conventions, after "From r to Q*" (arXiv 2404.12358):
   which it was truncated keeps its value.
 - Q contains beta * log pi_ref, as in the paper (Eq. 7). In the KL convention, where the reference is a penalty outside
   the reward, Q is `rewards + v` and the advantage is `rewards`. State values are the same in both.
+- Where an environment answers (a user, a tool), its tokens are no actions. The successor of the last action before them
+  is the state after them: its reward is r + E V*(s') - V*(s), an expectation over what the environment may say.
 - With unit-temperature logits z of the policy, Q = beta * z and V = beta * logsumexp(z). Both are known up to a
   potential (a shift of all logits of one state), which changes neither rewards nor advantages.
 
-Arrays are [..., T]: entry t belongs to response token a_t and to the state s_t in which it was chosen. `mask` is True
-at response tokens; values elsewhere change neither results nor gradients, and results are 0 there. `beta` is the
-temperature: reward per nat.
+Arrays are [..., T]: entry t belongs to token a_t of a response and to the state s_t before it. `mask` is True at
+actions, the tokens that the policy chose; values elsewhere change neither results nor gradients, and results are 0
+there. `beta` is the temperature: reward per nat.
 """
 
 from dataclasses import dataclass
@@ -26,14 +28,14 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, ScalarLike
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenScores:
-    """What a policy and its reference assign to each response token: the record that everything else reads.
+    """What a policy and its reference assign to each action of a response: the record that everything else reads.
 
     Attributes:
         logp: log pi(a_t | s_t) of the chosen token, in nats. Shape [..., T].
         ref_logp: log pi_ref(a_t | s_t), in nats; None without a reference. Shape [..., T].
         logz: Log-normalizer logsumexp(z(s_t)) of the policy's logits, in nats; None where only log-probabilities are
             known. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
     """
 
     logp: Float[Array, "*B T"]
@@ -58,7 +60,7 @@ class TokenScores:
             logits: Logits of the policy at the states in which the tokens were chosen. Shape [..., T, V].
             ref_logits: Logits of the reference, or None without one. Shape [..., T, V].
             tokens: The tokens a_t. Shape [..., T].
-            mask: True at response tokens; labels such as -100 may stand elsewhere. Shape [..., T].
+            mask: True at actions; labels such as -100 may stand elsewhere. Shape [..., T].
 
         Returns:
             Scores in nats, float32 or more. Shape [..., T] each.
@@ -193,7 +195,7 @@ def kl_divergence(
     Args:
         logits: Logits of p. Shape [..., T, V].
         other_logits: Logits of q. Shape [..., T, V].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
 
     Returns:
         Divergences in nats, at least 0. Shape [..., T].
@@ -221,7 +223,7 @@ def step_rewards(
 
     Args:
         rewards: Token rewards. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
         step_ids: Step of each token; tokens with an id outside 0 .. num_steps - 1 belong to none. Shape [..., T].
         num_steps: N, the largest number of steps; static (`jax.jit(..., static_argnames="num_steps")`).
 

@@ -1,4 +1,4 @@
-"""From a batch of responses to the scores of their tokens."""
+"""From a batch of responses to the scores of their actions."""
 
 from dataclasses import replace
 
@@ -23,8 +23,8 @@ def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
         Scores of shape [B, R, T], float32, without `ref_logp`.
     """
     scores = token_logprobs(_scored_states(model, params, batch), model.head(params), batch.targets)
-    logp, logz = (jnp.where(batch.response_mask, _of_responses(x, batch), 0.0) for x in scores)
-    return TokenScores(logp, None, logz, batch.response_mask)
+    logp, logz = (jnp.where(batch.action_mask, _of_responses(x, batch), 0.0) for x in scores)
+    return TokenScores(logp, None, logz, batch.action_mask)
 
 
 def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, batch: Batch) -> TokenScores:
@@ -66,7 +66,7 @@ def response_alternatives(
 
     Returns:
         (ids, logp, ref_logp) of the policy's most likely tokens, most likely first; float32 in nats. Shape
-        [B, R, T, K]; entries after the end of a response are undefined.
+        [B, R, T, K]; entries that belong to no action are undefined.
     """
     base = split_adapter(params)[0] if ref_params is None else ref_params
     hidden, ref_hidden = _scored_states(model, params, batch), _scored_states(model.base, base, batch)
@@ -84,7 +84,7 @@ def _scored_states(model: CausalLM, params: Params, batch: Batch) -> Float[Array
 
 
 def _of_responses(scored: Array, batch: Batch) -> Array:
-    """Gathers from scored slots, [N, K, ...], to the tokens of responses, [B, R, T, ...]."""
+    """Gathers from scored slots, [N, K, ...], to the actions of responses, [B, R, T, ...]."""
 
     def gather(_, scored: Array, index: Array) -> Array:
         return scored.reshape(-1, *scored.shape[2:])[index]

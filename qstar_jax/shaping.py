@@ -44,7 +44,7 @@ def successor_values(
 
     Args:
         values: V(s_t). Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
         truncated: True for responses that were truncated and have no terminal state; None: all ended. Shape [...].
         final_values: V of the last state of a truncated response; not read where a response ended. Shape [...].
 
@@ -88,7 +88,7 @@ def shape_rewards(
         rewards: Token rewards. Shape [..., T].
         potentials: Phi(s_t). Shape [..., T].
         next_potentials: Phi(s_{t+1}), from `successor_values`: 0 in terminal states. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
 
     Returns:
         Shaped rewards. Shape [..., T].
@@ -118,7 +118,7 @@ def are_equivalent(
     Args:
         rewards: Token rewards r. Shape [..., R, T].
         other: Token rewards r'. Shape [..., R, T].
-        mask: True at response tokens. Shape [..., R, T].
+        mask: True at actions. Shape [..., R, T].
         truncated: True for truncated responses, which constrain nothing: their last state may have any potential.
             None: all ended. Shape [..., R].
         atol: Largest spread of the differences, in reward, that counts as equal. The default allows for sums in

@@ -44,7 +44,7 @@ def test_every_layout_equals_full_logits_response_by_response(
     model = replace(tiny_model, compute=ComputeOptions(attention=attention))
     batch = pair_batch(5, layout=layout, fill_to=6, responses=3)
     scores = jax.jit(lambda *x: score_policy(model, *x))(tiny_params, batch)
-    np.testing.assert_array_equal(scores.mask, batch.response_mask)
+    np.testing.assert_array_equal(scores.mask, batch.action_mask)
     scores = scores.logp, scores.logz
     assert all(x.dtype == jnp.float32 and x.shape[:2] == (6, 3) for x in scores)
     expected = by_hand(jax.jit(tiny_model.logits), tiny_params, random_examples(5, responses=3))

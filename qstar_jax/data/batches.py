@@ -21,7 +21,8 @@ from qstar_jax.models.masks import Texts
 class Batch:
     """B prompts with R responses each (2: chosen, rejected; 1: fine-tuning), packed into N sequences of S slots.
 
-    See `packing` for the layout. Masks are derived from lengths and positions, never from token ids.
+    See `packing` for the layout. Masks come from lengths, positions and the actions of the examples, never from token
+    ids. `action_mask` is no mask of attention, which sees all tokens.
 
     Attributes:
         tokens: Inputs of the model; 0 for padding, an id that every model has.
@@ -30,12 +31,15 @@ class Batch:
         branches: Which of its responses, from 1; 0 for what they share.
         slots: Slots whose next token is scored, K per sequence, padded with 0.
         targets: Those next tokens.
-        index: Index of each token of each response among the N * K scored ones; 0 after its end.
+        index: Index of each action of each response among the N * K scored tokens; 0 elsewhere.
+        action_mask: True at the tokens of a response that its policy chose (see `Response`); False after its end.
+        turns: Turn of the assistant to which each token of a response belongs, from 0; -1 where the environment speaks
+            and after the end.
         prompt_lengths: Tokens of each prompt.
-        response_lengths: Tokens of each response, EOS included.
+        response_lengths: Tokens of each response, EOS included, whoever wrote them.
         truncated: The response lost its end, and its EOS.
         weights: 1, or 0 for empty examples that only fill up the last batch of an evaluation.
-        ref_logp: Cached log pi_ref of the responses' tokens in nats, if any.
+        ref_logp: Cached log pi_ref of the responses' actions in nats, if any; not read elsewhere.
         texts: Text b * R + r is response r of example b after its prompt; None if the shapes do not ask for texts.
         shards: Devices for which the batch was packed: the sequences of an example lie on the same device.
     """
@@ -47,6 +51,8 @@ class Batch:
     slots: Int[Array, "N K"]
     targets: Int[Array, "N K"]
     index: Int[Array, "B R T"]
+    action_mask: Bool[Array, "B R T"]
+    turns: Int[Array, "B R T"]
     prompt_lengths: Int[Array, " B"]
     response_lengths: Int[Array, "B R"]
     truncated: Bool[Array, "B R"]
@@ -56,9 +62,9 @@ class Batch:
     shards: int = field(default=1, metadata={"static": True})
 
     @property
-    def response_mask(self) -> Bool[Array, "B R T"]:
-        """True at the tokens of `index` that are the response's."""
-        return self.response_lengths[..., None] > np.arange(self.index.shape[-1])
+    def num_actions(self) -> Int[Array, "B R"]:
+        """Actions of each response: its length for losses and metrics."""
+        return self.action_mask.sum(-1)
 
 
 def make_batch(
@@ -81,7 +87,7 @@ def make_batch(
         plan: What `plan_batch` returned for these arguments, if it was called before.
 
     Returns:
-        A batch of numpy arrays: int32, bool for `truncated`, float32 for `weights` and `ref_logp`.
+        A batch of numpy arrays: int32, bool for `action_mask` and `truncated`, float32 for `weights` and `ref_logp`.
 
     Raises:
         ValueError: An example does not fit, or has another number of responses than the first; or the shards do not
@@ -110,10 +116,15 @@ def _padding(examples: Sequence[Example], count: int, size: tuple[int, int], sha
     slots, targets = np.zeros((2, sequences, scored), np.int32)
     prompt_lengths, lengths = np.zeros(count, np.int32), np.zeros((count, responses), np.int32)
     truncated = np.zeros((count, responses), bool)
+    tokens_shape = (count, responses, shapes.response_length)
+    action_mask, turns = np.zeros(tokens_shape, bool), np.full(tokens_shape, -1, np.int32)
     for b, example in enumerate(examples):
         prompt_lengths[b] = len(example.prompt)
         lengths[b] = [len(r.ids) for r in example.responses]
         truncated[b] = [r.truncated for r in example.responses]
+        for r, response in enumerate(example.responses):
+            action_mask[b, r, : len(response.ids)] = response.action_mask
+            turns[b, r, : len(response.ids)] = response.turns
     return Batch(
         tokens=tokens,
         positions=positions,
@@ -121,7 +132,9 @@ def _padding(examples: Sequence[Example], count: int, size: tuple[int, int], sha
         branches=branches,
         slots=slots,
         targets=targets,
-        index=np.zeros((count, responses, shapes.response_length), np.int32),
+        index=np.zeros(tokens_shape, np.int32),
+        action_mask=action_mask,
+        turns=turns,
         prompt_lengths=prompt_lengths,
         response_lengths=lengths,
         truncated=truncated,
@@ -148,18 +161,18 @@ def _write_sequence(batch: Batch, n: int, blocks: Sequence[Block], examples: Seq
         batch.tokens[n, slot : slot + shared] = example.prompt[:-1]
         batch.positions[n, slot : slot + shared] = np.arange(shared)
         slot += shared
-        # A branch per response, in which each slot predicts the response's next token.
+        # A branch per response, in which each slot predicts the response's next token; actions are scored.
         for r in block.responses:
-            ids = example.responses[r].ids
+            ids, actions = example.responses[r].ids, np.flatnonzero(example.responses[r].action_mask)
             if len(ids) == 0:
                 continue
-            branch, entries = np.arange(slot, slot + len(ids)), np.arange(entry, entry + len(ids))
+            branch, entries = np.arange(slot, slot + len(ids)), np.arange(entry, entry + len(actions))
             batch.tokens[n, branch] = [example.prompt[-1], *ids[:-1]]
             batch.positions[n, branch] = shared + np.arange(len(ids))
             batch.branches[n, branch] = r + 1
-            batch.slots[n, entries], batch.targets[n, entries] = branch, ids
-            batch.index[block.example, r, : len(ids)] = n * width + entries
-            slot, entry = slot + len(ids), entry + len(ids)
+            batch.slots[n, entries], batch.targets[n, entries] = branch[actions], ids[actions]
+            batch.index[block.example, r, actions] = n * width + entries
+            slot, entry = slot + len(ids), entry + len(actions)
 
 
 def _find_texts(batch: Batch, plan: Plan, length: int) -> Texts:

@@ -2,7 +2,8 @@
 
 A *block* is a prompt with the responses that share it, and stays within one sequence. It holds prompt[:-1] once, then
 for each response a branch prompt[-1] + response[:-1], whose positions continue those of the prompt. Each slot of a
-branch thus predicts one token of its response, and nothing else enters the log-prob kernel.
+branch thus predicts one token of its response; those that predict an action, and nothing else, enter the log-prob
+kernel.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ class Block:
         example: Index of the example in its batch.
         responses: Indices of the responses.
         length: Slots that it occupies.
-        scored: Slots whose next token is scored: the tokens of the responses.
+        scored: Slots whose next token is scored: the actions of the responses.
     """
 
     example: int
@@ -43,8 +44,8 @@ def blocks_of(examples: Sequence[Example], layout: Layout) -> list[Block]:
     for i, example in enumerate(examples):
         responses = range(len(example.responses))
         for group in [(r,) for r in responses] if layout == "plain" else [tuple(responses)]:
-            scored = sum(len(example.responses[r].ids) for r in group)
-            blocks.append(Block(i, group, len(example.prompt) - 1 + scored, scored))
+            length = len(example.prompt) - 1 + sum(len(example.responses[r].ids) for r in group)
+            blocks.append(Block(i, group, length, sum(example.responses[r].num_actions for r in group)))
     return blocks
 
 

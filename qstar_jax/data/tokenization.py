@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from numpy.typing import ArrayLike
 
 from qstar_jax.config import DataOptions
@@ -24,15 +24,39 @@ from qstar_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Response:
-    """One response as tokens.
+    """One response as tokens: what follows a prompt, whoever wrote it.
+
+    Actions are the tokens that the policy chose: they are learned, scored and counted. Attention and positions are the
+    same for all tokens.
 
     Attributes:
         ids: Token ids, ending with EOS unless `truncated`.
         truncated: Whether the response lost its end, including EOS.
+        action_mask: True at actions, False where the environment speaks (users, tools, headers of the template) and in
+            turns that are not learned; None: all are actions.
+        turns: Turn of the assistant, from 0, to which a token belongs; -1 where the environment speaks; None: a single
+            turn.
     """
 
     ids: Int[np.ndarray, " T"]
     truncated: bool
+    action_mask: Bool[np.ndarray, " T"] | None = None
+    turns: Int[np.ndarray, " T"] | None = None
+
+    def __post_init__(self):
+        """Fills in the mask and the turns of a single turn, and checks that every token has both."""
+        shape = np.shape(self.ids)
+        defaults = {"action_mask": np.ones(shape, bool), "turns": np.zeros(shape, np.int32)}
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            elif np.shape(getattr(self, name)) != shape:
+                raise ValueError(f"{name} has shape {np.shape(getattr(self, name))}; the ids have {shape}")
+
+    @property
+    def num_actions(self) -> int:
+        """Number of actions: the length of the response for everything but attention."""
+        return int(self.action_mask.sum())
 
 
 @dataclass(frozen=True)

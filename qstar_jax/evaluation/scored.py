@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -30,7 +30,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class ScoredResponse:
-    """A response, its tokens, and five numbers for each of them; log-probabilities in nats.
+    """A response, its tokens, and five numbers for each of its actions; log-probabilities in nats.
 
     Args:
         row: Row of the data file; the responses of one row share their prompt.
@@ -38,7 +38,7 @@ class ScoredResponse:
         prompt: Text before the response.
         pieces: Text of each token; joined they spell the response, EOS included.
         token_ids: Id of each token.
-        logp: log pi of each token.
+        logp: log pi of each token; this and the other numbers are 0 at tokens that are no actions.
         ref_logp: log pi_ref of each token.
         reward: Implicit reward of each token (`TokenScores.rewards`).
         q: Q-value of each token (`TokenScores.q`).
@@ -48,6 +48,8 @@ class ScoredResponse:
         alternatives: The policy's most likely tokens at each position, most likely first; empty where they were not
             asked for.
         prompt_truncated: The beginning of the prompt was truncated.
+        action_mask: Whether the policy chose each token (see `Response`); all if empty.
+        turn: Turn of the assistant to which each token belongs, from 0; -1 where the environment speaks; 0 if empty.
     """
 
     row: int
@@ -64,15 +66,26 @@ class ScoredResponse:
     beta: float
     alternatives: tuple[tuple[Alternative, ...], ...] = ()
     prompt_truncated: bool = False
+    action_mask: tuple[bool, ...] = ()
+    turn: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks that every token has every number."""
-        names = ("pieces", "token_ids", *_PER_TOKEN, *(["alternatives"] if self.alternatives else []))
+        """Fills in the mask and the turns of a single turn, and checks that every token has every number."""
+        count = len(self.token_ids)
+        object.__setattr__(self, "action_mask", self.action_mask or (True,) * count)
+        object.__setattr__(self, "turn", self.turn or (0,) * count)
+        names = ("pieces", "token_ids", *_PER_TOKEN, "action_mask", "turn")
+        names += ("alternatives",) if self.alternatives else ()
         lengths = {name: len(getattr(self, name)) for name in names}
         if len(set(lengths.values())) > 1:
             raise ValueError(
                 f"row {self.row}, {self.role}: expected one entry per token in each field, found {lengths}"
             )
+
+    @property
+    def action_rewards(self) -> tuple[float, ...]:
+        """Rewards of the actions alone."""
+        return tuple(compress(self.reward, self.action_mask))
 
     @property
     def total_reward(self) -> float:
@@ -93,6 +106,7 @@ class ScoredResponse:
         record = asdict(self)
         record |= {"alternatives": [list(place) for place in record["alternatives"]]}
         record |= {"pieces": list(self.pieces), "token_ids": [int(token) for token in self.token_ids]}
+        record |= {"action_mask": list(map(bool, self.action_mask)), "turn": list(map(int, self.turn))}
         record |= {name: [float(value) for value in getattr(self, name)] for name in _PER_TOKEN}
         return record | {"total_reward": self.total_reward, "reason": None}
 

@@ -1,4 +1,4 @@
-"""The implicit reward of every response token, from one pass of policy and reference."""
+"""The implicit reward of every action, from one pass of policy and reference."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -80,7 +80,9 @@ def score_dataset(
         for b, (index, example) in zip(range(batch_size), examples, strict=False):
             for r, response in enumerate(example.responses):
                 tokens = (b, r, slice(len(response.ids)))
-                others = _alternatives([x[tokens] for x in ranked], piece, beta) if index < with_alternatives else ()
+                others = ()
+                if index < with_alternatives:
+                    others = _alternatives([x[tokens] for x in ranked], response.action_mask, piece, beta)
                 columns = {name: tuple(values[tokens].tolist()) for name, values in scores.items()}
                 _check_finite(example, columns)
                 records.append(_record(policy, example, r, beta, alternatives=others, **columns))
@@ -96,6 +98,8 @@ def _record(policy: LoadedModel, example: Example, r: int, beta: float, **column
         pieces=token_pieces(response.ids, policy.tokenizer),
         token_ids=tuple(response.ids.tolist()),
         truncated=response.truncated,
+        action_mask=tuple(response.action_mask.tolist()),
+        turn=tuple(response.turns.tolist()),
         prompt_truncated=example.prompt_truncated,
         beta=beta,
         **columns,
@@ -113,7 +117,7 @@ def _check_finite(example: Example, scores: dict[str, tuple[float, ...]]):
 
 
 def _columns(scores: TokenScores, beta: float) -> dict[str, np.ndarray]:
-    """The columns of scores.jsonl for each token of a batch, 0 after the end of a response. Shape [B, R, T] each."""
+    """The columns of scores.jsonl for each action of a batch, 0 at other tokens. Shape [B, R, T] each."""
     arrays = {
         "logp": scores.logp,
         "ref_logp": scores.ref_logp,
@@ -125,11 +129,13 @@ def _columns(scores: TokenScores, beta: float) -> dict[str, np.ndarray]:
 
 
 def _alternatives(
-    ranked: list[np.ndarray], piece: Callable[[int], str], beta: float
+    ranked: list[np.ndarray], action_mask: np.ndarray, piece: Callable[[int], str], beta: float
 ) -> tuple[tuple[Alternative, ...], ...]:
+    """Alternatives at each token of a response; none where it is no action."""
     ids, logp, ref_logp = ranked
     rewards = implicit_rewards(logp, ref_logp, beta=beta)
-    return tuple(
-        tuple(Alternative(piece(token), *numbers) for token, *numbers in zip(*position, strict=True))
-        for position in zip(ids.tolist(), logp.tolist(), rewards.tolist(), strict=True)
-    )
+    places: list[tuple[Alternative, ...]] = [()] * len(action_mask)
+    for t in np.flatnonzero(action_mask):
+        numbers = zip(ids[t].tolist(), logp[t].tolist(), rewards[t].tolist(), strict=True)
+        places[t] = tuple(Alternative(piece(token), *values) for token, *values in numbers)
+    return tuple(places)

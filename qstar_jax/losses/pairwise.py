@@ -1,7 +1,7 @@
 """Losses on the margin between the log-ratios of two responses: DPO and its successors.
 
 Shapes: log-ratios log pi - log pi_ref and masks are [..., 2, T], the chosen response first. c and r are the sums over
-the tokens of the chosen and the rejected response, |y| lengths in tokens, sigma the logistic function. `divergence`
+the actions of the chosen and the rejected response, |y| their numbers, sigma the logistic function. `divergence`
 replaces c and r by f'(pi / pi_ref); see `divergences`. An empty response counts as c = 0.
 """
 
@@ -30,7 +30,7 @@ def sigmoid(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat.
         label_smoothing: eps, the probability that a label is flipped, in [0, 0.5).
         divergence: What keeps the policy near its reference.
@@ -60,7 +60,7 @@ def sigmoid_norm(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat per token.
         divergence: What keeps the policy near its reference; applied before the division, as in TRL.
 
@@ -90,7 +90,7 @@ def robust(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat.
         label_smoothing: eps, the probability that a label is flipped, in [0, 0.5).
         divergence: What keeps the policy near its reference.
@@ -122,7 +122,7 @@ def hinge(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Inverse of the margin: reward per nat.
         divergence: What keeps the policy near its reference.
 
@@ -152,7 +152,7 @@ def ipo(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: The paper's regularization tau; the margin is drawn to 1 / (2 beta) nats per token.
         divergence: What keeps the policy near its reference; applied before the division, as in TRL.
 
@@ -181,7 +181,7 @@ def ipo_sum(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: The paper's regularization tau; the margin is drawn to 1 / (2 beta) nats.
         divergence: What keeps the policy near its reference.
 
@@ -210,7 +210,7 @@ def exo_pair(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat.
         label_smoothing: eps, in (0, 0.5).
         divergence: What keeps the policy near its reference.
@@ -243,7 +243,7 @@ def discopop(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat.
         tau: Width of the blend, in units of reward.
         divergence: What keeps the policy near its reference.
@@ -275,7 +275,7 @@ def dpop(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat; the paper's 0.3.
         penalty: lambda, the price per nat below the reference; the paper's 50.
 
@@ -298,7 +298,7 @@ def dpo_shift(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat.
         shift: f(lambda) in (0, 1]; 1 is DPO. The paper also moves it linearly between 0.95 and 1: pass the value of
             the step.

@@ -20,7 +20,7 @@ def nca_pair(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat.
 
     Returns:
@@ -44,7 +44,7 @@ def bco_pair(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat.
 
     Returns:
@@ -67,7 +67,7 @@ def sppo_hard(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Inverse of the step size: reward per nat.
 
     Returns:
@@ -90,7 +90,7 @@ def apo_zero(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat.
 
     Returns:
@@ -113,7 +113,7 @@ def apo_down(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat.
 
     Returns:
@@ -143,7 +143,7 @@ def kto(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
         labels: True for desirable responses. Shape [...].
         baseline: z0, an estimate of KL(pi || pi_ref) in nats, a scalar; no gradient flows through it.
         beta: Temperature: reward per nat.
@@ -172,7 +172,7 @@ def kto_baseline(log_ratios: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) ->
     Args:
         log_ratios: Token log-ratios of responses after the prompts of others (KTO shifts a batch by one), in nats.
             Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
 
     Returns:
         A scalar in nats, with the gradient stopped.
@@ -198,7 +198,7 @@ def implicit_prm(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
         labels: True for correct responses. Shape [...].
         beta: Temperature: reward per nat; PRIME's 0.05.
 

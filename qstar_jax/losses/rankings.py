@@ -21,7 +21,7 @@ def plackett_luce(
 
     Args:
         log_ratios: Token log-ratios of the responses, best first, in nats. Shape [..., R, T].
-        mask: True at response tokens. Shape [..., R, T].
+        mask: True at actions. Shape [..., R, T].
         present: False for places that are empty; None: all are filled. Shape [..., R].
         beta: Temperature: reward per nat.
 

@@ -1,6 +1,6 @@
 """Losses on the policy's own log-probabilities, without a reference.
 
-Shapes: log-probabilities and masks are [..., 2, T], the chosen response first. |y| are lengths in tokens, sigma is the
+Shapes: log-probabilities and masks are [..., 2, T], the chosen response first. |y| are numbers of actions, sigma is the
 logistic function.
 """
 
@@ -24,7 +24,7 @@ def negative_log_likelihood(
 
     Args:
         logp: Policy log-probabilities, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
         normalize: `none`: the sum; `answer_tokens`: the mean over the response's tokens; `batch_tokens`: scaled so that
             the mean over all responses that have tokens is the mean over all their tokens (the usual cross-entropy). A
             micro-batch, or an example under `jax.vmap`, is a batch of its own.
@@ -56,7 +56,7 @@ def sft(
 
     Args:
         logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         normalize: See `negative_log_likelihood`.
 
     Returns:
@@ -84,7 +84,7 @@ def simpo(
 
     Args:
         logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Scale of the rewards: reward per nat per token.
         gamma: Margin by which the chosen response should win, in units of reward.
         label_smoothing: eps, the probability that a label is flipped, in [0, 0.5).
@@ -115,7 +115,7 @@ def cpo(
 
     Args:
         logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         beta: Temperature: reward per nat.
         label_smoothing: eps, the probability that a label is flipped, in [0, 0.5).
         nll_weight: Weight of the negative log-likelihood.
@@ -148,7 +148,7 @@ def orpo(
 
     Args:
         logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         odds_weight: lambda; the paper's 0.1.
         normalize: How the NLL is averaged: see `negative_log_likelihood`.
 

@@ -38,11 +38,11 @@ def record(rewards: Float[Array, "..."]) -> LossMetrics:
 
 
 def response_sums(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B"]:
-    """Sums the tokens of each response; values where `mask` is False change neither result nor gradient.
+    """Sums the actions of each response; values where `mask` is False change neither result nor gradient.
 
     Args:
         values: One number per token. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
 
     Returns:
         Sum of each response in float32 (or float64), 0 for an empty one. Shape [...].
@@ -57,7 +57,7 @@ def response_sums(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Fl
 
 
 def response_means(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B"]:
-    """Averages over the tokens of each response: `response_sums` over the length; 0 for an empty response."""
+    """Averages over the actions of each response: `response_sums` over their number; 0 where there is none."""
     return response_sums(values, mask) / jnp.maximum(mask.sum(-1), 1)
 
 

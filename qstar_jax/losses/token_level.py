@@ -23,7 +23,7 @@ def tdpo1(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         kl: KL(pi_ref(. | s_t) || pi(. | s_t)) at each token, in nats (`mdp.kl_divergence`). Shape [..., 2, T].
         beta: Temperature: reward per nat.
 
@@ -51,7 +51,7 @@ def tdpo2(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         kl: KL(pi_ref(. | s_t) || pi(. | s_t)) at each token, in nats (`mdp.kl_divergence`). Shape [..., 2, T].
         beta: Temperature: reward per nat.
         alpha: Weight of the divergences.
@@ -84,7 +84,7 @@ def tgdpo(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         guide_rewards: Token rewards, for instance `TokenScores.rewards` of a DPO model; no gradient flows through
             them. Shape [..., 2, T].
         beta: Temperature: reward per nat.

@@ -30,7 +30,7 @@ def aot(
     Args:
         logp: Token log-probabilities of the policy, in nats. Shape [..., B, 2, T].
         ref_logp: Token log-probabilities of the reference, in nats. Shape [..., B, 2, T].
-        mask: True at response tokens. Shape [..., B, 2, T].
+        mask: True at actions. Shape [..., B, 2, T].
         beta: Temperature: reward per nat.
         label_smoothing: eps, the probability that a label is flipped, in [0, 0.5).
 
@@ -62,7 +62,7 @@ def aot_unpaired(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., B, 2, T].
-        mask: True at response tokens. Shape [..., B, 2, T].
+        mask: True at actions. Shape [..., B, 2, T].
         beta: Temperature: reward per nat.
         label_smoothing: eps, the probability that a label is flipped, in [0, 0.5).
 

@@ -18,7 +18,7 @@ def desensitize_length(
 
     Args:
         values: Token log-ratios (or log-probabilities). Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         ld_alpha: alpha in [0, 1]; 1 changes nothing.
 
     Returns:
@@ -45,7 +45,7 @@ def wpo_weights(
 
     Args:
         logp: Token log-probabilities of the policy, in nats. Shape [..., 2, T].
-        mask: True at response tokens. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
         log_sum_sq: log sum_a pi(a | s_t)^2 = logsumexp(2 log pi), in nats, which aligns the weights: a
             token sampled by the policy then weighs 1 on average; None: not aligned. Shape [..., 2, T].
 

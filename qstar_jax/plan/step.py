@@ -86,8 +86,8 @@ def step_flops(plan: RunPlan, model: CausalLM, examples: Sequence[Example]) -> f
     """Counts the model FLOPs of a step on some examples: what it needs, if nothing is computed twice."""
     tokens = scored_tokens = keys = 0
     for block in blocks_of(examples, plan.config.data.layout):
-        shared = block.length - block.scored
         responses = [len(examples[block.example].responses[r].ids) for r in block.responses]
+        shared = block.length - sum(responses)
         keys += shared * (shared + 1) / 2 + sum(n * shared + n * (n + 1) / 2 for n in responses)
         tokens += block.length
         scored_tokens += block.scored

@@ -31,7 +31,7 @@ def heatmap_page(responses: Sequence[ScoredResponse], title: str, notes: Sequenc
 
 def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
     """Prepares responses for the macros of `_heatmaps.html.j2`: texts, colours and points, as plain values."""
-    scale = reward_scale(reward for response in responses for reward in response.reward)
+    scale = reward_scale(reward for response in responses for reward in response.action_rewards)
     rows = by_row(responses)
     margins = [margin for row in rows if (margin := pair_margin(row)) is not None]
     return {
@@ -70,6 +70,7 @@ def _response(response: ScoredResponse, scale: float, bounds: Bounds, margin: fl
     return {
         "role": response.role,
         "total": signed(response.total_reward),
+        "actions": sum(response.action_mask),
         "truncated": response.truncated,
         "preferred": preferred,
         "is_code": "```" in text or "\n    " in text or "\n\t" in text,  # indentation needs a monospaced font
@@ -80,9 +81,15 @@ def _response(response: ScoredResponse, scale: float, bounds: Bounds, margin: fl
 
 def _token(response: ScoredResponse, index: int, scale: float) -> dict[str, Any]:
     piece, reward = response.pieces[index], response.reward[index]
-    facts = {
+    token = {
         "token": _quoted(piece) if piece else "(part of the next character)",
         "id": response.token_ids[index],
+    }
+    text = Markup('<i class="mark">↵</i>\n').join(visible(piece).split("\n"))
+    if not response.action_mask[index]:
+        facts = _lines(token | {"no action": "written by the environment, or not learned"})
+        return {"text": text, "facts": facts, "low": False, "colours": ""}
+    facts = token | {
         "log π": signed(response.logp[index]),
         "log π_ref": signed(response.ref_logp[index]),
         "reward": signed(reward),
@@ -90,13 +97,16 @@ def _token(response: ScoredResponse, index: int, scale: float) -> dict[str, Any]
         "V": signed(response.v[index]),
         "reward so far": signed(response.running_reward[index]),
     }
-    lines = [f"{name}: {value}" for name, value in facts.items()]
     return {
-        "text": Markup('<i class="mark">↵</i>\n').join(visible(piece).split("\n")),
-        "facts": "\n".join(lines + _others(response, index)),
+        "text": text,
+        "facts": "\n".join([_lines(facts), *_others(response, index)]),
         "low": strength(reward, scale) < _UNDERLINE_BELOW,
         "colours": _colours(reward, scale),
     }
+
+
+def _lines(facts: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def _others(response: ScoredResponse, index: int) -> list[str]:

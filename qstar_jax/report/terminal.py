@@ -11,18 +11,19 @@ from qstar_jax.evaluation.scored import ScoredResponse, by_row, pair_margin
 from qstar_jax.report.colours import TERMINAL, reward_colour, reward_scale, strength, text_colour
 
 _PROMPT_CHARACTERS = 600
+_NO_ACTION = Style(dim=True)  # what the environment says
 _NAMED_TOKENS = 3
 _PLAIN_BELOW = 0.15  # share of the scale that stays uncoloured: rewards close to zero should not draw the eye
 
 
 def heatmap_text(response: ScoredResponse, scale: float) -> Text:
-    """Colours the tokens of a response, where `scale` is the reward of the full colour (nats).
+    """Colours the actions of a response, where `scale` is the reward of the full colour (nats).
 
     The text is never read as markup, and control characters show as signs.
     """
     text = Text(overflow="fold")
-    for piece, reward in zip(response.pieces, response.reward, strict=True):
-        style = _style(reward, scale)
+    for piece, reward, is_action in zip(response.pieces, response.reward, response.action_mask, strict=True):
+        style = _style(reward, scale) if is_action else _NO_ACTION
         part = "·" if style else ""  # a token that holds a part of a character has no text, but may have a colour
         text.append(visible(piece).replace("\n", "↵\n") or part, style)
     return text
@@ -35,7 +36,7 @@ def print_heatmaps(responses: Sequence[ScoredResponse], console: Console | None 
     """
     console = console or Console()
     coloured = console.color_system is not None and not console.no_color
-    scale = reward_scale(reward for response in responses for reward in response.reward)
+    scale = reward_scale(reward for response in responses for reward in response.action_rewards)
     for row in by_row(responses):
         prompt = visible(shorten_middle(row[0].prompt, _PROMPT_CHARACTERS))
         console.print(Text(f"row {row[0].row}", style="bold"))
@@ -59,7 +60,7 @@ def _style(reward: float, scale: float) -> Style:
 
 
 def _heading(response: ScoredResponse) -> Text:
-    total = f"  total reward {response.total_reward:+.3f} over {len(response.pieces)} tokens"
+    total = f"  total reward {response.total_reward:+.3f} over {sum(response.action_mask)} tokens"
     if response.truncated:
         total += ", truncated: it has no EOS, so the total is not that of a finished response"
     return Text(response.role, style="bold").append(total, "not bold")
@@ -67,7 +68,8 @@ def _heading(response: ScoredResponse) -> Text:
 
 def _plain(response: ScoredResponse) -> Text:
     text = Text(visible("".join(response.pieces)))
-    order = sorted(range(len(response.reward)), key=lambda index: response.reward[index])
+    actions = [index for index, is_action in enumerate(response.action_mask) if is_action]
+    order = sorted(actions, key=lambda index: response.reward[index])
     for name, extreme in (("lowest", order[:_NAMED_TOKENS]), ("highest", order[::-1][:_NAMED_TOKENS])):
         tokens = [
             f'"{one_line(response.pieces[index])}" {response.reward[index]:+.3f} (token {index})' for index in extreme

@@ -141,13 +141,17 @@ def examples_identity(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def digest_examples(digest: "hashlib._Hash", examples: Sequence[Example]):
-    """Adds the tokens of examples to a digest: prompts and responses, in order."""
+    """Adds the tokens of examples to a digest, in order: prompts, responses, and which of their tokens are actions."""
     for example in examples:
         sequences = [example.prompt, *(response.ids for response in example.responses)]
         # Lengths come first, or a token could move from a prompt to its response unnoticed.
         digest.update(np.array([len(sequences), *map(len, sequences)], "<i8"))
         for ids in sequences:
             digest.update(np.ascontiguousarray(ids, "<i4"))
+        # Responses of one turn add nothing, so that what was stored for them stays valid.
+        for response in example.responses:
+            if not response.action_mask.all() or response.turns.any():
+                digest.update(np.where(response.action_mask, response.turns, -1).astype("<i4"))
 
 
 def file_digest(path: Path) -> str:

@@ -127,7 +127,7 @@ def test_an_empty_response_takes_no_slots():
     pair = Example(np.array([5, 6], np.int32), False, (Response(np.array([7, 2], np.int32), False), empty), 0)
     batch = batch_of([pair, PAIRS[1]])
     np.testing.assert_array_equal(batch.response_lengths, [[2, 0], [4, 1]])
-    assert not batch.response_mask[0, 1].any() and (batch.blocks >= 0).sum() == 3 + 5
+    assert not batch.action_mask[0, 1].any() and (batch.blocks >= 0).sum() == 3 + 5
 
 
 @pytest.mark.parametrize("pad_id", [0, EOS, 7])
@@ -135,14 +135,14 @@ def test_the_mask_does_not_depend_on_the_padding(pad_id):
     expected = [[[1, 1, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [1, 0, 0, 0]]]
     batch = batch_of(PAIRS)
     batch = replace(batch, tokens=np.where(batch.blocks < 0, pad_id, batch.tokens))
-    np.testing.assert_array_equal(batch.response_mask, np.array(expected, bool))
+    np.testing.assert_array_equal(batch.action_mask, np.array(expected, bool))
 
 
 def test_batch_is_a_pytree_with_a_mask_under_jit():
     batch = batch_of(PAIRS)
-    same, mask = jax.jit(lambda b: (b, b.response_mask))(batch)
+    same, mask = jax.jit(lambda b: (b, b.action_mask))(batch)
     assert isinstance(same, Batch)
-    np.testing.assert_array_equal(mask, batch.response_mask)
+    np.testing.assert_array_equal(mask, batch.action_mask)
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared", "plain"])

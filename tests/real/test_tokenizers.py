@@ -175,7 +175,7 @@ def test_ends_of_turns_are_learnt_and_end_answers(name, tokenizer, read, tmp_pat
     learnt = batch.targets.reshape(-1)[batch.index]
     for row, example in enumerate(examples):
         for r, response in enumerate(example.responses):
-            assert learnt[row, r][batch.response_mask[row, r]].tolist() == response.ids.tolist()
+            assert learnt[row, r][batch.action_mask[row, r]].tolist() == response.ids.tolist()
             assert np.isin(response.ids, ends).tolist() == [False] * (len(response.ids) - 1) + [True]
 
 

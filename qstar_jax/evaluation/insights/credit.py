@@ -112,7 +112,7 @@ class MarkedResponse:
 
     Attributes:
         scored: The response and its rewards.
-        spans: For each mistake, which tokens it covers. Shape [T] each.
+        spans: For each mistake, which actions it covers. Shape [T] each.
         kind: Kind of the mistakes.
         advantages: True advantage of each token, where the task knows it. Shape [T].
     """
@@ -124,8 +124,13 @@ class MarkedResponse:
 
     @property
     def wrong(self) -> Bool[np.ndarray, " T"]:
-        """Which tokens are wrong."""
+        """Which actions are wrong."""
         return np.any(self.spans, axis=0)
+
+    @property
+    def right(self) -> Bool[np.ndarray, " T"]:
+        """Which actions are not wrong."""
+        return np.array(self.scored.action_mask) & ~self.wrong
 
 
 def measure_credit(scored: ScoredFile) -> Credit:
@@ -191,7 +196,10 @@ def mark_responses(
                 f"{where}: marks are ranges of characters, but a repeated prompt was removed from the response; mark "
                 "texts, or set --data.repeated_prompt keep"
             )
-        spans = tuple(marked_tokens(response.pieces, text, ranges, where))
+        actions = np.array(response.action_mask)
+        spans = tuple(tokens & actions for tokens in marked_tokens(response.pieces, text, ranges, where))
+        if not all(span.any() for span in spans):
+            raise InputError(f"{where}: a mark covers no token of the assistant; mark what the assistant says")
         marked.append(MarkedResponse(response, spans, str(row.get(kind, UNMARKED))))
     return marked
 
@@ -222,7 +230,7 @@ def compute_credit(marked: Sequence[MarkedResponse], *, model: str, reference: s
     """
     names = [name for name, scores in _DETECTORS.items() if all(scores(response) is not None for response in marked)]
     mistakes = [_by_mistake(response, names) for response in marked]
-    tokens = [Units({name: _DETECTORS[name](one) for name in names}, one.wrong) for one in marked]
+    tokens = [_by_token(response, names) for response in marked]
     controls = [name for name in names if name not in (REWARD, CEILING)]
     kinds = {}
     for kind in dict.fromkeys(response.kind for response in marked):
@@ -234,7 +242,7 @@ def compute_credit(marked: Sequence[MarkedResponse], *, model: str, reference: s
         beta=marked[0].scored.beta,
         answers=len(marked),
         mistakes=sum(len(response.spans) for response in marked),
-        tokens=sum(len(response.wrong) for response in marked),
+        tokens=sum(len(units.wrong) for units in tokens),
         wrong_tokens=int(sum(response.wrong.sum() for response in marked)),
         detectors={name: _area(mistakes, name, seed) for name in names},
         kinds=kinds,
@@ -247,7 +255,7 @@ def compute_credit(marked: Sequence[MarkedResponse], *, model: str, reference: s
 _DETECTORS: dict[str, Callable[[MarkedResponse], np.ndarray | None]] = {
     REWARD: lambda marked: np.array(marked.scored.reward),
     REFERENCE: lambda marked: np.array(marked.scored.ref_logp),
-    UNIFORM: lambda marked: np.full(len(marked.scored.reward), marked.scored.total_reward / len(marked.scored.reward)),
+    UNIFORM: lambda marked: np.full(len(marked.scored.reward), np.mean(marked.scored.action_rewards)),
     CEILING: lambda marked: marked.advantages,
 }
 
@@ -266,12 +274,18 @@ class Units:
 
 
 def _by_mistake(marked: MarkedResponse, names: Sequence[str]) -> Units:
-    """Each mistake, scored by its lowest token, and each right token."""
-    right, scores = ~marked.wrong, {}
+    """Each mistake, scored by its lowest action, and each right action."""
+    right, scores = marked.right, {}
     for name in names:
         values = _DETECTORS[name](marked)
         scores[name] = np.concatenate([[values[span].min() for span in marked.spans], values[right]])
     return Units(scores, np.arange(len(marked.spans) + right.sum()) < len(marked.spans))
+
+
+def _by_token(marked: MarkedResponse, names: Sequence[str]) -> Units:
+    """Each action by itself."""
+    actions = marked.wrong | marked.right
+    return Units({name: _DETECTORS[name](marked)[actions] for name in names}, marked.wrong[actions])
 
 
 def _area(responses: Sequence[Units], name: str, seed: int, minus: str | None = None) -> Interval:

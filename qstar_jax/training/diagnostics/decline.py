@@ -156,7 +156,7 @@ def _draw_examples(seed: int, start: Start, params: Params, feeder: Feeder, mesh
         mesh,
         seed=seed,
         rows=_rows(count, feeder, mesh),
-        max_new_tokens=min(LONGEST, max(len(r.ids) for example in examples for r in example.responses)),
+        max_new_tokens=min(LONGEST, max(r.num_actions for example in examples for r in example.responses)),
         eos_ids=eos_token_ids(start),
     )
     return [replace(example, responses=(response,)) for example, response in zip(chosen, responses, strict=True)]

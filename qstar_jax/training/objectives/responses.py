@@ -7,8 +7,8 @@ from qstar_jax.training.metrics import Metrics
 
 
 def response_metrics(batch: Batch, names: tuple[str, ...]) -> Metrics:
-    """Mean length in tokens, EOS included, and share truncated, of each response: sums over the batch, by weight."""
-    values = {"lengths": batch.response_lengths, "truncated": batch.truncated}
+    """Mean length in actions, EOS included, and share truncated, of each response: sums over the batch, by weight."""
+    values = {"lengths": batch.num_actions, "truncated": batch.truncated}
     return {
         f"{metric}/{name}": ((value[:, r] * batch.weights).sum(), batch.weights.sum())
         for metric, value in values.items()
@@ -22,5 +22,5 @@ def token_counts(batch: Batch) -> Metrics:
     return {
         "count/tokens": ((batch.blocks >= 0).sum().astype(jnp.float32), one),
         "count/slots": (jnp.float32(batch.blocks.size), one),
-        "count/scored_tokens": (batch.response_lengths.sum().astype(jnp.float32), one),
+        "count/scored_tokens": (batch.num_actions.sum().astype(jnp.float32), one),
     }

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy of the responses, averaged over their tokens."""
+"""Supervised fine-tuning: cross-entropy of the responses, averaged over their actions."""
 
 import jax.numpy as jnp
 
@@ -22,7 +22,7 @@ def sft_loss_fn(model: CausalLM) -> LossFn:
     def loss_fn(params: Params, ref_params: Params | None, batch: Batch):
         scores = score_policy(model, params, batch)
         weights = batch.weights[:, None]
-        tokens = (batch.response_lengths * weights).sum()
+        tokens = (batch.num_actions * weights).sum()
         total = (losses.negative_log_likelihood(scores.logp, scores.mask) * weights).sum()
         metrics = {"loss": (total, tokens), **response_metrics(batch, ("completion",)), **token_counts(batch)}
         return total / jnp.maximum(tokens, 1), metrics

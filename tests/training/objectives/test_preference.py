@@ -80,8 +80,8 @@ def loss_of(monkeypatch):
         ids = np.array([5, 6], np.int32)
         examples = [Example(ids, False, tuple(Response(ids, False) for _ in log_ratios), 0)]
         batch = make_batch(examples, Shapes.of(examples, batch_size=1))
-        logp = jnp.where(batch.response_mask, jnp.array(log_ratios)[:, None] / 2, 0.0)
-        scores = TokenScores(logp, jnp.zeros_like(logp), None, batch.response_mask)
+        logp = jnp.where(batch.action_mask, jnp.array(log_ratios)[:, None] / 2, 0.0)
+        scores = TokenScores(logp, jnp.zeros_like(logp), None, batch.action_mask)
         monkeypatch.setattr(f"{MODULE}.score_tokens", lambda *inputs: scores)
         loss, metrics = preference_loss_fn(None, loss)(None, None, batch)
         return float(loss), mean_metrics([metrics])

@@ -1,0 +1,179 @@
+"""Environment tokens inside responses are seen by attention, and are no actions for anything else."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qstar_jax.config import DataOptions, MeshOptions
+from qstar_jax.data.batches import make_batch
+from qstar_jax.data.feeder import Feeder
+from qstar_jax.data.loading import Dataset
+from qstar_jax.data.packing import Shapes, blocks_of
+from qstar_jax.data.tokenization import Response
+from qstar_jax.losses import make_loss
+from qstar_jax.scoring import response_alternatives, score_policy
+from qstar_jax.sharding import make_mesh
+from qstar_jax.store.identity import examples_identity
+from qstar_jax.training.objectives import preference_loss_fn, sft_loss_fn
+
+LAYOUTS = ["packed", "shared", "plain"]
+BETA = 0.5
+
+
+def with_environment(example, seed):
+    """Splits each response into turns and what lies between them: actions, then environment, then actions, ..."""
+    rng, responses = np.random.default_rng(seed), []
+    for response in example.responses:
+        speakers = np.cumsum(rng.random(len(response.ids)) < 0.4)
+        turns = np.where(speakers % 2 == 0, speakers // 2, -1).astype(np.int32)
+        responses.append(Response(response.ids, response.truncated, turns >= 0, turns))
+    return replace(example, responses=tuple(responses))
+
+
+@pytest.fixture(scope="module")
+def examples(random_examples):
+    """Eight pairs of dialogues; one of their responses has no action at all, and one has nothing else."""
+    examples = [
+        with_environment(e, seed) for seed, e in enumerate(random_examples(8, seed=3, length=24, response_length=16))
+    ]
+    chosen, rejected = examples[2].responses
+    examples[2] = replace(
+        examples[2], responses=(replace(chosen, action_mask=np.zeros(len(chosen.ids), bool)), rejected)
+    )
+    examples[5] = replace(examples[5], responses=tuple(Response(r.ids, False) for r in examples[5].responses))
+    holes = [r for e in examples for r in e.responses if 0 < r.num_actions < len(r.ids)]
+    assert len(holes) > 5 and any(r.turns.max() > 1 for r in holes)
+    return examples
+
+
+@pytest.fixture(scope="module")
+def ref_params(tiny_params):
+    return jax.tree.map(lambda x: x * 1.05 + 0.01, tiny_params)
+
+
+def batch_of(examples, layout):
+    shapes = Shapes.of(examples, layout, batch_size=len(examples), row_length=64, multiple=4)
+    return jax.tree.map(jnp.asarray, make_batch(examples, shapes))
+
+
+def loss_and_gradient(loss_fn, *arguments):
+    (loss, metrics), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(*arguments)
+    return {"loss": loss, "gradient": gradient}, metrics
+
+
+def return_by_hand(model, params, example, response):
+    """Sum of log pi over the actions, from the whole logits of the whole dialogue."""
+    ids = np.concatenate([example.prompt, response.ids])
+    logp = jax.nn.log_softmax(model.logits(params, jnp.asarray(ids)[None])[0, :-1])
+    of_response = jnp.take_along_axis(logp, jnp.asarray(ids)[1:, None], -1)[len(example.prompt) - 1 :, 0]
+    return sum((of_response[t] for t in np.flatnonzero(response.action_mask)), jnp.zeros(()))
+
+
+@pytest.fixture(scope="module")
+def by_hand(tiny_model, tiny_params, ref_params, examples):
+    """Loss and gradient of DPO on four dialogues, without any of the machinery."""
+    few = examples[:4]
+
+    def dpo(params):
+        total = 0.0
+        for e in few:
+            chosen, rejected = (
+                return_by_hand(tiny_model, params, e, r) - return_by_hand(tiny_model, ref_params, e, r)
+                for r in e.responses
+            )
+            total -= jax.nn.log_sigmoid(BETA * (chosen - rejected)) / len(few)
+        return total
+
+    loss, gradient = jax.value_and_grad(dpo)(tiny_params)
+    return {"loss": loss, "gradient": gradient}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dpo_of_dialogues_equals_the_sum_over_actions_by_hand(
+    layout, tiny_model, tiny_params, ref_params, examples, by_hand, assert_norm_close
+):
+    few = examples[:4]
+    loss_fn = preference_loss_fn(tiny_model, make_loss(beta=BETA))
+    result, metrics = loss_and_gradient(loss_fn, tiny_params, ref_params, batch_of(few, layout))
+    assert_norm_close(result, by_hand, 1e-5)
+    lengths = [[sum(r.action_mask.tolist()) for r in e.responses] for e in few]
+    assert metrics["count/scored_tokens"][0] == np.sum(lengths)
+    np.testing.assert_allclose(metrics["lengths/chosen"][0] / 4, np.mean(lengths, axis=0)[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cross_entropy_is_a_mean_over_actions(layout, tiny_model, tiny_params, examples):
+    singles = [replace(e, responses=e.responses[1:]) for e in examples[:4]]
+    loss, _ = jax.jit(sft_loss_fn(tiny_model))(tiny_params, None, batch_of(singles, layout))
+    returns = [return_by_hand(tiny_model, tiny_params, e, e.responses[0]) for e in singles]
+    np.testing.assert_allclose(loss, -sum(returns) / sum(e.responses[0].num_actions for e in singles), rtol=1e-5)
+
+
+def test_only_actions_enter_the_kernel(examples):
+    batch, shapes = batch_of(examples, "shared"), Shapes.of(examples, "plain", batch_size=8, multiple=1)
+    actions = [[r.ids[r.action_mask] for r in e.responses] for e in examples]
+    for n, responses in enumerate(actions):
+        ids = np.concatenate(responses)
+        assert batch.targets[n, : len(ids)].tolist() == ids.tolist() and not batch.targets[n, len(ids) :].any()
+    blocks = blocks_of(examples, "shared")
+    assert [block.scored for block in blocks] == [sum(map(len, responses)) for responses in actions]
+    assert shapes.scored <= max(len(ids) for responses in actions for ids in responses)
+
+
+def test_attention_sees_the_environment(tiny_model, tiny_params, examples):
+    """Other words of the environment change the actions after them, not those before, and are no targets."""
+    example = next(e for e in examples if -1 in e.responses[0].turns and e.responses[0].turns[-1] > 0)
+    response = example.responses[0]
+    first = int(np.flatnonzero(~response.action_mask)[0])
+    ids = response.ids.copy()
+    ids[first] = ids[first] % 50 + 4
+    other = replace(example, responses=(replace(response, ids=ids), *example.responses[1:]))
+    one, two = (score_policy(tiny_model, tiny_params, batch_of([e], "packed")) for e in (example, other))
+    before, after = np.asarray(one.logp[0, 0]), np.asarray(two.logp[0, 0])
+    np.testing.assert_array_equal(before[: first + 1], after[: first + 1])
+    later = np.flatnonzero(response.action_mask[first:]) + first
+    assert (np.abs(before - after)[later] > 1e-4).all()
+    assert not before[: len(ids)][~response.action_mask].any()
+
+
+def test_a_mask_of_ones_is_a_single_turn(tiny_model, tiny_params, random_examples):
+    plain = random_examples(4)
+    explicit = [
+        replace(e, responses=tuple(replace(r, action_mask=np.ones(len(r.ids), bool)) for r in e.responses))
+        for e in plain
+    ]
+    for x, y in zip(*(jax.tree.leaves(batch_of(e, "packed")) for e in (plain, explicit)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert examples_identity(plain) == examples_identity(explicit)
+    masked = [with_environment(e, 0) for e in plain]
+    assert examples_identity(plain) != examples_identity(masked)
+
+
+def test_a_mask_needs_an_entry_per_token():
+    with pytest.raises(ValueError, match="action_mask has shape"):
+        Response(np.arange(3), False, np.ones(2, bool))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_devices(layout, tiny_model, tiny_params, ref_params, examples, assert_norm_close):
+    loss_fn = preference_loss_fn(tiny_model, make_loss("sigmoid_norm", beta=BETA))
+    expected, _ = loss_and_gradient(loss_fn, tiny_params, ref_params, batch_of(examples, "plain"))
+    mesh = make_mesh(MeshOptions(data=8))
+    feeder = Feeder(Dataset(examples, (), "pairs.jsonl"), 8, mesh, DataOptions(layout=layout), "train.batch_size")
+    with jax.set_mesh(mesh):
+        actual, _ = loss_and_gradient(loss_fn, tiny_params, ref_params, next(feeder.in_order()))
+    assert_norm_close(actual, expected, 1e-5)
+
+
+def test_alternatives_of_actions_are_those_of_the_whole_logits(tiny_model, tiny_params, ref_params, examples):
+    batch = batch_of(examples, "packed")
+    ids, logp, _ = response_alternatives(tiny_model, tiny_params, ref_params, batch, 2)
+    example, response = examples[0], examples[0].responses[1]
+    text = jnp.asarray(np.concatenate([example.prompt, response.ids]))
+    expected = jax.nn.log_softmax(tiny_model.logits(tiny_params, text[None])[0])[len(example.prompt) - 1 :]
+    for t in np.flatnonzero(response.action_mask):
+        np.testing.assert_allclose(logp[0, 1, t], np.sort(expected[t])[::-1][:2], atol=1e-5)
+        assert ids[0, 1, t, 0] == int(expected[t].argmax())
