@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
@@ -22,7 +23,8 @@ AXES = ("data", "fsdp", "tensor")
 # Shards the batch dimension. In the order (data, fsdp), XLA (jax 0.10.2 and 0.12) moves examples to the wrong devices
 # when all three axes are larger than 1: wrong numbers, and no error.
 BATCH = PartitionSpec(("fsdp", "data"))
-GATHERED = "gathered"  # checkpoint name of the matrices that `gather_layer` gathers
+_SMALL = 2**24  # bytes of what is gathered along rings
+GATHERED = "gathered"  # checkpoint name of the matrices that `map_batch` gathers
 
 
 def join_processes(options: MeshOptions):
@@ -225,79 +227,111 @@ def batch_shards() -> int:
     return mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
 
 
-def gather_layer(layer: Any, dtype: Dtype, hints: Mapping[str, Sequence[str | None]]) -> Any:
-    """Gathers the matrices of a layer over `fsdp`, in the dtype of the products, for use in all of them.
-
-    Left to itself, the compiler may instead gather activations, which grow with the batch, or gather a matrix anew for
-    every product. Gradients are scattered again.
-
-    Args:
-        layer: Tree of the parameters of one layer, without the axis over layers.
-        dtype: Dtype of the products.
-        hints: As for `parameter_spec`.
-    """
+def free_axes(*axes: str) -> tuple[str, ...]:
+    """Returns those of some axes of the mesh over which the compiler distributes: in `map_batch`, not the batch's."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape.get("fsdp", 1) == 1:
-        return layer
-
-    def gather(path, x: jax.Array) -> jax.Array:
-        if x.ndim < 2:
-            return x
-        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        _, *spec = parameter_spec(f"layers/{name}", (1, *x.shape), mesh.shape, min_shard_size=0, hints=hints)
-        spec = PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
-        return checkpoint_name(_constrain_value(spec, x.astype(dtype)), GATHERED)
-
-    return jax.tree_util.tree_map_with_path(gather, layer)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(axis for axis in axes if kinds.get(axis) == AxisType.Auto)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _constrain_value(spec: PartitionSpec, x: jax.Array) -> jax.Array:
-    """Constrains the sharding of an array, but not that of its gradient."""
-    return jax.lax.with_sharding_constraint(x, spec)
+def axes_size(axes: Sequence[str]) -> int:
+    """Returns the number of devices along some axes of the mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
 
 
-_constrain_value.defvjp(lambda spec, x: (_constrain_value(spec, x), None), lambda _, __, x_bar: (x_bar,))
-
-
-def map_batch(function: Callable[..., Any], params: Any, *arrays: jax.Array) -> Any:
+def map_batch(function: Callable[..., Any], params: Any, *arrays: Any, specs: Any = None) -> Any:
     """Computes function(params, *arrays) on each shard of the batch, with whole parameters.
 
     What travels between devices are the parameters, gathered over `fsdp`, and their gradients, scattered again: nothing
-    that grows with the batch. The axis `tensor` is left to the compiler.
+    that grows with the batch. Left to itself, the compiler may instead gather activations, or gather a matrix anew for
+    every product. The axis `tensor` is left to the compiler.
 
     Args:
         function: Treats the items of the batch independently.
         params: Tree of arrays.
-        *arrays: Arrays whose first dimension is the batch.
+        *arrays: Trees of arrays whose first dimension is the batch, or a multiple of it.
+        specs: How the parameters are sharded; by default, as `parameter_spec` says of arrays without a path.
 
     Returns:
         Arrays whose first dimension is the batch. Without a mesh, or with one that does not divide the batch, the
         function is called with everything.
     """
     mesh, shards = jax.sharding.get_abstract_mesh(), batch_shards()
-    if shards == 1 or any(x.shape[0] % shards for x in arrays):
+    if shards == 1 or any(x.shape[0] % shards for x in jax.tree.leaves(arrays)):
         return function(params, *arrays)
-    # Sharding them as the rule does is free; otherwise the compiler would move them first.
-    specs = jax.tree.map(lambda x: _fsdp_only(parameter_spec("", x.shape, mesh.shape)), params)
+    if specs is None:
+        # Sharding them as the rule does is free; otherwise the compiler would move them first.
+        specs = jax.tree.map(lambda x: parameter_spec("", x.shape, mesh.shape), params)
+    specs = jax.tree.map(_fsdp_only, specs)
 
-    def on_shard(params: Any, *arrays: jax.Array) -> Any:
-        return function(jax.tree.map(_gather_over_fsdp, params, specs), *arrays)
+    def on_shard(params: Any, *arrays: Any) -> Any:
+        return function(jax.tree.map(_gather_shards, params, specs), *arrays)
 
-    return jax.shard_map(
-        on_shard,
-        in_specs=(specs, *[BATCH] * len(arrays)),
-        out_specs=BATCH,
-        axis_names={"data", "fsdp"},
-        check_vma=False,
-    )(params, *arrays)
+    axes = {axis for axis in AXES if axis != "tensor" or mesh.shape[axis] == 1}
+    batch = (BATCH,) * len(arrays)
+    return jax.shard_map(on_shard, in_specs=(specs, *batch), out_specs=BATCH, axis_names=axes, check_vma=False)(
+        params, *arrays
+    )
+
+
+def layer_specs(layer: Any, layers: int, hints: Mapping[str, Sequence[str | None]]) -> Any:
+    """Returns how a layer of a stack is sharded, for `map_batch`.
+
+    Args:
+        layer: Tree of the parameters of one layer, without the axis over layers.
+        layers: Number of layers in the stack.
+        hints: As for `parameter_spec`.
+    """
+    axis_sizes = jax.sharding.get_abstract_mesh().shape
+
+    def spec(path, x: jax.Array) -> PartitionSpec:
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        stacked = parameter_spec(f"layers/{name}", (layers, *x.shape), axis_sizes, hints=hints)
+        return PartitionSpec(*stacked[1:])
+
+    return jax.tree_util.tree_map_with_path(spec, layer) if axis_sizes else None
 
 
 def _fsdp_only(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(axis if axis == "fsdp" else None for axis in spec))
 
 
-def _gather_over_fsdp(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    if "fsdp" not in spec:
-        return x
-    return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True)
+def _gather_shards(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return checkpoint_name(_gather(x, spec.index("fsdp")), GATHERED) if "fsdp" in spec else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, dimension: int) -> jax.Array:
+    """Gathers an array over `fsdp`; its gradient is summed and scattered again."""
+    columns, rows = _rings()
+    is_small = x.nbytes * jax.lax.axis_size("fsdp") < _SMALL
+    x = jnp.moveaxis(x, dimension, 0)
+    for rings in (rows, columns) if is_small else (None,):
+        x = jax.lax.all_gather(x, "fsdp", axis_index_groups=rings, tiled=True)
+    return jnp.moveaxis(x, 0, dimension)
+
+
+def _sum_and_scatter(dimension: int, _: None, x_bar: jax.Array) -> tuple[jax.Array]:
+    x_bar = jnp.moveaxis(x_bar, dimension, 0)
+    for rings in _rings():
+        x_bar = jax.lax.psum_scatter(x_bar, "fsdp", axis_index_groups=rings, tiled=True)
+    return (jnp.moveaxis(x_bar, 0, dimension),)
+
+
+_gather.defvjp(lambda x, dimension: (_gather(x, dimension), None), _sum_and_scatter)
+
+
+def _rings() -> tuple[list[list[int]], list[list[int]]]:
+    """Arranges the devices along `fsdp` in a grid, as a TPU's are; elsewhere, in one row.
+
+    XLA's compiler for TPUs (libtpu 0.0.42) scatters sums along a ring, and gathers small arrays along one; over a whole
+    grid, it makes the sum of whole arrays on every device instead, which sends twice as much. It also wants the first
+    dimension.
+
+    Returns:
+        The columns, and the rows.
+    """
+    size = jax.lax.axis_size("fsdp")
+    rows = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0) if platform() == "tpu" else 1
+    grid = np.arange(size).reshape(rows, -1)
+    return grid.T.tolist(), grid.tolist()

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qstar_jax.models.cudnn_attention import cudnn_attention, why_not
 from qstar_jax.models.flash_attention import flash_attention
 from qstar_jax.models.masks import MASKED, PackedMask, Window, visible
-from qstar_jax.sharding import platform
+from qstar_jax.sharding import AXES, axes_size, free_axes, platform
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def blockwise_attention(
     """
     # Looping over sequences and groups of heads turns attention into plain matrix products, several times faster on a
     # CPU. Sequences that are sharded over devices must be computed in one batch.
-    loop = platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    loop = platform() == "cpu" and axes_size(free_axes(*AXES)) == 1
     attend = _attend_sequentially if loop else _attend_batched
     is_visible, score = partial(visible, window=window), partial(scale_and_cap, scale=scale, softcap=softcap)
     return attend(q, k, v, mask.ids(positions), is_visible, score, block_size)

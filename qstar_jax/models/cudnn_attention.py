@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qstar_jax.errors import InputError
 from qstar_jax.models.masks import PackedMask, Window
-from qstar_jax.sharding import BATCH, batch_shards, platform
+from qstar_jax.sharding import BATCH, axes_size, batch_shards, free_axes, platform
 
 _MIN_CAPABILITY = 8.0  # Ampere, the oldest architecture of cuDNN's flash attention
 Implementation = Literal["cudnn", "xla"]
@@ -78,11 +78,11 @@ def cudnn_attention(
         known = window if traced is None else traced
         return _attend(q, k, v, mask, known, scale=scale, windows=windows, implementation=implementation)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1:  # the texts of a shard lie within it, which XLA cannot know
-        heads = PartitionSpec(*BATCH, None, "tensor")
-        specs = heads, heads, heads, BATCH, PartitionSpec()
-        attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
+    batch_axes, head_axes = free_axes(*BATCH[0]), free_axes("tensor")
+    if axes_size(batch_axes + head_axes) > 1:  # the texts of a shard lie within it, which XLA cannot know
+        heads, axes = PartitionSpec(batch_axes, None, head_axes), {*batch_axes, *head_axes}
+        specs = heads, heads, heads, PartitionSpec(batch_axes), PartitionSpec()
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, axis_names=axes, check_vma=False)
     return attend(q, k, v, mask, traced)
 
 
@@ -107,9 +107,10 @@ def why_not(
         return "the window is traced, and cuDNN needs to know it"
     if not mask.padded and mask.texts is None:
         return "the mask does not list the texts of its sequences"
-    shards, tensor = batch_shards(), jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    shards, tensor = axes_size(free_axes(*BATCH[0])), axes_size(free_axes("tensor"))
     if len(q) % shards:
         return f"a batch of {len(q)} sequences cannot be sharded over mesh.data * mesh.fsdp = {shards} devices"
+    shards = batch_shards()
     if mask.texts is not None and mask.texts.shards != shards:
         return f"the texts of the mask lie in {mask.texts.shards} shards, not in mesh.data * mesh.fsdp = {shards}"
     if k.shape[2] % tensor:

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax._compat import nnx
-from qstar_jax.config import ComputeOptions
+from qstar_jax.config import ComputeOptions, Dtype
 from qstar_jax.errors import InputError
 from qstar_jax.models.attention import masked_attention
 from qstar_jax.models.block import ATTENTION_OUT, Block, ModuleFactory
@@ -17,9 +17,9 @@ from qstar_jax.models.cache import LayerCache
 from qstar_jax.models.decoder_config import DecoderConfig
 from qstar_jax.models.head import Head
 from qstar_jax.models.lora import Lora
-from qstar_jax.models.masks import PackedMask
+from qstar_jax.models.masks import PackedMask, Window
 from qstar_jax.models.rope import Rotation, identity_rotation, rotation
-from qstar_jax.sharding import GATHERED, constrain_batch, gather_layer, map_batch
+from qstar_jax.sharding import GATHERED, constrain_batch, layer_specs, map_batch
 
 LayerCaches = LayerCache | tuple[LayerCache, ...]  # stacked along a leading axis of layers, or one per layer
 LayerSettings = tuple[Int[Array, ""] | int | None, Int[Array, ""] | int | None]  # window, index into the rotations
@@ -82,12 +82,18 @@ class Decoder(nnx.Module):
         Raises:
             InputError: If `compute.longrope auto` does not determine the frequencies.
         """
-        attend, rotations = self._attention(mask, positions), self._rotations(positions, tokens.shape[1])
+        rotations = self._rotations(positions, tokens.shape[1])
 
         def run_layer(layer: Block, x: Array, settings: LayerSettings) -> Array:
             window, rotation = settings[0], _select_rotation(rotations, settings[1])
-            layer = gather_layer(layer, self.compute.dtype, SHARDING_OVERRIDES)
-            return layer(x, tokens.shape[0], rotation, partial(attend, window=window))
+            layer = _cast_matrices(layer, self.compute.dtype)
+            specs = layer_specs((layer, window), self.config.num_hidden_layers, SHARDING_OVERRIDES)
+            return map_batch(run_on_shard, (layer, window), x, positions, mask, rotation, specs=specs)
+
+        def run_on_shard(params: tuple[Block, Window], x: Array, positions: Array, mask, rotation: Rotation) -> Array:
+            layer, window = params
+            attend = self._attention(mask, positions)
+            return layer(x, positions.shape[0], rotation, partial(attend, window=window))
 
         # Embed, scan over the layers with their settings, and normalize.
         run_layer, settings = _rematerialize(run_layer, self.compute.remat), self._stacked_settings()
@@ -262,6 +268,11 @@ def _select_rotation(rotations: list[Rotation | None], index: Int[Array, ""] | i
     if index is None or isinstance(index, int):
         return rotations[index or 0]
     return jax.tree.map(lambda *kinds: jax.lax.select_n(index, *kinds), *rotations)
+
+
+def _cast_matrices(layer: Block, dtype: Dtype) -> Block:
+    """Casts what is multiplied to the dtype of the products, in which it then travels between devices."""
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, layer)
 
 
 def _look_up(table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qstar_jax.errors import InputError
 from qstar_jax.models.masks import MASKED, PackedMask, Window, visible
-from qstar_jax.sharding import BATCH, batch_shards, platform
+from qstar_jax.sharding import BATCH, axes_size, free_axes, platform
 
 _LANES = 128  # width of a TPU vector, and the minimum size of a tile
 _FIRST, _LAST = ((0,), (0,)), ((1,), (1,))  # contracting dimensions of x.T @ y and of x @ y.T
@@ -71,9 +71,9 @@ def flash_attention(
         raise InputError(f"flash_attention: block_size is {block_size}; expected a multiple of {_LANES}")
     static = _Static(_tile_size(q.shape[1], block_size), scale, softcap, bool(interpret))
     attend, ids, window = partial(_attend, static), mask.ids(positions), None if window is None else jnp.int32(window)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1:  # XLA cannot shard a kernel by itself
-        shards, tensor = batch_shards(), mesh.shape["tensor"]
+    batch_axes, head_axes = free_axes(*BATCH[0]), free_axes("tensor")
+    shards, tensor = axes_size(batch_axes), axes_size(head_axes)
+    if shards * tensor > 1:  # XLA cannot shard a kernel by itself
         if q.shape[0] % shards:
             raise InputError(
                 f"compute.attention flash: a batch of {q.shape[0]} sequences cannot be sharded over mesh.data * "
@@ -86,9 +86,10 @@ def flash_attention(
                 f"mesh.tensor = {tensor} devices; set mesh.tensor to a divisor of {k.shape[2]}, or compute.attention "
                 "to blockwise"
             )
-        head_spec, id_spec = PartitionSpec(*BATCH, None, "tensor"), PartitionSpec(None, *BATCH)
+        head_spec, id_spec = PartitionSpec(batch_axes, None, head_axes), PartitionSpec(None, batch_axes)
         specs = head_spec, head_spec, head_spec, id_spec, PartitionSpec()
-        attend = jax.shard_map(attend, in_specs=specs, out_specs=head_spec, check_vma=False)
+        axes = {*batch_axes, *head_axes}
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=head_spec, axis_names=axes, check_vma=False)
     return attend(q, k, v, ids, window)
 
 

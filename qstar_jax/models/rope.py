@@ -205,9 +205,11 @@ def identity_rotation(like: Rotation) -> Rotation:
 
 def rotate(x: Float[Array, "B S H D"], rotation: Rotation) -> Float[Array, "B S H D"]:
     """Rotates dimensions i and i + F of each head, the layout of Hugging Face; dimensions from 2 F on are unchanged."""
-    cos, sin = (factor[:, :, None] for factor in rotation)
-    width = 2 * cos.shape[-1]
+    cos, sin = rotation
+    width, rest = cos.shape[-1], [(0, 0), (0, 0), (0, x.shape[-1] - 2 * cos.shape[-1])]
+    # Multiply whole heads: a TPU would pad each part of a head to the width of its vectors.
+    cos = jnp.pad(jnp.concatenate([cos, cos], axis=-1), rest, constant_values=1)[:, :, None]
+    sin = jnp.pad(jnp.concatenate([-sin, sin], axis=-1), rest)[:, :, None]
+    swapped = jnp.concatenate([x[..., width : 2 * width], x[..., :width], x[..., 2 * width :]], axis=-1)
     # Rotate in float32: bfloat16 would lose the low frequencies at large positions.
-    left, right = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-    return rotated if width == x.shape[-1] else jnp.concatenate([rotated, x[..., width:]], axis=-1)
+    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)

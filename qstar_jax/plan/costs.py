@@ -142,8 +142,11 @@ class Collective:
 
 def collectives(module: Module, devices: int) -> list[Collective]:
     """Lists all transfers between the devices of a program, also those that run beside other work."""
-    found: dict[object, Collective] = {}
+    found = []
+    continued = _continuations(module)
     for computation, x, runs in module.instructions(f"(?:{_COLLECTIVES})(?:-start)?"):
+        if computation in continued:
+            continue
         kind = x.opcode.removesuffix("-start")
         # A TPU's reduce-scatter is a fusion of that name around an all-reduce.
         kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind
@@ -154,16 +157,19 @@ def collectives(module: Module, devices: int) -> list[Collective]:
             arrays = [
                 Array(a.dtype, tuple(n * group if i == axis else n for i, n in enumerate(a.shape))) for a in arrays
             ]
-        item = Collective(
-            kind, max(arrays, key=lambda a: a.nbytes), sum(a.nbytes for a in arrays), group, runs, x.source
-        )
-        # On TPUs, a transfer beside other work appears where it starts, where it is carried along (maybe in a loop) and
-        # where it ends, with one channel: it is one.
-        channel = x.find(r"channel_id=(\d+)")
-        key = (kind, channel) if channel else (computation, x.name)
-        if key not in found or runs < found[key].runs:
-            found[key] = item
-    return list(found.values())
+        largest = max(arrays, key=lambda a: a.nbytes)
+        found.append(Collective(kind, largest, sum(a.nbytes for a in arrays), group, runs, x.source))
+    return found
+
+
+def _continuations(module: Module) -> set[str]:
+    """Names the computations that go on with a transfer which began elsewhere.
+
+    On TPUs, a transfer beside other work appears where it starts, in fusions that carry it along, and where it ends.
+    """
+    ends = [x for _, x, _ in module.instructions("fusion") if x.name.startswith("async-collective-done")]
+    carriers = (name for name in module.computations if name.startswith("async_collective_fusion"))
+    return {*carriers, *(callee for x in ends for _, callee in x.callees)}
 
 
 def _group_size(x: Instruction, devices: int) -> int:

@@ -42,16 +42,13 @@ def wire_bytes(program):
 
 
 def check_that_only_parameters_travel(program):
-    """Matrices are gathered for the policy, its backward pass and the reference.
-
-    Gradients are scattered: by a ring of permutations, or by an all-reduce, which sends twice as much; so the compiler
-    chooses, which has no reduce-scatter for these topologies.
-    """
+    """Matrices are gathered for the policy, its backward pass and the reference; gradients are scattered."""
     params = jax.tree.leaves(CausalLM.from_hf(MODEL).abstract_params())
     matrices = 2 * sum(x.size for x in params if x.ndim > 1)
-    assert wire_bytes(program) < (3 + 2) * matrices
+    assert wire_bytes(program) < 1.1 * (3 + 1) * matrices
     for item in collectives(program.module, program.devices):
-        assert item.array.size <= LARGEST, item
+        assert item.array.size <= 1.1 * LARGEST, item  # which may be padded to whole tiles
+        assert item.kind != "all-reduce" or item.array.nbytes < 1e5, item
 
 
 def test_a_chip_sends_what_the_parameters_cost_whatever_the_batch_is(step_on):
@@ -64,6 +61,7 @@ def test_a_chip_sends_what_the_parameters_cost_whatever_the_batch_is(step_on):
 def test_a_chip_of_a_larger_slice_sends_and_holds_no_more(step_on):
     (small, _), (large, _) = step_on("v5e:4x4", 16), step_on("v5e:8x8", 64)
     check_that_only_parameters_travel(large)
+    assert wire_bytes(large) < 1.1 * wire_bytes(small)
     assert large.memory["temporary"] < 1.1 * small.memory["temporary"]
 
 
