@@ -14,14 +14,19 @@ class LossOptions:
 
     Args:
         name: sigmoid (DPO), sigmoid_norm, robust, hinge, ipo, ipo_sum, exo_pair, discopop, dpop, dpo_shift, nca_pair,
-            bco_pair, sppo_hard, apo_zero, apo_down, implicit_prm, aot, aot_unpaired, plackett_luce (on pairs the same
-            as sigmoid); without a reference sft, simpo, cpo, orpo, cpl; or a list of them for a weighted sum.
+            bco_pair, sppo_hard, apo_zero, apo_down, aot, aot_unpaired; on rankings plackett_luce (on pairs the same as
+            sigmoid); on single responses kto, implicit_prm (labels), a_star, qrpo (rewards); without a reference sft,
+            simpo, cpo, orpo, cpl; or a list of them for a weighted sum.
         weights: Weight of each loss in a list; null: 1 each.
         beta: Temperature: reward per nat of log-ratio; each loss's formula says what it scales.
         label_smoothing: Probability that a label is flipped (sigmoid: conservative DPO).
         divergence: Divergence from the reference.
         divergence_alpha: Order of alpha_divergence; null: 0.5.
         ld_alpha: LD-DPO: weight of the tokens beyond the length of the shorter response; null: 1.
+        value_beta: Temperature of the prompt's soft value.
+        desirable_weight: Weight of desirable responses.
+        undesirable_weight: Weight of the others.
+        alpha: Strength of the divergences, or of the guide's rewards.
         tau: Width of the blend.
         penalty: Price per nat by which the chosen response falls below the reference.
         shift: Weight of the rejected response.
@@ -42,6 +47,10 @@ class LossOptions:
     divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] | None = option()
     divergence_alpha: float | None = option(bounds="(-inf, inf)")
     ld_alpha: float | None = option(bounds="[0, 1]")
+    value_beta: float | None = option(bounds="(0, inf)")
+    desirable_weight: float | None = option(bounds="[0, inf)")
+    undesirable_weight: float | None = option(bounds="[0, inf)")
+    alpha: float | None = option(bounds="(-inf, inf)")
     tau: float | None = option(bounds="(0, inf)")
     penalty: float | None = option(bounds="[0, inf)")
     shift: float | None = option(bounds="(0, 1]")

@@ -41,6 +41,7 @@ class Batch:
         weights: 1, or 0 for empty examples that only fill up the last batch of an evaluation.
         ref_logp: Cached log pi_ref of the responses' actions in nats, if any; not read elsewhere.
         texts: Text b * R + r is response r of example b after its prompt; None if the shapes do not ask for texts.
+        outcome: What was said of single responses: `labels` [B], or `rewards` [B] and `reference_rewards` [B, N].
         shards: Devices for which the batch was packed: the sequences of an example lie on the same device.
     """
 
@@ -59,6 +60,7 @@ class Batch:
     weights: Float[Array, " B"]
     ref_logp: Float[Array, "B R T"] | None = None
     texts: Texts | None = None
+    outcome: dict[str, Array] = field(default_factory=dict)
     shards: int = field(default=1, metadata={"static": True})
 
     @property
@@ -139,6 +141,7 @@ def _padding(examples: Sequence[Example], count: int, size: tuple[int, int], sha
         response_lengths=lengths,
         truncated=truncated,
         weights=(np.arange(count) < len(examples)).astype(np.float32),
+        outcome={name: _stacked([e.outcome[name] for e in examples], count) for name in examples[0].outcome},
         shards=shapes.shards,
     )
 
@@ -196,6 +199,11 @@ def _find_texts(batch: Batch, plan: Plan, length: int) -> Texts:
                 places[n, tokens, entries] = text % texts_per_shard * length + np.arange(len(tokens))
                 used += 1
     return Texts(slots, places, batch.shards)
+
+
+def _stacked(values: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """Stacks what examples have; those without tokens, which fill up a batch, repeat the last one."""
+    return np.stack([*values, *[values[-1]] * (count - len(values))])
 
 
 def _padded(values: Sequence[Sequence[np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qstar_jax.config import DataOptions
+from qstar_jax.data.arranging import fill_up
 from qstar_jax.data.dropped import BadRow, Dropped, check_bad_rows, check_some_left, first_rows, reasons_with_rows
 from qstar_jax.data.preferences import (
     completion_records,
@@ -67,7 +68,10 @@ class Dataset:
             parts.append(f"{dropped:,} dropped: {reasons_with_rows(self.dropped)}")
         prompts = [(e.row, len(e.prompt), e.prompt_truncated) for e in self.examples]
         responses = [
-            (e.row, len(r.ids), r.truncated and e.row not in self.steps) for e in self.examples for r in e.responses
+            (e.row, len(r.ids), r.truncated and e.row not in self.steps)
+            for e in self.examples
+            for r in e.responses
+            if len(r.ids)  # shorter rankings are filled up
         ]
         parts.append(_lengths("prompts", prompts, "beginning"))
         if responses:
@@ -182,4 +186,4 @@ def make_dataset(
     steps = [record.row for record in records if record.open_end]
     step_note = f"Responses are single steps, which end without EOS: {len(steps):,} ({first_rows(steps)})."
     notes = filter(None, [repeats_note(records), step_note if steps else ""])
-    return Dataset(examples, tuple(dropped), source, options.date, tuple(notes), frozenset(steps))
+    return Dataset(fill_up(examples), tuple(dropped), source, options.date, tuple(notes), frozenset(steps))

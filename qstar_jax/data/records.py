@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
+import numpy as np
+
 from qstar_jax.config import DataOptions
 from qstar_jax.data.columns import Messages, Turns, parse_system, parse_template_kwargs, parse_tools, parse_turns
 from qstar_jax.data.dialogues import (
@@ -57,6 +59,15 @@ class Record:
     reward: float | None = None
     reference_rewards: tuple[float, ...] = ()
     repeats: Literal["no", "removed", "kept"] = "no"
+
+    @property
+    def outcome(self) -> dict[str, np.ndarray]:
+        """What was said of a single response: `labels`, or `rewards` and `reference_rewards`; empty for other kinds."""
+        if self.label is not None:
+            return {"labels": np.asarray(self.label)}
+        if self.reward is not None:
+            return {"rewards": np.float32(self.reward), "reference_rewards": np.float32(self.reference_rewards)}
+        return {}
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ template ends turns with one of the model's EOS tokens (`<|im_end|>`, say), the 
 template's ending is kept and followed by the tokenizer's EOS.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -66,14 +66,16 @@ class Example:
     Attributes:
         prompt: Token ids, at least one.
         prompt_truncated: Whether the prompt lost its beginning.
-        responses: (chosen, rejected), (response,) or ().
+        responses: (chosen, rejected), a ranking, (response,) or ().
         row: Index of its row, from 0.
+        outcome: What was said of a single response, see `Record.outcome`.
     """
 
     prompt: Int[np.ndarray, " P"]
     prompt_truncated: bool
     responses: tuple[Response, ...]
     row: int
+    outcome: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def tokenize(
@@ -201,7 +203,7 @@ def _make_example(
     if len(responses) > 1 and np.array_equal(responses[0].ids, responses[1].ids):
         raise DroppedRow("the tokens of the two responses are equal within max_length")
     prompt_truncated = len(truncated_prompt) < len(prompt)
-    return Example(np.asarray(truncated_prompt, np.int32), prompt_truncated, responses, record.row)
+    return Example(np.asarray(truncated_prompt, np.int32), prompt_truncated, responses, record.row, record.outcome)
 
 
 def _truncate_prompt(prompt: list[int], length: int, bos: int | None) -> list[int]:

@@ -7,6 +7,7 @@ what it returns reads a `TokenScores`.
 """
 
 from qstar_jax.losses.catalog import LOSSES as LOSSES
+from qstar_jax.losses.catalog import reads_single as reads_single
 from qstar_jax.losses.divergences import DIVERGENCES as DIVERGENCES
 from qstar_jax.losses.divergences import alpha_divergence as alpha_divergence
 from qstar_jax.losses.divergences import forward_kl as forward_kl
@@ -22,6 +23,7 @@ from qstar_jax.losses.pairwise import ipo_sum as ipo_sum
 from qstar_jax.losses.pairwise import robust as robust
 from qstar_jax.losses.pairwise import sigmoid as sigmoid
 from qstar_jax.losses.pairwise import sigmoid_norm as sigmoid_norm
+from qstar_jax.losses.pointwise import a_star as a_star
 from qstar_jax.losses.pointwise import apo_down as apo_down
 from qstar_jax.losses.pointwise import apo_zero as apo_zero
 from qstar_jax.losses.pointwise import bco_pair as bco_pair
@@ -29,6 +31,7 @@ from qstar_jax.losses.pointwise import implicit_prm as implicit_prm
 from qstar_jax.losses.pointwise import kto as kto
 from qstar_jax.losses.pointwise import kto_baseline as kto_baseline
 from qstar_jax.losses.pointwise import nca_pair as nca_pair
+from qstar_jax.losses.pointwise import qrpo as qrpo
 from qstar_jax.losses.pointwise import sppo_hard as sppo_hard
 from qstar_jax.losses.preference_loss import PreferenceLoss as PreferenceLoss
 from qstar_jax.losses.rankings import plackett_luce as plackett_luce

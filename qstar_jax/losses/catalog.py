@@ -30,6 +30,8 @@ LOSSES: dict[str, LossFunction] = {
         pointwise.apo_down,
         pointwise.kto,
         pointwise.implicit_prm,
+        pointwise.a_star,
+        pointwise.qrpo,
         transport.aot,
         transport.aot_unpaired,
         reference_free.sft,
@@ -60,3 +62,8 @@ def optional_arrays(name: str) -> tuple[str, ...]:
 def has_reference(name: str) -> bool:
     """Whether the loss `name` compares the policy with a reference."""
     return bool({"log_ratios", "ref_logp"} & {*needed_arrays(name)})
+
+
+def reads_single(name: str) -> bool:
+    """Whether the loss `name` judges single responses, by their labels or their rewards."""
+    return bool({"labels", "rewards"} & {*needed_arrays(name)})

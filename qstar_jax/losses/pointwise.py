@@ -1,8 +1,8 @@
 """Losses that pull the log-ratio of each response up or down independently.
 
 Losses of pairs take log-ratios and masks [..., 2, T], the chosen response first; c and r are the sums over the chosen
-and the rejected response. Losses of single responses (`kto`, `implicit_prm`) take [..., T] and a label for each. sigma
-is the logistic function.
+and the rejected response. Losses of single responses take [..., T], and for each a label (`kto`, `implicit_prm`) or a
+reward beside those of the reference's responses (`a_star`, `qrpo`). sigma is the logistic function.
 """
 
 import chex
@@ -211,3 +211,85 @@ def implicit_prm(
     rewards = beta * response_sums(log_ratios, mask)
     chex.assert_equal_shape([rewards, labels])
     return -jax.nn.log_sigmoid(jnp.where(labels, rewards, -rewards)), record(rewards)
+
+
+def a_star(
+    log_ratios: Float[Array, "*B T"],
+    mask: Bool[Array, "*B T"],
+    rewards: Float[Array, "*B"],
+    reference_rewards: Float[Array, "*B N"],
+    *,
+    beta: ScalarLike = 1e-3,
+    value_beta: ScalarLike = 0.5,
+) -> tuple[Float[Array, "*B"], LossMetrics]:
+    """A*-PO: squared error of the implicit reward against the optimal advantage, (beta x - (R - V*))^2.
+
+    x is the response's summed log-ratio, R its reward, and V* = value_beta log mean_i exp(R_i / value_beta) the soft
+    value of its prompt, estimated from the rewards R_i of the reference's responses; a single one is V* itself.
+
+    Args:
+        log_ratios: Token log-ratios, in nats. Shape [..., T].
+        mask: True at response tokens. Shape [..., T].
+        rewards: R; no gradient flows through it. Shape [...].
+        reference_rewards: R_i, NaN where there are fewer than N; no gradient flows through them. Shape [..., N].
+        beta: The paper's beta_2: reward per nat.
+        value_beta: The paper's beta_1, the temperature of the value; the two differ on purpose.
+
+    Returns:
+        Loss of each response, in reward^2, shape [...], and its metrics.
+
+    References:
+        Brantley et al., "Accelerating RL for LLM reasoning with optimal advantage regression", arXiv 2505.20686.
+    """
+    implicit = beta * response_sums(log_ratios, mask)
+    rewards, others, present = _stopped(rewards, reference_rewards)
+    chex.assert_equal_shape([implicit, rewards])
+    scaled = jnp.where(present, others / value_beta, -jnp.inf)
+    value = value_beta * (jax.nn.logsumexp(scaled, axis=-1) - jnp.log(present.sum(-1)))
+    return (implicit - (rewards - value)) ** 2, record(implicit)
+
+
+def qrpo(
+    log_ratios: Float[Array, "*B T"],
+    mask: Bool[Array, "*B T"],
+    rewards: Float[Array, "*B"],
+    reference_rewards: Float[Array, "*B N"],
+    *,
+    beta: ScalarLike = 0.1,
+) -> tuple[Float[Array, "*B"], LossMetrics]:
+    """QRPO: regresses the implicit reward on the response's quantile, (q - beta log Z - beta x)^2.
+
+    x is the response's summed log-ratio and q the share of the reference's responses whose rewards R_i are at most its
+    own R. Quantiles of the reference are uniform, so Z = beta (exp(1 / beta) - 1) is known.
+
+    Args:
+        log_ratios: Token log-ratios, in nats. Shape [..., T].
+        mask: True at response tokens. Shape [..., T].
+        rewards: R. Shape [...].
+        reference_rewards: R_i, NaN where there are fewer than N. Shape [..., N].
+        beta: Temperature: reward (a quantile) per nat.
+
+    Returns:
+        Loss of each response, shape [...], and its metrics.
+
+    References:
+        Matrenok et al., "Quantile reward policy optimization: alignment with pointwise regression and exact partition
+        functions", arXiv 2507.08068.
+    """
+    implicit = beta * response_sums(log_ratios, mask)
+    rewards, others, present = _stopped(rewards, reference_rewards)
+    chex.assert_equal_shape([implicit, rewards])
+    quantile = (present & (others <= rewards[..., None])).sum(-1) / present.sum(-1)
+    # log(exp(1 / beta) - 1) without overflow.
+    log_z = jnp.log(beta) + 1 / beta + jnp.log1p(-jnp.exp(-1 / jnp.asarray(beta)))
+    return (quantile - beta * log_z - implicit) ** 2, record(implicit)
+
+
+def _stopped(
+    rewards: Float[Array, "*B"], reference_rewards: Float[Array, "*B N"]
+) -> tuple[Float[Array, "*B"], Float[Array, "*B N"], Bool[Array, "*B N"]]:
+    """Rewards, those of the reference (0 where there are none), and where there are some, with the gradient stopped."""
+    rewards, others = jax.lax.stop_gradient((rewards, reference_rewards))
+    chex.assert_shape(others, (*rewards.shape, None))
+    present = ~jnp.isnan(others)
+    return rewards, jnp.where(present, others, 0.0), present

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
-from qstar_jax.losses.catalog import LOSSES, has_reference, needed_arrays, optional_arrays
+from qstar_jax.losses.catalog import LOSSES, has_reference, needed_arrays, optional_arrays, reads_single
 from qstar_jax.losses.divergences import DIVERGENCES, alpha_divergence
 from qstar_jax.losses.responses import LossMetrics
 from qstar_jax.losses.weighting import desensitize_length, wpo_weights
@@ -50,6 +50,11 @@ class PreferenceLoss:
         return self.arrays - {"log_ratios", "logp", "ref_logp", "mask", "labels"}
 
     @property
+    def reads_single(self) -> bool:
+        """Whether all its terms judge single responses, by labels or rewards, so that it needs no pairs."""
+        return all(reads_single(term) for term in self.terms)
+
+    @property
     def uses_reference(self) -> bool:
         """Whether any array that it reads comes from a reference model."""
         return bool(self.arrays & {"log_ratios", "ref_logp", "kl"})
@@ -73,7 +78,9 @@ class PreferenceLoss:
     @property
     def loss_at_reference(self) -> float | None:
         """Loss of a pair where the policy equals its reference (`sigmoid`: ln 2); None if it depends on the pair."""
-        if not all(has_reference(term) for term in self.terms) or self.wpo:
+        if not all(has_reference(term) for term in self.terms) or self.wpo or "rewards" in self.arrays:
+            return None
+        if any(options.get("desirable_weight") != options.get("undesirable_weight") for options in self.options):
             return None
         zeros = jnp.zeros((1, 2, 1))
         scores = TokenScores(logp=zeros, ref_logp=zeros, logz=None, mask=zeros == 0)
@@ -99,8 +106,8 @@ class PreferenceLoss:
 
         Args:
             scores: Scores of the responses, chosen first (or best first). Shape [..., R, T].
-            labels: Whether each response is desirable, for losses that judge single responses, which are averaged over
-                the pair; None: the first is, the others are not. Shape [..., R].
+            labels: Whether each response is desirable, for losses of single responses, which are averaged over the
+                pair; None: the first is, the others are not. Shape [..., R].
             **arrays: What `self.extra_arrays` names, in the shapes of the losses' docstrings.
 
         Returns:
@@ -122,7 +129,7 @@ class PreferenceLoss:
         total, records = 0.0, []
         for name, weight, options in zip(self.terms, self.weights, self.options, strict=True):
             loss, metrics = LOSSES[name](**self._read(name, scores, arrays), **_bind_divergence(options))
-            if "labels" in needed_arrays(name):
+            if reads_single(name):
                 loss = loss.mean(-1)
             total = total + weight * loss
             records.append(metrics)

@@ -8,7 +8,7 @@ from typing import Any
 from qstar_jax.config import LossOptions
 from qstar_jax.config.variants import Declaration, check_given, check_value, declarations, inside, nearest
 from qstar_jax.errors import InputError
-from qstar_jax.losses.catalog import LOSSES, has_reference
+from qstar_jax.losses.catalog import LOSSES, has_reference, needed_arrays, reads_single
 from qstar_jax.losses.preference_loss import PreferenceLoss
 
 
@@ -23,11 +23,7 @@ def defaults(name: str) -> dict[str, Any]:
 
 def _declare() -> dict[str, Declaration]:
     """Declares every option: its readers and defaults are in the signatures, its limits in `LossOptions`."""
-    limits = declarations(LossOptions) | {
-        "alpha": Declaration({}, "(-inf, inf)"),
-        "desirable_weight": Declaration({}, "[0, inf)"),
-        "undesirable_weight": Declaration({}, "[0, inf)"),
-    }
+    limits = declarations(LossOptions)
     by_loss = {name: defaults(name) for name in LOSSES}
     return {
         option: replace(
@@ -109,8 +105,10 @@ def _check_together(loss: PreferenceLoss, given: Mapping[str, Any]):
         raise InputError(f"divergence_alpha is the order of alpha_divergence; the divergence is {divergence}")
     if loss.ld_alpha is not None and not any(has_reference(term) for term in loss.terms):
         raise InputError(f"ld_alpha weighs log-ratios to a reference, and {names} has no reference")
-    if loss.ld_alpha is not None and {"kto", "implicit_prm", "plackett_luce"} & {*loss.terms}:
+    if loss.ld_alpha is not None and any(reads_single(term) or term == "plackett_luce" for term in loss.terms):
         raise InputError(f"ld_alpha compares the lengths of two responses, and {names} does not read pairs")
+    if "rewards" in loss.arrays and not all("rewards" in needed_arrays(term) for term in loss.terms):
+        raise InputError(f"{names}: a_star and qrpo read rewards of single responses, which the others do not go with")
     if loss.wpo and "plackett_luce" in loss.terms:
         raise InputError("wpo weighs pairs, and plackett_luce reads rankings")
     if loss.wpo and any(term.startswith("aot") for term in loss.terms):

@@ -134,9 +134,12 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def examples_identity(examples: Sequence[Example]) -> dict[str, Any]:
-    """Identifies examples by their number and a digest of their tokens in order."""
+    """Identifies examples by their number and a digest of their tokens, labels and rewards in order."""
     digest = hashlib.sha256()
     digest_examples(digest, examples)
+    for example in examples:
+        for name, value in example.outcome.items():
+            digest.update(name.encode() + np.asarray(value, "<f4").tobytes())
     return {"rows": len(examples), "sha256": digest.hexdigest()}
 
 

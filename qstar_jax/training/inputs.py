@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.console import say, track
+from qstar_jax.data.arranging import with_mismatches
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.feeder import Feeder
-from qstar_jax.data.loading import load_examples
+from qstar_jax.data.loading import Dataset, load_examples
 from qstar_jax.data.preview import preview
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.store.user_cache import user_cache
@@ -56,7 +56,13 @@ def load_inputs(plan: RunPlan, start: Start, mesh: Mesh, console: Console) -> In
     """
     data, options = replace(plan.config.data, date=start.date), plan.config.train
     model = {"vocabulary": start.model.config.vocab_size, "eos_ids": eos_token_ids(start)}
-    load = partial(load_examples, kind=plan.objective.kind, tokenizer=start.tokenizer, options=data, **model)
+
+    def load(source: str, split: str, limit: int | None) -> Dataset:
+        dataset = load_examples(source, split, plan.objective.kind, start.tokenizer, data, limit, **model)
+        if not plan.objective.mismatches:
+            return dataset
+        return replace(dataset, examples=with_mismatches(dataset.examples, data.max_length, source))
+
     examples = load(data.train, data.train_split, limit=data.max_train_rows)
     say(console, examples.report(start.model))
     console.print(preview(examples.examples[0], start.tokenizer))

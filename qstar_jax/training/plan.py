@@ -7,7 +7,7 @@ from qstar_jax.config import DpoConfig, ReferenceOptions, SftConfig
 from qstar_jax.config.paths import check_paths
 from qstar_jax.errors import InputError
 from qstar_jax.losses import make_loss
-from qstar_jax.training.objectives import Objective, preference_objective, sft_objective
+from qstar_jax.training.objectives import Objective, preference_objective, sft_objective, single_objective
 from qstar_jax.training.reference import resolve_reference
 
 
@@ -64,7 +64,7 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     if isinstance(config, SftConfig):
         return RunPlan("sft", config, sft_objective())
     loss = make_loss(**asdict(config.loss))
-    objective = preference_objective(loss)
+    objective = single_objective(loss) if loss.reads_single else preference_objective(loss)
     reference = resolve_reference(config.reference, objective, config.lora.rank)
     if config.train.accumulate > 1 and objective.couples_examples:
         raise InputError(

@@ -32,7 +32,7 @@ def entry(verb, option, capsys):
         ("sweep", "judge.temperature", "default: 0.0)"),
         ("dpo", "loss.tau", "TAU [discopop] Width of the blend. (type: float | null, default: 0.05)"),
         ("dpo", "loss.beta", "[all but sft, orpo] "),
-        ("dpo", "loss.beta", "default: 0.1; dpop: 0.3; implicit_prm: 0.05; simpo: 2.0)"),
+        ("dpo", "loss.beta", "default: 0.1; dpop: 0.3; implicit_prm: 0.05; a_star: 0.001; simpo: 2.0)"),
         ("dpo", "loss.normalize", "default: batch_tokens)"),
         ("dpo", "optimizer.beta2", "[adamw, lion] "),
         ("dpo", "optimizer.beta2", "default: 0.999; lion: 0.99)"),
@@ -60,7 +60,7 @@ def test_losses_are_explained_by_their_signatures():
 
 def test_the_help_names_the_losses_that_can_be_trained():
     named = re.search(r"name: (.*?)\n +weights:", LossOptions.__doc__, re.DOTALL).group(1)
-    assert set(re.findall(r"\w+", named)) & LOSSES.keys() == LOSSES.keys() - {"kto", "tdpo1", "tdpo2", "tgdpo"}
+    assert set(re.findall(r"\w+", named)) & LOSSES.keys() == LOSSES.keys() - {"tdpo1", "tdpo2", "tgdpo"}
 
 
 def test_readers_are_named_by_the_shorter_list():

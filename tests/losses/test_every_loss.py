@@ -31,12 +31,15 @@ CHANGED = {
     "bc_weight": 0.3,
     "bc_data": "chosen",
     "alpha": 1.4,
+    "value_beta": 0.8,
 }
 NEEDS = {"bc_data": {"bc_weight": 0.3}}
 # A batch's tokens weigh its rows, so rows alone give another number.
 UNCOUPLED = {name: {"normalize": "answer_tokens"} for name in ("sft", "cpo", "orpo")}
 TRANSPORT = ("aot", "aot_unpaired")
-STOPPED = {"kto": ["baseline"], "tgdpo": ["guide_rewards"]}
+TOKENS = {"log_ratios", "logp", "ref_logp", "kl", "guide_rewards", "mask"}  # arrays [..., T]
+RETURNS = ["rewards", "reference_rewards"]
+STOPPED = {"kto": ["baseline"], "tgdpo": ["guide_rewards"], "a_star": RETURNS, "qrpo": RETURNS}
 GARBAGE = [np.nan, np.inf, -np.inf, 1e30, np.nan]
 NAMES = list(losses.LOSSES)
 
@@ -58,6 +61,10 @@ def make_arrays(seed, rows=4, responses=2, length=4, empty=False):
         "mask": mask,
         "labels": rng.permuted(np.arange(rows * responses) % 2 == 0).reshape(rows, responses),
         "baseline": np.asarray(0.3),
+        "rewards": rng.normal(size=shape[:2]),
+        "reference_rewards": np.where(
+            np.arange(6) < rng.integers(1, 7, (*shape[:2], 1)), rng.normal(size=(*shape[:2], 6)), np.nan
+        ),
     }
 
 
@@ -182,6 +189,21 @@ def implicit_prm(a, beta=0.05):
     return np.where(a.labels, -np.log(sigma(x)), -np.log(1 - sigma(x))), x
 
 
+def a_star(a, beta=1e-3, value_beta=0.5):
+    x = beta * sums(a.log_ratios, a.mask)
+    value = value_beta * np.log(np.nanmean(np.exp(a.reference_rewards / value_beta), -1))
+    return (x - a.rewards + value) ** 2, x
+
+
+def qrpo(a, beta=0.1):
+    x, loss = beta * sums(a.log_ratios, a.mask), np.zeros(a.rewards.shape)
+    for index in np.ndindex(loss.shape):
+        others = [r for r in a.reference_rewards[index] if not np.isnan(r)]
+        quantile = sum(r <= a.rewards[index] for r in others) / len(others)
+        loss[index] = (quantile - beta * np.log(beta * (np.exp(1 / beta) - 1)) - x[index]) ** 2
+    return loss, x
+
+
 def quantile_losses(values, others, mask, beta, eps):
     """Sorted against sorted, over the rows that have tokens, and put back in their places."""
     present = [row for row in range(len(mask)) if mask[row].any()]
@@ -287,6 +309,8 @@ RESTATED = {
     "apo_down": of_sums(lambda c, r, beta: sigma(beta * c) + 1 - sigma(beta * (c - r))),
     "kto": kto,
     "implicit_prm": implicit_prm,
+    "a_star": a_star,
+    "qrpo": qrpo,
     "aot": aot,
     "aot_unpaired": aot_unpaired,
     "sft": sft,
@@ -412,7 +436,7 @@ def with_garbage(taken, garbage):
     """Puts garbage under the mask of every array of tokens."""
     mask = taken["mask"]
     garbage = jnp.resize(jnp.asarray(garbage), mask.shape)
-    return {n: jnp.where(mask, x, garbage) if n in floats(taken) and x.ndim == 3 else x for n, x in taken.items()}
+    return {n: jnp.where(mask, x, garbage) if n in floats(taken) and n in TOKENS else x for n, x in taken.items()}
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["", "empty"])
@@ -427,8 +451,8 @@ def test_what_stands_under_the_mask_changes_neither_value_nor_gradient(name, emp
         dirty_loss, dirty_grads = value_and_grads(name, with_garbage(taken, garbage), **options)
         np.testing.assert_array_equal(dirty_loss, loss)
         jax.tree.map(np.testing.assert_array_equal, dirty_grads, grads)
-    for grad in grads.values():
-        if grad.ndim:
+    for array, grad in grads.items():
+        if array in TOKENS:
             np.testing.assert_array_equal(grad[~taken["mask"]], 0)
 
 
@@ -446,7 +470,7 @@ def test_garbage_is_masked_by_the_program_and_not_by_the_compiler(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_more_padding_changes_nothing(name):
     taken = read(name, make_arrays(4))
-    padded = {n: jnp.pad(x, ((0, 0), (0, 0), (2, 3))) if x.ndim == 3 else x for n, x in taken.items()}
+    padded = {n: jnp.pad(x, ((0, 0), (0, 0), (2, 3))) if n in TOKENS else x for n, x in taken.items()}
     for options in ({}, all_changed(name)):
         found, expected = (losses.LOSSES[name](**x, **options)[0] for x in (padded, taken))
         np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -484,6 +508,8 @@ def huge(name, size):
         "mask": np.ones(signs.shape, bool),
         "labels": signs[..., 0] > 0,
         "baseline": np.float32(size),
+        "rewards": signs[..., 0] * size,
+        "reference_rewards": signs * -size,
     }
     return read(name, taken, jnp.float32)
 
@@ -537,7 +563,7 @@ def test_shapes_that_would_be_broadcast_are_refused(name):
                 losses.LOSSES[name](**(taken | {array: x[None]}))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("kto", "implicit_prm", "plackett_luce")])
+@pytest.mark.parametrize("name", [name for name in NAMES if not losses.reads_single(name) and name != "plackett_luce"])
 @pytest.mark.parametrize("responses", [1, 3])
 def test_pairs_have_two_responses(name, responses):
     with pytest.raises((AssertionError, TypeError)):

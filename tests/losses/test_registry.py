@@ -22,6 +22,7 @@ READS = {
     "nca_pair bco_pair sppo_hard apo_zero apo_down aot_unpaired plackett_luce": "log_ratios",
     "kto": "log_ratios labels baseline",
     "implicit_prm": "log_ratios labels",
+    "a_star qrpo": "log_ratios rewards reference_rewards",
     "aot": "logp ref_logp",
     "sft simpo cpo orpo cpl": "logp",
     "tdpo1 tdpo2": "log_ratios kl",
@@ -30,7 +31,7 @@ READS = {
 ARRAYS = {name: {"mask", *arrays.split()} for names, arrays in READS.items() for name in names.split()}
 REFERENCE_FREE = {"sft", "simpo", "cpo", "orpo", "cpl"}
 
-KEYS = jax.random.split(jax.random.key(0), 7)
+KEYS = jax.random.split(jax.random.key(0), 9)
 SHAPE = (4, 2, 4)
 LOGP, REF, LOG_SUM_SQ, KL = (-jax.random.exponential(key, SHAPE) for key in KEYS[:4])
 EVERYTHING = {
@@ -43,6 +44,8 @@ EVERYTHING = {
     "mask": jax.random.bernoulli(KEYS[5], 0.6, SHAPE).at[..., 0].set(True),
     "labels": jax.random.bernoulli(KEYS[6], 0.5, SHAPE[:2]).at[0].set(jnp.array([True, False])),
     "baseline": jnp.float32(0.3),
+    "rewards": jax.random.normal(KEYS[7], SHAPE[:2]),
+    "reference_rewards": jax.random.normal(KEYS[8], (*SHAPE[:2], 3)).at[0, 0, 2].set(jnp.nan),
 }
 MASK = EVERYTHING["mask"]
 SCORES = TokenScores(LOGP, REF, None, MASK)
@@ -96,7 +99,7 @@ def test_arrays_of_mixtures_and_weighted_pairs():
 def test_a_loss_by_name_is_the_function(name):
     found, metrics = call(make_loss(name))
     expected, expected_metrics = direct(name)
-    if name in ("kto", "implicit_prm"):
+    if losses.reads_single(name):
         assert expected.shape == (4, 2)
         expected = (expected[:, 0] + expected[:, 1]) / 2
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -238,11 +241,12 @@ def test_loss_at_reference():
         assert make_loss(name).loss_at_reference == pytest.approx(value, rel=1e-6)
     assert make_loss(["sigmoid", "hinge"], weights=[2.0, 3.0]).loss_at_reference == pytest.approx(2 * math.log(2) + 3)
     assert make_loss("ipo", beta=0.5).loss_at_reference == pytest.approx(1.0)
-    for loss in (make_loss("simpo"), make_loss(["sigmoid", "sft"]), make_loss("sigmoid", wpo=True)):
+    unknown = [make_loss("simpo"), make_loss(["sigmoid", "sft"]), make_loss("sigmoid", wpo=True), make_loss("a_star")]
+    for loss in (*unknown, make_loss("qrpo"), make_loss("kto", desirable_weight=2.0)):
         assert loss.loss_at_reference is None
 
 
-@pytest.mark.parametrize("name", [name for name in ARRAYS if name not in REFERENCE_FREE])
+@pytest.mark.parametrize("name", [name for name in ARRAYS if name not in REFERENCE_FREE | {"a_star", "qrpo"}])
 def test_loss_at_reference_is_what_the_loss_says_there(name):
     at_reference = {"ref_logp": LOGP, "labels": jnp.broadcast_to(jnp.array([True, False]), SHAPE[:2])}
     zeros = {"kl": KL * 0, "baseline": jnp.float32(0.0)}
@@ -312,6 +316,7 @@ BAD_VALUES = {
     "shift": ("dpo_shift", "(0, 1]", [0.0, 1.01]),
     "desirable_weight": ("kto", "[0, inf)", [-1.0]),
     "undesirable_weight": ("kto", "[0, inf)", [-1.0]),
+    "value_beta": ("a_star", "(0, inf)", [0.0]),
     "nll_weight": ("cpo", "[0, inf)", [-1.0]),
     "odds_weight": ("orpo", "[0, inf)", [-1.0]),
     "bias": ("cpl", "(0, 1]", [0.0, 1.5]),
@@ -353,8 +358,7 @@ def test_every_option_that_a_loss_does_not_read_is_refused(name):
 
 
 def test_the_command_line_knows_every_option_and_limit_of_losses_that_it_can_train():
-    research = {"alpha", "desirable_weight", "undesirable_weight"}
-    assert DECLARED.keys() - research == declarations(LossOptions).keys() - {"ld_alpha"}
+    assert DECLARED.keys() == declarations(LossOptions).keys() - {"ld_alpha"}
     numbers = DECLARED.keys() - {"divergence", "normalize", "bc_data"}
     assert numbers == {option for option, declaration in DECLARED.items() if declaration.bounds}
     assert DECLARED["normalize"].choices == get_args(reference_free.Normalization)

@@ -106,7 +106,8 @@ def make_probe(
     """Draws the reference's samples at step 0, where the policy equals it, or reads those with which the run began.
 
     Returns:
-        The probe; None if the loss has no reference or moves it, the option is 0, or a resumed run has no samples.
+        The probe; None if the loss reads no pairs, has no reference or moves it, the option is 0, or a resumed run has
+        no samples.
 
     Raises:
         InputError: If the option has no meaning, or the samples are damaged or those of another reference.
@@ -114,8 +115,8 @@ def make_probe(
     count, path = plan.config.train.reference_samples, plan.out / FILE
     if count < 0 or count == 1:
         raise InputError(f"train.reference_samples is {count}; expected 0, or at least 2 for a standard error")
-    # Rewards that are measured from a moving point have no expectation.
-    if count == 0 or not plan.objective.uses_reference or plan.moves_reference:
+    # Rewards that are measured from a moving point have no expectation; chosen responses are those of pairs.
+    if count == 0 or not plan.objective.uses_reference or plan.moves_reference or plan.objective.kind != "preferences":
         return None
     identity = {"reference": start.reference.partition(" ")[0]}  # the digest of its parameters
     if start.step:

@@ -6,3 +6,5 @@ from qstar_jax.training.objectives.preference import preference_loss_fn as prefe
 from qstar_jax.training.objectives.preference import preference_objective as preference_objective
 from qstar_jax.training.objectives.sft import sft_loss_fn as sft_loss_fn
 from qstar_jax.training.objectives.sft import sft_objective as sft_objective
+from qstar_jax.training.objectives.single import single_loss_fn as single_loss_fn
+from qstar_jax.training.objectives.single import single_objective as single_objective

@@ -28,6 +28,7 @@ class Objective:
             change it.
         loss_at_reference: Loss of a policy that equals its reference, if that is the same for all examples.
         beta: Reward per nat of log-ratio; None without a reference.
+        mismatches: Whether each example needs a second response, to the prompt of another example.
     """
 
     loss_fn: Callable[[Any], LossFn]
@@ -38,3 +39,4 @@ class Objective:
     couples_examples: bool = False
     loss_at_reference: float | None = None
     beta: float | None = None
+    mismatches: bool = False

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from qstar_jax import losses
 from qstar_jax.data.batches import Batch
@@ -21,7 +21,7 @@ from qstar_jax.training.objectives.responses import response_metrics, token_coun
 
 
 def preference_objective(loss: losses.PreferenceLoss) -> Objective:
-    """The objective of a preference loss (see `losses.make_loss`); its `loss_at_reference` is that of pairs.
+    """The objective of a preference loss (see `losses.make_loss`) on pairs, or of `plackett_luce` on rankings.
 
     Raises:
         InputError: If the loss reads arrays that a training batch does not have.
@@ -31,14 +31,17 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
             f"loss.name {loss} needs {', '.join(sorted(loss.extra_arrays))}, which a batch of pairs does not have; "
             "call it from a training loop of your own (qstar_jax.losses), or choose another loss"
         )
+    rankings = loss.terms == ("plackett_luce",)
+    names = ("margins", "accuracies") if rankings else ("chosen", "reference_samples", "margins", "accuracies")
+    on_pairs = " (plackett_luce is sigmoid on pairs)" if "plackett_luce" in loss.terms else ""
     return Objective(
         lambda model: preference_loss_fn(model, loss),
-        kind="preferences",
-        headline=("loss", *(f"rewards/{name}" for name in ("chosen", "reference_samples", "margins", "accuracies"))),
-        description=f"{loss} (plackett_luce is sigmoid on pairs)" if "plackett_luce" in loss.terms else str(loss),
+        kind="rankings" if rankings else "preferences",
+        headline=("loss", *(f"rewards/{name}" for name in names)),
+        description=f"{loss}{on_pairs}",
         uses_reference=loss.uses_reference,
         couples_examples=loss.couples_rows,
-        loss_at_reference=loss.loss_at_reference,
+        loss_at_reference=None if rankings else loss.loss_at_reference,
         beta=loss.beta,
     )
 
@@ -58,12 +61,14 @@ def preference_loss_fn(model: CausalLM, loss: losses.PreferenceLoss) -> LossFn:
         else:
             scores = score_policy(model, params, batch)
         scores = replace(scores, mask=scores.mask & (batch.weights > 0)[:, None, None])
-        # Compare them.
-        values, record = loss(scores)
+        # Compare them; rankings may have empty places.
+        present = scores.mask.any(-1)
+        values, record = loss(scores, present=present) if loss.terms == ("plackett_luce",) else loss(scores)
         # Sum loss and metrics over examples, by weight.
         examples = batch.weights.sum()
-        by_example = {"loss": values, **_ranking_metrics(record.rewards, scores.logp)}
-        metrics = {name: ((value * batch.weights).sum(), examples) for name, value in by_example.items()}
+        metrics = {"loss": ((values * batch.weights).sum(), examples)}
+        for name, (value, weight) in _ranking_metrics(record.rewards, scores.logp, present).items():
+            metrics[name] = ((value * weight * batch.weights).sum(), (weight * batch.weights).sum())
         metrics |= {**response_metrics(batch, _names(scores.mask.shape[1])), **token_counts(batch)}
         return metrics["loss"][0] / jnp.maximum(examples, 1), metrics
 
@@ -74,18 +79,26 @@ def _names(responses: int) -> tuple[str, ...]:
     return ("chosen", "rejected") if responses == 2 else tuple(f"place_{place}" for place in range(1, responses + 1))
 
 
-def _ranking_metrics(rewards: Float[Array, "B R"], logp: Float[Array, "B R T"]) -> dict[str, Float[Array, " B"]]:
-    """Metrics of each example, for pairs under TRL's names.
+def _ranking_metrics(
+    rewards: Float[Array, "B R"], logp: Float[Array, "B R T"], present: Bool[Array, "B R"]
+) -> dict[str, tuple[Float[Array, " B"], Float[Array, " B"]]]:
+    """Metrics of each example and their weights, for pairs under TRL's names; places of rankings may be empty.
 
     The margin is the reward of the best response minus the mean of the others, the accuracy the share of pairs of
     responses whose rewards are in the given order.
     """
     names, logps = _names(rewards.shape[1]), jax.lax.stop_gradient(logp).sum(-1)
+    # In pairs both responses count, even an empty one.
+    filled = jnp.ones(rewards.shape) if len(names) == 2 else present.astype(rewards.dtype)
     better, worse = jnp.triu_indices(len(names), 1)
+    both = filled[:, better] * filled[:, worse]
+    in_order = (rewards[:, better] > rewards[:, worse]).astype(rewards.dtype)
+    others = (rewards * filled)[:, 1:].sum(-1) / jnp.maximum(filled[:, 1:].sum(-1), 1)
+    every = jnp.ones(len(rewards))
     return {
-        **{f"rewards/{name}": rewards[:, r] for r, name in enumerate(names)},
-        f"{SQUARES}rewards/{names[0]}": rewards[:, 0] ** 2,
-        "rewards/margins": rewards[:, 0] - rewards[:, 1:].mean(-1),
-        "rewards/accuracies": (rewards[:, better] > rewards[:, worse]).astype(rewards.dtype).mean(-1),
-        **{f"logps/{name}": logps[:, r] for r, name in enumerate(names)},
+        **{f"rewards/{name}": (rewards[:, r], filled[:, r]) for r, name in enumerate(names)},
+        f"{SQUARES}rewards/{names[0]}": (rewards[:, 0] ** 2, filled[:, 0]),
+        "rewards/margins": (rewards[:, 0] - others, every),
+        "rewards/accuracies": ((in_order * both).sum(-1) / jnp.maximum(both.sum(-1), 1), every),
+        **{f"logps/{name}": (logps[:, r], filled[:, r]) for r, name in enumerate(names)},
     }

@@ -7,10 +7,14 @@ from qstar_jax.training.metrics import Metrics
 
 
 def response_metrics(batch: Batch, names: tuple[str, ...]) -> Metrics:
-    """Mean length in actions, EOS included, and share truncated, of each response: sums over the batch, by weight."""
+    """Mean length in actions, EOS included, and share truncated, of each response: sums over the batch, by weight.
+
+    Places of rankings that are empty do not count.
+    """
     values = {"lengths": batch.num_actions, "truncated": batch.truncated}
+    weights = batch.weights[:, None] * (batch.response_lengths > 0)
     return {
-        f"{metric}/{name}": ((value[:, r] * batch.weights).sum(), batch.weights.sum())
+        f"{metric}/{name}": ((value[:, r] * weights[:, r]).sum(), weights[:, r].sum())
         for metric, value in values.items()
         for r, name in enumerate(names)
     }
