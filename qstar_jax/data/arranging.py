@@ -60,4 +60,6 @@ def with_mismatches(examples: Sequence[Example], max_length: int, source: str) -
 
 def _shortened(response: Response, example: Example, max_length: int) -> Response:
     room = max_length - len(example.prompt)
-    return response if len(response.ids) <= room else Response(response.ids[:room], truncated=True)
+    if len(response.ids) <= room:
+        return response
+    return Response(response.ids[:room], True, response.action_mask[:room], response.turns[:room])

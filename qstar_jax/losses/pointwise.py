@@ -229,7 +229,7 @@ def a_star(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
         rewards: R; no gradient flows through it. Shape [...].
         reference_rewards: R_i, NaN where there are fewer than N; no gradient flows through them. Shape [..., N].
         beta: The paper's beta_2: reward per nat.
@@ -264,7 +264,7 @@ def qrpo(
 
     Args:
         log_ratios: Token log-ratios, in nats. Shape [..., T].
-        mask: True at response tokens. Shape [..., T].
+        mask: True at actions. Shape [..., T].
         rewards: R. Shape [...].
         reference_rewards: R_i, NaN where there are fewer than N. Shape [..., N].
         beta: Temperature: reward (a quantile) per nat.

@@ -5,10 +5,13 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qstar_jax.config import DpoConfig, GenerateConfig, MeshOptions, PlanConfig, SftConfig
 from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.options import DecodePlan, interpret
 from qstar_jax.errors import InputError
+from qstar_jax.losses import make_loss
 from qstar_jax.models import CausalLM
 from qstar_jax.plan.step import pairs_of_lengths
 from qstar_jax.store.checkpoints import find_checkpoint, read_description
@@ -150,7 +153,16 @@ def read_model(config: PlanConfig, name: str) -> CausalLM:
 def examples_of(config: PlanConfig) -> list[Example]:
     """Returns the examples of one batch of training, all as long as the options say."""
     pairs = pairs_of_lengths(*lengths_of(config), config.train.batch_size)
-    return pairs if config.verb == "dpo" else [replace(pair, responses=pair.responses[:1]) for pair in pairs]
+    loss = None if config.verb == "sft" else make_loss(**asdict(config.loss))
+    if loss is not None and not loss.reads_single:
+        return pairs
+    # Single responses; KTO takes a second one, of another prompt. Values do not matter.
+    responses, outcome = 1, {}
+    if loss is not None:
+        responses = 2 if "baseline" in loss.arrays else 1
+        values = {"labels": np.asarray(True), "rewards": np.float32(0), "reference_rewards": np.zeros(8, np.float32)}
+        outcome = {name: values[name] for name in loss.arrays & values.keys()}
+    return [replace(pair, responses=pair.responses[:responses], outcome=outcome) for pair in pairs]
 
 
 def prompt_length_of(config: PlanConfig) -> int:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from qstar_jax import losses
-from qstar_jax.config import LossOptions, ReferenceOptions
+from qstar_jax.config import LossOptions, PlanConfig, ReferenceOptions
 from qstar_jax.data.arranging import with_mismatches
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.packing import Shapes
 from qstar_jax.errors import InputError
+from qstar_jax.plan.options import examples_of
 from qstar_jax.scoring import score_tokens
 from qstar_jax.training.metrics import mean_metrics
 from qstar_jax.training.objectives import single_loss_fn, single_objective
@@ -165,3 +166,11 @@ def test_rewards_do_not_go_with_labels_or_pairs(make_config, tmp_path, files):
             make_plan(make_config(tmp_path, loss=LossOptions(name=names)))
     with pytest.raises(InputError, match=r"train\.accumulate 2: kto.* looks at its whole batch"):
         make_plan(make_config(tmp_path, loss=LossOptions(name="kto"), train={"accumulate": 2}))
+
+
+@pytest.mark.parametrize("name", ["kto", "implicit_prm", "a_star"])
+def test_steps_can_be_planned(name, tiny_model, tiny_params):
+    examples = examples_of(PlanConfig(model="m", out="o", loss=LossOptions(name=name), prompt_length=5))
+    batch = make_batch(examples, Shapes.of(examples, batch_size=len(examples)))
+    loss, _ = jax.eval_shape(single_loss_fn(tiny_model, losses.make_loss(name)), tiny_params, tiny_params, batch)
+    assert loss.shape == ()
