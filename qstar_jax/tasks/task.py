@@ -13,24 +13,25 @@ PREFIX = "builtin:"
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its data, a base model of its language, and a known reward.
+    """A task with its data, and perhaps a base model of its language and the known reward of a response.
 
     Attributes:
         name: Its name.
-        base: Folder of the base model, a Hugging Face folder.
         splits: Names of its splits.
         rows: (split, seed, limit) -> rows of a split.
-        true_reward: (prompt, response) -> true reward; None if the prompt is not one of this task.
+        base: Folder of the base model, a Hugging Face folder; None if the package has none.
+        true_reward: (prompt, response) -> true reward; None if the prompt is not one of this task. Without it, the task
+            has no such reward of single responses.
         advantages: (tokenizer, beta) -> function of (prompt, token ids) that gives each token its true advantage, in
-            reward. Shape [T].
+            reward, if the task knows it. Shape [T].
     """
 
     name: str
-    base: Path
     splits: tuple[str, ...]
     rows: Callable[[str, int, int | None], list[dict]]
-    true_reward: Callable[[str, str], float | None]
-    advantages: Callable[[Any, float], Callable[[str, Sequence[int]], Float[ndarray, " T"]]]
+    base: Path | None = None
+    true_reward: Callable[[str, str], float | None] | None = None
+    advantages: Callable[[Any, float], Callable[[str, Sequence[int]], Float[ndarray, " T"]]] | None = None
 
     @property
     def source(self) -> str:

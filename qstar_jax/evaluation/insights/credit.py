@@ -145,7 +145,7 @@ def measure_credit(scored: ScoredFile) -> Credit:
     config, data = scored.config, scored.config.data
     rows, records, _ = read_records(data.eval, data.eval_split, KINDS[config.answers], data, data.max_eval_rows)
     marked = mark_responses(scored.responses, rows, records, wrong=config.wrong, kind=config.kind, source=data.eval)
-    if built_in := find(data.eval):
+    if (built_in := find(data.eval)) and built_in[0].advantages:
         marked = _with_true_advantages(marked, rows, built_in[0], scored.tokenizer)
     credit = compute_credit(marked, model=config.model, reference=scored.reference)
     credit = replace(credit, scores=file_digest(scored.path))

@@ -338,9 +338,10 @@ def _remove_earlier(out: Path, models: Iterable[str]):
 
 def _judge(config: SweepConfig, mesh: Mesh, console: Console) -> Judge:
     built_in = find(config.data.eval)
+    reward = built_in[0].true_reward if built_in else None
     return make_judge(
         config.judge,
-        true_reward=(lambda pairs: [built_in[0].true_reward(*pair) for pair in pairs]) if built_in else None,
+        true_reward=(lambda pairs: [reward(*pair) for pair in pairs]) if reward else None,
         compute=config.compute,
         mesh=mesh,
         mesh_options=config.mesh,
@@ -415,7 +416,7 @@ def _write_comparisons(
 
 def _outcome(scored: ScoredResponse, comparison: Comparison, verdict: Verdict) -> Outcome:
     # Prompts of a built-in task have a true reward in whatever file they stand.
-    rewards = (task.true_reward(comparison.prompt, comparison.answer) for task in TASKS)
+    rewards = (task.true_reward(comparison.prompt, comparison.answer) for task in TASKS if task.true_reward)
     return Outcome(
         row=scored.row,
         win=verdict.win,

@@ -29,6 +29,8 @@ def open_folder(model: str, revision: str | None = None, patterns: Sequence[str]
         task, seed = built_in
         if seed is not None:
             raise InputError(f"model {model!r}: a base model has no seed; name it {task.source}")
+        if task.base is None:
+            raise InputError(f"model {model!r}: the task has data but no base model in the package")
         return task.base
     path = Path(model).expanduser()
     if path.is_dir():

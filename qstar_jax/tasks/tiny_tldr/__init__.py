@@ -32,4 +32,4 @@ def _advantages(tokenizer: Any, beta: float) -> Callable[[str, Sequence[int]], F
     return lambda prompt, token_ids: oracle.advantages(read_post(prompt), token_ids)
 
 
-TASK = Task("tiny-tldr", BASE, SPLITS, split_rows, reward_of_text, _advantages)
+TASK = Task("tiny-tldr", SPLITS, split_rows, BASE, reward_of_text, _advantages)
