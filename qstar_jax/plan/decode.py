@@ -77,7 +77,7 @@ def lower_search(
         mesh=mesh,
     )
     count = prompts if plan.batched else 1
-    everywhere, width = NamedSharding(mesh, PartitionSpec()), -(-prompt_length // WIDTH) * WIDTH
+    everywhere, width = NamedSharding(mesh, PartitionSpec()), padded_length(prompt_length)
 
     def replicated(*shape: int, dtype: jax.typing.DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
@@ -91,8 +91,17 @@ def lower_search(
         keys = replicated(count, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
         lowered = jax.jit(search).lower(params, replicated(count, width), replicated(count), keys)
     flops = sum(search_flops(model, count, prompt_length, stages) for model in models)
-    tokens = count * (plan.block.return_sequences or 1) * plan.block.max_new_tokens
-    return LoweredSearch(lowered, count, flops, tokens, search_trips(plan))
+    return LoweredSearch(lowered, count, flops, new_tokens_of(plan, count), search_trips(plan))
+
+
+def padded_length(prompt_length: int) -> int:
+    """Returns the slots of a prompt."""
+    return -(-prompt_length // WIDTH) * WIDTH
+
+
+def new_tokens_of(plan: DecodePlan, prompts: int) -> int:
+    """Returns the new tokens of the responses to some prompts."""
+    return prompts * (plan.block.return_sequences or 1) * plan.block.max_new_tokens
 
 
 def _abstract_params(model: CausalLM, mesh: Mesh, options: MeshOptions) -> Params:

@@ -3,8 +3,8 @@
 import re
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -13,6 +13,9 @@ from jax.sharding import Mesh
 from qstar_jax.config import PlanConfig
 from qstar_jax.plan.costs import collectives, memory_traffic
 from qstar_jax.plan.decode import LoweredSearch, lower_search
+from qstar_jax.plan.estimate import abstract_gpus, estimate_step
+from qstar_jax.plan.estimate_search import estimate_search
+from qstar_jax.plan.needs import Needs
 from qstar_jax.plan.options import (
     decode_plan,
     examples_of,
@@ -22,10 +25,9 @@ from qstar_jax.plan.options import (
     read_models,
     run_plan,
 )
-from qstar_jax.plan.step import CompiledProgram, LoweredStep, lower_step
-from qstar_jax.plan.topology import Chip, chip_of, devices_per_chip, topology_devices
-from qstar_jax.sharding import make_mesh
-from qstar_jax.training.throughput import peak_flops
+from qstar_jax.plan.step import CompiledProgram, LoweredStep, abstract_step, lower_step
+from qstar_jax.plan.topology import chip_count, chip_of, device_count, share_of_chip, topology_devices
+from qstar_jax.sharding import AXES, axis_sizes, make_mesh
 
 
 @dataclass(frozen=True)
@@ -35,39 +37,31 @@ class Plan:
     Attributes:
         topology: The hardware.
         devices: Number of its devices.
+        estimate: Whether nothing was compiled: what is needed was estimated from shapes.
         memory_limit: Bytes of memory.
-        memory: Bytes: of arguments, of temporaries, in total; empty if the compiler found no room for them.
-        refusal: What the compiler said then; None if it compiled.
-        flops: FLOPs that the model needs, and those of the products in the program, which lack those of kernels that
-            cannot be read.
-        collectives: Kind -> how often it runs, and bytes that it sends.
-        memory_traffic: Bytes read from and written to memory, at most: as if nothing stayed in the
-            processor between two kernels.
+        needs: Memory, FLOPs, collectives, traffic and tokens.
+        refusal: What the compiler said if it found no room for the program; None otherwise.
         seconds: By arithmetic, memory and network, each on its own, at the rates of the data sheet.
         expected_mfu: Share of the peak that the model's FLOPs take if what binds takes all the time; None if unknown.
-        tokens: Tokens of the texts of a step, or new tokens of the responses of a search, over all devices.
-        tokens_per_second: These, if what binds takes all the time; None if unknown.
-        compile_seconds: Time to compile the program here.
+        tokens_per_second: Tokens, if what binds takes all the time; None if unknown.
+        compile_seconds: Time to compile the program here; None if nothing was compiled.
     """
 
     topology: str
     devices: int
+    estimate: bool
     memory_limit: int
-    memory: dict[str, int]
-    refusal: str | None
-    flops: dict[str, float]
-    collectives: dict[str, dict[str, float]]
-    memory_traffic: float
-    seconds: dict[str, float]
-    expected_mfu: float | None
-    tokens: int
-    tokens_per_second: float | None
-    compile_seconds: float
+    needs: Needs
+    refusal: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    expected_mfu: float | None = None
+    tokens_per_second: float | None = None
+    compile_seconds: float | None = None
 
     @property
     def fits(self) -> bool:
         """Whether the memory of a device holds it."""
-        return self.refusal is None and self.memory["total"] <= self.memory_limit
+        return self.refusal is None and self.needs.memory["total"] <= self.memory_limit
 
     @property
     def binds(self) -> str | None:
@@ -76,17 +70,22 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the contents of plan.json."""
-        return asdict(self) | {"fits": self.fits, "binds": self.binds}
+        values = asdict(self)
+        return values | values.pop("needs") | {"fits": self.fits, "binds": self.binds}
 
 
 def make_run_plan(config: PlanConfig, topology: str) -> Plan:
-    """Compiles the step of a run, or a search, for a topology.
+    """Plans the step of a run, or a search, on a topology: compiled where that is possible, otherwise estimated.
 
     Raises:
         InputError: If options do not fit the model or the topology, or a package is missing that compiles for it.
     """
-    chip, devices = chip_of(topology), topology_devices(topology)
-    chip = _share_of(chip, devices_per_chip(topology, devices))
+    return compile_plan(config, topology) if chip_of(topology).is_compiled_for else estimate_plan(config, topology)
+
+
+def compile_plan(config: PlanConfig, topology: str) -> Plan:
+    """Compiles the step of a run, or a search, for a topology; see `make_run_plan`."""
+    devices = topology_devices(topology)
     lowered = lower_program(config, make_mesh(mesh_options(config), devices))
     began = time.perf_counter()
     try:
@@ -94,8 +93,37 @@ def make_run_plan(config: PlanConfig, topology: str) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         if not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
             raise
-        return _refused(topology, devices, chip, lowered, str(error), time.perf_counter() - began)
-    return _measured(topology, devices, chip, lowered, program, time.perf_counter() - began)
+        needs = Needs({}, {"needed": lowered.flops / len(devices)}, {}, 0.0, lowered.tokens)
+        limit = share_of_chip(topology, len(devices)).memory_bytes
+        refusal, seconds = str(error).partition("\n")[0], time.perf_counter() - began
+        return Plan(topology, len(devices), False, limit, needs, refusal, compile_seconds=seconds)
+    seconds = time.perf_counter() - began
+    return _plan(topology, len(devices), _measure(lowered, program), compile_seconds=seconds)
+
+
+def estimate_plan(config: PlanConfig, topology: str) -> Plan:
+    """Estimates the step of a run, or a search, on GPUs from shapes alone.
+
+    Raises:
+        InputError: If options do not fit the model or the topology.
+    """
+    mesh = abstract_gpus(mesh_sizes(config, topology), chip_of(topology).kind)
+    if config.verb != "generate":
+        step = abstract_step(run_plan(config), read_model(config, config.model), examples_of(config), mesh)
+        needs = estimate_step(step, mesh)
+    else:
+        prompts = config.batch_size, prompt_length_of(config)
+        needs = estimate_search(read_models(config), decode_plan(config), *prompts, mesh, mesh_options(config))
+    return _plan(topology, chip_count(topology), needs, estimate=True)
+
+
+def mesh_sizes(config: PlanConfig, topology: str) -> dict[str, int]:
+    """Returns the sizes of the axes of the mesh on a topology.
+
+    Raises:
+        InputError: If they do not multiply to the number of its devices.
+    """
+    return dict(zip(AXES, axis_sizes(mesh_options(config), device_count(topology)), strict=True))
 
 
 def lower_program(config: PlanConfig, mesh: Mesh) -> LoweredStep | LoweredSearch:
@@ -111,73 +139,35 @@ def lower_program(config: PlanConfig, mesh: Mesh) -> LoweredStep | LoweredSearch
     return lower_search(read_models(config), decode_plan(config), *prompts, mesh, mesh_options(config), weights)
 
 
-def _share_of(chip: Chip, devices: int) -> Chip:
-    """What one of several devices of a chip has of it."""
-    return replace(
-        chip,
-        memory_bytes=chip.memory_bytes // devices,
-        memory_bandwidth=chip.memory_bandwidth / devices,
-        network_bandwidth=chip.network_bandwidth / devices,
-    )
-
-
-def _refused(
-    topology: str,
-    devices: Sequence[jax.Device],
-    chip: Chip,
-    lowered: LoweredStep | LoweredSearch,
-    error: str,
-    seconds: float,
-) -> Plan:
-    return Plan(
-        topology=topology,
-        devices=len(devices),
-        memory_limit=chip.memory_bytes,
-        memory={},
-        refusal=error.partition("\n")[0],
-        flops={"needed": lowered.flops / len(devices)},
-        collectives={},
-        memory_traffic=0.0,
-        seconds={},
-        expected_mfu=None,
-        tokens=lowered.tokens,
-        tokens_per_second=None,
-        compile_seconds=seconds,
-    )
-
-
-def _measured(
-    topology: str,
-    devices: Sequence[jax.Device],
-    chip: Chip,
-    lowered: LoweredStep | LoweredSearch,
-    program: CompiledProgram,
-    compile_seconds: float,
-) -> Plan:
-    flops = {"needed": lowered.flops / len(devices), "program": sum(program.flops.values())}
+def _measure(lowered: LoweredStep | LoweredSearch, program: CompiledProgram) -> Needs:
+    """Reads off a compiled program what it needs."""
     transfers = defaultdict(lambda: {"count": 0.0, "bytes": 0.0})
-    for item in collectives(program.module, len(devices)):
+    for item in collectives(program.module, program.devices):
         transfers[item.kind]["count"] += item.runs
         transfers[item.kind]["bytes"] += item.wire_bytes
-    traffic = memory_traffic(program.module)
-    peak = peak_flops(devices[:1]) / devices_per_chip(topology, devices)
+    flops = {"needed": lowered.flops / program.devices, "program": sum(program.flops.values())}
+    return Needs(program.memory, flops, dict(transfers), memory_traffic(program.module), lowered.tokens)
+
+
+def _plan(
+    topology: str, devices: int, needs: Needs, *, estimate: bool = False, compile_seconds: float | None = None
+) -> Plan:
+    """Adds what the chips do with it."""
+    chip = share_of_chip(topology, devices)
     seconds = {
-        "arithmetic": max(flops.values()) / peak,
-        "memory": traffic / chip.memory_bandwidth,
-        "network": sum(item["bytes"] for item in transfers.values()) / chip.network_bandwidth,
+        "arithmetic": max(needs.flops.values()) / chip.peak_flops,
+        "memory": needs.memory_traffic / chip.memory_bandwidth,
+        "network": sum(item["bytes"] for item in needs.collectives.values()) / chip.network_bandwidth,
     }
+    longest = max(seconds.values())
     return Plan(
         topology=topology,
-        devices=len(devices),
+        devices=devices,
+        estimate=estimate,
         memory_limit=chip.memory_bytes,
-        memory=program.memory,
-        refusal=None,
-        flops=flops,
-        collectives=dict(transfers),
-        memory_traffic=traffic,
+        needs=needs,
         seconds=seconds,
-        expected_mfu=flops["needed"] / peak / max(seconds.values()),
-        tokens=lowered.tokens,
-        tokens_per_second=lowered.tokens / max(seconds.values()),
+        expected_mfu=needs.flops["needed"] / chip.peak_flops / longest,
+        tokens_per_second=needs.tokens / longest,
         compile_seconds=compile_seconds,
     )

@@ -1,14 +1,14 @@
 """Finds what holds a run: settings that need less memory, and the smallest slice of a chip."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from qstar_jax.config import PlanConfig
 from qstar_jax.errors import InputError
-from qstar_jax.plan.options import decode_plan, mesh_options, run_plan
-from qstar_jax.plan.plan import Plan, make_run_plan
-from qstar_jax.plan.topology import slices_of, topology_devices
-from qstar_jax.sharding import make_mesh, slice_sizes
+from qstar_jax.plan.options import decode_plan, run_plan
+from qstar_jax.plan.plan import Plan, make_run_plan, mesh_sizes
+from qstar_jax.plan.topology import slice_count, slices_of
 
 Report = Callable[[str, Plan], None]
 
@@ -27,16 +27,17 @@ def find_settings(config: PlanConfig, topology: str, report: Report) -> tuple[li
     Raises:
         InputError: If none does, or the options cannot be used.
     """
-    plan, changes = make_run_plan(config, topology), []
+    plan, changed = make_run_plan(config, topology), {}
     report("as given", plan)
     smaller = _smaller_search if config.verb == "generate" else _smaller_step
     candidates = () if plan.fits or not config.search else smaller(config, topology)
     for change, candidate in candidates:
         config, plan = candidate, make_run_plan(candidate, topology)
-        changes.append(change)
+        changed |= [change.split(" ")]  # the last value of an option
         report(change, plan)
         if plan.fits:
             break
+    changes = [" ".join(change) for change in changed.items()]
     if plan.fits:
         return changes, config, plan
     tried = f", not even with {', '.join(changes)}" if changes else ""
@@ -59,29 +60,30 @@ def find_slice(config: PlanConfig, report: Report) -> Plan:
         if plan.fits:
             return plan
         tried.append(topology)
-    batch = "" if config.verb == "generate" else f" and train.batch_size {config.train.batch_size}"
+    is_search = config.verb == "generate"
+    batch = "" if is_search else f" and train.batch_size {config.train.batch_size}"
     if not tried:
         raise InputError(f"no slice of {config.topologies} suits the mesh{batch}")
+    replicated = is_search and mesh_sizes(config, tried[-1])["tensor"] == 1
+    advice = "; each device holds all parameters: --mesh.tensor -1 shards them" if replicated else ""
     raise InputError(
-        f"no slice of {config.topologies} that suits the mesh{batch} holds this run; tried {', '.join(tried)}"
+        f"no slice of {config.topologies} that suits the mesh{batch} holds this run; tried {', '.join(tried)}{advice}"
     )
 
 
 def _divides(config: PlanConfig, topology: str) -> bool:
-    devices = topology_devices(topology)
     try:
-        mesh = make_mesh(mesh_options(config), devices)
+        sizes = mesh_sizes(config, topology)
     except InputError:
         return False
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sizes["data"] * sizes["fsdp"]
     return config.verb == "generate" or config.train.batch_size % (shards * config.train.accumulate) == 0
 
 
 def _smaller_step(config: PlanConfig, topology: str) -> Iterator[tuple[str, PlanConfig]]:
     """Yields what needs less memory: first what costs no accuracy and little time, last what changes the training."""
-    run = run_plan(config)
-    mesh = make_mesh(mesh_options(config), topology_devices(topology))
-    most = config.train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    run, sizes = run_plan(config), mesh_sizes(config, topology)
+    most = config.train.batch_size // (sizes["data"] * sizes["fsdp"])
     for micro_batches in range(config.train.accumulate + 1, most + 1):
         if most % micro_batches == 0 and not run.objective.couples_examples:
             config = replace(config, train=replace(config.train, accumulate=micro_batches))
@@ -104,10 +106,9 @@ def _smaller_step(config: PlanConfig, topology: str) -> Iterator[tuple[str, Plan
 
 def _smaller_search(config: PlanConfig, topology: str) -> Iterator[tuple[str, PlanConfig]]:
     """Yields what needs less memory: first what changes no response, last what rounds."""
-    devices = topology_devices(topology)
-    slices = len(slice_sizes(devices))
-    tensor = len(devices) // slices
-    if make_mesh(mesh_options(config), devices).shape["tensor"] < tensor:
+    sizes, slices = mesh_sizes(config, topology), slice_count(topology)
+    tensor = math.prod(sizes.values()) // slices
+    if sizes["tensor"] < tensor:
         config = replace(config, mesh=replace(config.mesh, data=slices, fsdp=1, tensor=tensor))
         yield f"mesh.tensor {tensor}", config
     while config.batch_size > 1 and decode_plan(config).batched:

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+import optax
+from jax.sharding import AbstractMesh, Mesh
 
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.feeder import Feeder
@@ -32,34 +33,65 @@ def pairs_of_lengths(prompt: int, response: int, count: int) -> list[Example]:
 
 
 @dataclass(frozen=True)
+class AbstractStep:
+    """Shapes of a step; nothing of it needs to be there.
+
+    Attributes:
+        plan: Options and objective of the run.
+        model: Its model, with its adapter.
+        optimizer: Its optimizer.
+        state: Shapes and shardings of its state.
+        batch: Those of its batch.
+        examples: Its examples.
+    """
+
+    plan: RunPlan
+    model: CausalLM
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    batch: Batch
+    examples: Sequence[Example]
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs, over all devices."""
+        return step_flops(self.plan, self.model, self.examples)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(block.length for block in blocks_of(self.examples, self.plan.config.data.layout))
+
+
+@dataclass(frozen=True)
 class LoweredStep:
     """A step, ready to be compiled.
 
     Attributes:
         lowered: The program.
-        state: Shapes and shardings of its state.
-        batch: Those of its batch.
-        flops: Model FLOPs of a step, over all devices.
-        tokens: Tokens of all its texts.
+        batch: Shapes and shardings of its batch.
+        flops: Model FLOPs, over all devices.
+        tokens: Tokens of all texts.
     """
 
     unknown_trips: ClassVar[tuple[float, ...]] = ()
 
     lowered: jax.stages.Lowered
-    state: TrainState
     batch: Batch
     flops: float
     tokens: int
 
 
-def lower_step(plan: RunPlan, model: CausalLM, examples: Sequence[Example], mesh: Mesh) -> LoweredStep:
-    """Lowers the step of a run on a mesh whose devices need not be there.
+def abstract_step(
+    plan: RunPlan, model: CausalLM, examples: Sequence[Example], mesh: Mesh | AbstractMesh
+) -> AbstractStep:
+    """Returns the shapes of the first step of a run.
 
     Args:
         plan: Options and objective of the run.
         model: Its model, without an adapter.
         examples: Its examples, or some that are as long.
-        mesh: Devices that are there, or those of a topology.
+        mesh: Devices that are there, or those of a topology, or none at all.
 
     Raises:
         InputError: If the options do not fit the model or the mesh.
@@ -73,27 +105,43 @@ def lower_step(plan: RunPlan, model: CausalLM, examples: Sequence[Example], mesh
     if plan.reference.mode == "cached":
         feeder = feeder.with_reference([[np.zeros(len(r.ids), np.float32) for r in e.responses] for e in examples])
     optimizer = make_optimizer(plan.config.optimizer, options.steps or feeder.batches)
-    with use_mesh(mesh, plan.config.compute.dtype):
-        state = abstract_state(plan, model, optimizer, mesh)
-        batch = feeder.shapes_at_step(options.seed, 0)
-        lowered = jit_step(plan, plan.objective.loss_fn(model), optimizer, state).lower(state, batch)
+    state = abstract_state(plan, model, optimizer, mesh)
     in_step = [examples[i] for i in feeder.indices_at_step(options.seed, 0).reshape(-1)]
-    tokens = sum(block.length for block in blocks_of(in_step, plan.config.data.layout))
-    return LoweredStep(lowered, state, batch, step_flops(plan, model, in_step), tokens)
+    return AbstractStep(plan, model, optimizer, state, feeder.shapes_at_step(options.seed, 0), in_step)
+
+
+def lower_step(plan: RunPlan, model: CausalLM, examples: Sequence[Example], mesh: Mesh) -> LoweredStep:
+    """Lowers the step of a run on a mesh whose devices need not be there; arguments as for `abstract_step`.
+
+    Raises:
+        InputError: If the options do not fit the model or the mesh.
+    """
+    step = abstract_step(plan, model, examples, mesh)
+    with use_mesh(mesh, plan.config.compute.dtype):
+        train_step = jit_step(plan, plan.objective.loss_fn(step.model), step.optimizer, step.state)
+        lowered = train_step.lower(step.state, step.batch)
+    return LoweredStep(lowered, step.batch, step.flops, step.tokens)
 
 
 def step_flops(plan: RunPlan, model: CausalLM, examples: Sequence[Example]) -> float:
     """Counts the model FLOPs of a step on some examples: what it needs, if nothing is computed twice."""
-    tokens = scored_tokens = keys = 0
+    blocks = blocks_of(examples, plan.config.data.layout)
+    tokens, scored = sum(block.length for block in blocks), sum(block.scored for block in blocks)
+    context = mean_context(plan, examples)
+    forward = model.config.forward_flops(tokens=tokens, scored_tokens=scored, context=context)
+    # An adapter saves the gradients of the weights, a third of the rest.
+    return forward * ((3 if model.lora is None else 2) + plan.runs_reference)
+
+
+def mean_context(plan: RunPlan, examples: Sequence[Example]) -> float:
+    """Returns the mean number of keys that a token of some examples sees, in layers without a window."""
+    tokens = keys = 0
     for block in blocks_of(examples, plan.config.data.layout):
         responses = [len(examples[block.example].responses[r].ids) for r in block.responses]
         shared = block.length - sum(responses)
         keys += shared * (shared + 1) / 2 + sum(n * shared + n * (n + 1) / 2 for n in responses)
         tokens += block.length
-        scored_tokens += block.scored
-    forward = model.config.forward_flops(tokens=tokens, scored_tokens=scored_tokens, context=keys / tokens)
-    # An adapter saves the gradients of the weights, a third of the rest.
-    return forward * ((3 if model.lora is None else 2) + plan.runs_reference)
+    return keys / tokens
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,17 @@ import jax.numpy as jnp
 
 from qstar_jax.models import CausalLM
 
-# Dense bfloat16 peak of one chip in FLOP/s, from the makers' data sheets; prefix of `device_kind` -> peak.
+# Dense bfloat16 peak of one chip in FLOP/s, from the makers' data sheets (RTX 4090: the whitepaper of its architecture,
+# with float32 accumulation; T4: float16, as it has no bfloat16); prefix of `device_kind` -> peak.
 BF16_PEAKS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
     "NVIDIA A100": 312e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
     "Tesla T4": 65e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,

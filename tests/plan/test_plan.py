@@ -7,6 +7,7 @@ import pytest
 from qstar_jax.config import ComputeOptions, DataOptions, DecodeOptions, MeshOptions, PlanConfig, TrainOptions
 from qstar_jax.errors import InputError
 from qstar_jax.plan import plan as plan_module
+from qstar_jax.plan import topology as topology_module
 from qstar_jax.plan.options import examples_of
 from qstar_jax.plan.plan import make_run_plan
 from qstar_jax.plan.topology import chip_of
@@ -25,26 +26,29 @@ def config(tmp_path, tiny_config):
 
 @pytest.fixture
 def cpus(monkeypatch):
-    monkeypatch.setattr(plan_module, "topology_devices", lambda topology: jax.devices())
-    monkeypatch.setattr(plan_module, "peak_flops", lambda devices: 1e9 * len(devices))
+    for module in (plan_module, topology_module):
+        monkeypatch.setattr(module, "topology_devices", lambda topology: jax.devices())
 
 
 def test_a_plan_from_a_config_json_alone(config, cpus):
     plan, chip = make_run_plan(config, "v5e:2x4"), chip_of("v5e:2x4")
     assert plan.fits and plan.devices == 8 and plan.memory_limit == chip.memory_bytes
-    assert plan.memory["total"] >= plan.memory["arguments"] + plan.memory["temporary"] > 0
-    assert plan.flops["program"] > plan.flops["needed"] > 0
-    sent = sum(item["bytes"] for item in plan.collectives.values())
-    assert plan.collectives["all-gather"]["count"] >= 1 and sent > 0
+    needs = plan.needs
+    assert needs.memory["total"] >= needs.memory["arguments"] + needs.memory["temporary"] > 0
+    assert needs.flops["program"] > needs.flops["needed"] > 0
+    sent = sum(item["bytes"] for item in needs.collectives.values())
+    assert needs.collectives["all-gather"]["count"] >= 1 and sent > 0
     assert plan.seconds == {
-        "arithmetic": plan.flops["program"] / 1e9,
-        "memory": plan.memory_traffic / chip.memory_bandwidth,
+        "arithmetic": needs.flops["program"] / 197e12,
+        "memory": needs.memory_traffic / chip.memory_bandwidth,
         "network": sent / chip.network_bandwidth,
     }
-    assert plan.binds == "arithmetic"
-    assert plan.expected_mfu == pytest.approx(plan.flops["needed"] / plan.flops["program"])
+    longest = max(plan.seconds.values())
+    assert plan.seconds[plan.binds] == longest and plan.tokens_per_second == needs.tokens / longest
+    assert plan.expected_mfu == pytest.approx(needs.flops["needed"] / 197e12 / longest)
     stored = json.loads(json.dumps(plan.to_json()))
-    assert stored["fits"] is True and stored["binds"] == "arithmetic" and stored["compile_seconds"] > 0
+    assert stored["fits"] is True and stored["binds"] == plan.binds and stored["compile_seconds"] > 0
+    assert stored["estimate"] is False and stored["memory"] == needs.memory and stored["tokens"] == 8 * (47 + 2 * 16)
 
 
 def test_devices_share_the_memory_and_the_rates_of_a_chip(config, cpus):
@@ -56,8 +60,8 @@ def test_devices_share_the_memory_and_the_rates_of_a_chip(config, cpus):
 
 def test_a_plan_whose_bytes_exceed_the_memory_does_not_fit(config, cpus):
     plan = make_run_plan(config, "v5e:2x4")
-    assert not replace(plan, memory_limit=plan.memory["total"] - 1).fits
-    assert replace(plan, memory_limit=plan.memory["total"]).fits
+    assert not replace(plan, memory_limit=plan.needs.memory["total"] - 1).fits
+    assert replace(plan, memory_limit=plan.needs.memory["total"]).fits
 
 
 @pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: 20G of 15G hbm\nmore", "INTERNAL: broken"])
@@ -72,13 +76,13 @@ def test_a_program_that_the_compiler_finds_no_room_for(config, cpus, monkeypatch
     else:
         plan = make_run_plan(config, "v5e:2x4")
         assert not plan.fits and plan.binds is None and plan.refusal == "RESOURCE_EXHAUSTED: 20G of 15G hbm"
-        assert plan.to_json()["fits"] is False and plan.flops["needed"] > 0
+        assert plan.to_json()["fits"] is False and plan.needs.flops["needed"] > 0
 
 
 def test_an_sft_step_has_one_response_and_no_reference(config, cpus):
     sft = replace(config, verb="sft")
     assert {len(example.responses) for example in examples_of(sft)} == {1}
-    pair, single = (make_run_plan(options, "v5e:2x4") for options in (config, sft))
+    pair, single = (make_run_plan(options, "v5e:2x4").needs for options in (config, sft))
     assert single.memory["arguments"] < pair.memory["arguments"] and single.flops["needed"] < pair.flops["needed"]
 
 
@@ -86,12 +90,13 @@ def test_a_search_for_responses(config, cpus):
     decode = DecodeOptions(method="beam", beams=3, max_new_tokens=8, return_sequences=2)
     config = replace(config, verb="generate", decode=decode, mesh=MeshOptions(min_shard_size=64))
     plan = make_run_plan(config, "v5e:2x4")
-    assert plan.fits and plan.tokens == 4 * 2 * 8
-    assert plan.tokens_per_second == plan.tokens / max(plan.seconds.values())
-    twice = make_run_plan(replace(config, batch_size=8), "v5e:2x4")
-    assert twice.tokens == 2 * plan.tokens and twice.flops["needed"] == 2 * plan.flops["needed"]
-    sharded = make_run_plan(replace(config, mesh=MeshOptions(data=1, tensor=8, min_shard_size=64)), "v5e:2x4")
-    assert sharded.memory["arguments"] < plan.memory["arguments"] and "all-reduce" in sharded.collectives
+    assert plan.fits and plan.needs.tokens == 4 * 2 * 8
+    assert plan.tokens_per_second == plan.needs.tokens / max(plan.seconds.values())
+    twice = make_run_plan(replace(config, batch_size=8), "v5e:2x4").needs
+    assert twice.tokens == 2 * plan.needs.tokens and twice.flops["needed"] == 2 * plan.needs.flops["needed"]
+    mesh = MeshOptions(data=1, tensor=8, min_shard_size=64)
+    sharded = make_run_plan(replace(config, mesh=mesh), "v5e:2x4").needs
+    assert sharded.memory["arguments"] < plan.needs.memory["arguments"] and "all-reduce" in sharded.collectives
 
 
 def test_a_mesh_that_does_not_divide(config, cpus):
@@ -105,4 +110,4 @@ def test_a_mesh_that_does_not_divide(config, cpus):
 def test_real_topologies(config, devices_of, topology):
     devices_of(topology)  # or the test is skipped
     plan = make_run_plan(replace(config, compute=ComputeOptions(dtype="bfloat16")), topology)
-    assert plan.fits and plan.devices == 4 and plan.collectives and 0 < plan.expected_mfu <= 1
+    assert plan.fits and plan.devices == 4 and plan.needs.collectives and 0 < plan.expected_mfu <= 1

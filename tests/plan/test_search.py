@@ -1,7 +1,5 @@
-import math
 from dataclasses import replace
 
-import jax
 import pytest
 
 from qstar_jax.config import (
@@ -16,8 +14,10 @@ from qstar_jax.config import (
 )
 from qstar_jax.errors import InputError
 from qstar_jax.plan import search
+from qstar_jax.plan.needs import Needs
 from qstar_jax.plan.plan import Plan
 from qstar_jax.plan.search import find_settings, find_slice
+from qstar_jax.plan.topology import chip_count
 
 GIVEN = PlanConfig(model="x", out="x", train=TrainOptions(batch_size=32))
 
@@ -26,14 +26,11 @@ GIVEN = PlanConfig(model="x", out="x", train=TrainOptions(batch_size=32))
 def planned(monkeypatch):
     """`planned(fits)` makes every plan say what `fits(config, topology)` says, and lists the configs."""
 
-    def topology_devices(topology):
-        return (jax.devices() * 32)[: math.prod(map(int, topology.partition(":")[2].split("x")))]
-
-    def make_mesh(options, devices):
-        if len(devices) % options.tensor:
+    def mesh_sizes(config, topology):
+        devices, tensor = chip_count(topology), config.mesh.tensor or 1
+        if devices % tensor:
             raise InputError("mesh")
-        left = len(devices) // options.tensor
-        return type("Mesh", (), {"shape": {"data": 1, "fsdp": left, "tensor": options.tensor}})
+        return {"data": 1, "fsdp": devices // tensor, "tensor": tensor}
 
     def prepare(fits):
         configs = []
@@ -41,13 +38,12 @@ def planned(monkeypatch):
         def make_run_plan(config, topology):
             configs.append(config)
             total = 1 if fits(config, topology) else 3
-            return Plan(topology, 8, 2, {"total": total}, None, {}, {}, 0.0, {}, None, 0, None, 0.0)
+            return Plan(topology, 8, False, 2, Needs({"total": total}, {}, {}, 0.0, 0))
 
         monkeypatch.setattr(search, "make_run_plan", make_run_plan)
         return configs
 
-    monkeypatch.setattr(search, "topology_devices", topology_devices)
-    monkeypatch.setattr(search, "make_mesh", make_mesh)
+    monkeypatch.setattr(search, "mesh_sizes", mesh_sizes)
     return prepare
 
 
@@ -72,8 +68,10 @@ def test_the_first_setting_that_fits(planned, last):
     configs = planned(lambda config, topology: next(calls) == last + 1)
     seen = []
     changes, found, plan = find_settings(GIVEN, "v5e:2x4", lambda change, plan: seen.append((change, plan.fits)))
-    assert changes == ORDER[: last + 1] and plan.fits and found is configs[-1]
-    assert seen == [("as given", False), *((change, change == ORDER[last]) for change in changes)]
+    # Of each option, the last value.
+    assert changes == [" ".join(change) for change in dict(change.split() for change in ORDER[: last + 1]).items()]
+    assert plan.fits and found is configs[-1]
+    assert seen == [("as given", False), *((change, change == ORDER[last]) for change in ORDER[: last + 1])]
     # Each change is on top of those before it.
     values = dict(change.split() for change in changes)
     for name, value in values.items():
@@ -104,7 +102,7 @@ SEARCH = PlanConfig(model="x", out="x", verb="generate", decode=DecodeOptions(me
 @pytest.mark.parametrize(
     ("config", "order"),
     [
-        (SEARCH, "mesh.tensor 8, batch_size 2, batch_size 1, compute.param_dtype bfloat16, compute.dtype bfloat16"),
+        (SEARCH, "mesh.tensor 8, batch_size 1, compute.param_dtype bfloat16, compute.dtype bfloat16"),
         (
             PlanConfig(
                 model="x", out="x", verb="generate", mesh=MeshOptions(data=1, tensor=8),
@@ -155,11 +153,16 @@ def test_a_run_that_no_slice_holds(planned):
             ),
             no_report,
         )
-    with pytest.raises(InputError, match="unknown chip 'a100'; expected one of v4, v5e"):
+    planned(lambda config, topology: False)
+    with pytest.raises(InputError, match=r"suits the mesh holds this run; .*v5e:16x16; .*--mesh.tensor -1 shards them"):
+        find_slice(replace(SEARCH, topologies="v5e"), no_report)
+    with pytest.raises(InputError, match=r"v5e:16x16$"):
+        find_slice(replace(SEARCH, topologies="v5e", mesh=MeshOptions(data=1, tensor=4)), no_report)
+    with pytest.raises(InputError, match=r"unknown chip 'a100'; expected one of v4, v5e, .* a100-40gb, a100-80gb"):
         find_slice(PlanConfig(model="x", out="x", topologies="a100"), no_report)
 
 
-def test_a_search_keeps_each_copy_of_the_model_within_a_slice(planned, monkeypatch):
-    monkeypatch.setattr(search, "slice_sizes", lambda devices: [4, 4])
+def test_a_search_keeps_each_copy_of_the_model_within_a_slice(planned):
     planned(lambda config, topology: (config.mesh.data, config.mesh.tensor) == (2, 4))
-    assert find_settings(SEARCH, "v5e:2x4", no_report)[0] == ["mesh.tensor 4"]
+    assert find_settings(SEARCH, "2xv5e:2x2", no_report)[0] == ["mesh.tensor 4"]
+    assert find_settings(SEARCH, "l4:1x2x4", no_report)[0] == ["mesh.tensor 4"]

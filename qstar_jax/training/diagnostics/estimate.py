@@ -84,14 +84,16 @@ def estimate(
     parameters = {(x.shape, x.dtype) for x in jax.tree.leaves(state.policy)}
     kept = [x for x in jax.tree.leaves(residuals) if (x.shape, x.dtype) not in parameters]
     activations = sum(math.prod(x.shape) * x.dtype.itemsize for x in kept)
-    # Gradients are accumulated in float32.
-    gradients = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params))
+    # Gradients have the dtype of their parameters; those of micro-batches are added up in float32.
+    gradients = bytes_on_device(state.params)
+    if accumulate > 1:
+        gradients += sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params))
     return Estimate(
         memory={
-            "policy": _on_device(state.policy),
-            "reference": _on_device(state.ref_params),
-            "optimizer": _on_device(state.opt_state),
-            "gradients": gradients if accumulate == 1 else 2 * gradients,
+            "policy": bytes_on_device(state.policy),
+            "reference": bytes_on_device(state.ref_params),
+            "optimizer": bytes_on_device(state.opt_state),
+            "gradients": gradients,
             "activations": activations // (mesh.shape["data"] * mesh.shape["fsdp"]),
         },
         flops=flops,
@@ -101,8 +103,8 @@ def estimate(
     )
 
 
-def _on_device(tree) -> int:
-    """Bytes of a tree's arrays on one device."""
+def bytes_on_device(tree) -> int:
+    """Returns the bytes of a tree's arrays on one device; they may be abstract."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
