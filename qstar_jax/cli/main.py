@@ -21,6 +21,7 @@ from qstar_jax.errors import InputError
 # Verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called.
 VERBS: dict[str, tuple[type, str]] = {
     "demo": (config.DemoConfig, "show the paper's insights on a small task, offline, in minutes"),
+    "data": (config.DataConfig, "say what a file of data holds, and what training would see of it"),
     "sft": (config.SftConfig, "fine-tune on responses"),
     "dpo": (config.DpoConfig, "train on preference pairs"),
     "plan": (config.PlanConfig, "compile a run's step for hardware that is not there, and say what it needs"),
@@ -58,11 +59,11 @@ def _verb_parser(verb: str) -> Parser:
     options = VERBS[verb][0]
     parser = Parser(
         allow_abbrev=False,
-        usage=f"qstar {verb} [--config FILE.yaml] [--OPTION VALUE ...]",
+        usage=f"qstar {verb} {'FILE ' * (verb == 'data')}[--config FILE.yaml] [--OPTION VALUE ...]",
         description=options.__doc__.split("\n\n")[0],
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_class_arguments(options)
+    parser.add_class_arguments(options, as_positional=verb == "data")
     for action in parser._actions:
         if _is_flag(options, action.dest):
             action.nargs, action.const = "?", True  # --resume alone means --resume true

@@ -10,6 +10,28 @@ from qstar_jax.config.variants import path
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """What a file of data holds: its format, rows that cannot be used, lengths, and what training would see.
+
+    Args:
+        file: What `data.train` may name: a file, a folder, a pattern, or a dataset on the hub.
+        model: Folder or hub name of a model, or folder of a run, whose tokenizer shows rows as training sees them;
+            null: text only.
+        split: Split to read if `file` has splits.
+        kind: What its rows become; null: what its columns suggest.
+        show: Number of rows to show.
+        data: How rows are read; `data.max_train_rows` reads only the first.
+    """
+
+    file: str = path()
+    model: str | None = path(None)
+    split: str = "train"
+    kind: Literal["preferences", "rankings", "labels", "returns", "completions", "prompts"] | None = None
+    show: int = 2
+    data: DataOptions = field(default_factory=DataOptions)
+
+
+@dataclass(frozen=True)
 class ScoreConfig:
     """The reward that a preference-trained model gives to each token of each response.
 

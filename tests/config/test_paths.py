@@ -9,14 +9,14 @@ from qstar_jax.config.paths import check_paths
 from qstar_jax.errors import InputError
 
 PATHS = {
-    "model", "out", "reference", "base", "pairs.tuned", "pairs.untuned", "data.train", "data.eval",
+    "file", "model", "out", "reference", "base", "pairs.tuned", "pairs.untuned", "data.train", "data.eval",
     "data.chat_template", "reference.cache", "judge.model", "judge.reference", "judge.prompt", "judge.cache", "credit",
     "sweep", "decline", "with_sft", "without_sft",
 }  # fmt: skip
 # Options that are text and no path.
 WORDS = {
-    "prompt", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url", "loss.name",
-    "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies",
+    "prompt", "split", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url",
+    "loss.name", "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies",
 }  # fmt: skip
 COLUMNS = """name train_split eval_split prompt chosen rejected completion label reward reference_rewards tools system
     date""".split()

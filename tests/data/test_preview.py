@@ -1,7 +1,9 @@
+import numpy as np
+
 from qstar_jax.config import DataOptions
 from qstar_jax.data.preview import preview
 from qstar_jax.data.records import Record
-from qstar_jax.data.tokenization import tokenize
+from qstar_jax.data.tokenization import Example, Response, tokenize
 
 
 def shown(tokenizer, prompt, *responses):
@@ -43,3 +45,22 @@ def test_data_is_neither_markup_nor_a_terminal_command(plain_tokenizer):
     text = shown(plain_tokenizer, "[red]", "\x1b[2J")
     assert "[red]" in text.plain and "red" not in styles(text).values()
     assert "\x1b" not in text.plain and r"\x1b[2J" in text.plain
+
+
+def test_what_the_environment_says_is_dim(plain_tokenizer):
+    ids = np.array(plain_tokenizer("abcde").input_ids, np.int32)
+    response = Response(ids, True, np.array([True, True, False, False, True]), np.array([0, 0, -1, -1, 1]))
+    text = preview(Example(ids[:1], False, (response,), 0), plain_tokenizer)
+    assert "response (3 actions of 5 tokens, in the loss; truncated" in text.plain and text.plain.endswith("ab⟨cd⟩e")
+    found = styles(text)
+    assert found["ab"] == found["e"] == "green" and found["⟨cd⟩"] == "dim"
+
+
+def test_rankings_and_outcomes(plain_tokenizer):
+    ids = [np.array(plain_tokenizer(text).input_ids, np.int32) for text in "abc"]
+    ranking = Example(ids[0], False, tuple(Response(x, True) for x in (*ids, ids[0][:0])), 0)
+    plain = preview(ranking, plain_tokenizer).plain
+    assert "place 1 (1 tokens" in plain and "place 3 (1 tokens" in plain and "place 4" not in plain
+    single = Example(ids[0], False, (Response(ids[1], True),) * 2, 0, {"labels": np.asarray(True)})
+    plain = preview(single, plain_tokenizer).plain
+    assert "response to another prompt (1 tokens" in plain and plain.endswith("labels: True")

@@ -1,0 +1,164 @@
+"""What a file of data holds: its columns, the format that they have, and what becomes of its rows."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from qstar_jax.config import DataOptions
+from qstar_jax.data.columns import Turns
+from qstar_jax.data.dropped import BadRow
+from qstar_jax.data.formats import File, formats_of
+from qstar_jax.data.loading import Dataset
+from qstar_jax.data.outcomes import find_reward
+from qstar_jax.data.records import Kind, Record
+from qstar_jax.errors import InputError
+
+# The verb and the options that read each kind of data.
+_READERS: dict[Kind, str] = {
+    "preferences": "qstar dpo --data.train {file}",
+    "rankings": "qstar dpo --data.train {file} --loss.name plackett_luce",
+    "labels": "qstar dpo --data.train {file} --loss.name kto",
+    "returns": "qstar dpo --data.train {file} --loss.name a_star",
+    "completions": "qstar sft --data.train {file}",
+    "prompts": "qstar generate --data.eval {file}",
+}
+_KINDS: dict[str, Kind] = {"pairs": "preferences", "arena": "preferences", "ranking": "preferences"}
+_FEW = 0.01  # share of truncated texts that is no reason for advice
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a file.
+
+    Attributes:
+        name: Its name.
+        types: Types of its values, the most frequent first.
+        filled: Share of the rows that have a value.
+        example: The first value.
+    """
+
+    name: str
+    types: tuple[str, ...]
+    filled: float
+    example: Any
+
+
+def columns_of(rows: Sequence[dict | BadRow]) -> list[Column]:
+    """Describes the columns of rows, in the order in which they occur."""
+    values: dict[str, list] = {}
+    for row in rows:
+        for name, value in row.items() if isinstance(row, dict) else ():
+            values.setdefault(name, []).extend([value] * (value is not None))
+    return [
+        Column(
+            name,
+            tuple(kind for kind, _ in Counter(type(value).__name__ for value in present).most_common()),
+            len(present) / len(rows),
+            present[0] if present else None,
+        )
+        for name, present in values.items()
+    ]
+
+
+def kind_of_rows(rows: list[dict | BadRow], options: DataOptions, source: str) -> tuple[Kind, str]:
+    """Finds what the rows of a file are usually used for, and names their format.
+
+    Raises:
+        InputError: No column is known.
+    """
+    file = File.of(rows, options, source)
+    for name in formats_of(file):
+        if name == "single":
+            return ("labels" if options.label in file.columns else "returns"), name
+        return _KINDS[name], name
+    if file.response is not None or {"instruction", "output"} <= file.columns:
+        return "completions", "single"
+    if file.has("prompt") or "instruction" in file.columns:
+        return "prompts", "prompts"
+    raise InputError(
+        f"{source}: none of its columns ({', '.join(sorted(file.columns)) or 'none'}) is known; name them with "
+        "--data.prompt, --data.chosen and --data.rejected, or --data.completion with --data.label or --data.reward"
+    )
+
+
+def lengths_in_characters(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """Characters of the prompts and of the responses, by the place of the response."""
+    lengths = {"prompt": [_characters(record.prompt) for record in records]}
+    for record in records:
+        for place, response in enumerate(record.responses, start=1):
+            lengths.setdefault(_response_name(place, record), []).append(_characters(response))
+    return {name: np.array(values) for name, values in lengths.items()}
+
+
+def lengths_in_tokens(dataset: Dataset, records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """Tokens of the prompts and of the responses, by the place of the response."""
+    names = [_response_name(place, records[0]) for place in range(1, len(dataset.examples[0].responses) + 1)]
+    lengths = {"prompt": np.array([len(example.prompt) for example in dataset.examples])}
+    for place, name in enumerate(names):
+        tokens = np.array([len(example.responses[place].ids) for example in dataset.examples])
+        lengths[name] = tokens[tokens > 0]  # shorter rankings are filled up
+    return lengths
+
+
+def advice(
+    file: str,
+    kind: Kind,
+    rows: list[dict | BadRow],
+    records: Sequence[Record],
+    options: DataOptions,
+    dataset: Dataset | None = None,
+    whole: Dataset | None = None,
+    has_template: bool = False,
+) -> list[str]:
+    """Says how to use a file, and what to change.
+
+    Args:
+        file: Its name.
+        kind: What its rows become.
+        rows: As they were read.
+        records: What they became.
+        options: How they were read.
+        dataset: The same as tokens, if there is a tokenizer.
+        whole: The same without truncation.
+        has_template: Whether the tokenizer has a chat template.
+    """
+    lines = [f"Use it: {_READERS[kind].format(file=file)}"]
+    if kind == "labels" and find_reward(rows, replace(options, reward=None)) is not None:
+        lines.append("It has rewards too, which --loss.name a_star and qrpo read.")
+    if dataset is not None and whole is not None:
+        lines += _advice_on_lengths(dataset, whole, options)
+    if has_template and isinstance(records[0].prompt, str):
+        lines.append("Prompts are plain text, and the tokenizer has a chat template: --data.as_chat applies it.")
+    if kind == "preferences":
+        longer = np.mean([_characters(r.responses[0]) > _characters(r.responses[1]) for r in records])
+        lines.append(f"Chosen responses are the longer ones in {longer:.0%} of the pairs.")
+    return lines
+
+
+def _advice_on_lengths(dataset: Dataset, whole: Dataset, options: DataOptions) -> list[str]:
+    prompts = np.array([len(example.prompt) for example in whole.examples])
+    texts = np.array([len(e.prompt) + max([len(r.ids) for r in e.responses], default=0) for e in whole.examples])
+    lines = []
+    for name, lengths in (("max_prompt_length", prompts), ("max_length", texts)):
+        limit = getattr(options, name)
+        if (share := (lengths > limit).mean()) > _FEW:
+            lines.append(
+                f"{share:.1%} exceed --data.{name} {limit}; {int(np.percentile(lengths, 99))} holds 99%, "
+                f"{lengths.max()} all."
+            )
+    if lines or dataset.longest() >= options.max_length:
+        return lines
+    return [f"The longest text has {texts.max()} tokens: --data.max_length {texts.max()} is enough."]
+
+
+def _response_name(place: int, record: Record) -> str:
+    if len(record.responses) == 2:
+        return ("chosen", "rejected")[place - 1]
+    return "response" if len(record.responses) == 1 else f"place {place}"
+
+
+def _characters(turns: Turns) -> int:
+    return len(turns) if isinstance(turns, str) else sum(len(message.get("content") or "") for message in turns)

@@ -1,0 +1,74 @@
+"""What `qstar data FILE` says of a file."""
+
+import json
+
+import pytest
+
+from qstar_jax.cli.main import main
+
+
+def say(tmp_path, capsys, rows, *words, code=0):
+    """What the verb prints about a file of these rows, and what it refuses."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", str(tmp_path / "a.jsonl"), *words]) == code
+    shown = capsys.readouterr()
+    return shown.out if code == 0 else (shown.out, shown.err)
+
+
+PAIR = {"prompt": "w1 w2", "chosen": "w3 w4 w5", "rejected": "w6"}
+
+
+def test_a_file_without_a_tokenizer(tmp_path, capsys):
+    rows = [PAIR] * 19 + [PAIR | {"rejected": ""}, PAIR | {"rejected": PAIR["chosen"]}, PAIR | {"id": 3}]
+    text = say(tmp_path, capsys, rows, "--show", "1")
+    assert "22 rows" in text and "format: pairs, read as preferences" in text
+    table = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert table["chosen"] == ["chosen", "8.0", "8", "8", "8", "8"]  # lengths, which stand below the columns
+    assert "empty rejected response" in text and "chosen equals rejected" in text
+    assert table["id"] == ["id", "int", "5%", "3"]
+    assert "[prompt] w1 w2" in text and "[response 1] w3 w4 w5" in text and "row 2" not in text
+    assert "Use it: qstar dpo --data.train" in text and "Chosen responses are the longer ones in 100%" in text
+
+
+def test_a_file_with_a_tokenizer(tmp_path, capsys, hf_folder):
+    rows = [PAIR] * 9 + [PAIR | {"chosen": "w3 " * 40}]
+    words = ["--model", str(hf_folder), "--data.max_length", "20", "--data.max_prompt_length", "8", "--show", "1"]
+    text = say(tmp_path, capsys, rows, *words)
+    assert "10 rows read, 10 used" in text and "lengths in tokens" in text
+    assert "10.0% exceed --data.max_length 20;" in text
+    assert "chosen (" in text and "in the loss)" in text
+    text = say(tmp_path, capsys, rows[:3], "--model", str(hf_folder), "--data.max_length", "900")
+    assert "--data.max_length" in text.split("The longest text has")[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "use"),
+    [
+        ({"prompt": "p", "completion": "c", "label": True}, "labels", "--loss.name kto"),
+        ({"prompt": "p", "completion": "c", "score": 1}, "returns", "--loss.name a_star"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}, "preferences", "qstar dpo"),
+        ({"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]}, "completions", "sft"),
+        ({"prompt": "p"}, "prompts", "qstar generate --data.eval"),
+    ],
+)
+def test_kinds_of_rows(row, kind, use, tmp_path, capsys):
+    text = say(tmp_path, capsys, [row] * 2)
+    assert f"read as {kind}" in text and use in text
+
+
+def test_another_kind(tmp_path, capsys):
+    text = say(tmp_path, capsys, [PAIR], "--kind", "labels")
+    assert "format: pairs, read as labels" in text and "--loss.name kto" in text
+
+
+def test_what_cannot_be_used_is_shown_before_it_is_refused(tmp_path, capsys):
+    shown, refusal = say(tmp_path, capsys, [{"question": "p", "answer": "a"}], code=2)
+    assert "question" in shown and "none of its columns (answer, question) is known" in refusal
+    assert "--data.prompt, --data.chosen and --data.rejected" in refusal
+    row = {"prompt": "p", "completions": [{"response": "a", "x_score": 1, "y_score": 2}]}
+    shown, refusal = say(tmp_path, capsys, [row], code=2)
+    assert "completions" in shown and "x_score, y_score; choose one with --data.reward" in refusal
+
+
+def test_control_characters_do_not_act(tmp_path, capsys):
+    assert "\x1b" not in say(tmp_path, capsys, [PAIR | {"prompt": "a\x1b[2Jb"}])
