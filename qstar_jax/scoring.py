@@ -10,7 +10,8 @@ from qstar_jax.data.batches import Batch
 from qstar_jax.mdp import TokenScores
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.models.logprobs import token_logprobs, top_logprobs
+from qstar_jax.models.head import Head
+from qstar_jax.models.logprobs import reference_kl, token_logprobs, top_logprobs
 from qstar_jax.models.lora import split_adapter
 from qstar_jax.models.masks import PackedMask
 from qstar_jax.sharding import batch_shards, map_batch
@@ -22,7 +23,11 @@ def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
     Returns:
         Scores of shape [B, R, T], float32, without `ref_logp`.
     """
-    scores = token_logprobs(_scored_states(model, params, batch), model.head(params), batch.targets)
+    return _scores(_scored_states(model, params, batch), model.head(params), batch)
+
+
+def _scores(hidden: Float[Array, "N K D"], head: Head, batch: Batch) -> TokenScores:
+    scores = token_logprobs(hidden, head, batch.targets)
     logp, logz = (jnp.where(batch.action_mask, _of_responses(x, batch), 0.0) for x in scores)
     return TokenScores(logp, None, logz, batch.action_mask)
 
@@ -50,6 +55,30 @@ def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, bat
         base = split_adapter(params)[0] if ref_params is None else ref_params
         ref_logp = score_policy(model.base, base, batch).logp
     return replace(scores, ref_logp=jax.lax.stop_gradient(ref_logp))
+
+
+def score_divergence(
+    model: CausalLM, params: Params, ref_params: Params | None, batch: Batch
+) -> tuple[TokenScores, Float[Array, "B R T"]]:
+    """Scores responses as `score_tokens` does, and the divergence of whole distributions beside them.
+
+    Args:
+        model: The model; policy and reference have the same shape, except for an adapter.
+        params: The policy's parameters.
+        ref_params: The reference's parameters; None where it is the policy without its adapter. Log-probabilities in
+            the batch do not replace them.
+        batch: B prompts with R responses each.
+
+    Returns:
+        Scores, and KL(pi_ref || pi) in the state of each action, in nats; 0 elsewhere. Shape [B, R, T]; no gradient
+        flows into the reference.
+    """
+    base = jax.lax.stop_gradient(split_adapter(params)[0] if ref_params is None else ref_params)
+    hidden, ref_hidden = _scored_states(model, params, batch), _scored_states(model.base, base, batch)
+    head, ref_head = model.head(params), model.base.head(base)
+    scores, ref_scores = _scores(hidden, head, batch), _scores(ref_hidden, ref_head, batch)
+    kl = _of_responses(reference_kl(hidden, head, ref_hidden, ref_head), batch)
+    return replace(scores, ref_logp=ref_scores.logp), jnp.where(batch.action_mask, kl, 0.0)
 
 
 def response_alternatives(

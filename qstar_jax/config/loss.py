@@ -16,7 +16,7 @@ class LossOptions:
         name: sigmoid (DPO), sigmoid_norm, robust, hinge, ipo, ipo_sum, exo_pair, discopop, dpop, dpo_shift, nca_pair,
             bco_pair, sppo_hard, apo_zero, apo_down, aot, aot_unpaired; on rankings plackett_luce (on pairs the same as
             sigmoid); on single responses kto, implicit_prm (labels), a_star, qrpo (rewards); without a reference sft,
-            simpo, cpo, orpo, cpl; or a list of them for a weighted sum.
+            simpo, cpo, orpo, cpl; token by token tdpo1, tdpo2, tgdpo; or a list of them for a weighted sum.
         weights: Weight of each loss in a list; null: 1 each.
         beta: Temperature: reward per nat of log-ratio; each loss's formula says what it scales.
         label_smoothing: Probability that a label is flipped (sigmoid: conservative DPO).
@@ -74,11 +74,13 @@ class ReferenceOptions:
             policy without its adapter (`lora.rank`); `none` is for losses without a reference. `auto` is none for
             those, adapter if there is one, else live.
         cache: Folder of the caches; null: below the user's cache folder.
+        guide: Folder of a DPO run whose token rewards guide `tgdpo`; they are computed once and cached as well.
         sync_every: Steps after which a live reference moves towards the policy (TR-DPO, arXiv 2404.09656); 0: never.
         sync_mix: Weight of the policy in the moved reference; 1 replaces it.
     """
 
     mode: Literal["auto", "live", "cached", "adapter", "none"] = "auto"
     cache: str | None = path(None)
+    guide: str | None = path(None)
     sync_every: int = 0
     sync_mix: float = 1.0

@@ -40,6 +40,7 @@ class Batch:
         truncated: The response lost its end, and its EOS.
         weights: 1, or 0 for empty examples that only fill up the last batch of an evaluation.
         ref_logp: Cached log pi_ref of the responses' actions in nats, if any; not read elsewhere.
+        guide_rewards: Token rewards of the responses' actions by another model, if any; not read elsewhere.
         texts: Text b * R + r is response r of example b after its prompt; None if the shapes do not ask for texts.
         outcome: What was said of single responses: `labels` [B], or `rewards` [B] and `reference_rewards` [B, N].
         shards: Devices for which the batch was packed: the sequences of an example lie on the same device.
@@ -59,6 +60,7 @@ class Batch:
     truncated: Bool[Array, "B R"]
     weights: Float[Array, " B"]
     ref_logp: Float[Array, "B R T"] | None = None
+    guide_rewards: Float[Array, "B R T"] | None = None
     texts: Texts | None = None
     outcome: dict[str, Array] = field(default_factory=dict)
     shards: int = field(default=1, metadata={"static": True})
@@ -75,6 +77,7 @@ def make_batch(
     *,
     fill_to: int = 0,
     ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
+    guide_rewards: Sequence[Sequence[np.ndarray]] | None = None,
     at_least: tuple[int, int] = (0, 0),
     plan: Plan | None = None,
 ) -> Batch:
@@ -85,6 +88,7 @@ def make_batch(
         shapes: Shapes of the dataset.
         fill_to: Add examples without tokens, of weight 0, up to this many.
         ref_logps: log pi_ref of each token of each response of each example, in nats.
+        guide_rewards: Rewards of the same tokens by another model.
         at_least: N and K are at least these.
         plan: What `plan_batch` returned for these arguments, if it was called before.
 
@@ -108,7 +112,9 @@ def make_batch(
         _write_sequence(batch, n, blocks, examples)
     if shapes.text_length:
         batch = replace(batch, texts=_find_texts(batch, plan, shapes.text_length))
-    return batch if ref_logps is None else replace(batch, ref_logp=_padded(ref_logps, batch.index.shape))
+    of_tokens = {"ref_logp": ref_logps, "guide_rewards": guide_rewards}
+    padded = {name: _padded(values, batch.index.shape) for name, values in of_tokens.items() if values is not None}
+    return replace(batch, **padded)
 
 
 def _padding(examples: Sequence[Example], count: int, size: tuple[int, int], shapes: Shapes) -> Batch:

@@ -61,6 +61,7 @@ class Feeder:
             texts=mesh.abstract_mesh.abstract_device.platform == "gpu",  # cuDNN's attention needs them
         )
         self._ref_logps: Sequence[Sequence[np.ndarray]] | None = None
+        self._guide_rewards: Sequence[Sequence[np.ndarray]] | None = None
         self._sharding = NamedSharding(mesh, BATCH)
         self._step_sharding = NamedSharding(mesh, BATCH if accumulate == 1 else PartitionSpec(None, *BATCH))
 
@@ -68,6 +69,12 @@ class Feeder:
         """Returns a feeder whose batches also carry log pi_ref of their responses' tokens."""
         other = copy.copy(self)
         other._ref_logps = ref_logps
+        return other
+
+    def with_guide(self, rewards: Sequence[Sequence[np.ndarray]]) -> "Feeder":
+        """Returns a feeder whose batches also carry the rewards that a guide gives to their responses' tokens."""
+        other = copy.copy(self)
+        other._guide_rewards = rewards
         return other
 
     @property
@@ -116,8 +123,9 @@ class Feeder:
         return [self.dataset.examples[i] for i in indices]
 
     def _make(self, indices: np.ndarray, **options) -> Batch:
-        ref_logps = None if self._ref_logps is None else [self._ref_logps[i] for i in indices]
-        return make_batch(self._examples(indices), self.shapes, ref_logps=ref_logps, **options)
+        of_tokens = {"ref_logps": self._ref_logps, "guide_rewards": self._guide_rewards}
+        of_tokens = {name: values and [values[i] for i in indices] for name, values in of_tokens.items()}
+        return make_batch(self._examples(indices), self.shapes, **of_tokens, **options)
 
     def _place(self, batch: Batch, sharding: NamedSharding) -> Batch:
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)

@@ -16,8 +16,8 @@ def plackett_luce(
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
     """DPO over rankings: -log of the probability that the implicit rewards rank the responses as given (Plackett-Luce).
 
-    -sum_k [u_k - log sum_{j >= k} exp(u_j)], u_k = beta * sum_t log-ratio_t of the response in place k; on pairs,
-    which are all that `qstar dpo` reads today, it is `sigmoid`.
+    -sum_k [u_k - log sum_{j >= k} exp(u_j)], u_k = beta * sum_t log-ratio_t of the response in place k; on pairs
+    it is `sigmoid`.
 
     Args:
         log_ratios: Token log-ratios of the responses, best first, in nats. Shape [..., R, T].

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qstar_jax.mdp import kl_divergence
 from qstar_jax.models.head import Head
 from qstar_jax.sharding import map_batch
 
@@ -84,6 +85,43 @@ def top_logprobs(
         return tuple(_from_chunks(x, *hidden.shape[:2]) for x in chunks)
 
     return map_batch(top, (head, ref_head), hidden, ref_hidden)
+
+
+def reference_kl(
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    ref_hidden: Float[Array, "B T E"],
+    ref_head: Head,
+    *,
+    chunk_size: int = CHUNK,
+) -> Float[Array, "B T"]:
+    """Computes KL(pi_ref || pi) at each position; no gradient flows into the reference.
+
+    Args:
+        hidden: Last hidden states of the policy. Shape [B, T, D].
+        head: The policy's head; V tokens.
+        ref_hidden: Last hidden states of the reference. Shape [B, T, E].
+        ref_head: The reference's head, over the same V tokens.
+        chunk_size: Tokens per chunk of logits, on each device; those of a chunk are computed again in the backward
+            pass.
+
+    Returns:
+        Divergences in nats, float32. Shape [B, T].
+    """
+
+    def kernel(heads: tuple[Head, Head], hidden: Array, ref_hidden: Array) -> Array:
+        head, ref_head = heads
+
+        @jax.checkpoint
+        def one_chunk(chunk):
+            hidden, ref_hidden = chunk
+            ref_logits = jax.lax.stop_gradient(ref_head.logits(ref_hidden))
+            return kl_divergence(ref_logits, head.logits(hidden), jnp.ones(hidden.shape[:-1], bool))
+
+        chunks = jax.lax.map(one_chunk, (_to_chunks(hidden, chunk_size), _to_chunks(ref_hidden, chunk_size)))
+        return _from_chunks(chunks, *hidden.shape[:2])
+
+    return map_batch(kernel, (head, ref_head), hidden, ref_hidden)
 
 
 def _to_chunks(x: Array, chunk_size: int) -> Array:

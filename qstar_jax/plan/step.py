@@ -104,6 +104,8 @@ def abstract_step(
     )
     if plan.reference.mode == "cached":
         feeder = feeder.with_reference([[np.zeros(len(r.ids), np.float32) for r in e.responses] for e in examples])
+    if plan.objective.guided:
+        feeder = feeder.with_guide([[np.zeros(len(r.ids), np.float32) for r in e.responses] for e in examples])
     optimizer = make_optimizer(plan.config.optimizer, options.steps or feeder.batches)
     state = abstract_state(plan, model, optimizer, mesh)
     in_step = [examples[i] for i in feeder.indices_at_step(options.seed, 0).reshape(-1)]

@@ -112,6 +112,11 @@ def check_same_data(plan: RunPlan, began: Description, data: dict[str, Any]) -> 
         return "--resume: the checkpoint does not say what data it was trained on, so these could not be compared"
     if began.data["train"] != data["train"]:
         raise _other_data("train", plan, began, data)
+    if began.data.get("guide") != data.get("guide"):
+        raise InputError(
+            f"--resume: the parameters in reference.guide {plan.reference.guide} are not those with which the run in "
+            f"{plan.config.out} began; restore that run, or begin a new one in another --out"
+        )
     before, now = began.data["eval"], data["eval"]
     if before is None or now is None or before == now:
         return None

@@ -57,7 +57,7 @@ def make_evaluator(
     plan: RunPlan, model: CausalLM, loss_fn: LossFn, feeder: Feeder, state: TrainState, track: Track
 ) -> Evaluator:
     """Makes the evaluator of a run, which begins at `state`."""
-    if not plan.runs_reference or plan.moves_reference:
+    if not plan.runs_reference or plan.moves_reference or plan.objective.reads_logits:
         return Evaluator(feeder, jax.jit(lambda *args: loss_fn(*args)[1]), track=track)
     logprobs = jax.jit(lambda params, batch: score_policy(model.base, params, batch).logp)
     reference = state.frozen if state.ref_params is None else state.ref_params

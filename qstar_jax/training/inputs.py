@@ -17,6 +17,7 @@ from qstar_jax.data.preview import preview
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.store.user_cache import user_cache
 from qstar_jax.training.continuation import check_same_data, data_identity
+from qstar_jax.training.guide import with_guide
 from qstar_jax.training.plan import RunPlan
 from qstar_jax.training.reference import cached_logprobs
 from qstar_jax.training.setup import Start
@@ -74,6 +75,10 @@ def load_inputs(plan: RunPlan, start: Start, mesh: Mesh, console: Console) -> In
         batch_size = options.eval_batch_size or options.batch_size
         held_out = Feeder(examples, batch_size, mesh, data, "train.eval_batch_size")
     identity = data_identity(train.dataset.examples, held_out and held_out.dataset.examples)
+    if plan.objective.guided:
+        feeders, guide = with_guide(plan, start, [train, held_out] if held_out else [train], mesh, console)
+        train, held_out = (*feeders, None)[:2]
+        identity["guide"] = guide.partition(" ")[0]  # the digest of its parameters
     if start.began and (note := check_same_data(plan, start.began, identity)):
         say(console, note)
     return Inputs(train, held_out, identity)

@@ -40,6 +40,15 @@ def resolve_reference(options: ReferenceOptions, objective: Objective, lora_rank
         raise InputError(f"reference.mode is {mode}, and {loss} has no reference; leave it out")
     if mode == "none" and objective.uses_reference:
         raise InputError(f"reference.mode is none, and {loss} compares the policy with one; choose live or cached")
+    if mode == "cached" and objective.reads_logits:
+        raise InputError(
+            f"reference.mode is cached, and {loss} compares whole distributions with the reference's, of which log-"
+            "probabilities of responses are not enough; choose live, or adapter with lora.rank"
+        )
+    if objective.guided != (options.guide is not None):
+        needs = "needs the folder of a DPO run whose token rewards guide it; set reference.guide"
+        unread = f"does not read reference.guide {options.guide} (tgdpo does); leave it out"
+        raise InputError(f"loss.name {loss} {needs if objective.guided else unread}")
     if mode == "adapter" and not has_adapter:
         raise InputError("reference.mode adapter takes the policy without its adapter, and it has none; set lora.rank")
     if options.sync_every and (mode != "live" or has_adapter):

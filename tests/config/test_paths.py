@@ -10,7 +10,8 @@ from qstar_jax.errors import InputError
 
 PATHS = {
     "file", "model", "out", "reference", "base", "pairs.tuned", "pairs.untuned", "data.train", "data.eval",
-    "data.chat_template", "reference.cache", "judge.model", "judge.reference", "judge.prompt", "judge.cache", "credit",
+    "data.chat_template", "reference.cache", "reference.guide", "judge.model", "judge.reference", "judge.prompt",
+    "judge.cache", "credit",
     "sweep", "decline", "with_sft", "without_sft",
 }  # fmt: skip
 # Options that are text and no path.

@@ -28,6 +28,9 @@ class Objective:
             change it.
         loss_at_reference: Loss of a policy that equals its reference, if that is the same for all examples.
         beta: Reward per nat of log-ratio; None without a reference.
+        reads_logits: Whether the loss compares whole distributions, so that log-probabilities of a reference do not
+            replace it.
+        guided: Whether it reads token rewards of another run.
         mismatches: Whether each example needs a second response, to the prompt of another example.
     """
 
@@ -39,4 +42,6 @@ class Objective:
     couples_examples: bool = False
     loss_at_reference: float | None = None
     beta: float | None = None
+    reads_logits: bool = False
+    guided: bool = False
     mismatches: bool = False

@@ -14,7 +14,7 @@ from qstar_jax.data.batches import Batch
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.scoring import score_policy, score_tokens
+from qstar_jax.scoring import score_divergence, score_policy, score_tokens
 from qstar_jax.training.metrics import SQUARES
 from qstar_jax.training.objectives.base import LossFn, Objective
 from qstar_jax.training.objectives.responses import response_metrics, token_counts
@@ -26,9 +26,9 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
     Raises:
         InputError: If the loss reads arrays that a training batch does not have.
     """
-    if loss.extra_arrays:
+    if missing := loss.extra_arrays - {"kl", "guide_rewards"}:
         raise InputError(
-            f"loss.name {loss} needs {', '.join(sorted(loss.extra_arrays))}, which a batch of pairs does not have; "
+            f"loss.name {loss} needs {', '.join(sorted(missing))}, which a batch of pairs does not have; "
             "call it from a training loop of your own (qstar_jax.losses), or choose another loss"
         )
     rankings = loss.terms == ("plackett_luce",)
@@ -43,6 +43,8 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
         couples_examples=loss.couples_rows,
         loss_at_reference=None if rankings else loss.loss_at_reference,
         beta=loss.beta,
+        reads_logits="kl" in loss.arrays,
+        guided="guide_rewards" in loss.arrays,
     )
 
 
@@ -56,14 +58,21 @@ def preference_loss_fn(model: CausalLM, loss: losses.PreferenceLoss) -> LossFn:
 
     def loss_fn(params: Params, ref_params: Params | None, batch: Batch):
         # Score the responses; examples that only fill up count as empty, for losses that look at the whole batch.
-        if loss.uses_reference:
+        arrays = {}
+        if "kl" in loss.arrays:
+            scores, arrays["kl"] = score_divergence(model, params, ref_params, batch)
+        elif loss.uses_reference:
             scores = score_tokens(model, params, ref_params, batch)
         else:
             scores = score_policy(model, params, batch)
         scores = replace(scores, mask=scores.mask & (batch.weights > 0)[:, None, None])
         # Compare them; rankings may have empty places.
         present = scores.mask.any(-1)
-        values, record = loss(scores, present=present) if loss.terms == ("plackett_luce",) else loss(scores)
+        if loss.terms == ("plackett_luce",):
+            arrays["present"] = present
+        if "guide_rewards" in loss.arrays:
+            arrays["guide_rewards"] = batch.guide_rewards
+        values, record = loss(scores, **arrays)
         # Sum loss and metrics over examples, by weight.
         examples = batch.weights.sum()
         metrics = {"loss": ((values * batch.weights).sum(), examples)}
