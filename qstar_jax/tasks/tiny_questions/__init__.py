@@ -1,7 +1,7 @@
 """tiny-questions: dialogues that find out a hidden thing, with the known value of every turn.
 
 As data it is `builtin:tiny-questions` (splits train, test and noisy). There is no base model: each seed has things of
-its own, so `python -m qstar_jax.demo.dialogue` pretrains one.
+its own. `rows.documents` makes texts on which one can be trained.
 """
 
 from qstar_jax.tasks.task import Task
