@@ -176,7 +176,8 @@ def _group_size(x: Instruction, devices: int) -> int:
     if sizes := x.find(r"replica_groups=mesh\[([^\]]*)\]"):  # mesh['data'=2,'fsdp'=4] {'fsdp'}
         axes = x.find(r"replica_groups=mesh\[[^\]]*\](?:, device_ids=\S+)? \{([^}]*)\}").replace("'", "").split(",")
         by_axis = dict(pair.split("=") for pair in sizes.replace("'", "").replace(" ", "").split(","))
-        return math.prod(int(by_axis[axis.strip()]) for axis in axes)
+        # A part of an axis is written 'name:(devices before it)devices of the part'.
+        return math.prod(int(axis.rpartition(")")[2] if ":(" in axis else by_axis[axis.strip()]) for axis in axes)
     if iota := x.numbers(r"replica_groups=\[([\d,]+)\]<="):  # [groups,devices of a group]<=[...]
         return iota[-1]
     return len(x.numbers(r"replica_groups=\{\{([\d,]*)\}")) or devices  # {{0,1},{2,3}}, or {}: all

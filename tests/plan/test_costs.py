@@ -107,6 +107,7 @@ def test_transfers_of_several_arrays_in_loops_and_groups():
         ("[2,4]<=[8]", 4),
         ("mesh['x'=4,'y'=2] {'y'}", 2),
         ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}", 4),
+        ("mesh['x'=8] {'x':(2)4}", 4),
         ("{}", 8),
     ],
 )

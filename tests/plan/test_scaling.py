@@ -5,7 +5,15 @@ from functools import cache
 import jax
 import pytest
 
-from qstar_jax.config import ComputeOptions, DataOptions, DpoConfig, MeshOptions, TrainOptions
+from qstar_jax.config import (
+    ComputeOptions,
+    DataOptions,
+    DpoConfig,
+    LoraOptions,
+    MeshOptions,
+    ReferenceOptions,
+    TrainOptions,
+)
 from qstar_jax.models import CausalLM
 from qstar_jax.plan.costs import collectives
 from qstar_jax.plan.step import CompiledProgram, lower_step, pairs_of_lengths
@@ -25,10 +33,13 @@ def step_on(devices_of):
     """Compiles a step of so many pairs on fully sharded parameters; also returns its model FLOPs per device."""
 
     @cache
-    def compiled(topology: str, pairs: int) -> tuple[CompiledProgram, float]:
+    def compiled(
+        topology: str, pairs: int, accumulate: int = 1, rank: int = 0, mode: str = "auto"
+    ) -> tuple[CompiledProgram, float]:
         devices = devices_of(topology)
         compute, mesh = ComputeOptions(dtype="bfloat16", remat="full"), MeshOptions(data=1, fsdp=len(devices))
-        sections = {"data": DataOptions(train="pairs"), "train": TrainOptions(batch_size=pairs)}
+        sections = {"train": TrainOptions(batch_size=pairs, accumulate=accumulate), "lora": LoraOptions(rank=rank)}
+        sections |= {"reference": ReferenceOptions(mode=mode), "data": DataOptions(train="pairs")}
         plan = make_plan(DpoConfig(model="", out="", compute=compute, mesh=mesh, **sections))
         examples = pairs_of_lengths(384, 48, pairs)
         step = lower_step(plan, CausalLM.from_hf(MODEL, compute), examples, make_mesh(mesh, devices))
@@ -41,11 +52,11 @@ def wire_bytes(program):
     return sum(program.wire_bytes.values())
 
 
-def check_that_only_parameters_travel(program):
+def check_that_only_parameters_travel(program, times: int = 3 + 1):
     """Matrices are gathered for the policy, its backward pass and the reference; gradients are scattered."""
     params = jax.tree.leaves(CausalLM.from_hf(MODEL).abstract_params())
     matrices = 2 * sum(x.size for x in params if x.ndim > 1)
-    assert wire_bytes(program) < 1.1 * (3 + 1) * matrices
+    assert wire_bytes(program) < 1.1 * times * matrices
     for item in collectives(program.module, program.devices):
         assert item.array.size <= 1.1 * LARGEST, item  # which may be padded to whole tiles
         assert item.kind != "all-reduce" or item.array.nbytes < 1e5, item
@@ -74,3 +85,8 @@ def test_chips_do_not_repeat_each_others_work(step_on):
     program, needed = step_on("v5e:4x4", 16)
     # Needed: policy, twice as much backward, reference; with recomputation the policy again.
     assert sum(program.flops.values()) < 1.2 * needed * 5 / 4
+
+
+def test_gradients_of_a_frozen_base_do_not_travel_nor_does_a_cached_reference(step_on):
+    program, _ = step_on("v5e:4x4", 32, accumulate=2, rank=8, mode="cached")
+    check_that_only_parameters_travel(program, times=2 * 2)  # for both passes of two micro-batches
