@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from qstar_jax.mdp import kl_divergence
 from qstar_jax.models.head import Head
-from qstar_jax.models.logprobs import token_logprobs, top_logprobs
+from qstar_jax.models.logprobs import reference_kl, token_logprobs, top_logprobs
 
 B, T, D, V = 3, 10, 8, 97
 PARTS = {"bias": np.linspace(-2.0, 2.0, V, dtype=np.float32), "softcap": 3.0, "scale": 0.4}
@@ -188,3 +189,22 @@ def test_memory_between_the_passes_does_not_grow_with_the_vocabulary():
         temporary, one_chunk, whole = excess(vocabulary)
         # A few arrays of one chunk's logits, and of the table's gradient (as large as one of them here).
         assert temporary < 8 * one_chunk + 2**20 < whole / 4
+
+
+def test_the_divergence_from_a_reference_in_chunks():
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, ref_hidden = (jax.random.normal(key, (2, 5, 8)) for key in keys[:2])
+    heads = [Head(jax.random.normal(key, (11, 8))) for key in keys[2:]]
+    mask = jnp.ones((2, 5), bool)
+
+    def whole(hidden):
+        return kl_divergence(heads[1].logits(ref_hidden), heads[0].logits(hidden), mask)
+
+    def chunked(hidden, chunk_size):
+        return reference_kl(hidden, heads[0], ref_hidden, heads[1], chunk_size=chunk_size)
+
+    expected = jax.grad(lambda hidden: (whole(hidden) ** 2).sum())(hidden)
+    for chunk_size in (3, 10, 1024):
+        np.testing.assert_allclose(chunked(hidden, chunk_size), whole(hidden), rtol=1e-5)
+        found = jax.grad(lambda hidden, size: (chunked(hidden, size) ** 2).sum())(hidden, chunk_size)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

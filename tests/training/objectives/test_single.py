@@ -126,13 +126,13 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "file", "reference"),
     [
-        ("kto", "labels", "live"),
         ("kto", "labels", "cached"),
-        ("implicit_prm", "labels", "live"),
-        ("a_star", "returns", "live"),
-        ("qrpo", "returns", "cached"),
+        pytest.param("kto", "labels", "live", marks=pytest.mark.slow),
+        pytest.param("implicit_prm", "labels", "live", marks=pytest.mark.slow),
+        pytest.param("a_star", "returns", "cached", marks=pytest.mark.slow),
+        pytest.param("qrpo", "returns", "live", marks=pytest.mark.slow),
         ("qrpo", "rankings", "live"),
-        ("plackett_luce", "rankings", "live"),
+        pytest.param("plackett_luce", "rankings", "live", marks=pytest.mark.slow),
         ("plackett_luce", "rankings", "cached"),
     ],
 )
@@ -150,6 +150,7 @@ def test_a_file_of_each_kind_trains(name, file, reference, files, make_config, t
     assert last["eval_loss"] < first["eval_loss"]
 
 
+@pytest.mark.slow
 def test_options_of_the_command_line_reach_the_loss(files, make_config, tiny_train, tmp_path):
     def loss(out, **options):
         config = make_config(

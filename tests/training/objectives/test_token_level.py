@@ -68,13 +68,13 @@ def test_a_cached_reference_is_not_enough_for_a_divergence(make_config, tmp_path
 
 @pytest.fixture(scope="module")
 def guide(tmp_path_factory, make_config, tiny_train):
+    """Folder and summary of a DPO run."""
     out = tmp_path_factory.mktemp("runs") / "guide"
-    tiny_train(make_config(out))
-    return out
+    return out, tiny_train(make_config(out))
 
 
 def test_tgdpo_reads_the_token_rewards_of_a_run(guide, make_config, tiny_train, tmp_path, eval_file):
-    cache = tmp_path / "cache"
+    cache, (guide, dpo) = tmp_path / "cache", guide
 
     def run(out, **options):
         settings = ReferenceOptions(guide=str(guide), cache=str(cache), mode="cached")
@@ -91,11 +91,11 @@ def test_tgdpo_reads_the_token_rewards_of_a_run(guide, make_config, tiny_train, 
     plain, _ = run("second", alpha=0.0)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == before
     assert abs(plain["loss"] - summary["loss"]) > 1e-6
-    dpo = tiny_train(make_config(tmp_path / "dpo", data={"eval": str(eval_file)}))
+    # Without guidance it is DPO, as the guide was trained.
     assert plain["loss"] == pytest.approx(dpo["loss"], rel=1e-4)
 
 
-def test_guides_are_refused_by_name(guide, make_config, tiny_train, tmp_path, hf_folder):
+def test_guides_are_refused_by_name(make_config, tiny_train, tmp_path, hf_folder):
     def refusal(name, guide):
         config = make_config(tmp_path, loss=LossOptions(name=name), reference=ReferenceOptions(guide=guide))
         with pytest.raises(InputError) as caught:
@@ -107,9 +107,10 @@ def test_guides_are_refused_by_name(guide, make_config, tiny_train, tmp_path, hf
     assert "has no reference, so it gives no token rewards" in refusal("tgdpo", str(hf_folder))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_its_guide_only(guide, make_config, tiny_train, tmp_path):
     moved, out = tmp_path / "guide", tmp_path / "run"
-    shutil.copytree(guide, moved)
+    shutil.copytree(guide[0], moved)
     settings = ReferenceOptions(guide=str(moved), cache=str(tmp_path / "cache"))
     config = make_config(out, loss=LossOptions(name="tgdpo"), reference=settings, resume=False)
     tiny_train(config)
