@@ -44,9 +44,9 @@ def make(config: str, model: str, topology: str, options: list[str]):
     """Makes a plan with `qstar plan`."""
     verb = config.partition("_")[0]
     with tempfile.TemporaryDirectory() as out:
-        command = [Path(sys.executable).with_name("qstar"), "plan", "--verb", verb, "--config", f"configs/{config}.yaml"]
-        command += ["--model", f"configs/plans/models/{model}", "--topology", topology, "--out", out, *options]
-        subprocess.run(command, check=True, cwd=HERE.parents[1])
+        words = ["--verb", verb, "--config", f"configs/{config}.yaml", "--model", f"configs/plans/models/{model}"]
+        words += ["--topology", topology, "--out", out, *options]
+        subprocess.run([Path(sys.executable).with_name("qstar"), "plan", *words], check=True, cwd=HERE.parents[1])
         text = (Path(out) / "plan.json").read_text(encoding="utf-8")
     (HERE / f"{name_of(config, model, topology)}.json").write_text(text, encoding="utf-8")
 
