@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh
 
 from qstar_jax.config import MeshOptions
 from qstar_jax.decoding.options import DecodePlan
+from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.plan.decode import new_tokens_of, padded_length, search_flops, search_stages
 from qstar_jax.plan.estimate import MOVED, bytes_per_slot, itemsize, totals
@@ -33,11 +34,15 @@ def estimate_search(
     """Estimates the needs of a search; arguments as for `decode.lower_search`.
 
     Raises:
-        InputError: If the method's programs cannot be known beforehand.
+        InputError: If the method's programs cannot be known beforehand, or parameters are sharded over `fsdp`.
     """
+    if mesh.shape["fsdp"] > 1:
+        raise InputError(
+            f"mesh fsdp={mesh.shape['fsdp']}: of decoding with parameters sharded so, nothing is estimated, as the "
+            "compiler decides what travels; shard them over mesh.tensor"
+        )
     stages, count = search_stages(plan), prompts if plan.batched else 1
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    searches = []
+    shards, searches = mesh.shape["data"], []
     for model in models:
         params = abstract_with_shardings(model.abstract_params(), param_shardings(model, mesh, options))
         rows = count / shards if count % shards == 0 else count

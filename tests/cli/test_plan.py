@@ -124,6 +124,13 @@ def test_bad_input_is_one_sentence(words, message, model, cpus, tmp_path, capsys
     assert message in error and len(error.splitlines()) == 1 and not out.exists()
 
 
+def test_decoding_with_sharded_parameters_is_estimated_over_tensor_only(model, tmp_path, capsys):
+    words = ["plan", "--verb", "generate", "--model", model, "--topology", "l4:1x1x4", "--out", str(tmp_path / "out")]
+    assert main([*words, "--mesh.fsdp", "4"]) == 2
+    assert "mesh fsdp=4: of decoding with parameters sharded so, nothing is estimated" in capsys.readouterr().err
+    assert main([*words, "--mesh.tensor", "4", "--mesh.min_shard_size", "64"]) == 0
+
+
 def test_a_model_that_fits_nowhere(tmp_path, tiny_config, capsys):
     size = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 300, "vocab_size": 256000}
     (tmp_path / "config.json").write_text(json.dumps(tiny_config | size))
