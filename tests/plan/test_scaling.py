@@ -59,7 +59,7 @@ def check_that_only_parameters_travel(program, times: int = 3 + 1):
     assert wire_bytes(program) < 1.1 * times * matrices
     for item in collectives(program.module, program.devices):
         assert item.array.size <= 1.1 * LARGEST, item  # which may be padded to whole tiles
-        assert item.kind != "all-reduce" or item.array.nbytes < 1e5, item
+        assert item.kind != "all-reduce" or item.array.nbytes < 1e6, item  # norms and adapters, no matrix
 
 
 def test_a_chip_sends_what_the_parameters_cost_whatever_the_batch_is(step_on):
