@@ -72,6 +72,30 @@ def test_a_mesh_of_three_axes_computes_the_same(lora):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max() + 1e-7)
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_layers_are_gathered_from_where_their_parameters_lie(sizes, monkeypatch):
+    shape = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}  # wider than the model
+    model = CausalLM.from_hf({"model_type": "qwen3"} | shape | heads).with_lora(8, 16.0)
+    options, seen = MeshOptions(**{"data": 1} | sizes), []
+
+    def record(function, params, *arrays, specs=None):
+        seen.append(specs)
+        return sharding.map_batch(function, params, *arrays, specs=specs)
+
+    def by_path(tree):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, P))
+        return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in leaves}
+
+    monkeypatch.setattr("qstar_jax.models.decoder.map_batch", record)
+    mesh, tokens = make_mesh(options), jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(model.logits, model.abstract_params(), tokens)
+    lie = jax.tree.map(lambda x: P(*x.spec[1:]), param_shardings(model, mesh, options)["layers"])
+    (specs,) = (specs[0] for specs in seen if specs)
+    assert by_path(specs) == by_path(lie)
+
+
 def test_overrides_win_and_the_first_match_counts():
     overrides = {"embed/": ["fsdp", None], "embed": [None, "tensor"]}
     assert spec("embed/embedding", (60, 32), overrides=overrides) == P("fsdp", None)

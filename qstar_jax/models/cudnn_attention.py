@@ -110,9 +110,10 @@ def why_not(
     shards, tensor = axes_size(free_axes(*BATCH[0])), axes_size(free_axes("tensor"))
     if len(q) % shards:
         return f"a batch of {len(q)} sequences cannot be sharded over mesh.data * mesh.fsdp = {shards} devices"
-    shards = batch_shards()
-    if mask.texts is not None and mask.texts.shards != shards:
-        return f"the texts of the mask lie in {mask.texts.shards} shards, not in mesh.data * mesh.fsdp = {shards}"
+    if mask.texts is not None and mask.texts.shards != batch_shards():
+        return (
+            f"the texts of the mask lie in {mask.texts.shards} shards, not in mesh.data * mesh.fsdp = {batch_shards()}"
+        )
     if k.shape[2] % tensor:
         return f"{k.shape[2]} groups of heads cannot be sharded over mesh.tensor = {tensor} devices"
     if implementation == "cudnn":

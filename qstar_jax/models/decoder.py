@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from qstar_jax._compat import nnx
@@ -87,7 +88,8 @@ class Decoder(nnx.Module):
         def run_layer(layer: Block, x: Array, settings: LayerSettings) -> Array:
             window, rotation = settings[0], _select_rotation(rotations, settings[1])
             layer = _cast_matrices(layer, self.compute.dtype)
-            specs = layer_specs((layer, window), self.config.num_hidden_layers, SHARDING_OVERRIDES)
+            specs = layer_specs(layer, self.config.num_hidden_layers, SHARDING_OVERRIDES)
+            specs = specs, jax.tree.map(lambda _: PartitionSpec(), window)
             return map_batch(run_on_shard, (layer, window), x, positions, mask, rotation, specs=specs)
 
         def run_on_shard(params: tuple[Block, Window], x: Array, positions: Array, mask, rotation: Rotation) -> Array:
