@@ -26,7 +26,8 @@ class DataOptions:
             is missing.
         label: Column that says whether a single response is desirable (kto, implicit_prm).
         reward: Column of the reward of a single response (a_star, qrpo), or of the scores in rankings (a key of each
-            response, or a column with a list); null: the only one that can be it.
+            response, or a column with a list); dots lead into nested dictionaries (annotations.honesty.Rating); null:
+            the only one that can be it.
         reference_rewards: Column of the rewards that responses of the reference to the same prompt got (a_star, qrpo):
             a list, or their soft value as one number; in files without it, these are the rewards of all rows of the
             prompt.
@@ -36,7 +37,8 @@ class DataOptions:
         tools: Column of the tools that the chat template shows to the model (a list of JSON schemas, or a JSON string
             of one), in files that have it; null ignores it.
         system: Column of the system message, in files that have it; it goes before the prompt's messages; null ignores
-            it.
+            it. In rankings it may be a key of each response (custom_system_prompt): then only responses to the same
+            system message are compared.
         as_chat: Wrap a plain-text prompt as a user's message and apply the tokenizer's chat template.
         chat_template: Name of one of the tokenizer's chat templates, or a file that holds one (Jinja); null: the
             tokenizer's default, or `tool_use` for dialogues with tools. A run's tokenizer keeps the choice as its

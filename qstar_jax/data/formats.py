@@ -3,7 +3,7 @@
 | format | columns |
 |---|---|
 | pairs | (prompt), chosen, rejected; Step-DPO's have initial_reason_steps as well |
-| arena | conversation_a, conversation_b, winner |
+| arena | conversation_a and _b, or prompt, response_a and _b; winner, or winner_model_a, winner_model_b, winner_tie |
 | ranking | prompt, completions (or responses, answers): several responses with scores or ranks |
 | single | (prompt), completion (or messages, conversations), and a label or a reward |
 
@@ -15,23 +15,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from qstar_jax.config import DataOptions
+from qstar_jax.data.battles import holds_battles
 from qstar_jax.data.dropped import BadRow
-from qstar_jax.data.outcomes import find_reward, list_column
+from qstar_jax.data.outcomes import find_reward
+from qstar_jax.data.rankings import list_column
 from qstar_jax.errors import InputError
 
 Rows = list[dict | BadRow]
 
-CONVERSATIONS = ("conversation_a", "conversation_b")
 # What each kind of data can be made of, the usual format first.
 _FORMATS = {
     "preferences": ("pairs", "arena", "ranking"),
     "rankings": ("ranking", "pairs", "arena"),
-    "labels": ("single", "pairs", "arena"),
+    "labels": ("single", "pairs", "arena", "ranking"),
     "returns": ("single", "ranking"),
 }
 _READ_BY = {
     "single": "losses of single responses (loss.name kto and implicit_prm read labels, a_star and qrpo rewards)",
-    "ranking": "losses of pairs, rankings and returns",
+    "ranking": "losses of pairs, rankings, labels and returns",
     "pairs": "losses of pairs, rankings and labels",
     "arena": "losses of pairs, rankings and labels",
 }
@@ -107,7 +108,7 @@ def formats_of(file: File) -> list[str]:
     named = any(getattr(options, name) != getattr(DataOptions, name) for name in ("chosen", "rejected"))
     fits = {
         "pairs": {options.chosen, options.rejected} <= columns or named,
-        "arena": {*CONVERSATIONS, "winner"} <= columns,
+        "arena": holds_battles(columns),
         "ranking": list_column(file.rows, options, columns) is not None,
     }
     if not any(fits.values()) and file.response is not None:

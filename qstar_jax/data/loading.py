@@ -125,6 +125,18 @@ def read_records(
     return rows, records, dropped
 
 
+def _system_note(records: list[Record]) -> str:
+    """Returns a sentence on system prompts that are not read; empty if there are none."""
+    rows = list(dict.fromkeys(record.row for record in records if record.ignored_system))
+    if not rows:
+        return ""
+    keys = next(record.ignored_system for record in records if record.ignored_system)
+    return (
+        f"Rows whose responses have system prompts of their own ({keys}), which are left out because judges compared "
+        f"responses to the instruction alone: {len(rows):,} ({first_rows(rows)}); read them with --data.system."
+    )
+
+
 def load_examples(
     source: str,
     split: str,
@@ -185,5 +197,5 @@ def make_dataset(
     check_bad_rows(dropped, total, options.bad_rows, source)
     steps = [record.row for record in records if record.open_end]
     step_note = f"Responses are single steps, which end without EOS: {len(steps):,} ({first_rows(steps)})."
-    notes = filter(None, [repeats_note(records), step_note if steps else ""])
+    notes = filter(None, [repeats_note(records), step_note if steps else "", _system_note(records)])
     return Dataset(fill_up(examples), tuple(dropped), source, options.date, tuple(notes), frozenset(steps))

@@ -18,6 +18,7 @@ from qstar_jax.data.dialogues import (
 )
 from qstar_jax.data.dropped import BadRow, DroppedRow
 from qstar_jax.data.outcomes import LABEL, OPEN_END, REWARD, parse_rewards
+from qstar_jax.data.rankings import IGNORED_SYSTEM
 
 Kind = Literal["preferences", "completions", "prompts", "rankings", "labels", "returns"]
 _EXPECTED = {
@@ -46,6 +47,7 @@ class Record:
         label: Whether a single response is desirable; None without labels.
         reward: Reward of a single response; None without rewards.
         reference_rewards: Rewards of the reference's responses to the prompt; empty without any.
+        ignored_system: Keys of the responses' own system prompts, if these are not read; empty if there are none.
         repeats: Whether the responses repeat their prompt in the file, and if so, whether it was removed.
     """
 
@@ -58,6 +60,7 @@ class Record:
     label: bool | None = None
     reward: float | None = None
     reference_rewards: tuple[float, ...] = ()
+    ignored_system: str = ""
     repeats: Literal["no", "removed", "kept"] = "no"
 
     @property
@@ -142,6 +145,7 @@ def read_record(row: dict | DroppedRow, index: int, layout: FileLayout, options:
         label=row.get(LABEL),
         reward=row.get(REWARD),
         reference_rewards=tuple(rewards or ()),
+        ignored_system=row.get(IGNORED_SYSTEM, ""),
     )
 
 

@@ -1,32 +1,29 @@
 """Rewrites the rows of any format in the columns that `records` reads."""
 
 from collections.abc import Callable, Collection
-from itertools import combinations
-from typing import Any
-
-import numpy as np
 
 from qstar_jax.config import DataOptions
+from qstar_jax.data.battles import parse_battle
 from qstar_jax.data.dropped import BadRow, DroppedRow
-from qstar_jax.data.formats import CONVERSATIONS, File, Rows, prompt_reader, recognize
-from qstar_jax.data.outcomes import (
-    LABEL,
-    OPEN_END,
-    REWARD,
+from qstar_jax.data.formats import File, Rows, prompt_reader, recognize
+from qstar_jax.data.outcomes import LABEL, OPEN_END, REWARD, find_reward, parse_label, parse_reward
+from qstar_jax.data.rankings import (
+    IGNORED_SYSTEM,
+    SYSTEM_KEYS,
     Ranking,
-    find_reward,
+    by_system,
+    comparable,
+    keys_of_responses,
     list_column,
-    parse_label,
+    pairs_by_rule,
     parse_ranking,
-    parse_reward,
+    without_ties,
 )
 from qstar_jax.errors import InputError
 
 Numbered = list[tuple[int, dict | DroppedRow]]  # (index of the row, its content or why it is dropped)
 Rewrite = Callable[[dict, int], list[dict]]  # (row, its index) -> rows
 
-_WINNERS = {"model_a": 0, "model_b": 1}
-_TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad")
 _STEPS = "initial_reason_steps"
 
 
@@ -48,7 +45,7 @@ def rows_of(kind: str, rows: Rows, options: DataOptions, source: str) -> Numbere
     """
     file = File.of(rows, options, source)
     name = recognize(kind, file)
-    if options.pairs is not None and (kind, name) != ("preferences", "ranking"):
+    if options.pairs is not None and (kind, name) not in (("preferences", "ranking"), ("labels", "ranking")):
         raise InputError(
             f"data.pairs {options.pairs} has no effect: it chooses pairs from rankings, and {source} is read as "
             f"{kind} from the format {name!r}; remove it"
@@ -91,17 +88,10 @@ def _pairs(file: File) -> Rewrite:
 
 def _arena(file: File) -> Rewrite:
     def sort(row: dict, index: int) -> list[dict]:
-        winner = row.get("winner")
-        if winner in _TIES:
-            raise DroppedRow("tie")
-        if not isinstance(winner, str) or winner not in _WINNERS:
-            raise BadRow("unknown winner", f" ({winner!r}; expected {', '.join((*_WINNERS, *_TIES))})")
-        best = _WINNERS[winner]
-        new = {
-            file.options.chosen: row.get(CONVERSATIONS[best]),
-            file.options.rejected: row.get(CONVERSATIONS[1 - best]),
-        }
-        return [{name: value for name, value in row.items() if name != file.options.prompt} | new]
+        better, worse, whole = parse_battle(row, file.options.prompt)
+        # Whole dialogues hold their prompts themselves.
+        others = {name: value for name, value in row.items() if not (whole and name == file.options.prompt)}
+        return [others | {file.options.chosen: better, file.options.rejected: worse}]
 
     return sort
 
@@ -110,36 +100,22 @@ def _ranking_pairs(file: File) -> Rewrite:
     read = _ranking_reader(file)
 
     def choose(row: dict, index: int) -> list[dict]:
-        pairs = pairs_by_rule(read(row), file.options.pairs or "best_worst", index)
-        return [row | {file.options.chosen: better, file.options.rejected: worse} for better, worse in pairs]
+        return [
+            new | {file.options.chosen: better, file.options.rejected: worse}
+            for new, ranking in comparable(read(row))
+            for better, worse in pairs_by_rule(ranking, file.options.pairs or "best_worst", index)
+        ]
 
     return choose
 
 
-def pairs_by_rule(ranking: Ranking, rule: str, index: int) -> list[tuple[Any, Any]]:
-    """Makes pairs of responses of different scores from a ranking.
+def _ranking_reader(file: File) -> Callable[[dict], list[tuple[dict, Ranking]]]:
+    """Finds the responses of a file and their scores.
 
-    Args:
-        ranking: Responses with their scores, best first.
-        rule: `best_worst`, `best_random` (the best and any worse one), or `all`.
-        index: Index of the row, which decides what is random.
-
-    Raises:
-        DroppedRow: All scores are equal.
+    Returns:
+        A function that reads a row: for each prompt that its responses were given, the row and their ranking. These are
+        several if the user asked for the responses' own system prompts with `options.system`.
     """
-    best, worst = ranking[0], ranking[-1]
-    if best.score == worst.score:
-        raise DroppedRow("all responses have the same score")
-    if rule == "all":
-        return [(a.text, b.text) for a, b in combinations(ranking, 2) if a.score > b.score]
-    if rule == "best_random":
-        worse = [one for one in ranking if one.score < best.score]
-        # Raw Philox words are the same in every version of numpy.
-        worst = worse[int(np.random.Philox(key=index).random_raw()) % len(worse)]
-    return [(best.text, worst.text)]
-
-
-def _ranking_reader(file: File) -> Callable[[dict], Ranking]:
     column = list_column(file.rows, file.options, file.columns)
     if column is None:
         raise InputError(
@@ -152,7 +128,17 @@ def _ranking_reader(file: File) -> Callable[[dict], Ranking]:
             f"{file.source}: the responses in {column!r} have no scores; expected numbers beside each text, or a list "
             "of numbers in another column; name it with --data.reward"
         )
-    return lambda row: parse_ranking(row, column, key)
+    keys, name = keys_of_responses(file.rows, column), file.options.system
+    own = name if name in keys - file.columns else None
+    ignored = ", ".join(sorted(keys & SYSTEM_KEYS - {own})) if name is not None else ""
+
+    def read(row: dict) -> list[tuple[dict, Ranking]]:
+        row, ranking = row | {IGNORED_SYSTEM: ignored}, parse_ranking(row, column, key, own)
+        if own is None:
+            return [(row, ranking)]
+        return [(row | {own: system}, part) for system, part in by_system(ranking).items()]
+
+    return read
 
 
 def _places(file: File) -> Rewrite:
@@ -160,10 +146,10 @@ def _places(file: File) -> Rewrite:
 
     def rank(row: dict, index: int) -> list[dict]:
         # Of responses with the same score, which have no order, the first one stays.
-        places = {one.score: one.text for one in reversed(read(row))}
-        if len(places) < 2:
-            raise DroppedRow("all responses have the same score")
-        return [row | {f"place {place}": text for place, text in enumerate(reversed(places.values()), start=1)}]
+        return [
+            new | {f"place {place}": one.text for place, one in enumerate(without_ties(ranking), start=1)}
+            for new, ranking in comparable(read(row))
+        ]
 
     return rank
 
@@ -227,7 +213,9 @@ def _response(file: File) -> Callable[[dict], dict]:
 
 def _returns_of_ranking(file: File) -> Rewrite:
     read, completion = _ranking_reader(file), file.options.completion
-    return lambda row, index: [row | {completion: one.text, REWARD: one.score} for one in read(row)]
+    return lambda row, index: [
+        new | {completion: one.text, REWARD: one.score} for new, ranking in read(row) for one in ranking
+    ]
 
 
 _REWRITES: dict[tuple[str, str], Callable[[File], Rewrite]] = {
@@ -240,6 +228,7 @@ _REWRITES: dict[tuple[str, str], Callable[[File], Rewrite]] = {
     ("labels", "single"): _labels,
     ("labels", "pairs"): _labels_of_pair(_pairs),
     ("labels", "arena"): _labels_of_pair(_arena),
+    ("labels", "ranking"): _labels_of_pair(_ranking_pairs),
     ("returns", "single"): _returns,
     ("returns", "ranking"): _returns_of_ranking,
 }

@@ -1,5 +1,6 @@
 """One test for each published shape of rows: what becomes of a real example's columns."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -186,11 +187,18 @@ def test_alpaca_prompts():
 # Several responses with scores
 
 
-def judged(text, overall, fine):
-    annotations = {"helpfulness": {"Rating": "4", "Rationale": "x"}}
+def judged(text, overall, fine, system="Be helpful."):
+    """A completion of openbmb/UltraFeedback; ratings are text, and "N/A" where there is none."""
+    rating = {"Rating": str(round(fine)), "Rationale": "x"}
+    typed = {"Type": ["1"], "Rationale": "x", "Rating": str(round(fine)), "Rationale For Rating": "x"}
     return {
-        "annotations": annotations,
-        "custom_system_prompt": "s",
+        "annotations": {
+            "instruction_following": rating,
+            "honesty": rating | {"Rating": "N/A" if text == "n" else str(5 - round(fine))},
+            "truthfulness": typed,
+            "helpfulness": typed,
+        },
+        "custom_system_prompt": system,
         "model": "m",
         "principle": "helpfulness",
         "response": text,
@@ -204,7 +212,12 @@ ULTRA = {
     "source": "evol_instruct",
     "instruction": "p",
     "models": ["a", "b", "c", "d"],
-    "completions": [judged("a", 7.0, 1.0), judged("b", 8.5, 4.25), judged("c", 2.0, 3.0), judged("d", 8.5, 2.0)],
+    "completions": [
+        judged("a", 7.0, 1.0),
+        judged("b", 8.5, 4.25, "Be honest."),
+        judged("c", 2.0, 3.0, "Be honest."),
+        judged("d", 8.5, 2.0, "Be brief."),
+    ],
     "correct_answers": ["None"],
     "incorrect_answers": ["None"],
 }
@@ -213,8 +226,53 @@ ULTRA = {
 def test_several_scores_must_be_chosen_from():
     message = failure(preference_records, ULTRA)
     assert message == (
-        "several columns may hold the reward: overall_score, fine-grained_score; choose one with --data.reward"
+        "several columns may hold the reward: annotations.instruction_following.Rating, annotations.honesty.Rating, "
+        "annotations.truthfulness.Rating, annotations.helpfulness.Rating, overall_score, fine-grained_score; choose "
+        "one with --data.reward"
     )
+
+
+def test_ratings_of_ultrafeedback_are_nested():
+    [record], dropped = read(preference_records, ULTRA, reward="annotations.helpfulness.Rating")
+    assert record.responses == ("b", "a") and not dropped
+    unrated = ULTRA | {"completions": [judged("n", 1.0, 1.0), judged("b", 2.0, 2.0)]}
+    records, dropped = read(preference_records, ULTRA, unrated, reward="annotations.honesty.Rating")
+    assert records[0].responses == ("a", "b")
+    assert dropped == [(1, "a response without a rating in 'annotations.honesty.Rating'")]
+    _, dropped = read(preference_records, ULTRA, {**ULTRA, "completions": [{"response": "a"}]}, reward="overall_score")
+    assert dropped == [(1, "not every response has a number 'overall_score'")]
+    # The only score beside the text is the reward, whatever is nested.
+    nested = {
+        "prompt": "p",
+        "responses": [{"text": t, "score": s, "by": {"score": 9}} for t, s in (("r", 1), ("c", 2))],
+    }
+    assert read(preference_records, nested)[0][0].responses == ("c", "r")
+    single = {"prompt": "p", "completion": "c", "judge": {"reward": 2}, "reference_rewards": [1]}
+    assert read(return_records, single)[0][0].reward == 2
+
+
+def test_system_prompts_of_responses(tmp_path, chat_tokenizer):
+    """Left out and said so, or read: then only responses to the same prompt are compared."""
+    key = {"reward": "fine-grained_score", "as_chat": True}
+    [record], _ = read(preference_records, ULTRA, **key)
+    assert record.prompt == [user("p")] and record.ignored_system == "custom_system_prompt"
+    honest = [{"role": "system", "content": "Be honest."}, user("p")]
+    for make in (preference_records, ranking_records):
+        [record], _ = read(make, ULTRA, **key, system="custom_system_prompt")
+        assert (record.prompt, record.responses) == (honest, ([assistant("b")], [assistant("c")]))
+        assert not record.ignored_system
+    apart = ULTRA | {"completions": ULTRA["completions"][2:]}
+    _, dropped = read(preference_records, ULTRA, apart, **key, system="custom_system_prompt")
+    assert dropped == [(1, "no two responses of different scores have the same system prompt")]
+    # Each return is that of its own prompt.
+    records, _ = read(return_records, ULTRA, **key, system="custom_system_prompt")
+    assert [record.prompt for record in records] == [honest] * 2
+    assert not read(preference_records, ULTRA, **key, system=None)[0][0].ignored_system
+    assert "no column 'x'" in failure(preference_records, ULTRA, **key, system="x")
+    (tmp_path / "a.jsonl").write_text(json.dumps(ULTRA))
+    source = str(tmp_path / "a.jsonl")
+    data = load_examples(source, "train", "preferences", chat_tokenizer, DataOptions(reward="overall_score"))
+    assert "(custom_system_prompt), which are left out" in data.summary and ": 1 (row 1); read" in data.summary
 
 
 def test_ultrafeedback_as_pairs():
@@ -232,7 +290,7 @@ def test_ultrafeedback_as_pairs():
 
 def test_ultrafeedback_as_rankings():
     [record], _ = read(ranking_records, ULTRA, reward="fine-grained_score")
-    assert record == Record("p", ("b", "c", "d", "a"), 0)
+    assert record == Record("p", ("b", "c", "d", "a"), 0, ignored_system="custom_system_prompt")
     # Of equal scores, the first response stays; rankings may differ in length.
     equal = ULTRA | {"completions": [judged(text, 5.0, 1.0) for text in "ab"]}
     records, dropped = read(ranking_records, ULTRA, equal, reward="overall_score")
@@ -284,6 +342,13 @@ def test_broken_rankings():
     )
 
 
+def test_rankings_become_labels():
+    records, _ = read(label_records, ULTRA, reward="overall_score", pairs="all")
+    labels = [(record.responses[0], record.label) for record in records[:4]]
+    assert labels == [("b", True), ("a", False), ("b", True), ("c", False)]
+    assert len(records) == 10
+
+
 # Arena
 
 
@@ -301,6 +366,63 @@ def test_arena_battles():
     records, dropped = read(preference_records, *map(battle, winners))
     assert [[response[0]["content"] for response in record.responses] for record in records] == [["a", "b"], ["b", "a"]]
     assert dropped == [(2, "tie"), (3, "tie"), (4, "tie"), (5, "unknown winner")]
+
+
+def test_arena_with_parts_of_contents():
+    """Those of lmarena-ai/arena-human-preference-140k, whose texts come with empty images."""
+
+    def said(role, text):
+        return {"role": role, "content": [{"type": "text", "text": text, "image": None, "mimeType": None}]}
+
+    row = {
+        "id": "x",
+        "model_a": "m",
+        "model_b": "n",
+        "winner": "model_b",
+        "evaluation_order": 1,
+        "conversation_a": [said("user", "p"), said("assistant", "a")],
+        "conversation_b": [said("user", "p"), said("assistant", "b")],
+        "full_conversation": [
+            {"user": said("user", "p"), "model_side_a": said("assistant", "a"), "model_side_b": said("assistant", "b")}
+        ],
+        "is_code": False,
+    }
+    image = {"type": "image", "text": None, "image": "https://...", "mimeType": "image/png"}
+    seen = row | {"conversation_a": [{"role": "user", "content": [image]}, said("assistant", "a")]}
+    records, dropped = read(preference_records, row, seen)
+    assert records == [Record([user("p")], ([assistant("b")], [assistant("a")]), 0)]
+    assert dropped == [(1, "column 'rejected' has a message with a part of type 'image'")]
+
+
+def test_arena_with_lists_of_turns(tmp_path):
+    """Those of lmsys/lmsys-arena-human-preference-55k, a CSV file of JSON."""
+    names = "id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie"
+    lines = [
+        [1, "m", "n", ["p"], ["a"], ["b"], 0, 1, 0],
+        [2, "m", "n", ["p", "q"], ["a", "b"], ["a", "c"], 1, 0, 0],
+        [3, "m", "n", ["p"], ["a"], ["b"], 0, 0, 1],
+        [4, "m", "n", ["p"], ["a"], [None], 1, 0, 0],
+        [5, "m", "n", ["p"], ["a"], ["b"], 1, 1, 0],
+    ]
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names.split(","))
+        writer.writerows([json.dumps(cell) if isinstance(cell, list) else cell for cell in line] for line in lines)
+    records, dropped = read(preference_records, *read_rows(str(tmp_path / "a.csv"), "train"))
+    assert [record.responses for record in records] == [
+        ([assistant("b")], [assistant("a")]),
+        ([assistant("b")], [assistant("c")]),
+    ]
+    assert [record.prompt for record in records] == [[user("p")], [user("p"), assistant("a"), user("q")]]
+    assert dropped == [(2, "tie"), (3, "turns of the user and answers do not alternate"), (4, "not one winner")]
+
+
+def test_arena_with_plain_responses():
+    row = {"prompt": "p", "response_a": "a", "response_b": "b", "winner": "model_b"}
+    assert read(preference_records, row)[0] == [Record("p", ("b", "a"), 0)]
+    assert [record.label for record in read(label_records, row)[0]] == [True, False]
+    lists = {"prompt": "p", "response_a": "[1]", "response_b": "[2]", "winner": "model_a"}
+    assert read(preference_records, lists)[0][0].responses == ("[1]", "[2]")
 
 
 # Step-DPO
