@@ -40,9 +40,9 @@ class TrainOptions:
         eval_every: Steps between evaluations; 0: only at the start and at the end.
         save_every: Steps between checkpoints; 0: only at the end.
         keep_checkpoints: Number of the newest checkpoints to keep.
-        reference_samples: Responses sampled before step 0 from a reference that does not move, where pairs are read.
-            Their rewards are logged at each evaluation and tell an ordinary fall of chosen rewards from a harmful one;
-            0: none. A resumed run keeps those it began with, or takes 0.
+        reference_samples: Responses sampled before step 0 from a reference that does not move. Their rewards are logged
+            at each evaluation and tell an ordinary fall of rewards (of chosen, best or desirable responses, or of all
+            those with returns) from a harmful one; 0: none. A resumed run keeps those it began with, or takes 0.
     """
 
     steps: int = 0

@@ -87,9 +87,12 @@ def _gathered_bytes(step: AbstractStep, mesh: AbstractMesh) -> int:
 
 
 def _passes(step: AbstractStep) -> tuple[int, int, int]:
-    """Passes of a batch through the layers: forward and recomputed ones, backward ones, and those of the reference."""
+    """Passes of a batch through the layers: forward and recomputed ones, backward ones, and those that only score."""
+    scoring = int(step.plan.runs_reference)
+    if step.plan.objective.prepare and step.plan.config.train.accumulate > 1:
+        scoring = 2 * scoring + 1  # first, and again
     forward = 1 if step.plan.config.compute.remat in ("none", "dots") else 2
-    return forward, 2 if step.model.lora is None else 1, int(step.plan.runs_reference)
+    return forward, 2 if step.model.lora is None else 1, scoring
 
 
 def _step_flops(step: AbstractStep, mesh: AbstractMesh) -> float:
@@ -136,7 +139,7 @@ def _step_traffic(step: AbstractStep, mesh: AbstractMesh, memory: Mapping[str, i
     trained = bytes_on_device((step.state.params, step.state.opt_state))
     state = memory["arguments"] + trained + 4 * accumulate * memory["gradients"]
     # Forward, twice as much backward, and once to recompute activations, or to write and read them.
-    passes, tensor = 4 + step.plan.runs_reference, mesh.shape["tensor"]
+    passes, tensor = 4 + _passes(step)[2], mesh.shape["tensor"]
     weights = passes * itemsize(model) * (_layers_size(model) + _table_size(model)) / tensor
     per_slot = MOVED * bytes_per_slot(model, tensor)
     if not _uses_cudnn(step.model):

@@ -120,7 +120,7 @@ def lower_step(plan: RunPlan, model: CausalLM, examples: Sequence[Example], mesh
     """
     step = abstract_step(plan, model, examples, mesh)
     with use_mesh(mesh, plan.config.compute.dtype):
-        train_step = jit_step(plan, plan.objective.loss_fn(step.model), step.optimizer, step.state)
+        train_step = jit_step(plan, step.model, step.optimizer, step.state)
         lowered = train_step.lower(step.state, step.batch)
     return LoweredStep(lowered, step.batch, step.flops, step.tokens)
 

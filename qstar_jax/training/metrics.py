@@ -16,13 +16,13 @@ def mean_metrics(parts: list[Metrics]) -> dict[str, float]:
     """Joins metrics of one or more batches: sum of sums over sum of denominators.
 
     Returns:
-        Name -> mean. `squares/NAME` becomes `NAME_stderr`, the standard error of a mean over independent rows; a single
-        row has none.
+        Name -> mean, where anything was counted. `squares/NAME` becomes `NAME_stderr`, the standard error of a mean
+        over independent rows; a single row has none.
     """
     parts = jax.device_get(parts)
     names = parts[0]
     total = {name: np.sum([np.float64(part[name]) for part in parts], axis=0) for name in names}
-    means = {name: float(value / max(weight, 1e-9)) for name, (value, weight) in total.items()}
+    means = {name: float(value / weight) for name, (value, weight) in total.items() if weight > 0}
     for name in [name for name in means if name.startswith(SQUARES)]:
         square, of, rows = means.pop(name), name.removeprefix(SQUARES), total[name][1]
         if rows > 1:

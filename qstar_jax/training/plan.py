@@ -66,7 +66,7 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     loss = make_loss(**asdict(config.loss))
     objective = single_objective(loss) if loss.reads_single else preference_objective(loss)
     reference = resolve_reference(config.reference, objective, config.lora.rank)
-    if config.train.accumulate > 1 and objective.couples_examples:
+    if config.train.accumulate > 1 and objective.couples_examples and objective.prepare is None:
         raise InputError(
             f"train.accumulate {config.train.accumulate}: {loss} looks at its whole batch, and would see "
             "micro-batches; set it to 1, or loss.normalize answer_tokens where that is the reason"

@@ -182,7 +182,7 @@ def _make_loop(
     loop = Loop(
         options=options,
         steps=run.steps,
-        train_step=jit_step(plan, loss_fn, run.optimizer, state),
+        train_step=jit_step(plan, model, run.optimizer, state),
         source=source,
         evaluators=evaluators,
         schedule=learning_rate_schedule(plan.config.optimizer, run.steps),
@@ -212,9 +212,9 @@ def _estimate(run: Run, state: TrainState, batch: Batch, throughput: Throughput)
 def _finish(run: Run, summary: dict[str, float], probe: Probe | None, seconds: float) -> dict[str, float | str]:
     """Completes the summary, and writes it."""
     summary |= {"steps": run.steps, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
-    if probe:
-        summary["verdict"] = probe.verdict(summary)
-        say(run.console, f"verdict: {summary['verdict']}")
+    if probe and (verdict := probe.verdict(summary)):
+        summary["verdict"] = verdict
+        say(run.console, f"verdict: {verdict}")
     if jax.process_index() == 0:
         write_json(run.plan.out / "summary.json", summary)
         say(run.console, f"done: {run.steps} steps; run folder {run.plan.out}")

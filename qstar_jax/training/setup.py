@@ -29,7 +29,6 @@ from qstar_jax.store.checkpoints import (
 from qstar_jax.store.identity import check_weights, weights_identity
 from qstar_jax.store.open import load_model, param_shardings
 from qstar_jax.training.continuation import check_same_options
-from qstar_jax.training.objectives import LossFn
 from qstar_jax.training.plan import RunPlan
 from qstar_jax.training.step import TrainState, TrainStep, make_train_step
 
@@ -185,12 +184,14 @@ def abstract_state(plan: RunPlan, model: CausalLM, optimizer: optax.GradientTran
     )
 
 
-def jit_step(plan: RunPlan, loss_fn: LossFn, optimizer: optax.GradientTransformation, state: TrainState) -> TrainStep:
+def jit_step(plan: RunPlan, model: CausalLM, optimizer: optax.GradientTransformation, state: TrainState) -> TrainStep:
     """Makes and jits the step of a run; the state, which may be abstract, keeps its shardings and its buffers."""
+    objective = plan.objective
     train_step = make_train_step(
-        loss_fn,
+        objective.loss_fn(model),
         optimizer,
         accumulate=plan.config.train.accumulate,
+        prepare=objective.prepare and objective.prepare(model),
         sync_every=plan.reference.sync_every,
         sync_mix=plan.reference.sync_mix,
     )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.lora import attach_adapter
 from qstar_jax.training.metrics import COUNT, Metrics
-from qstar_jax.training.objectives.base import LossFn
+from qstar_jax.training.objectives.base import LossFn, PrepareFn
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +65,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
+    prepare: PrepareFn | None = None,
     sync_every: int = 0,
     sync_mix: float = 1.0,
 ) -> TrainStep:
@@ -74,6 +75,7 @@ def make_train_step(
         loss_fn: The objective's loss.
         optimizer: The optax transformation.
         accumulate: Micro-batches per step; above 1 the batch's arrays have them along a leading axis.
+        prepare: The objective's function that micro-batches go through first, together.
         sync_every: Steps after which the reference moves towards the policy (TR-DPO, arXiv 2404.09656); 0: never.
         sync_mix: Weight of the policy in the moved reference.
 
@@ -91,6 +93,8 @@ def make_train_step(
         return jax.tree.map(lambda x: x.astype(jnp.float32), grads), metrics
 
     def accumulated_sums(state: TrainState, batches: Any):
+        if prepare is not None:
+            batches = prepare(state.policy, state.ref_params, batches)
         first = jax.tree.map(lambda x: x[0], batches)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_sums, state, first))
 

@@ -8,6 +8,7 @@ from qstar_jax.training.metrics import mean_metrics
 def test_means_weigh_sums_by_their_denominators():
     parts = [{"a": (6.0, 3.0), "b": (1.0, 1.0)}, {"a": (1.0, 1.0), "b": (0.0, 0.0)}]
     assert mean_metrics(parts) == {"a": 7 / 4, "b": 1.0}
+    assert mean_metrics([{"a": (0.0, 0.0), "squares/a": (0.0, 0.0), "b": (2.0, 1.0)}]) == {"b": 2.0}
 
 
 def test_squares_become_the_standard_error_of_the_mean():

@@ -18,7 +18,7 @@ from qstar_jax.config import DataOptions
 from qstar_jax.console import say
 from qstar_jax.data.batches import step_indices
 from qstar_jax.data.feeder import Feeder
-from qstar_jax.data.loading import Dataset
+from qstar_jax.data.loading import Dataset, Kind
 from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
@@ -70,11 +70,13 @@ class Probe:
         samples: The samples, the same through the whole run.
         beta: Reward per nat, as in `rewards/chosen`.
         logps: `params -> log pi` of each sample's tokens, shape [T] each; all processes call it together.
+        kind: What the loss reads from each row.
     """
 
     samples: Samples
     beta: float
     logps: Callable[[Params], list[np.ndarray]]
+    kind: Kind = "preferences"
 
     def __call__(self, params: Params, ref_params: Params | None = None) -> dict[str, float]:
         """Computes two estimates of -beta KL(reference || policy), in reward per response, with their standard errors.
@@ -96,8 +98,9 @@ class Probe:
 
     def verdict(self, summary: Mapping[str, float]) -> str:
         """Says in one line whether rewards of chosen responses moved as theory expects; see `verdict`."""
-        samples = self.samples
-        return sentence(collect(summary, samples=len(samples.examples), length=samples.mean_length, beta=self.beta))
+        count, length = len(self.samples.examples), self.samples.mean_length
+        evidence = collect(summary, samples=count, length=length, beta=self.beta, kind=self.kind)
+        return "" if evidence is None else sentence(evidence)
 
 
 def make_probe(
@@ -106,8 +109,7 @@ def make_probe(
     """Draws the reference's samples at step 0, where the policy equals it, or reads those with which the run began.
 
     Returns:
-        The probe; None if the loss reads no pairs, has no reference or moves it, the option is 0, or a resumed run has
-        no samples.
+        The probe; None if the loss has no reference or moves it, the option is 0, or a resumed run has no samples.
 
     Raises:
         InputError: If the option has no meaning, or the samples are damaged or those of another reference.
@@ -115,8 +117,8 @@ def make_probe(
     count, path = plan.config.train.reference_samples, plan.out / FILE
     if count < 0 or count == 1:
         raise InputError(f"train.reference_samples is {count}; expected 0, or at least 2 for a standard error")
-    # Rewards that are measured from a moving point have no expectation; chosen responses are those of pairs.
-    if count == 0 or not plan.objective.uses_reference or plan.moves_reference or plan.objective.kind != "preferences":
+    # Rewards that are measured from a moving point have no expectation.
+    if count == 0 or not plan.objective.uses_reference or plan.moves_reference:
         return None
     identity = {"reference": start.reference.partition(" ")[0]}  # the digest of its parameters
     if start.step:
@@ -137,7 +139,7 @@ def make_probe(
         where = "" if plan.config.data.eval else " (training rows, as data.eval is not set)"
         tokens = f"{samples.mean_length:.1f} tokens on average"
         say(console, f"reference: {count} samples of {tokens} to prompts of {feeder.dataset.source}{where}")
-    return Probe(samples, plan.objective.beta, logps)
+    return Probe(samples, plan.objective.beta, logps, plan.objective.kind)
 
 
 def _rows(count: int, feeder: Feeder, mesh: Mesh) -> int:

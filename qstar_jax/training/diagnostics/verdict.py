@@ -1,4 +1,4 @@
-"""Whether the rewards of chosen responses moved as theory expects, in one sentence at the end of a run."""
+"""Whether the rewards of the responses that a loss prefers moved as theory expects, in one sentence."""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +9,13 @@ Case = Literal["rose", "unmoved", "ordinary", "slight", "displaced", "unsure"]
 
 CLEAR = 2.0  # standard errors beyond which a difference is not noise
 ORDINARY = 2.0  # a fall of up to this many times the expected one is ordinary: no reference fits its data exactly
+# What a loss reads -> what it prefers (returns name no responses), examples of it, and metrics, of which one is there.
+PREFERRED = {
+    "preferences": ("chosen responses", "pairs", ("chosen",)),
+    "rankings": ("the best responses", "rankings", ("chosen", "place_1")),
+    "labels": ("desirable responses", "responses", ("chosen",)),
+    "returns": ("all responses", "responses", ("completion",)),
+}
 SLIGHT = 1.0  # nats per response: a smaller fall makes responses less than e times less likely, and is harmless
 
 
@@ -26,6 +33,7 @@ class Evidence:
         samples: Number of samples.
         beta: Reward per nat.
         held_out: Whether the chosen responses are held out, or those of the last training steps.
+        kind: What the loss reads, a key of `PREFERRED`, which says what "chosen" means.
     """
 
     chosen: float
@@ -37,6 +45,7 @@ class Evidence:
     samples: int
     beta: float
     held_out: bool
+    kind: str = "preferences"
 
     @property
     def scale(self) -> float:
@@ -49,24 +58,32 @@ class Evidence:
         return min(self.expected, 0.0) * self.scale, self.expected_error * self.scale
 
 
-def collect(summary: Mapping[str, float], *, samples: int, length: float, beta: float) -> Evidence:
-    """Collects the figures from a run's summary, preferably those of held-out pairs.
+def collect(
+    summary: Mapping[str, float], *, samples: int, length: float, beta: float, kind: str = "preferences"
+) -> Evidence | None:
+    """Collects the figures from a run's summary, preferably those of held-out examples.
 
     With `loss.ld_alpha`, rewards of chosen responses are weighted, and so a little smaller than what they are compared
     with.
+
+    Returns:
+        The figures; None if the last examples had no such response.
     """
-    held_out = "eval_rewards/chosen" in summary
-    prefix = "eval_" if held_out else ""
+    measured = [(prefix, name) for prefix in ("eval_", "") for name in PREFERRED[kind][2]]
+    prefix, name = next(((p, n) for p, n in measured if f"{p}rewards/{n}" in summary), (None, None))
+    if name is None:
+        return None
     return Evidence(
-        chosen=summary[f"{prefix}rewards/chosen"],
-        chosen_error=summary.get(f"{prefix}rewards/chosen_stderr", math.inf),  # none from a single pair
-        chosen_length=summary[f"{prefix}lengths/chosen"],
+        chosen=summary[f"{prefix}rewards/{name}"],
+        chosen_error=summary.get(f"{prefix}rewards/{name}_stderr", math.inf),  # none from a single one
+        chosen_length=summary[f"{prefix}lengths/{name}"],
         expected=summary["eval_rewards/reference_expected"],
         expected_error=summary["eval_rewards/reference_expected_stderr"],
         expected_length=length,
         samples=samples,
         beta=beta,
-        held_out=held_out,
+        held_out=prefix == "eval_",
+        kind=kind,
     )
 
 
@@ -95,27 +112,30 @@ def decide(evidence: Evidence) -> Case:
 def sentence(evidence: Evidence) -> str:
     """States the verdict and its figures in one line of ASCII, for any terminal."""
     expected, error = evidence.ordinary
-    where = "held-out pairs" if evidence.held_out else "training pairs at the end"
+    responses, examples, _ = PREFERRED[evidence.kind]
+    where = f"held-out {examples}" if evidence.held_out else f"training {examples} at the end"
+    remedy = " or a higher loss.beta usually helps"
+    if evidence.kind == "preferences":
+        remedy = ", a higher loss.beta, loss.name dpop or a mixture with sft usually helps"
     chosen = f"{_number(evidence.chosen)} +- {_number(evidence.chosen_error, '')} on {where}"
     theory = f"{_number(expected)} +- {_number(error, '')}"
     factor = math.exp(min(evidence.chosen / evidence.beta, 700.0))
     sentences = {
-        "rose": f"rewards of chosen responses rose to {chosen}, where the reference's own responses would be at "
-        f"{theory}: the policy moves towards the chosen responses",
-        "unmoved": f"rewards of chosen responses are {chosen}, no further from 0 than noise; the reference's own "
+        "rose": f"rewards of {responses} rose to {chosen}, where the reference's own responses would be at "
+        f"{theory}: the policy moves towards {responses}",
+        "unmoved": f"rewards of {responses} are {chosen}, no further from 0 than noise; the reference's own "
         f"responses would be at {theory}",
-        "ordinary": f"rewards of chosen responses fell to {chosen}, which is ordinary: theory expects {theory} for "
+        "ordinary": f"rewards of {responses} fell to {chosen}, which is ordinary: theory expects {theory} for "
         "responses to which the reference was fitted (Eq. 16: what the reference likes loses beta KL(reference || "
         "policy)); what counts is the margin",
-        "slight": f"rewards of chosen responses fell to {chosen}, which is little: they are {factor:.2f} times as "
+        "slight": f"rewards of {responses} fell to {chosen}, which is little: they are {factor:.2f} times as "
         f"likely as under the reference; its own responses would be at {theory}",
-        "displaced": f"rewards of chosen responses fell to {chosen}, more than {ORDINARY:g} times the {theory} that "
+        "displaced": f"rewards of {responses} fell to {chosen}, more than {ORDINARY:g} times the {theory} that "
         "theory expects for responses to which the reference was fitted: probability moves to other responses "
-        "(likelihood displacement); a lower optimizer.learning_rate, a higher loss.beta, loss.name dpop or a mixture "
-        "with sft usually helps",
-        "unsure": f"rewards of chosen responses fell to {chosen}; theory expects {theory} for responses to which the "
+        f"(likelihood displacement); a lower optimizer.learning_rate{remedy}",
+        "unsure": f"rewards of {responses} fell to {chosen}; theory expects {theory} for responses to which the "
         "reference was fitted, and noise hides whether this is more; a higher train.reference_samples and more "
-        "evaluation pairs would tell",
+        f"evaluation {examples} would tell",
     }
     text = sentences[decide(evidence)]
     scaled = f", scaled from {evidence.expected_length:.0f} to {evidence.chosen_length:.0f} tokens"

@@ -12,6 +12,8 @@ from qstar_jax.training.metrics import Metrics
 # (params, ref_params, batch) -> (loss, metrics), pure. Parameters and batches are any pytrees that belong together;
 # metrics["loss"] is the (sum, denominator) of the loss.
 LossFn = Callable[[Any, Any, Any], tuple[Float[Array, ""], Metrics]]
+# (params, ref_params, micro-batches stacked along a leading axis) -> the same with what the loss reads of them all.
+PrepareFn = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,14 @@ class Objective:
         description: The loss with its options, for messages; empty if there is nothing to choose.
         uses_reference: Whether the policy is compared with a reference.
         couples_examples: Whether the loss of an example depends on the rest of its batch, so that micro-batches would
-            change it.
+            change it (unless they are prepared).
         loss_at_reference: Loss of a policy that equals its reference, if that is the same for all examples.
         beta: Reward per nat of log-ratio; None without a reference.
         reads_logits: Whether the loss compares whole distributions, so that log-probabilities of a reference do not
             replace it.
         guided: Whether it reads token rewards of another run.
         mismatches: Whether each example needs a second response, to the prompt of another example.
+        prepare: Makes, for a model, what adds to micro-batches that which couples their examples; None if nothing can.
     """
 
     loss_fn: Callable[[Any], LossFn]
@@ -45,3 +48,4 @@ class Objective:
     reads_logits: bool = False
     guided: bool = False
     mismatches: bool = False
+    prepare: Callable[[Any], PrepareFn] | None = None

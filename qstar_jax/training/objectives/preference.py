@@ -32,7 +32,7 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
             "call it from a training loop of your own (qstar_jax.losses), or choose another loss"
         )
     rankings = loss.terms == ("plackett_luce",)
-    names = ("margins", "accuracies") if rankings else ("chosen", "reference_samples", "margins", "accuracies")
+    names = ("chosen", "place_1", "reference_samples", "margins", "accuracies")
     on_pairs = " (plackett_luce is sigmoid on pairs)" if "plackett_luce" in loss.terms else ""
     return Objective(
         lambda model: preference_loss_fn(model, loss),

@@ -8,30 +8,32 @@ from jaxtyping import Array, Float
 
 from qstar_jax import losses
 from qstar_jax.data.batches import Batch
+from qstar_jax.losses.responses import response_sums
 from qstar_jax.mdp import TokenScores
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import score_tokens
 from qstar_jax.training.metrics import SQUARES, Metrics
-from qstar_jax.training.objectives.base import LossFn, Objective
+from qstar_jax.training.objectives.base import LossFn, Objective, PrepareFn
 from qstar_jax.training.objectives.responses import response_metrics, token_counts
 
 
 def single_objective(loss: losses.PreferenceLoss) -> Objective:
     """The objective of a loss whose terms all judge single responses (`PreferenceLoss.reads_single`)."""
     labelled = "labels" in loss.arrays
-    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies") if labelled else ("rewards/completion",)
+    names = ("chosen", "completion", "reference_samples", "rejected", "accuracies")
     has_baseline = "baseline" in loss.arrays  # which is estimated from the batch
     return Objective(
         lambda model: single_loss_fn(model, loss),
         kind="labels" if labelled else "returns",
-        headline=("loss", *names),
+        headline=("loss", *(f"rewards/{name}" for name in names)),
         description=str(loss),
         uses_reference=True,
         couples_examples=loss.couples_rows or has_baseline,
         loss_at_reference=loss.loss_at_reference,
         beta=loss.beta,
         mismatches=has_baseline,
+        prepare=share_baseline if has_baseline and not loss.couples_rows else None,
     )
 
 
@@ -44,14 +46,14 @@ def single_loss_fn(model: CausalLM, loss: losses.PreferenceLoss) -> LossFn:
     """
 
     def loss_fn(params: Params, ref_params: Params | None, batch: Batch):
-        # Score the responses; examples that only fill up count as empty.
-        scores = score_tokens(model, params, ref_params, batch)
-        scores = replace(scores, mask=scores.mask & (batch.weights > 0)[:, None, None])
+        scores = _score(model, params, ref_params, batch)
         own = jax.tree.map(lambda x: x[:, :1], scores)
         # What the loss reads beside them.
         outcome = {name: value[:, None] for name, value in batch.outcome.items()}
         arrays = {name: outcome[name] for name in loss.arrays & outcome.keys()}
-        if "baseline" in loss.arrays:
+        if (shared := batch.outcome.get("baseline")) is not None:
+            arrays["baseline"] = shared[0]
+        elif "baseline" in loss.arrays:
             arrays["baseline"] = losses.kto_baseline(scores.log_ratios()[:, 1], scores.mask[:, 1])
         values, record = loss(own, **arrays)
         # Sum loss and metrics over examples, by weight.
@@ -67,8 +69,38 @@ def single_loss_fn(model: CausalLM, loss: losses.PreferenceLoss) -> LossFn:
     return loss_fn
 
 
+def share_baseline(model: CausalLM) -> PrepareFn:
+    """Makes the function that gives stacked micro-batches the baseline of them all.
+
+    No gradient flows through it, so that the gradient of the whole batch is the sum of those of its micro-batches. It
+    costs one forward pass more.
+
+    Returns:
+        `prepare(params, ref_params, batches)`, which adds `baseline` to their outcome, once per example.
+    """
+
+    def prepare(params: Params, ref_params: Params | None, batches: Batch) -> Batch:
+        def score(_, batch: Batch):
+            scores = _score(model, params, ref_params, batch)
+            mask = scores.mask[:, 1]
+            return None, (response_sums(scores.log_ratios()[:, 1], mask), mask.any(-1))
+
+        _, (sums, present) = jax.lax.scan(score, None, batches)
+        baseline = losses.kto_baseline(sums[..., None], present[..., None])
+        shared = jnp.broadcast_to(baseline, batches.weights.shape)
+        return replace(batches, outcome=batches.outcome | {"baseline": shared})
+
+    return prepare
+
+
+def _score(model: CausalLM, params: Params, ref_params: Params | None, batch: Batch) -> TokenScores:
+    """Scores the responses; examples that only fill up count as empty."""
+    scores = score_tokens(model, params, ref_params, batch)
+    return replace(scores, mask=scores.mask & (batch.weights > 0)[:, None, None])
+
+
 def _metrics(rewards: Float[Array, " B"], scores: TokenScores, batch: Batch, threshold: Float[Array, ""]) -> Metrics:
-    """Means of implicit rewards and log-probabilities, of desirable and other responses apart where labels tell.
+    """Means of rewards, log-probabilities and lengths, of desirable and other responses apart where labels tell.
 
     The accuracy is the share of responses whose reward is above `threshold` exactly if they are desirable.
     """
@@ -82,6 +114,7 @@ def _metrics(rewards: Float[Array, " B"], scores: TokenScores, batch: Batch, thr
         metrics[f"rewards/{name}"] = ((rewards * weights).sum(), weights.sum())
         metrics[f"{SQUARES}rewards/{name}"] = ((rewards**2 * weights).sum(), weights.sum())
         metrics[f"logps/{name}"] = ((logps * weights).sum(), weights.sum())
+        metrics[f"lengths/{name}"] = ((batch.num_actions[:, 0] * weights).sum(), weights.sum())
     if labelled:
         correct = (rewards > threshold) == labels
         return metrics | {"rewards/accuracies": ((correct * batch.weights).sum(), batch.weights.sum())}

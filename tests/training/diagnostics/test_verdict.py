@@ -72,6 +72,21 @@ def test_the_sentence_has_the_figures_and_what_to_do(changes, words):
     assert text.isascii() and "\n" not in text and re.search(pattern, text), text
 
 
+def test_verdicts_on_what_other_losses_prefer():
+    summary = {f"rewards/{name}": -1.0 for name in ("place_1", "completion")} | {
+        f"lengths/{name}": length for name, length in (("place_1", 3.0), ("completion", 4.0))
+    }
+    summary |= {"eval_rewards/reference_expected": -0.1, "eval_rewards/reference_expected_stderr": 0.001}
+    figures = {"samples": 16, "length": 3.0, "beta": 0.1}
+    best = collect(summary | {"rewards/place_1_stderr": 0.01}, **figures, kind="rankings")
+    assert (best.chosen_length, best.chosen_error) == (3.0, 0.01)
+    text = sentence(best)
+    assert text.startswith("rewards of the best responses fell to -1.000") and "on training rankings" in text
+    assert "optimizer.learning_rate or a higher loss.beta usually helps" in text and "dpop" not in text
+    assert collect(summary, **figures, kind="returns").chosen_length == 4.0
+    assert collect(summary, **figures, kind="labels") is None  # no desirable response among the last ones
+
+
 def test_held_out_pairs_come_before_those_of_training():
     summary = {
         "rewards/chosen": -1.0,
