@@ -377,6 +377,27 @@ def random_examples():
     return pair_examples
 
 
+def dialogue_examples(rows, *, seed=0, length=24, response_length=16, **options) -> list[Example]:
+    """Random examples whose responses have turns, and an environment between them: actions, environment, actions, ..."""
+
+    def split(response, rng):
+        speakers = np.cumsum(rng.random(len(response.ids)) < 0.4)
+        turns = np.where(speakers % 2 == 0, speakers // 2, -1).astype(np.int32)
+        return Response(response.ids, response.truncated, turns >= 0, turns)
+
+    examples = pair_examples(rows, seed=seed, length=length, response_length=response_length, **options)
+    rngs = [np.random.default_rng(row) for row in range(rows)]
+    return [
+        replace(e, responses=tuple(split(r, rng) for r in e.responses)) for e, rng in zip(examples, rngs, strict=True)
+    ]
+
+
+@pytest.fixture(scope="session")
+def random_dialogues():
+    """See `dialogue_examples`."""
+    return dialogue_examples
+
+
 @pytest.fixture(scope="session")
 def pair_batch():
     """Makes a batch of random pairs, two rows of them packed: `pair_batch(rows, seed=0, fill_to=0, layout=...)`."""

@@ -23,22 +23,10 @@ LAYOUTS = ["packed", "shared", "plain"]
 BETA = 0.5
 
 
-def with_environment(example, seed):
-    """Splits each response into turns and what lies between them: actions, then environment, then actions, ..."""
-    rng, responses = np.random.default_rng(seed), []
-    for response in example.responses:
-        speakers = np.cumsum(rng.random(len(response.ids)) < 0.4)
-        turns = np.where(speakers % 2 == 0, speakers // 2, -1).astype(np.int32)
-        responses.append(Response(response.ids, response.truncated, turns >= 0, turns))
-    return replace(example, responses=tuple(responses))
-
-
 @pytest.fixture(scope="module")
-def examples(random_examples):
+def examples(random_dialogues):
     """Eight pairs of dialogues; one of their responses has no action at all, and one has nothing else."""
-    examples = [
-        with_environment(e, seed) for seed, e in enumerate(random_examples(8, seed=3, length=24, response_length=16))
-    ]
+    examples = random_dialogues(8, seed=3)
     chosen, rejected = examples[2].responses
     examples[2] = replace(
         examples[2], responses=(replace(chosen, action_mask=np.zeros(len(chosen.ids), bool)), rejected)
@@ -65,11 +53,11 @@ def loss_and_gradient(loss_fn, *arguments):
 
 
 def return_by_hand(model, params, example, response):
-    """Sum of log pi over the actions, from the whole logits of the whole dialogue."""
-    ids = np.concatenate([example.prompt, response.ids])
-    logp = jax.nn.log_softmax(model.logits(params, jnp.asarray(ids)[None])[0, :-1])
-    of_response = jnp.take_along_axis(logp, jnp.asarray(ids)[1:, None], -1)[len(example.prompt) - 1 :, 0]
-    return sum((of_response[t] for t in np.flatnonzero(response.action_mask)), jnp.zeros(()))
+    """Sum of log pi over the actions, from the whole logits of the whole dialogue (and of zeros that follow it)."""
+    ids = np.zeros(25, np.int32)
+    ids[: len(example.prompt) + len(response.ids)] = [*example.prompt, *response.ids]
+    logp = jax.nn.log_softmax(model.logits(params, ids[None])[0, :-1])[np.arange(24), ids[1:]]
+    return logp[len(example.prompt) - 1 + np.flatnonzero(response.action_mask)].sum()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +75,7 @@ def by_hand(tiny_model, tiny_params, ref_params, examples):
             total -= jax.nn.log_sigmoid(BETA * (chosen - rejected)) / len(few)
         return total
 
-    loss, gradient = jax.value_and_grad(dpo)(tiny_params)
+    loss, gradient = jax.jit(jax.value_and_grad(dpo))(tiny_params)
     return {"loss": loss, "gradient": gradient}
 
 
@@ -139,8 +127,8 @@ def test_attention_sees_the_environment(tiny_model, tiny_params, examples):
     assert not before[: len(ids)][~response.action_mask].any()
 
 
-def test_a_mask_of_ones_is_a_single_turn(tiny_model, tiny_params, random_examples):
-    plain = random_examples(4)
+def test_a_mask_of_ones_is_a_single_turn(random_examples, random_dialogues):
+    plain = random_examples(4, length=24, response_length=16)
     explicit = [
         replace(e, responses=tuple(replace(r, action_mask=np.ones(len(r.ids), bool)) for r in e.responses))
         for e in plain
@@ -148,7 +136,9 @@ def test_a_mask_of_ones_is_a_single_turn(tiny_model, tiny_params, random_example
     for x, y in zip(*(jax.tree.leaves(batch_of(e, "packed")) for e in (plain, explicit)), strict=True):
         np.testing.assert_array_equal(x, y)
     assert examples_identity(plain) == examples_identity(explicit)
-    masked = [with_environment(e, 0) for e in plain]
+    masked = random_dialogues(4)
+    for one, other in zip(plain, masked, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, *([r.ids for r in e.responses] for e in (one, other)))
     assert examples_identity(plain) != examples_identity(masked)
 
 

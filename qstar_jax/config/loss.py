@@ -16,7 +16,8 @@ class LossOptions:
         name: sigmoid (DPO), sigmoid_norm, robust, hinge, ipo, ipo_sum, exo_pair, discopop, dpop, dpo_shift, nca_pair,
             bco_pair, sppo_hard, apo_zero, apo_down, aot, aot_unpaired; on rankings plackett_luce (on pairs the same as
             sigmoid); on single responses kto, implicit_prm (labels), a_star, qrpo (rewards); without a reference sft,
-            simpo, cpo, orpo, cpl; token by token tdpo1, tdpo2, tgdpo; or a list of them for a weighted sum.
+            simpo, cpo, orpo, cpl; turn by turn dmpo; token by token tdpo1, tdpo2, tgdpo; or a list of them for a
+            weighted sum.
         weights: Weight of each loss in a list; null: 1 each.
         beta: Temperature: reward per nat of log-ratio; each loss's formula says what it scales.
         label_smoothing: Probability that a label is flipped (sigmoid: conservative DPO).
@@ -35,7 +36,7 @@ class LossOptions:
         odds_weight: Weight of the odds ratio.
         normalize: How the negative log-likelihood is averaged.
         bias: Weight of the rejected segment.
-        discount: Discount per token.
+        discount: Discount per token (cpl), or per turn (dmpo).
         bc_weight: Weight of behaviour cloning.
         bc_data: Which responses are cloned.
     """

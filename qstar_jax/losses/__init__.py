@@ -43,6 +43,7 @@ from qstar_jax.losses.reference_free import sft as sft
 from qstar_jax.losses.reference_free import simpo as simpo
 from qstar_jax.losses.registry import make_loss as make_loss
 from qstar_jax.losses.responses import LossMetrics as LossMetrics
+from qstar_jax.losses.token_level import dmpo as dmpo
 from qstar_jax.losses.token_level import tdpo1 as tdpo1
 from qstar_jax.losses.token_level import tdpo2 as tdpo2
 from qstar_jax.losses.token_level import tgdpo as tgdpo

@@ -39,6 +39,7 @@ LOSSES: dict[str, LossFunction] = {
         reference_free.cpo,
         reference_free.orpo,
         reference_free.cpl,
+        token_level.dmpo,
         token_level.tdpo1,
         token_level.tdpo2,
         token_level.tgdpo,

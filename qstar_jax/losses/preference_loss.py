@@ -84,7 +84,8 @@ class PreferenceLoss:
             return None
         zeros = jnp.zeros((1, 2, 1))
         scores = TokenScores(logp=zeros, ref_logp=zeros, logz=None, mask=zeros == 0)
-        extra = {name: jnp.zeros(()) if name == "baseline" else zeros for name in self.extra_arrays}
+        others = {"baseline": jnp.zeros(()), "turns": jnp.zeros(zeros.shape, int)}
+        extra = {name: others.get(name, zeros) for name in self.extra_arrays}
         return float(self(scores, **extra)[0][0])
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Losses that read more than the log-ratio of each token: a divergence, or the rewards of another model.
+"""Losses that read more than the log-ratio of each token: its turn, a divergence, or the rewards of another model.
 
 Shapes: [..., 2, T] throughout, the chosen response first; c and r are sums of log-ratios over the chosen and the
 rejected response, sigma is the logistic function.
@@ -7,9 +7,51 @@ rejected response, sigma is the logistic function.
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, ScalarLike
+from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from qstar_jax.losses.responses import LossMetrics, pair, record, response_sums
+
+
+def dmpo(
+    log_ratios: Float[Array, "*B 2 T"],
+    mask: Bool[Array, "*B 2 T"],
+    turns: Int[Array, "*B 2 T"],
+    *,
+    beta: ScalarLike = 0.1,
+    discount: ScalarLike = 0.7,
+) -> tuple[Float[Array, "*B"], LossMetrics]:
+    """Direct multi-turn preference optimization: DPO in which later turns of a dialogue count less.
+
+    -log sigma(beta (sum_t phi(j_t, J_w) rho_t^w - sum_t phi(j_t, J_l) rho_t^l)), with rho the log-ratios of actions, j_t
+    the turn of action t from 0, J the number of turns, and phi(j, J) = gamma^j (1 - gamma^(J - j)) / (1 - gamma^J):
+    the share of the turns from j on in sum_j gamma^j. gamma is `discount`; where it is 1, phi = (J - j) / J. Responses
+    of a single turn have DPO's loss (`sigmoid`).
+
+    Turns are counted from where the responses part: those before are the prompt's. Elsewhere: the authors' trainer
+    does so too, has gamma = 0.7 by default as here, and logs discounted rewards.
+
+    Args:
+        log_ratios: Token log-ratios, in nats. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
+        turns: Turn of each token, from 0; not read where `mask` is False. Shape [..., 2, T].
+        beta: Temperature: reward per nat.
+        discount: gamma in (0, 1], per turn.
+
+    Returns:
+        Loss of each pair, in nats, shape [...], and its metrics, whose rewards are not discounted.
+
+    References:
+        Shi et al., "Direct multi-turn preference optimization for language agents", arXiv 2406.14868.
+    """
+    chex.assert_equal_shape([log_ratios, mask, turns])
+    turns = jnp.where(mask, turns, 0)
+    num_turns = jnp.max(turns, axis=-1, keepdims=True) + 1
+    # Powers of gamma minus 1 as they are, lest digits are lost where gamma is near 1.
+    log_gamma = jnp.where(discount == 1, -1.0, jnp.log(discount))
+    discounted = discount**turns * jnp.expm1((num_turns - turns) * log_gamma) / jnp.expm1(num_turns * log_gamma)
+    weights = jnp.where(discount == 1, (num_turns - turns) / num_turns, discounted)
+    chosen, rejected = pair(response_sums(weights * jnp.where(mask, log_ratios, 0.0), mask))
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected)), record(beta * response_sums(log_ratios, mask))
 
 
 def tdpo1(

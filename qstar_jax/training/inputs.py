@@ -67,6 +67,8 @@ def load_inputs(plan: RunPlan, start: Start, mesh: Mesh, console: Console) -> In
     examples = load(data.train, data.train_split, limit=data.max_train_rows)
     say(console, examples.report(start.model))
     console.print(preview(examples.examples[0], start.tokenizer))
+    if plan.objective.by_turns and not any((r.turns > 0).any() for e in examples.examples for r in e.responses):
+        say(console, f"note: every response of {data.train} is a single turn, on which dmpo is DPO (sigmoid)")
     train = Feeder(examples, options.batch_size, mesh, data, "train.batch_size", accumulate=options.accumulate)
     held_out = None
     if data.eval is not None:

@@ -27,7 +27,7 @@ CHANGED = {
     "nll_weight": 0.4,
     "odds_weight": 0.7,
     "bias": 0.8,
-    "discount": 0.7,
+    "discount": 0.6,
     "bc_weight": 0.3,
     "bc_data": "chosen",
     "alpha": 1.4,
@@ -37,7 +37,7 @@ NEEDS = {"bc_data": {"bc_weight": 0.3}}
 # A batch's tokens weigh its rows, so rows alone give another number.
 UNCOUPLED = {name: {"normalize": "answer_tokens"} for name in ("sft", "cpo", "orpo")}
 TRANSPORT = ("aot", "aot_unpaired")
-TOKENS = {"log_ratios", "logp", "ref_logp", "kl", "guide_rewards", "mask"}  # arrays [..., T]
+TOKENS = {"log_ratios", "logp", "ref_logp", "kl", "guide_rewards", "turns", "mask"}  # arrays [..., T]
 RETURNS = ["rewards", "reference_rewards"]
 STOPPED = {"kto": ["baseline"], "tgdpo": ["guide_rewards"], "a_star": RETURNS, "qrpo": RETURNS}
 GARBAGE = [np.nan, np.inf, -np.inf, 1e30, np.nan]
@@ -58,6 +58,7 @@ def make_arrays(seed, rows=4, responses=2, length=4, empty=False):
         "ref_logp": -0.05 - rng.exponential(size=shape),
         "kl": rng.exponential(size=shape),
         "guide_rewards": rng.normal(size=shape),
+        "turns": np.cumsum(rng.random(shape) < 0.5, axis=-1),
         "mask": mask,
         "labels": rng.permuted(np.arange(rows * responses) % 2 == 0).reshape(rows, responses),
         "baseline": np.asarray(0.3),
@@ -73,11 +74,11 @@ def read(name, arrays, dtype=None):
     parameters = inspect.signature(losses.LOSSES[name]).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     taken = {name: jnp.asarray(arrays[name]) for name in names}
-    return {n: x.astype(dtype) if dtype and x.dtype != bool else x for n, x in taken.items()}
+    return taken | {n: x.astype(dtype or x.dtype) for n, x in floats(taken).items()}
 
 
 def floats(arrays):
-    return {name: x for name, x in arrays.items() if x.dtype != bool}
+    return {name: x for name, x in arrays.items() if np.issubdtype(x.dtype, np.floating)}
 
 
 def options_of(name):
@@ -86,7 +87,7 @@ def options_of(name):
 
 def value_and_grads(name, arrays, **options):
     """Unreduced loss, and the gradient of a sum in which each row has its own weight."""
-    fixed = {n: x for n, x in arrays.items() if x.dtype == bool}
+    fixed = {n: x for n, x in arrays.items() if n not in floats(arrays)}
 
     def total(differentiated):
         loss, _ = losses.LOSSES[name](**fixed, **differentiated, **options)
@@ -279,6 +280,19 @@ def tgdpo(a, beta=0.1, alpha=0.5):
     return logistic(chosen - rejected), beta * sums(a.log_ratios, a.mask)
 
 
+def dmpo(a, beta=0.1, discount=0.7):
+    """Turn by turn: phi is the share of turn j and those after it in the sum of gamma^j, with gamma = 1 no exception."""
+    total = np.zeros(a.mask.shape[:-1])
+    for index in np.ndindex(total.shape):
+        own = a.mask[index]
+        count = max(a.turns[index][own], default=0) + 1
+        masses = [discount**turn for turn in range(count)]
+        for turn in range(count):
+            ratio = sum(a.log_ratios[index][own & (a.turns[index] == turn)])
+            total[index] += sum(masses[turn:]) / sum(masses) * ratio
+    return logistic(beta * (total[:, 0] - total[:, 1])), beta * sums(a.log_ratios, a.mask)
+
+
 def plackett_luce(a, beta=0.1):
     u = beta * sums(a.log_ratios, a.mask)
     loss = np.zeros(len(u))
@@ -318,6 +332,7 @@ RESTATED = {
     "cpo": cpo,
     "orpo": orpo,
     "cpl": cpl,
+    "dmpo": dmpo,
     "tdpo1": tdpo,
     "tdpo2": partial(tdpo, alpha=0.5),
     "tgdpo": tgdpo,
@@ -436,7 +451,10 @@ def with_garbage(taken, garbage):
     """Puts garbage under the mask of every array of tokens."""
     mask = taken["mask"]
     garbage = jnp.resize(jnp.asarray(garbage), mask.shape)
-    return {n: jnp.where(mask, x, garbage) if n in floats(taken) and n in TOKENS else x for n, x in taken.items()}
+    dirty = {n: jnp.where(mask, x, garbage) for n, x in floats(taken).items() if n in TOKENS}
+    if "turns" in taken:  # where the environment speaks, and far behind the last
+        dirty["turns"] = jnp.where(mask, taken["turns"], jnp.where(garbage > 0, 99, -1))
+    return taken | dirty
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["", "empty"])
@@ -505,6 +523,7 @@ def huge(name, size):
         "ref_logp": np.minimum(-signs, 0) * size,
         "kl": np.abs(signs) * size,
         "guide_rewards": signs,
+        "turns": np.broadcast_to(np.arange(4), signs.shape),
         "mask": np.ones(signs.shape, bool),
         "labels": signs[..., 0] > 0,
         "baseline": np.float32(size),

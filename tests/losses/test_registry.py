@@ -27,6 +27,7 @@ READS = {
     "sft simpo cpo orpo cpl": "logp",
     "tdpo1 tdpo2": "log_ratios kl",
     "tgdpo": "log_ratios guide_rewards",
+    "dmpo": "log_ratios turns",
 }
 ARRAYS = {name: {"mask", *arrays.split()} for names, arrays in READS.items() for name in names.split()}
 REFERENCE_FREE = {"sft", "simpo", "cpo", "orpo", "cpl"}
@@ -41,6 +42,7 @@ EVERYTHING = {
     "log_sum_sq": LOG_SUM_SQ,
     "kl": -KL,
     "guide_rewards": jax.random.normal(KEYS[4], SHAPE),
+    "turns": jnp.broadcast_to(jnp.array([0, 1, 1, 2]), SHAPE),
     "mask": jax.random.bernoulli(KEYS[5], 0.6, SHAPE).at[..., 0].set(True),
     "labels": jax.random.bernoulli(KEYS[6], 0.5, SHAPE[:2]).at[0].set(jnp.array([True, False])),
     "baseline": jnp.float32(0.3),

@@ -16,6 +16,37 @@ def sigmoid(log_ratios=LOG_RATIOS, mask=MASK):
     return losses.sigmoid(log_ratios, mask, beta=0.4)[0]
 
 
+def test_dmpo_by_hand():
+    # The chosen dialogue has three turns, and the environment speaks after the first; the rejected one has two.
+    log_ratios = jnp.array([[[1.0, 9.0, 2.0, 3.0], [4.0, 5.0, 6.0, 9.0]]])
+    turns = jnp.array([[[0, -1, 1, 2], [0, 0, 1, -1]]])
+    mask = turns >= 0
+    # gamma = 1/2: of 1 + 1/2 + 1/4, the turns from j on have 1, 3/7, 1/7; of 1 + 1/2 they have 1, 1/3.
+    margin = 0.5 * (1 + 2 * 3 / 7 + 3 / 7 - (4 + 5 + 6 / 3))
+    found, metrics = losses.dmpo(log_ratios, mask, turns, beta=0.5, discount=0.5)
+    np.testing.assert_allclose(found, [np.log1p(np.exp(-margin))], rtol=1e-6)
+    np.testing.assert_allclose(metrics.rewards, [[0.5 * 6, 0.5 * 15]])
+    # gamma = 1: the share of the turns that are still to come.
+    margin = 0.5 * (1 + 2 * 2 / 3 + 3 / 3 - (4 + 5 + 6 / 2))
+    found = losses.dmpo(log_ratios, mask, turns, beta=0.5, discount=1.0)[0]
+    np.testing.assert_allclose(found, [np.log1p(np.exp(-margin))], rtol=1e-6)
+
+
+def test_dmpo_is_continuous_in_its_discount():
+    turns = jnp.broadcast_to(jnp.array([0, 0, 1, 2]), MASK.shape)
+    at, near, below = (losses.dmpo(LOG_RATIOS, MASK, turns, discount=d)[0] for d in (1.0, 1 - 1e-6, 0.9))
+    np.testing.assert_allclose(near, at, rtol=1e-5)
+    assert np.abs(below - at).max() > 1e-4
+    first = losses.sigmoid(LOG_RATIOS, MASK & (turns == 0))[0]
+    np.testing.assert_allclose(losses.dmpo(LOG_RATIOS, MASK, turns, discount=1e-6)[0], first, rtol=1e-4)
+
+
+@pytest.mark.parametrize("discount", [0.3, 0.7, 1.0])
+def test_dmpo_of_single_turns_is_dpo_to_the_last_bit(discount):
+    found = losses.dmpo(LOG_RATIOS, MASK, jnp.zeros(MASK.shape, int), beta=0.4, discount=discount)
+    np.testing.assert_array_equal(found[0], sigmoid())
+
+
 def test_tdpo_by_hand():
     log_ratios = jnp.array([[[1.0, 2.0], [0.5, 9.0]]])
     kl = jnp.array([[[0.25, 0.5], [2.0, 9.0]]])

@@ -26,7 +26,7 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
     Raises:
         InputError: If the loss reads arrays that a training batch does not have.
     """
-    if missing := loss.extra_arrays - {"kl", "guide_rewards"}:
+    if missing := loss.extra_arrays - {"kl", "guide_rewards", "turns"}:
         raise InputError(
             f"loss.name {loss} needs {', '.join(sorted(missing))}, which a batch of pairs does not have; "
             "call it from a training loop of your own (qstar_jax.losses), or choose another loss"
@@ -45,6 +45,7 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
         beta=loss.beta,
         reads_logits="kl" in loss.arrays,
         guided="guide_rewards" in loss.arrays,
+        by_turns="turns" in loss.arrays,
     )
 
 
@@ -72,6 +73,8 @@ def preference_loss_fn(model: CausalLM, loss: losses.PreferenceLoss) -> LossFn:
             arrays["present"] = present
         if "guide_rewards" in loss.arrays:
             arrays["guide_rewards"] = batch.guide_rewards
+        if "turns" in loss.arrays:
+            arrays["turns"] = batch.turns
         values, record = loss(scores, **arrays)
         # Sum loss and metrics over examples, by weight.
         examples = batch.weights.sum()

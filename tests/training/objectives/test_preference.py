@@ -208,7 +208,7 @@ def test_options_of_the_loss_change_it(options, loss_of_scores):
     assert abs(float(plain) - float(other)) > 1e-3
 
 
-TRAINABLE = [n for n in losses.LOSSES if n not in ("kto", "a_star", "qrpo", "tdpo1", "tdpo2", "tgdpo")]
+TRAINABLE = [n for n in losses.LOSSES if n not in ("kto", "a_star", "qrpo", "dmpo", "tdpo1", "tdpo2", "tgdpo")]
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
