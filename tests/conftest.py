@@ -378,7 +378,7 @@ def random_examples():
 
 
 def dialogue_examples(rows, *, seed=0, length=24, response_length=16, **options) -> list[Example]:
-    """Random examples whose responses have turns, and an environment between them: actions, environment, actions, ..."""
+    """Random examples whose responses have turns, and an environment that speaks between them."""
 
     def split(response, rng):
         speakers = np.cumsum(rng.random(len(response.ids)) < 0.4)

@@ -22,8 +22,8 @@ def dmpo(
 ) -> tuple[Float[Array, "*B"], LossMetrics]:
     """Direct multi-turn preference optimization: DPO in which later turns of a dialogue count less.
 
-    -log sigma(beta (sum_t phi(j_t, J_w) rho_t^w - sum_t phi(j_t, J_l) rho_t^l)), with rho the log-ratios of actions, j_t
-    the turn of action t from 0, J the number of turns, and phi(j, J) = gamma^j (1 - gamma^(J - j)) / (1 - gamma^J):
+    -log sigma(beta (sum_t phi(j_t, J_w) rho_t^w - sum_t phi(j_t, J_l) rho_t^l)), with rho the log-ratios of actions,
+    j_t the turn of action t from 0, J the number of turns, and phi(j, J) = gamma^j (1 - gamma^(J - j)) / (1 - gamma^J):
     the share of the turns from j on in sum_j gamma^j. gamma is `discount`; where it is 1, phi = (J - j) / J. Responses
     of a single turn have DPO's loss (`sigmoid`).
 

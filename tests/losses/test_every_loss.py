@@ -281,7 +281,7 @@ def tgdpo(a, beta=0.1, alpha=0.5):
 
 
 def dmpo(a, beta=0.1, discount=0.7):
-    """Turn by turn: phi is the share of turn j and those after it in the sum of gamma^j, with gamma = 1 no exception."""
+    """Turn by turn: phi is the share of turn j and those after it in the sum of gamma^j; gamma = 1 is no exception."""
     total = np.zeros(a.mask.shape[:-1])
     for index in np.ndindex(total.shape):
         own = a.mask[index]
