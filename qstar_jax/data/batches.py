@@ -3,7 +3,7 @@
 The batch is a pure function of (seed, step): a resumed run, on any number of hosts, sees the same rows in order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.data.packing import Block, Plan, Shapes, plan_batch
+from qstar_jax.data.packing import Plan, Shapes, plan_batch
+from qstar_jax.data.ragged import Ragged, ranges
 from qstar_jax.data.tokenization import Example
 from qstar_jax.models.masks import Texts
 
@@ -72,7 +73,7 @@ class Batch:
 
 
 def make_batch(
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Ragged,
     shapes: Shapes,
     *,
     fill_to: int = 0,
@@ -99,40 +100,35 @@ def make_batch(
         ValueError: An example does not fit, or has another number of responses than the first; or the shards do not
             divide the batch.
     """
-    size = max(len(examples), fill_to)
+    examples = Ragged.of(examples)
+    size = max(len(examples.lengths.rows), fill_to)
     if size % shapes.shards:
         raise ValueError(f"a batch of {size} examples cannot be sharded over {shapes.shards} devices")
     # Decide which blocks share a sequence, and how large the arrays are.
     plan = plan or plan_batch(examples, shapes, fill_to)
     sequences, scored = (max(sizes) for sizes in zip(plan.size, at_least, strict=True))
-    # Allocate a batch of padding, with the lengths of its examples.
+    # Allocate a batch of padding, with the lengths of its examples, and write the tokens.
     batch = _padding(examples, size, (sequences, scored), shapes)
-    # Write the tokens, sequence by sequence.
-    for n, blocks in _numbered(plan, sequences):
-        _write_sequence(batch, n, blocks, examples)
+    runs = _Runs.of(examples, plan, batch)
+    _write_tokens(batch, examples, plan, runs)
     if shapes.text_length:
-        batch = replace(batch, texts=_find_texts(batch, plan, shapes.text_length))
+        batch = replace(batch, texts=_find_texts(batch, plan, runs, shapes.text_length))
     of_tokens = {"ref_logp": ref_logps, "guide_rewards": guide_rewards}
     padded = {name: _padded(values, batch.index.shape) for name, values in of_tokens.items() if values is not None}
     return replace(batch, **padded)
 
 
-def _padding(examples: Sequence[Example], count: int, size: tuple[int, int], shapes: Shapes) -> Batch:
+def _padding(examples: Ragged, count: int, size: tuple[int, int], shapes: Shapes) -> Batch:
     """Returns a batch of `count` examples with empty sequences."""
-    (sequences, scored), responses = size, len(examples[0].responses)
+    (sequences, scored), lengths = size, examples.lengths
     tokens, positions, branches = np.zeros((3, sequences, shapes.length), np.int32)
     slots, targets = np.zeros((2, sequences, scored), np.int32)
-    prompt_lengths, lengths = np.zeros(count, np.int32), np.zeros((count, responses), np.int32)
-    truncated = np.zeros((count, responses), bool)
-    tokens_shape = (count, responses, shapes.response_length)
+    tokens_shape = (count, lengths.responses.shape[1], shapes.response_length)
     action_mask, turns = np.zeros(tokens_shape, bool), np.full(tokens_shape, -1, np.int32)
-    for b, example in enumerate(examples):
-        prompt_lengths[b] = len(example.prompt)
-        lengths[b] = [len(r.ids) for r in example.responses]
-        truncated[b] = [r.truncated for r in example.responses]
-        for r, response in enumerate(example.responses):
-            action_mask[b, r, : len(response.ids)] = response.action_mask
-            turns[b, r, : len(response.ids)] = response.turns
+    starts = np.arange(lengths.responses.size).reshape(lengths.responses.shape) * shapes.response_length
+    target, source = ranges(starts, lengths.responses), ranges(examples.response_starts, lengths.responses)
+    action_mask.reshape(-1)[target] = examples.action_mask[source]
+    turns.reshape(-1)[target] = examples.turns[source]
     return Batch(
         tokens=tokens,
         positions=positions,
@@ -143,73 +139,120 @@ def _padding(examples: Sequence[Example], count: int, size: tuple[int, int], sha
         index=np.zeros(tokens_shape, np.int32),
         action_mask=action_mask,
         turns=turns,
-        prompt_lengths=prompt_lengths,
-        response_lengths=lengths,
-        truncated=truncated,
-        weights=(np.arange(count) < len(examples)).astype(np.float32),
-        outcome={name: _stacked([e.outcome[name] for e in examples], count) for name in examples[0].outcome},
+        prompt_lengths=_filled(lengths.prompts.astype(np.int32), count),
+        response_lengths=_filled(lengths.responses.astype(np.int32), count),
+        truncated=_filled(lengths.truncated[:, 1:], count),
+        weights=(np.arange(count) < len(lengths.rows)).astype(np.float32),
+        outcome={name: _stacked(values, count) for name, values in examples.outcome.items()},
         shards=shapes.shards,
     )
 
 
-def _numbered(plan: Plan, count: int) -> Iterator[tuple[int, list[Block]]]:
-    """Yields the sequences of a plan with their numbers in a batch of `count`."""
-    for shard, sequences in enumerate(plan.shards):
-        yield from enumerate(sequences, start=shard * count // len(plan.shards))
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of slots: for each block the prompt without its last token, then a branch per response, one after the other.
+
+    Attributes:
+        lengths: Slots of each run. Shape [n, 1 + G], as below.
+        slots: Its first slot, counted through the sequences.
+        sources: Its first token among those of the examples; branches begin with that of their response.
+        positions: Position of its first slot.
+    """
+
+    lengths: np.ndarray
+    slots: np.ndarray
+    sources: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, examples: Ragged, plan: Plan, batch: Batch) -> "_Runs":
+        blocks, lengths = plan.blocks, examples.lengths
+        prompts, own = lengths.prompts[blocks.examples], (blocks.examples[:, None], blocks.responses)
+        run_lengths = np.column_stack([prompts - 1, lengths.responses[own]])
+        # Blocks of a sequence follow each other, and so do the runs of a block.
+        sequences = _sequences(plan, batch)
+        starts = sequences * batch.tokens.shape[1] + _starts_in(sequences, blocks.lengths)
+        slots = starts[:, None] + np.cumsum(run_lengths, 1) - run_lengths
+        sources = np.column_stack([examples.prompt_starts[blocks.examples], examples.response_starts[own]])
+        positions = np.where(np.arange(run_lengths.shape[1]) == 0, 0, (prompts - 1)[:, None])
+        return cls(run_lengths, slots, sources, positions)
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Repeats the value of each run, or block, for all its slots."""
+        return np.repeat(np.broadcast_to(values, self.lengths.shape).ravel(), self.lengths.ravel())
 
 
-def _write_sequence(batch: Batch, n: int, blocks: Sequence[Block], examples: Sequence[Example]):
-    """Writes the blocks of sequence `n` one after the other."""
-    width = batch.slots.shape[1]
-    slot = entry = 0  # the next free slot, and the next free entry of `slots` and `targets`
-    for number, block in enumerate(blocks):
-        example = examples[block.example]
-        batch.blocks[n, slot : slot + block.length] = number
-        # The prompt once, without its last token.
-        shared = len(example.prompt) - 1
-        batch.tokens[n, slot : slot + shared] = example.prompt[:-1]
-        batch.positions[n, slot : slot + shared] = np.arange(shared)
-        slot += shared
-        # A branch per response, in which each slot predicts the response's next token; actions are scored.
-        for r in block.responses:
-            ids, actions = example.responses[r].ids, np.flatnonzero(example.responses[r].action_mask)
-            if len(ids) == 0:
-                continue
-            branch, entries = np.arange(slot, slot + len(ids)), np.arange(entry, entry + len(actions))
-            batch.tokens[n, branch] = [example.prompt[-1], *ids[:-1]]
-            batch.positions[n, branch] = shared + np.arange(len(ids))
-            batch.branches[n, branch] = r + 1
-            batch.slots[n, entries], batch.targets[n, entries] = branch[actions], ids[actions]
-            batch.index[block.example, r, actions] = n * width + entries
-            slot, entry = slot + len(ids), entry + len(actions)
+def _sequences(plan: Plan, batch: Batch) -> np.ndarray:
+    """Returns the sequence of each block in the whole batch."""
+    return plan.shards * (len(batch.tokens) // batch.shards) + plan.sequences
 
 
-def _find_texts(batch: Batch, plan: Plan, length: int) -> Texts:
+def _starts_in(groups: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns where items begin that lie one after the other in groups; those of a group follow each other."""
+    starts = np.cumsum(lengths) - lengths
+    return starts - starts[np.searchsorted(groups, groups)]
+
+
+def _write_tokens(batch: Batch, examples: Ragged, plan: Plan, runs: _Runs):
+    """Writes all runs, and the actions that their slots predict."""
+    length, width = batch.tokens.shape[1], batch.slots.shape[1]
+    branches = np.column_stack([np.zeros(len(plan.blocks.examples), np.int64), plan.blocks.responses + 1])
+    slots, sources = ranges(runs.slots, runs.lengths), ranges(runs.sources, runs.lengths)
+    branch, positions = runs.spread(branches), ranges(runs.positions, runs.lengths)
+    # The inputs of a branch lag behind what it predicts by one token, and begin with the last one of the prompt.
+    inputs = sources - (branch > 0)
+    lasts = (examples.prompt_starts + examples.lengths.prompts - 1)[plan.blocks.examples]
+    firsts = np.cumsum(runs.lengths.ravel()).reshape(runs.lengths.shape) - runs.lengths
+    begun = (runs.lengths > 0) & (branches > 0)
+    inputs[firsts[begun]] = np.broadcast_to(lasts[:, None], begun.shape)[begun]
+    batch.tokens.reshape(-1)[slots] = examples.ids[inputs]
+    batch.positions.reshape(-1)[slots] = positions
+    batch.branches.reshape(-1)[slots] = branch
+    # Number the blocks of each sequence.
+    numbers = _starts_in(_sequences(plan, batch), np.ones_like(plan.shards))
+    batch.blocks.reshape(-1)[slots] = runs.spread(numbers[:, None])
+    # Slots that predict an action are scored. Actions keep the order of their slots.
+    actions = np.flatnonzero((branch > 0) & examples.action_mask[sources])
+    sequences, in_sequence = np.divmod(slots[actions], length)
+    entries = np.arange(len(actions)) - np.searchsorted(sequences, sequences)
+    batch.slots[sequences, entries], batch.targets[sequences, entries] = in_sequence, examples.ids[sources[actions]]
+    # Tell each action of a response where it is scored.
+    _, places, tokens = batch.index.shape
+    firsts = (plan.blocks.examples[:, None] * places + branches - 1) * tokens
+    batch.index.reshape(-1)[ranges(firsts, runs.lengths)[actions]] = sequences * width + entries
+
+
+def _find_texts(batch: Batch, plan: Plan, runs: _Runs, length: int) -> Texts:
     """Lists the slots of each text, of at most `length` tokens, and the texts of each slot."""
     (count, sequence_length), (examples, responses, _) = batch.tokens.shape, batch.index.shape
+    texts, shared_by = plan.blocks.examples[:, None] * responses + plan.blocks.responses, plan.blocks.responses.shape[1]
     slots = np.full((examples * responses, length), -1, np.int32)
-    shared_by = max(len(block.responses) for _, blocks in _numbered(plan, count) for block in blocks)
     places = np.full((count, sequence_length, shared_by), -1, np.int32)
     # Numbers count within the sequences, and the texts, of a shard.
-    sequences_per_shard, texts_per_shard = count // batch.shards, len(slots) // batch.shards
-    for n, blocks in _numbered(plan, count):
-        for number, block in enumerate(blocks):
-            in_block, branches = batch.blocks[n] == number, batch.branches[n]
-            used = 0  # texts of the block so far: one for each response that has tokens
-            for r in block.responses:
-                if not (in_block & (branches == r + 1)).any():
-                    continue
-                tokens, text = np.flatnonzero(in_block & np.isin(branches, (0, r + 1))), block.example * responses + r
-                slots[text, : len(tokens)] = n % sequences_per_shard * sequence_length + tokens
-                entries = np.where(branches[tokens] == 0, used, 0)  # tokens of a branch are in a single text
-                places[n, tokens, entries] = text % texts_per_shard * length + np.arange(len(tokens))
-                used += 1
+    slots_per_shard, texts_per_shard = count // batch.shards * sequence_length, len(slots) // batch.shards
+    # A text is the shared run, then a branch; responses without tokens have none.
+    branches = runs.lengths[:, 1:]
+    shared = np.where(branches > 0, runs.lengths[:, :1], 0)
+    used = np.cumsum(branches > 0, 1) - (branches > 0)  # texts of the block so far
+    for run_slots, run_lengths, begin, entry in (
+        (runs.slots[:, :1], shared, np.zeros_like(shared), used),
+        (runs.slots[:, 1:], branches, shared, np.zeros_like(used)),
+    ):
+        at = ranges(np.broadcast_to(run_slots, run_lengths.shape), run_lengths)
+        slots.reshape(-1)[ranges(texts * length + begin, run_lengths)] = at % slots_per_shard
+        own = ranges(texts % texts_per_shard * length + begin, run_lengths)
+        places.reshape(-1)[at * shared_by + np.repeat(entry.ravel(), run_lengths.ravel())] = own
     return Texts(slots, places, batch.shards)
 
 
-def _stacked(values: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """Stacks what examples have; those without tokens, which fill up a batch, repeat the last one."""
-    return np.stack([*values, *[values[-1]] * (count - len(values))])
+def _filled(values: np.ndarray, count: int) -> np.ndarray:
+    """Adds zeros for examples without tokens, which fill up a batch."""
+    return np.concatenate([values, np.zeros((count - len(values), *values.shape[1:]), values.dtype)])
+
+
+def _stacked(values: np.ndarray, count: int) -> np.ndarray:
+    """Repeats the last value for examples without tokens, which fill up a batch."""
+    return np.concatenate([values, np.repeat(values[-1:], count - len(values), axis=0)])
 
 
 def _padded(values: Sequence[Sequence[np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:

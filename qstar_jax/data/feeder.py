@@ -1,7 +1,11 @@
-"""Batches of a dataset on the mesh: those of a training step, and all of them in order."""
+"""Batches of a dataset on the mesh: those of a training step, and all of them in order.
+
+A thread makes the next batch while the devices compute with this one.
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -11,7 +15,7 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.batches import Batch, make_batch, step_indices
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Shapes, plan_batch
-from qstar_jax.data.tokenization import Example
+from qstar_jax.data.ragged import Ragged
 from qstar_jax.errors import InputError
 from qstar_jax.sharding import BATCH
 
@@ -62,19 +66,22 @@ class Feeder:
         )
         self._ref_logps: Sequence[Sequence[np.ndarray]] | None = None
         self._guide_rewards: Sequence[Sequence[np.ndarray]] | None = None
+        self._maker = ThreadPoolExecutor(1, "batches")
+        self._ahead: dict[tuple[int, int], Future[Batch]] = {}  # (seed, step) -> the batch that is made ahead
         self._sharding = NamedSharding(mesh, BATCH)
         self._step_sharding = NamedSharding(mesh, BATCH if accumulate == 1 else PartitionSpec(None, *BATCH))
 
     def with_reference(self, ref_logps: Sequence[Sequence[np.ndarray]]) -> "Feeder":
         """Returns a feeder whose batches also carry log pi_ref of their responses' tokens."""
-        other = copy.copy(self)
-        other._ref_logps = ref_logps
-        return other
+        return self._with(_ref_logps=ref_logps)
 
     def with_guide(self, rewards: Sequence[Sequence[np.ndarray]]) -> "Feeder":
         """Returns a feeder whose batches also carry the rewards that a guide gives to their responses' tokens."""
+        return self._with(_guide_rewards=rewards)
+
+    def _with(self, **arrays: Sequence[Sequence[np.ndarray]]) -> "Feeder":
         other = copy.copy(self)
-        other._guide_rewards = rewards
+        other.__dict__ |= arrays | {"_ahead": {}}
         return other
 
     @property
@@ -89,7 +96,10 @@ class Feeder:
 
     def at_step(self, seed: int, step: int) -> Batch:
         """Returns the batch of a step, a pure function of (seed, step), with a leading axis of micro-batches."""
-        return self._place(self._make_step(seed, step), self._step_sharding)
+        future = self._ahead.get((seed, step))
+        batch = self._make_step(seed, step) if future is None else future.result()
+        self._ahead = {(seed, step + 1): self._maker.submit(self._make_step, seed, step + 1)}
+        return self._place(batch, self._step_sharding)
 
     def shapes_at_step(self, seed: int, step: int) -> Batch:
         """Returns the shapes, dtypes and shardings of `at_step`; the devices need not be there."""
@@ -109,6 +119,13 @@ class Feeder:
 
     def in_order(self, start: int = 0) -> Iterator[Batch]:
         """Yields all examples from `start` on in file order; those that fill up the last batch have weight 0."""
+        batches = self._make_in_order(start)
+        future = self._maker.submit(next, batches, None)
+        while (batch := future.result()) is not None:
+            future = self._maker.submit(next, batches, None)
+            yield self._place(batch, self._sharding)
+
+    def _make_in_order(self, start: int) -> Iterator[Batch]:
         size, total = (0, 0), len(self.dataset.examples)
         for first in range(start, total, self.batch_size):
             indices = np.arange(first, min(first + self.batch_size, total))
@@ -117,10 +134,10 @@ class Feeder:
             at_least = size if short else (0, 0)
             batch = self._make(indices, fill_to=self.batch_size, at_least=at_least)
             size = batch.slots.shape
-            yield self._place(batch, self._sharding)
+            yield batch
 
-    def _examples(self, indices: np.ndarray) -> list[Example]:
-        return [self.dataset.examples[i] for i in indices]
+    def _examples(self, indices: np.ndarray) -> Ragged:
+        return Ragged.take(self.dataset.examples, indices)
 
     def _make(self, indices: np.ndarray, **options) -> Batch:
         of_tokens = {"ref_logps": self._ref_logps, "guide_rewards": self._guide_rewards}

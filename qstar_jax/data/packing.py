@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Int
+
+from qstar_jax.data.ragged import Lengths, Ragged
 from qstar_jax.data.tokenization import Example
 
 Layout = Literal["packed", "shared", "plain"]
@@ -17,60 +21,65 @@ FEW = 96  # up to this many scored tokens per sequence, padding costs less than 
 
 
 @dataclass(frozen=True)
-class Block:
-    """A prompt and those of its responses that share it in one sequence.
+class Blocks:
+    """Prompts, each with those of its responses that share it in one sequence.
 
     Attributes:
-        example: Index of the example in its batch.
-        responses: Indices of the responses.
-        length: Slots that it occupies.
+        examples: Index of the example of each block in its batch.
+        responses: Indices of its responses.
+        lengths: Slots that it occupies.
         scored: Slots whose next token is scored: the actions of the responses.
     """
 
-    example: int
-    responses: tuple[int, ...]
-    length: int
-    scored: int
+    examples: Int[np.ndarray, " n"]
+    responses: Int[np.ndarray, "n G"]
+    lengths: Int[np.ndarray, " n"]
+    scored: Int[np.ndarray, " n"]
+
+    def __getitem__(self, which: np.ndarray) -> "Blocks":
+        """Selects blocks, in the order given."""
+        return Blocks(self.examples[which], self.responses[which], self.lengths[which], self.scored[which])
 
 
-def blocks_of(examples: Sequence[Example], layout: Layout) -> list[Block]:
+def blocks_of(examples: Sequence[Example] | Ragged | Lengths, layout: Layout) -> Blocks:
     """Lists the blocks of some examples, in their order.
 
     Args:
-        examples: Examples of a batch.
+        examples: Examples of a batch, or their lengths.
         layout: `plain` repeats the prompt for every response; the others share it.
     """
-    blocks = []
-    for i, example in enumerate(examples):
-        responses = range(len(example.responses))
-        for group in [(r,) for r in responses] if layout == "plain" else [tuple(responses)]:
-            length = len(example.prompt) - 1 + sum(len(example.responses[r].ids) for r in group)
-            blocks.append(Block(i, group, length, sum(example.responses[r].num_actions for r in group)))
-    return blocks
+    lengths = Lengths.of(examples)
+    count, places = lengths.responses.shape
+    if layout != "plain":
+        slots, scored = lengths.prompts - 1 + lengths.responses.sum(1), lengths.actions.sum(1)
+        return Blocks(np.arange(count), np.tile(np.arange(places), (count, 1)), slots, scored)
+    slots = (lengths.prompts - 1)[:, None] + lengths.responses
+    examples_of_blocks, responses = np.divmod(np.arange(count * places), max(places, 1))
+    return Blocks(examples_of_blocks, responses[:, None], slots.ravel(), lengths.actions.ravel())
 
 
-def pack(blocks: Sequence[Block], length: int, layout: Layout) -> list[list[Block]]:
+def pack(lengths: Int[np.ndarray, " n"], length: int, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """Assigns blocks to sequences.
 
     Args:
-        blocks: Blocks, none longer than `length`.
+        lengths: Slots of each block, at most `length`.
         length: Slots per sequence.
         layout: `packed` is first fit decreasing: the longest block first, each into the first sequence that has room.
             The others give each block a sequence of its own.
+
+    Returns:
+        The sequence of each block, and the blocks in the order of their places: sequence by sequence.
     """
     if layout != "packed":
-        return [[block] for block in blocks]
-    sequences: list[list[Block]] = []
-    free_slots: list[int] = []
+        return np.arange(len(lengths)), np.arange(len(lengths))
+    sequences, free_slots = np.empty(len(lengths), np.int64), np.full(len(lengths), length)
     # The sort is stable, so a batch remains a function of its step.
-    for block in sorted(blocks, key=lambda block: -block.length):
-        n = next((n for n, free in enumerate(free_slots) if free >= block.length), len(sequences))
-        if n == len(sequences):
-            sequences.append([])
-            free_slots.append(length)
-        sequences[n].append(block)
-        free_slots[n] -= block.length
-    return sequences
+    longest_first = np.argsort(-lengths, kind="stable")
+    for block in longest_first:
+        n = np.argmax(free_slots >= lengths[block])
+        sequences[block] = n
+        free_slots[n] -= lengths[block]
+    return sequences, longest_first[np.argsort(sequences[longest_first], kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class Shapes:
     @classmethod
     def of(
         cls,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | Ragged,
         layout: Layout = "packed",
         *,
         batch_size: int,
@@ -118,17 +127,17 @@ class Shapes:
             multiple: Lengths are multiples of it, in tokens.
             texts: Whether batches list their texts.
         """
-        blocks = blocks_of(examples, layout)
-        longest = max(block.length for block in blocks)
+        lengths = Lengths.of(examples)
+        blocks = blocks_of(lengths, layout)
+        longest = int(blocks.lengths.max())
         length = _round_up(max(longest, row_length if layout == "packed" else 0), multiple)
-        response_length = _round_up(max(len(r.ids) for e in examples for r in e.responses), multiple)
+        response_length = _round_up(int(lengths.responses.max()), multiple)
         # Steps of a quarter of the batch, and of the sequence: at most sixteen programs, of which most datasets need
         # two or three. For short sequences in steps of at least `FEW`.
         sequences = _round_up(batch_size, 4 * shards) // (4 * shards) if layout == "packed" else 1
-        most = length if layout == "packed" else max(block.scored for block in blocks)
+        most = length if layout == "packed" else int(blocks.scored.max())
         scored = _round_up(min(max(_round_up(length, 4) // 4, FEW), most), multiple)
-        longest_text = max(len(e.prompt) - 1 + len(r.ids) for e in examples for r in e.responses)
-        text_length = _round_up(longest_text, multiple) if texts else 0
+        text_length = _round_up(int(lengths.texts.max()) - 1, multiple) if texts else 0
         return cls(layout, length, response_length, sequences, scored, shards, text_length)
 
 
@@ -137,50 +146,56 @@ class Plan:
     """Where the blocks of one batch go.
 
     Attributes:
-        shards: Blocks of each sequence of each shard.
+        blocks: The blocks, in the order of their places.
+        shards: Shard of each block.
+        sequences: Its sequence among those of its shard.
         size: (N, K): sequences of the batch, and scored tokens per sequence.
     """
 
-    shards: list[list[list[Block]]]
+    blocks: Blocks
+    shards: Int[np.ndarray, " n"]
+    sequences: Int[np.ndarray, " n"]
     size: tuple[int, int]
 
 
-def plan_batch(examples: Sequence[Example], shapes: Shapes, fill_to: int = 0) -> Plan:
+def plan_batch(examples: Sequence[Example] | Ragged, shapes: Shapes, fill_to: int = 0) -> Plan:
     """Packs examples, and finds the size of their batch; arguments as for `make_batch`.
 
     Raises:
         ValueError: An example does not fit, or has another number of responses than the first.
     """
-    blocks, responses = blocks_of(examples, shapes.layout), len(examples[0].responses)
-    _check(examples, blocks, shapes)
+    lengths = Lengths.of(examples)
+    blocks = blocks_of(lengths, shapes.layout)
+    _check(lengths, blocks, shapes)
     # Each shard packs its own examples, so that nothing of an example lies on another device.
-    per_shard = max(len(examples), fill_to) // shapes.shards
-    own = [[block for block in blocks if block.example // per_shard == i] for i in range(shapes.shards)]
-    shards = [pack(blocks, shapes.length, shapes.layout) for blocks in own]
+    count, places = lengths.responses.shape
+    per_shard = max(count, fill_to) // shapes.shards
+    shards, sequences, order = blocks.examples // per_shard, np.empty(len(blocks.examples), np.int64), []
+    for shard in range(shapes.shards):
+        own = np.flatnonzero(shards == shard)
+        sequences[own], places_of_own = pack(blocks.lengths[own], shapes.length, shapes.layout)
+        order.append(own[places_of_own])
+    order = np.concatenate(order)
+    blocks, shards, sequences = blocks[order], shards[order], sequences[order]
     # Without packing, a full batch always has the same number of sequences.
-    per_example = responses if shapes.layout == "plain" else 1
-    count = max(map(len, shards)) if shapes.layout == "packed" else per_shard * per_example
-    scored = max(sum(block.scored for block in sequence) for sequences in shards for sequence in sequences)
-    return Plan(shards, (_round_up(count, shapes.sequences) * shapes.shards, _round_up(scored, shapes.scored)))
+    per_example = places if shapes.layout == "plain" else 1
+    most = int(sequences.max()) + 1 if shapes.layout == "packed" else per_shard * per_example
+    scored = int(np.bincount(shards * most + sequences, weights=blocks.scored).max())
+    return Plan(
+        blocks, shards, sequences, (_round_up(most, shapes.sequences) * shapes.shards, _round_up(scored, shapes.scored))
+    )
 
 
-def _check(examples: Sequence[Example], blocks: Sequence[Block], shapes: Shapes):
-    responses = len(examples[0].responses)
-    for example in examples:
-        if len(example.responses) != responses:
-            raise ValueError(
-                f"row {example.row + 1} has {len(example.responses)} responses and the first of its batch {responses}; "
-                "all examples of a dataset need the same number"
-            )
-    for block in blocks:
-        example = examples[block.example]
-        longest = max(len(r.ids) for r in example.responses)
-        if block.length > shapes.length or longest > shapes.response_length:
-            raise ValueError(
-                f"row {example.row + 1}: {block.length} tokens of prompt and responses, and a response of {longest}, "
-                f"do not fit into length {shapes.length} and response_length {shapes.response_length}; "
-                "take them from Shapes.of"
-            )
+def _check(lengths: Lengths, blocks: Blocks, shapes: Shapes):
+    longest = lengths.responses.max(1, initial=0)[blocks.examples]
+    unfit = np.flatnonzero((blocks.lengths > shapes.length) | (longest > shapes.response_length))
+    if len(unfit):
+        block = unfit[0]
+        raise ValueError(
+            f"row {lengths.rows[blocks.examples[block]] + 1}: {blocks.lengths[block]} tokens of prompt and responses, "
+            f"and a response of {longest[block]}, do not fit into length {shapes.length} and response_length "
+            f"{shapes.response_length}; take them from Shapes.of"
+        )
 
 
 def _round_up(number: int, multiple: int) -> int:

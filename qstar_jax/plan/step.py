@@ -15,6 +15,7 @@ from qstar_jax.data.batches import Batch
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import blocks_of
+from qstar_jax.data.ragged import Lengths
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.models import CausalLM
 from qstar_jax.plan.costs import Product, collectives, kernels, memory_traffic, opaque_kernels, products
@@ -60,7 +61,7 @@ class AbstractStep:
     @property
     def tokens(self) -> int:
         """Tokens of all texts."""
-        return sum(block.length for block in blocks_of(self.examples, self.plan.config.data.layout))
+        return int(blocks_of(self.examples, self.plan.config.data.layout).lengths.sum())
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def lower_step(plan: RunPlan, model: CausalLM, examples: Sequence[Example], mesh
 def step_flops(plan: RunPlan, model: CausalLM, examples: Sequence[Example]) -> float:
     """Counts the model FLOPs of a step on some examples: what it needs, if nothing is computed twice."""
     blocks = blocks_of(examples, plan.config.data.layout)
-    tokens, scored = sum(block.length for block in blocks), sum(block.scored for block in blocks)
+    tokens, scored = int(blocks.lengths.sum()), int(blocks.scored.sum())
     context = mean_context(plan, examples)
     forward = model.config.forward_flops(tokens=tokens, scored_tokens=scored, context=context)
     # An adapter saves the gradients of the weights, a third of the rest.
@@ -137,13 +138,11 @@ def step_flops(plan: RunPlan, model: CausalLM, examples: Sequence[Example]) -> f
 
 def mean_context(plan: RunPlan, examples: Sequence[Example]) -> float:
     """Returns the mean number of keys that a token of some examples sees, in layers without a window."""
-    tokens = keys = 0
-    for block in blocks_of(examples, plan.config.data.layout):
-        responses = [len(examples[block.example].responses[r].ids) for r in block.responses]
-        shared = block.length - sum(responses)
-        keys += shared * (shared + 1) / 2 + sum(n * shared + n * (n + 1) / 2 for n in responses)
-        tokens += block.length
-    return keys / tokens
+    blocks = blocks_of(examples, plan.config.data.layout)
+    responses = Lengths.of(examples).responses[blocks.examples[:, None], blocks.responses]
+    shared = blocks.lengths - responses.sum(1)
+    keys = shared * (shared + 1) / 2 + (responses * shared[:, None] + responses * (responses + 1) / 2).sum(1)
+    return float(keys.sum() / blocks.lengths.sum())
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Tiny tokenizers with one token per character, so that lengths can be counted by eye."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -53,3 +56,13 @@ def plain_tokenizer():
 def chat_tokenizer():
     """Puts BOS before plain text (by the tokenizer) and before chats (by the template)."""
     return build(bos="[B]", chat_template=CHAT_TEMPLATE, before="[B]")
+
+
+@pytest.fixture(scope="session")
+def slow_batch():
+    """The function `slow_batch` of the module of that name."""
+    path = Path(__file__).parent / "slow_batches.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.slow_batch

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from qstar_jax.data.batches import Batch, make_batch, step_indices
-from qstar_jax.data.packing import Block, Shapes, pack
+from qstar_jax.data.packing import Shapes, pack
 from qstar_jax.data.tokenization import Example, Response
 
 EOS = 2
@@ -115,11 +115,11 @@ def test_index_finds_every_token_of_every_response(layout):
 
 def test_first_fit_leaves_little_padding():
     rng = np.random.default_rng(1)
-    blocks = [Block(i, (0,), int(n), int(n)) for i, n in enumerate(rng.integers(5, 60, 200))]
-    sequences = pack(blocks, 100, "packed")
-    assert sorted(b.example for sequence in sequences for b in sequence) == list(range(200))
-    assert all(sum(b.length for b in sequence) <= 100 for sequence in sequences)
-    assert len(sequences) <= 1.05 * sum(b.length for b in blocks) / 100 + 1
+    lengths = rng.integers(5, 60, 200)
+    sequences, order = pack(lengths, 100, "packed")
+    assert sorted(order) == list(range(200)) and (np.diff(sequences[order]) >= 0).all()
+    assert (np.bincount(sequences, weights=lengths) <= 100).all()
+    assert sequences.max() + 1 <= 1.05 * lengths.sum() / 100 + 1
 
 
 def test_an_empty_response_takes_no_slots():
@@ -225,3 +225,36 @@ def test_long_sequences_come_in_quarters():
     shapes = Shapes.of(examples, "shared", batch_size=1)
     widths = [make_batch([one], shapes).slots.shape[1] for one in examples]
     assert shapes.scored == 160 and widths == [160, 320]  # sequences have 640 slots
+
+
+def odd_examples(count, seed):
+    """Examples of many lengths, in several turns; some responses have no tokens, or no actions at their end."""
+    rng, examples = np.random.default_rng(seed), []
+
+    def response():
+        length = int(rng.integers(0, 20))
+        turns = np.sort(rng.integers(0, 3, length)).astype(np.int32)
+        actions = rng.random(length) < 0.7
+        ids = rng.integers(3, 60, length, dtype=np.int32)
+        return Response(ids, bool(rng.integers(2)), actions, np.where(actions, turns, -1))
+
+    for row in range(count):
+        prompt = rng.integers(3, 60, rng.integers(1, 25), dtype=np.int32)
+        examples.append(Example(prompt, False, tuple(response() for _ in range(3)), row))
+    return examples
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("layout", ["packed", "shared", "plain"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_batches_are_those_made_token_by_token(layout, shards, seed, slow_batch):
+    examples = odd_examples(22, seed)
+    shapes = Shapes.of(examples, layout, batch_size=24, row_length=90, shards=shards, multiple=4, texts=True)
+    batch, expected = make_batch(examples, shapes, fill_to=24), slow_batch(examples, shapes, fill_to=24)
+    texts = expected.pop("texts")
+    for name, values in expected.items():
+        np.testing.assert_array_equal(getattr(batch, name), values, err_msg=name, strict=True)
+    np.testing.assert_array_equal(batch.response_lengths[:22], [[len(r.ids) for r in e.responses] for e in examples])
+    for (i, r), slots in texts.items():
+        row = batch.texts.slots[3 * i + r]
+        np.testing.assert_array_equal(row[row >= 0] % shapes.length, slots)

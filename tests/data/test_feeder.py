@@ -39,7 +39,8 @@ def test_micro_batches_are_stacked_on_the_largest_size_and_packed_once(one_devic
     monkeypatch.setattr("qstar_jax.data.batches.plan_batch", None)  # a call would raise
     feeder = feeder_of(one_device, accumulate=2)
     batch = feeder.at_step(seed=0, step=0)
-    assert len(packed) == 2 and batch.tokens.shape[:2] == (2, 2) and batch.response_lengths.shape == (2, 2, 2)
+    feeder._maker.submit(int).result()  # the next step is made as well
+    assert len(packed) == 2 * 2 and batch.tokens.shape[:2] == (2, 2) and batch.response_lengths.shape == (2, 2, 2)
     np.testing.assert_array_equal(batch.response_lengths.reshape(4, 2), whole.response_lengths)
 
 
@@ -54,3 +55,21 @@ def test_all_examples_in_order_with_a_last_batch_that_is_filled_up(one_device):
 def test_batches_that_do_not_divide_evenly_are_refused(one_device):
     with pytest.raises(InputError, match=r"batch_size 8 .* 3 micro-batches \(train\.accumulate\).* multiple of 3"):
         feeder_of(one_device, batch_size=8, accumulate=3)
+
+
+def test_the_next_batch_is_made_ahead_and_is_the_same(one_device, monkeypatch):
+    expected = [feeder_of(one_device).at_step(0, step) for step in (0, 1, 5)]
+    feeder, made = feeder_of(one_device), []
+    make = Feeder._make_step
+    monkeypatch.setattr(Feeder, "_make_step", lambda *args: made.append(args[1:]) or make(*args))
+    batches = [feeder.at_step(0, 0)]
+    feeder._maker.submit(int).result()  # what was asked of the thread before is done
+    assert made == [(0, 0), (0, 1)]
+    batches += [feeder.at_step(0, 1), feeder.at_step(0, 5)]
+    feeder._maker.submit(int).result()
+    assert sorted(made) == [(0, 0), (0, 1), (0, 2), (0, 5), (0, 6)]
+    for batch, other in zip(batches, expected, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, batch, other)
+    # With other arrays, nothing that was made ahead without them is used.
+    logps = [[np.full(len(r.ids), -1.0) for r in e.responses] for e in DATASET.examples]
+    assert feeder.with_reference(logps).at_step(0, 6).ref_logp is not None
