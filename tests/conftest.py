@@ -438,6 +438,14 @@ def respond() -> Callable[..., ScoredResponse]:
     return make
 
 
+@pytest.fixture
+def dialogue(respond) -> ScoredResponse:
+    """Two turns with an environment between them; the second turn repeats a question, and its words are hostile."""
+    pieces = ["Red?", "<eos>", "No.", "Red", "{{ 7*7 }}<b>", "<eos>"]
+    response = respond(pieces, [0.5, 0.25, 0.0, -1.0, 0.125, -0.25])
+    return replace(response, action_mask=(True, True, False, True, True, True), turn=(0, 0, -1, 1, 1, 1))
+
+
 @pytest.fixture(scope="session")
 def left_padded():
     """Function of lengths [B] and S: positions and causal mask of sequences padded at their beginning."""

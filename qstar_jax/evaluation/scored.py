@@ -29,6 +29,27 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What the actions of one turn earned together.
+
+    Args:
+        turn: Its number, from 0.
+        text: Its actions, spelled.
+        actions: How many they are.
+        reward: Sum of their rewards.
+        value: Sum of the rewards up to its end. If rewards are paid at the end of the response, it estimates
+            V*(s) - V*(s_0) of the state after the turn (and after the last one, the return less V*(s_0)), up to the
+            luck of an environment that answers at random.
+    """
+
+    turn: int
+    text: str
+    actions: int
+    reward: float
+    value: float
+
+
+@dataclass(frozen=True)
 class ScoredResponse:
     """A response, its tokens, and five numbers for each of its actions; log-probabilities in nats.
 
@@ -97,24 +118,38 @@ class ScoredResponse:
         """The sum of the token rewards up to and including each token."""
         return tuple(accumulate(float(reward) for reward in self.reward))
 
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Its turns that have actions, in order."""
+        numbers = sorted(set(compress(self.turn, self.action_mask)))
+        found, value = [], 0.0
+        for number in numbers:
+            own = [t for t, turn in enumerate(self.turn) if turn == number and self.action_mask[t]]
+            reward = float(sum(self.reward[t] for t in own))
+            value += reward
+            found.append(Turn(number, "".join(self.pieces[t] for t in own), len(own), reward, value))
+        return tuple(found)
+
     def to_json(self) -> dict[str, Any]:
         """Turns the record into what `json.dumps` takes: one line of scores.jsonl.
 
         Returns:
-            The fields by name, tuples as lists of plain numbers, `total_reward`, and `reason`, which is None here.
+            The fields by name, tuples as lists of plain numbers; `total_reward`; `turns`, a record of each turn (see
+            `Turn`) without its text; and `reason`, which is None here.
         """
         record = asdict(self)
         record |= {"alternatives": [list(place) for place in record["alternatives"]]}
         record |= {"pieces": list(self.pieces), "token_ids": [int(token) for token in self.token_ids]}
         record |= {"action_mask": list(map(bool, self.action_mask)), "turn": list(map(int, self.turn))}
         record |= {name: [float(value) for value in getattr(self, name)] for name in _PER_TOKEN}
-        return record | {"total_reward": self.total_reward, "reason": None}
+        turns = [{name: value for name, value in asdict(turn).items() if name != "text"} for turn in self.turns]
+        return record | {"total_reward": self.total_reward, "turns": turns, "reason": None}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
         """Reads back what `to_json` wrote, so that views can be drawn from scores.jsonl.
 
-        Keys that are no field (`total_reward`) are ignored, and `alternatives` may be missing.
+        Keys that are no field (`total_reward`, `turns`) are ignored, and `alternatives` may be missing.
         """
         values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         values["alternatives"] = [
@@ -126,7 +161,7 @@ class ScoredResponse:
 def unscored_line(row: int, reason: str) -> dict[str, Any]:
     """The line of scores.jsonl for a row that could not be scored: it has all keys, and the reason."""
     empty = dict.fromkeys(field.name for field in fields(ScoredResponse))
-    return empty | {"row": row, "total_reward": None, "reason": reason}
+    return empty | {"row": row, "total_reward": None, "turns": None, "reason": reason}
 
 
 def read_scores(path: Path) -> list[ScoredResponse]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from qstar_jax.console import one_line, visible
+from qstar_jax.console import one_line, shorten_middle, visible
 from qstar_jax.evaluation.scored import ScoredResponse, by_row, pair_margin
 from qstar_jax.report.chart import Bounds, chart_bounds, chart_points, chart_ticks
 from qstar_jax.report.colours import DARK, LIGHT, reward_colour, reward_scale, strength
@@ -18,6 +18,7 @@ from qstar_jax.report.rendering import render
 
 _UNDERLINE_BELOW = -0.5  # strong negatives are underlined too, for greyscale prints and colour-blind readers
 _LEGEND_STEPS = 10
+_TURN_CHARACTERS = 60
 
 
 def heatmap_page(responses: Sequence[ScoredResponse], title: str, notes: Sequence[str] = ()) -> str:
@@ -32,26 +33,31 @@ def heatmap_page(responses: Sequence[ScoredResponse], title: str, notes: Sequenc
 def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
     """Prepares responses for the macros of `_heatmaps.html.j2`: texts, colours and points, as plain values."""
     scale = reward_scale(reward for response in responses for reward in response.action_rewards)
+    turn_scale = reward_scale(turn.reward for response in responses for turn in response.turns)
     rows = by_row(responses)
     margins = [margin for row in rows if (margin := pair_margin(row)) is not None]
     return {
         "betas": sorted({response.beta for response in responses}),
         "scale": scale,
         "legend": [_colours(scale * step / _LEGEND_STEPS, scale) for step in range(-_LEGEND_STEPS, _LEGEND_STEPS + 1)],
-        "rows": [_row(row, scale) for row in rows],
+        "rows": [_row(row, scale, turn_scale) for row in rows],
+        "environment": not all(all(response.action_mask) for response in responses),
         "pairs": len(margins),
         "agreements": sum(margin > 0 for margin in margins),
     }
 
 
-def _row(responses: list[ScoredResponse], scale: float) -> dict[str, Any]:
+def _row(responses: list[ScoredResponse], scale: float, turn_scale: float) -> dict[str, Any]:
     bounds = chart_bounds([response.running_reward for response in responses])
     margin = pair_margin(responses)
     return {
         "row": responses[0].row,
         "prompt": visible(responses[0].prompt),
         "verdict": None if margin is None else _verdict(margin),
-        "responses": [_response(response, scale, bounds, margin) for response in responses],
+        "responses": [
+            _response(response, scale, bounds, margin) | {"turns": _turns(response, turn_scale)}
+            for response in responses
+        ],
         "bounds": bounds,
         "ticks": [("0" if value == 0 else signed(value, 2), bounds.y(value)) for value in chart_ticks(bounds)],
         "truncated": any(response.truncated for response in responses),
@@ -79,12 +85,32 @@ def _response(response: ScoredResponse, scale: float, bounds: Bounds, margin: fl
     }
 
 
+def _turns(response: ScoredResponse, scale: float) -> list[dict[str, Any]]:
+    """One row per turn; none for a single turn, of which the heading says all."""
+    turns = response.turns
+    if len(turns) < 2:
+        return []
+    return [
+        {
+            "turn": turn.turn,
+            "text": one_line(shorten_middle(turn.text.strip(), _TURN_CHARACTERS)),
+            "actions": turn.actions,
+            "reward": signed(turn.reward),
+            "value": signed(turn.value),
+            "colours": _colours(turn.reward, scale),
+        }
+        for turn in turns
+    ]
+
+
 def _token(response: ScoredResponse, index: int, scale: float) -> dict[str, Any]:
     piece, reward = response.pieces[index], response.reward[index]
     token = {
         "token": _quoted(piece) if piece else "(part of the next character)",
         "id": response.token_ids[index],
     }
+    if len(set(response.turn)) > 1 and response.action_mask[index]:
+        token["turn"] = response.turn[index]
     text = Markup('<i class="mark">↵</i>\n').join(visible(piece).split("\n"))
     if not response.action_mask[index]:
         facts = _lines(token | {"no action": "written by the environment, or not learned"})

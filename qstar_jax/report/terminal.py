@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 
 from qstar_jax.console import one_line, shorten_middle, visible
@@ -13,6 +14,7 @@ from qstar_jax.report.colours import TERMINAL, reward_colour, reward_scale, stre
 _PROMPT_CHARACTERS = 600
 _NO_ACTION = Style(dim=True)  # what the environment says
 _NAMED_TOKENS = 3
+_TURN_CHARACTERS = 60
 _PLAIN_BELOW = 0.15  # share of the scale that stays uncoloured: rewards close to zero should not draw the eye
 
 
@@ -45,11 +47,23 @@ def print_heatmaps(responses: Sequence[ScoredResponse], console: Console | None 
             console.print()
             console.print(_heading(response))
             console.print(heatmap_text(response, scale) if coloured else _plain(response), soft_wrap=not coloured)
+            if len(response.turns) > 1:
+                console.print(_turns(response))
         if (margin := pair_margin(row)) is not None:
             console.print(Text(f"\n{_verdict(margin)}", style="bold"))
         console.print()
     if coloured:
         console.print(_legend(scale))
+
+
+def _turns(response: ScoredResponse) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("turn", "text", "tokens", "reward", "value after"):
+        table.add_column(name, justify="left" if name == "text" else "right")
+    for turn in response.turns:
+        text = Text(one_line(shorten_middle(turn.text.strip(), _TURN_CHARACTERS)))
+        table.add_row(str(turn.turn), text, str(turn.actions), f"{turn.reward:+.3f}", f"{turn.value:+.3f}")
+    return table
 
 
 def _style(reward: float, scale: float) -> Style:

@@ -18,6 +18,7 @@ from qstar_jax.evaluation.scored import (
     token_pieces,
     unscored_line,
 )
+from qstar_jax.mdp import step_rewards
 
 
 def test_lines_are_read_back_whatever_their_texts_hold(respond, tmp_path):
@@ -54,6 +55,38 @@ def test_running_reward_ends_at_the_total(respond):
     response = respond(["a", "b", "c"], [1.0, -3.0, 0.5])
     assert response.running_reward == (1.0, -2.0, -1.5)
     assert response.total_reward == -1.5
+
+
+def test_turns_by_hand(dialogue):
+    assert [dataclasses.astuple(turn) for turn in dialogue.turns] == [
+        (0, "Red?<eos>", 2, 0.75, 0.75),
+        (1, "Red{{ 7*7 }}<b><eos>", 3, -1.125, -0.375),
+    ]
+    line = json.loads(json.dumps(dialogue.to_json()))
+    assert line["turns"] == [
+        {"turn": 0, "actions": 2, "reward": 0.75, "value": 0.75},
+        {"turn": 1, "actions": 3, "reward": -1.125, "value": -0.375},
+    ]
+    assert ScoredResponse.from_json(line) == dialogue
+    # What is not learned has no reward, and a turn of which nothing is learned is none.
+    last = dataclasses.replace(dialogue, action_mask=(False,) * 3 + (True,) * 3)
+    assert [turn.turn for turn in last.turns] == [1]
+
+
+def test_turns_are_the_steps_of_the_theory(respond):
+    rng = np.random.default_rng(0)
+    for length in (1, 7, 40):
+        turn = np.sort(rng.integers(0, 5, length))
+        mask = rng.random(length) < 0.6
+        rewards = np.where(mask, rng.normal(size=length), 0.0)
+        response = respond(["a"] * length, rewards.tolist())
+        response = dataclasses.replace(response, action_mask=tuple(mask.tolist()), turn=tuple(turn.tolist()))
+        steps = np.asarray(step_rewards(rewards.astype(np.float32), mask, turn, num_steps=5))
+        numbers = [t.turn for t in response.turns]
+        assert numbers == sorted(set(turn[mask]))
+        np.testing.assert_allclose([t.reward for t in response.turns], steps[numbers], atol=1e-5)
+        np.testing.assert_allclose([t.value for t in response.turns], steps.cumsum()[numbers], atol=1e-5)
+        assert sum(t.actions for t in response.turns) == mask.sum()
 
 
 def test_rows_keep_their_order_and_pairs_have_a_margin(respond):

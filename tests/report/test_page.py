@@ -141,3 +141,29 @@ def test_code_is_set_in_letters_of_equal_width(respond):
 
 def test_signed_uses_a_real_minus():
     assert (signed(-1.3), signed(0.0421), signed(2.0, 1)) == (MINUS + "1.300", "+0.042", "+2.0")
+
+
+def test_each_turn_of_a_dialogue_has_a_row(dialogue, respond):
+    page = heatmap_page([dialogue, respond(["One", " turn"], [0.5, 0.5])], "t")
+    [table] = re.findall(r'<table class="turns">.*?</table>', page, re.DOTALL)  # a single turn has none
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+    assert [rows[0], rows[1][:3], rows[1][4]] == [
+        ["turn", "text", "tokens", "reward", "value after"],
+        ["0", "Red?&lt;eos&gt;", "2"],
+        "+0.750",
+    ]
+    assert rows[2][:3] + rows[2][4:] == ["1", "Red{{ 7*7 }}&lt;b&gt;&lt;eos&gt;", "3", f"{MINUS}0.375"]
+    assert re.findall(r">([^<>]+)</span>", table) == ["+0.750", f"{MINUS}1.125"]
+    # The larger sum has the full colour, on the turns' own scale.
+    assert re.findall(r'style="([^"]*)"', table)[1] == "--l:#dd6a56;--d:#b9473a"
+
+
+def test_the_environment_is_dim_and_tells_no_numbers(dialogue, respond):
+    page = heatmap_page([dialogue], "t")
+    parsed = _Tokens(page)
+    tokens = [attributes for _, attributes in parsed.tags if attributes.get("title")]
+    assert ["dim" in token["class"].split() for token in tokens] == [False, False, True, False, False, False]
+    assert tokens[2]["style"] == "" and "reward" not in tokens[2]["title"] and "no action" in tokens[2]["title"]
+    assert "turn: 1" in tokens[3]["title"].split("\n")
+    note = "Grey tokens without a colour"
+    assert note in page and note not in heatmap_page([respond(["a"], [0.5])], "t")

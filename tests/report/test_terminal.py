@@ -57,3 +57,12 @@ def test_long_prompts_lose_their_middle(respond):
     printed = _printed([respond(["a"], [0.1], prompt="start " + "x" * 2000 + " end")])
     assert "start" in printed and "end" in printed and "characters…]" in printed
     assert "x" * 1000 not in printed
+
+
+def test_turns_of_a_dialogue_are_a_table(dialogue, respond):
+    for options in ({}, {"force_terminal": True, "color_system": "truecolor"}):
+        printed = _printed([dialogue], **options)
+        rows = [" ".join(line.split()) for line in printed.splitlines()]
+        assert "0 Red?<eos> 2 +0.750 +0.750" in rows
+        assert "1 Red{{ 7*7 }}<b><eos> 3 -1.125 -0.375" in rows
+    assert "value after" not in _printed([respond(["a", "b"], [0.5, 0.5])])
