@@ -40,6 +40,9 @@ class DataOptions:
             it. In rankings it may be a key of each response (custom_system_prompt): then only responses to the same
             system message are compared.
         as_chat: Wrap a plain-text prompt as a user's message and apply the tokenizer's chat template.
+        turns: Which turns of the assistant are learned and scored: `all` after the prompt, the `last`, or of the last
+            only the `final_answer` (its words, without reasoning and tool calls). What users, tools and templates write
+            is never learned.
         chat_template: Name of one of the tokenizer's chat templates, or a file that holds one (Jinja); null: the
             tokenizer's default, or `tool_use` for dialogues with tools. A run's tokenizer keeps the choice as its
             default.
@@ -78,6 +81,7 @@ class DataOptions:
     tools: str | None = "tools"
     system: str | None = "system"
     as_chat: bool = False
+    turns: Literal["all", "last", "final_answer"] = "all"
     chat_template: str | None = path(None)
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     date: str | None = None

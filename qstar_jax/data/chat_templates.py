@@ -7,12 +7,14 @@ which the run began (`DataOptions.date`), at 00:00, so that a run continued late
 
 import copy
 import inspect
-from collections.abc import Collection
+import json
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from qstar_jax.config import DataOptions
 from qstar_jax.console import one_line
@@ -20,7 +22,9 @@ from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.errors import InputError
 
+T = TypeVar("T")
 _DEFAULT, _TOOLS, _CLOCK = "default", "tool_use", "strftime_now"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of messages that hold reasoning
 
 
@@ -105,6 +109,26 @@ class ChatTemplate:
         """
         return self._render(self.texts[tools is not None], messages, tools, open_turn=open_turn)
 
+    def generation_spans(
+        self, messages: Messages, tools: list[dict] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Renders a dialogue, and finds what the template marks as the assistant's with `{% generation %}`.
+
+        Returns:
+            The text, and start and end of each span in characters; none if the template marks nothing.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        text = self.texts[tools is not None]
+        if not _GENERATION.search(text):
+            return "", []
+        variables = {**self.tokenizer.special_tokens_map, **self.arguments}
+        arguments = {"chat_template": self._dated(text), "return_assistant_tokens_mask": True, "tools": tools}
+        [rendered], [spans] = _with_either_arguments(
+            messages, lambda form: render_jinja_template([form], **arguments, **variables)
+        )
+        return rendered, [tuple(span) for span in spans]
+
     def omitted(self, prompt: Messages, response: Messages, tools: list[dict] | None, text: str) -> str | None:
         """Finds a part of a dialogue that its rendered text does not depend on, which a model would never see.
 
@@ -113,7 +137,7 @@ class ChatTemplate:
 
         Args:
             prompt: The dialogue before the response.
-            response: The message of the response; empty if its turn is to be opened (`open_turn`).
+            response: The messages of the response; empty if its turn is to be opened (`open_turn`).
             tools: As for `__call__`.
             text: The dialogue as rendered by `__call__`.
 
@@ -136,25 +160,69 @@ class ChatTemplate:
         for key, messages in without.items():
             if messages != prompt + response and unchanged(messages, tools):
                 return key
-        # Edit each message of the prompt that does not appear verbatim: the text must change.
-        for index, message in enumerate(prompt):
+        # Edit each message of others that does not appear verbatim: the text must change.
+        messages = prompt + response
+        for index, message in enumerate(messages):
             if message["role"] == "assistant" or _strip_spaces(message["content"]) in rendered:
                 continue
             edited = [{**message, "content": message["content"] + "."}]
-            if unchanged(prompt[:index] + edited + prompt[index + 1 :] + response, tools):
+            if unchanged(messages[:index] + edited + messages[index + 1 :], tools):
                 return f"messages of the role {message['role']!r}"
-        # The response must appear verbatim.
-        verbatim = all(_strip_spaces(message["content"]) in rendered for message in response)
+        # The assistant's words must appear verbatim.
+        words = [message["content"] for message in response if message["role"] == "assistant"]
+        verbatim = all(_strip_spaces(word) in rendered for word in words)
         return None if verbatim else "all words of the response"
 
+    def _dated(self, text: str) -> str:
+        return text if self.date is None else _with_date(self.date, text)
+
     def _render(self, text: str, messages: Messages, tools: list[dict] | None, *, open_turn: bool) -> str:
-        if self.date is not None:
-            text = _with_date(self.date, text)
+        text = self._dated(text)
         arguments = {"tools": tools, "add_generation_prompt": open_turn, "chat_template": text, "tokenize": False}
+        return _with_either_arguments(
+            messages, lambda form: self.tokenizer.apply_chat_template(form, **arguments, **self.arguments)
+        )
+
+
+def _with_either_arguments(messages: Messages, render: Callable[[Messages], T]) -> T:
+    """Renders messages with the arguments of tool calls as most templates expect them, or else as text (DeepSeek-V3).
+
+    Raises:
+        BadRow: The template refuses both.
+    """
+    problems = []
+    for form in ("object", "text"):
         try:
-            return self.tokenizer.apply_chat_template(messages, **arguments, **self.arguments)
+            return render(_with_call_arguments(messages, form))
         except Exception as error:  # a template is a program, which can fail in many ways
-            raise BadRow(f"the chat template refuses the messages ({one_line(str(error))})") from error
+            problems.append(error)
+    raise BadRow(f"the chat template refuses the messages ({one_line(str(problems[0]))})") from problems[0]
+
+
+def _with_call_arguments(messages: Messages, form: Literal["object", "text"]) -> Messages:
+    """Returns messages whose tool calls have their arguments in one form; text that is no JSON stays as it is."""
+
+    def convert(arguments: Any) -> Any:
+        if form == "text":
+            return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        try:
+            return json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError:
+            return arguments
+
+    def convert_call(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if "function" in call:
+            return call | {"function": convert_call(call["function"])}
+        return call | {"arguments": convert(call["arguments"])} if "arguments" in call else call
+
+    return [
+        message | {"tool_calls": list(map(convert_call, message["tool_calls"]))}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
 
 
 def _without(key: str, messages: Messages) -> Messages:
@@ -235,12 +303,13 @@ def adopt_template(tokenizer: Any, choice: str | None) -> Any:
 
 
 def check_without_chats(options: DataOptions) -> None:
-    """Refuses options of chat templates if no row is a chat.
+    """Refuses options of chats if no row is a chat.
 
     Raises:
         InputError: One of them is set.
     """
-    unused = [name for name in ("chat_template", "chat_template_kwargs", "date") if getattr(options, name)]
+    names = ("chat_template", "chat_template_kwargs", "date", "turns")
+    unused = [name for name in names if getattr(options, name) != getattr(DataOptions(), name)]
     if unused:
         raise InputError(
             f"data.{unused[0]} has no effect: no row is a chat; set --data.as_chat to turn plain text into chats, or "

@@ -61,9 +61,16 @@ def parse_turns(value: Any, column: str, encoded: bool = False) -> Turns:
 def _parse_message(message: Any, number: int, column: str) -> dict[str, Any]:
     """Translates a message into the form of chat templates, and checks it."""
     if isinstance(message, dict):
-        message = {key: entry for key, entry in _in_chat_form(message, number, column).items() if entry is not None}
+        message = without_nulls(_in_chat_form(message, number, column))
     _check_message(message, number, column)
     return message
+
+
+def without_nulls(value: Any) -> Any:
+    """Removes null entries of dictionaries at every depth: columnar files give each the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _in_chat_form(message: dict, number: int, column: str) -> dict[str, Any]:
@@ -145,7 +152,7 @@ def parse_tools(value: Any, column: str) -> list[dict] | None:
         value = [_decoded(tool, column, _EXPECTED_TOOLS) if isinstance(tool, str) else tool for tool in value]
         _check_surrogates(value, column)
         if all(isinstance(tool, dict) for tool in value):
-            return value or None
+            return without_nulls(value) or None
     if value is not None:
         problem = "holds a list of something other than schemas" if isinstance(value, list) else _holds(value)
         raise BadRow(f"column {column!r} {problem}", f"; {_EXPECTED_TOOLS}")

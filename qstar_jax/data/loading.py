@@ -19,7 +19,7 @@ from qstar_jax.data.reading import is_on_hub, read_rows
 from qstar_jax.data.records import Kind as Kind
 from qstar_jax.data.records import Record
 from qstar_jax.data.repeats import repeats_note
-from qstar_jax.data.tokenization import Example, resolve_date, tokenize
+from qstar_jax.data.tokenization import Example, Response, resolve_date, tokenize
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 
@@ -68,7 +68,7 @@ class Dataset:
             parts.append(f"{dropped:,} dropped: {reasons_with_rows(self.dropped)}")
         prompts = [(e.row, len(e.prompt), e.prompt_truncated) for e in self.examples]
         responses = [
-            (e.row, len(r.ids), r.truncated and e.row not in self.steps)
+            (e.row, r.num_actions, r.truncated and e.row not in self.steps)
             for e in self.examples
             for r in e.responses
             if len(r.ids)  # shorter rankings are filled up
@@ -76,6 +76,7 @@ class Dataset:
         parts.append(_lengths("prompts", prompts, "beginning"))
         if responses:
             parts.append(_lengths("responses", responses, "end"))
+        parts += filter(None, [_turns_note([r for e in self.examples for r in e.responses])])
         return " ".join(["; ".join(parts) + ".", *self.notes])
 
     def longest(self, new_tokens: int = 0) -> int:
@@ -93,6 +94,19 @@ class Dataset:
         """
         warning = model.check_length(self.longest(new_tokens), f"{self.source}, longest prompt and response")
         return "\n".join(filter(None, [self.summary, warning]))
+
+
+def _turns_note(responses: list[Response]) -> str:
+    """Says how many turns the assistant has, and how many tokens lie between them; empty if there are none."""
+    responses = [response for response in responses if len(response.ids)]
+    between = sum(len(response.ids) - response.num_actions for response in responses)
+    if not between:
+        return ""
+    turns = sum(response.num_turns for response in responses) / len(responses)
+    return (
+        f"responses have {turns:.1f} turns of the assistant, and {between / len(responses):.1f} tokens of users, tools "
+        "and templates, which are not learned"
+    )
 
 
 def _lengths(name: str, items: list[tuple[int, int, bool]], end: str) -> str:

@@ -1,11 +1,12 @@
 """Shows an example before training, marking the tokens that count in the loss."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from rich.text import Text
 
-from qstar_jax.data.tokenization import Example
+from qstar_jax.data.tokenization import Example, Response
 
 _LABELS = {1: (("response", "green"),), 2: (("chosen", "green"), ("rejected", "red"))}
 _MISMATCHED = (("response", "green"), ("response to another prompt", "dim"))  # the second measures KTO's baseline
@@ -32,24 +33,35 @@ def preview(example: Example, tokenizer: Any) -> Text:
     labels = _MISMATCHED if example.outcome and len(responses) == 2 else labels
     for (name, color), response in zip(labels, responses, strict=True):
         note = "; truncated at the end, without EOS" if response.truncated else ""
-        actions, total = response.num_actions, len(response.ids)
-        size = f"{total} tokens" if actions == total else f"{actions} actions of {total} tokens"
-        text.append(f"\n\n{name} ({size}, in the loss{note})\n", style="bold")
-        body = total if response.truncated else total - 1
-        for start, end in _runs(response.action_mask[:body]):
+        text.append(f"\n\n{name} ({_size(response)}, in the loss{note})\n", style="bold")
+        for start, end, style in _stretches(response, color):
             said = _decode(response.ids[start:end], tokenizer)
-            is_action = response.action_mask[start]
-            text.append(said if is_action else f"⟨{said}⟩", style=color if is_action else "dim")
-        text.append(_decode(response.ids[body:], tokenizer), style=f"{color} reverse")
+            text.append(said if response.action_mask[start] else f"⟨{said}⟩", style=style)
     for name, value in example.outcome.items():
         text.append(f"\n{name}: {np.array2string(value, precision=3)}", style="bold")
     return text
 
 
-def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    """Returns the (start, end) of stretches where a mask stays the same."""
-    ends = [*(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
-    return [(start, end) for start, end in zip([0, *ends], ends, strict=False) if start < end]
+def _size(response: Response) -> str:
+    actions, total = response.num_actions, len(response.ids)
+    if actions == total:
+        return f"{total} tokens"
+    turns = f"{response.num_turns} turn{'s' * (response.num_turns != 1)}"
+    return f"{actions} actions of {total} tokens in {turns}"
+
+
+def _stretches(response: Response, color: str) -> Iterator[tuple[int, int, str]]:
+    """Yields start, end and style of words, of ends of turns (in reverse), and of what the environment says (dim)."""
+    turns, count = response.turns.tolist(), len(response.ids)
+    last = turns[-1] if response.truncated else None  # a truncated turn has no end
+    following = [*turns[1:], last]
+    styles = [
+        "dim" if turn < 0 else color if turn == after else f"{color} reverse"
+        for turn, after in zip(turns, following, strict=True)
+    ]
+    starts = [i for i in range(count) if i == 0 or (styles[i], turns[i]) != (styles[i - 1], turns[i - 1])]
+    for start, end in zip(starts, [*starts[1:], count], strict=True):
+        yield start, end, styles[start]
 
 
 def _decode(ids: Any, tokenizer: Any) -> str:

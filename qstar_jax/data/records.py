@@ -12,8 +12,8 @@ from qstar_jax.data.dialogues import (
     ASSISTANT_MARKER,
     is_dialogue,
     remove_prompt,
+    share_turns,
     split_dialogues,
-    text_of,
     unify_form,
 )
 from qstar_jax.data.dropped import BadRow, DroppedRow
@@ -39,7 +39,7 @@ class Record:
     Attributes:
         prompt: Text, or chat messages.
         responses: (chosen, rejected), (response,) or (), or a ranking, best first, in the form of the prompt; in chats,
-            one assistant message each.
+            messages of which the first and the last are the assistant's.
         row: Index of its row, from 0.
         tools: JSON schemas for the chat template; None if the row has none.
         template_kwargs: Variables for the chat template; None if the row has none.
@@ -120,13 +120,15 @@ def read_record(row: dict | DroppedRow, index: int, layout: FileLayout, options:
     if layout.prompt is None:
         for response, (_, column) in zip(responses, columns, strict=True):
             _check_dialogue(response, column, row, layout, options)
-        prompt, responses = split_dialogues(responses)
+        prompt, responses = split_dialogues(responses, last=layout.kind == "prompts" or options.turns != "all")
     else:
         prompt = _turns(row, "prompt", layout.prompt, layout)
         prompt, responses = remove_prompt(prompt, responses)
         _check_prompt(prompt, layout.prompt, options)
     # Bring both into the same form, then add what only chats can have.
     prompt, responses = unify_form(prompt, responses, options.as_chat)
+    if isinstance(prompt, list) and len(responses) > 1:
+        prompt, responses = share_turns(prompt, responses)
     system = layout.system and parse_system(_value(row, "system", layout.system, layout), layout.system)
     tools = layout.tools and parse_tools(_value(row, "tools", layout.tools, layout), layout.tools)
     if tools and isinstance(prompt, str):
@@ -153,15 +155,17 @@ def check_responses(record: Record, layout: FileLayout) -> Record:
     """Returns the record if its responses can be trained on.
 
     Raises:
-        BadRow: A response is empty, or in a chat not a single assistant message.
+        BadRow: A response or a turn of it is empty, or a chat does not begin and end with the assistant's turn.
         DroppedRow: The two responses are equal.
     """
     for response, label in zip(record.responses, layout.responses, strict=False):
         name = f"{label} response".strip()
-        if isinstance(response, list) and (roles := [message["role"] for message in response]) != ["assistant"]:
-            listing = ", ".join(map(repr, roles)) or "no messages"
-            raise BadRow(f"{name} is not a single assistant message", f" (roles: {listing})")
-        if not text_of(response).strip() and not _calls_tools(response):
+        if isinstance(response, list):
+            roles = [message["role"] for message in response]
+            if not roles or {roles[0], roles[-1]} != {"assistant"}:
+                listing = ", ".join(map(repr, roles)) or "no messages"
+                raise BadRow(f"{name} does not begin and end with an assistant turn", f" (roles: {listing})")
+        if _is_empty(response):
             raise BadRow(f"empty {name}")
     if any(response == other for response, other in combinations(record.responses, 2)):
         is_pair = len(record.responses) == 2
@@ -169,8 +173,12 @@ def check_responses(record: Record, layout: FileLayout) -> Record:
     return record
 
 
-def _calls_tools(response: Turns) -> bool:
-    return isinstance(response, list) and any(message.get("tool_calls") for message in response)
+def _is_empty(response: Turns) -> bool:
+    """Whether the response, or a turn of the assistant in it, has neither words nor tool calls."""
+    if isinstance(response, str):
+        return not response.strip()
+    turns = [message for message in response if message["role"] == "assistant"]
+    return not all(message["content"].strip() or message.get("tool_calls") for message in turns)
 
 
 def _value(row: dict, option: str, column: str, layout: FileLayout) -> Any:

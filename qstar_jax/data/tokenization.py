@@ -1,6 +1,6 @@
 """Tokenizes records: prompt and response as one text, split where the prompt ends.
 
-A response ends exactly once, with an EOS token that counts in the loss; a truncated response has none. If a chat
+A response ends with an EOS token that counts in the loss; a truncated response has none. If a chat
 template ends turns with one of the model's EOS tokens (`<|im_end|>`, say), the response ends there; otherwise the
 template's ending is kept and followed by the tokenizer's EOS.
 """
@@ -18,7 +18,7 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.chat_templates import ChatTemplate, check_without_chats
 from qstar_jax.data.dropped import BadRow, Dropped, DroppedRow, sift
 from qstar_jax.data.records import Record
-from qstar_jax.data.splitting import split_chat, split_text
+from qstar_jax.data.splitting import Continuation, split_chat, split_text
 from qstar_jax.errors import InputError
 
 
@@ -57,6 +57,11 @@ class Response:
     def num_actions(self) -> int:
         """Number of actions: the length of the response for everything but attention."""
         return int(self.action_mask.sum())
+
+    @property
+    def num_turns(self) -> int:
+        """Number of turns that have actions."""
+        return len(np.unique(self.turns[self.action_mask]))
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,10 @@ def chat_template(records: list[Record], tokenizer: Any, options: DataOptions) -
     """
     chats = [record for record in records if isinstance(record.prompt, list)]
     if chats:
+        if options.turns != DataOptions.turns and not any(record.responses for record in chats):
+            raise InputError(
+                f"data.turns {options.turns} has no effect on prompts, which have no responses; remove the option"
+            )
         return ChatTemplate.find(tokenizer, options, {record.tools is not None for record in chats})
     if records:
         check_without_chats(options)
@@ -187,9 +196,10 @@ def _make_example(
 ) -> Example:
     # Tokenize prompt and responses together, then split them.
     if isinstance(record.prompt, str):
-        prompt, response_ids = split_text(record, tokenizer)
+        prompt, continuations = split_text(record, tokenizer)
     else:
-        prompt, response_ids = split_chat(record, tokenizer, template.with_variables(record.template_kwargs), eos_ids)
+        template = template.with_variables(record.template_kwargs)
+        prompt, continuations = split_chat(record, tokenizer, template, eos_ids, options.turns)
     # The first token of a response must be predicted from something.
     if not prompt:
         if tokenizer.bos_token_id is None:
@@ -199,7 +209,7 @@ def _make_example(
     truncated_prompt = _truncate_prompt(prompt, options.max_prompt_length, tokenizer.bos_token_id)
     room = options.max_length - len(truncated_prompt)
     end = [] if record.open_end else [tokenizer.eos_token_id]
-    responses = tuple(_make_response(ids, end, eos_ids, room) for ids in response_ids)
+    responses = tuple(_make_response(continuation, end, eos_ids, room) for continuation in continuations)
     if len(responses) > 1 and np.array_equal(responses[0].ids, responses[1].ids):
         raise DroppedRow("the tokens of the two responses are equal within max_length")
     prompt_truncated = len(truncated_prompt) < len(prompt)
@@ -214,14 +224,24 @@ def _truncate_prompt(prompt: list[int], length: int, bos: int | None) -> list[in
     return head + prompt[len(prompt) - (length - len(head)) :]
 
 
-def _make_response(ids: list[int], end: list[int], eos_ids: frozenset[int], room: int) -> Response:
-    # Strip all EOS tokens at the end. Any other would teach the model to continue after the end of an episode.
+def _make_response(continuation: Continuation, end: list[int], eos_ids: frozenset[int], room: int) -> Response:
+    # Strip all EOS tokens at the end.
+    ids, turns = continuation.ids, continuation.turns
     length = len(ids)
     while length and ids[length - 1] in eos_ids:
         length -= 1
-    if not eos_ids.isdisjoint(ids[:length]):
+    # Any other inside a turn would teach the model to continue after the end of its turn.
+    last_turn = max(turns, default=0)
+    inside = [
+        token for token, turn, following in zip(ids, turns, turns[1:length], strict=False) if turn == following >= 0
+    ]
+    if not eos_ids.isdisjoint(inside):
         raise DroppedRow("EOS token inside a response")
     # End with the first EOS that was stripped, or that of the tokenizer, if there is room for it; steps have no end.
     end = end and (ids[length : length + 1] or end)
     truncated = length + len(end) > room
-    return Response(np.asarray(ids[:room] if truncated else ids[:length] + end, np.int32), truncated or not end)
+    ids, turns = ids[:length] + end, turns[:length] + [last_turn] * len(end)
+    turns = np.asarray(turns[:room], np.int32)
+    if truncated and not (turns >= 0).any():
+        raise DroppedRow("no token of the assistant within max_length")
+    return Response(np.asarray(ids[:room], np.int32), truncated or not end, turns >= 0, turns)

@@ -105,8 +105,8 @@ def test_messages_with_tool_calls(arguments):
     ]
     [record], _ = read(completion_records, {"messages": messages, "tools": [TOOL]})
     called = assistant("", tool_calls=[call])
-    assert record.prompt == [user("Weather in Paris?"), called, messages[2]]
-    assert record.responses == ([assistant("It is sunny.")],)
+    assert record.prompt == [user("Weather in Paris?")]
+    assert record.responses == ([called, messages[2], assistant("It is sunny.")],)
 
 
 def test_a_response_that_only_calls_a_tool_is_not_empty():
@@ -120,7 +120,7 @@ def test_arrow_unions_of_arguments_lose_their_nulls(tmp_path):
     rows = [{"messages": [user("p"), assistant("", tool_calls=[call]), user("q"), assistant("c")]} for call in calls]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     records, _ = read(completion_records, *read_rows(str(tmp_path / "a.parquet"), "train"))
-    assert [record.prompt[1]["tool_calls"] for record in records] == [[call] for call in calls]
+    assert [record.responses[0][0]["tool_calls"] for record in records] == [[call] for call in calls]
 
 
 # ShareGPT, LLaMA-Factory, Alpaca
@@ -152,7 +152,8 @@ def test_llama_factory_calls_of_functions():
         "tools": json.dumps([TOOL]),
     }
     [record], _ = read(completion_records, row)
-    assert record.prompt[1:] == [assistant("", tool_calls=[CALL]), {"role": "tool", "content": "Sunny"}]
+    called, observed = assistant("", tool_calls=[CALL]), {"role": "tool", "content": "Sunny"}
+    assert record.responses == ([called, observed, assistant("c")],)
     assert record.tools == [TOOL]
 
 

@@ -106,8 +106,11 @@ HH = "\n\nHuman: 1\n\nAssistant:"
         ({**PAIR, "rejected": [assistant(" ")]}, "empty rejected response"),
         ({**PAIR, "rejected": "c"}, "chosen equals rejected"),
         ({**PAIR, "rejected": [assistant("c")]}, "chosen equals rejected"),
-        ({**PAIR, "chosen": [assistant("c"), assistant("d")]}, "chosen response is not a single assistant message"),
-        ({**PAIR, "rejected": []}, "rejected response is not a single assistant message"),
+        (
+            {**PAIR, "chosen": [assistant("c"), user("d")]},
+            "chosen response does not begin and end with an assistant turn",
+        ),
+        ({**PAIR, "rejected": []}, "rejected response does not begin and end with an assistant turn"),
         ({**PAIR, "prompt": []}, "prompt without messages"),
         (
             {**PAIR, "chosen": [user("x"), assistant("c")], "rejected": [user("x"), assistant("r")]},
@@ -364,13 +367,13 @@ def test_a_prompt_that_ends_with_the_assistant():
     [fault] = faults(prompt_records, {"prompt": "p"}, {"prompt": chat})
     assert fault.startswith("column 'prompt' ends with the assistant's turn; expected that of a user or a tool")
     [record], _ = completion_records([{"messages": [*chat, assistant("c")]}], DataOptions(), "data.jsonl")
-    assert record.prompt == chat and record.responses == ([assistant("c")],)
+    assert record.prompt == chat[:1] and record.responses == ([*chat[1:], assistant("c")],)
 
 
 def test_other_keys_of_messages_are_kept():
     call = {"role": "assistant", "content": "", "tool_calls": [{"x": None}], "name": None}
     [record], _ = prompt_records([{"prompt": [user("p"), call, {"role": "tool", "content": "3"}]}], DataOptions(), "")
-    assert record.prompt[1] == {"role": "assistant", "content": "", "tool_calls": [{"x": None}]}
+    assert record.prompt[1] == {"role": "assistant", "content": "", "tool_calls": [{}]}
 
 
 def test_as_chat_refuses_a_prompt_column_of_dialogues_in_text():

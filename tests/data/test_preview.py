@@ -51,9 +51,10 @@ def test_what_the_environment_says_is_dim(plain_tokenizer):
     ids = np.array(plain_tokenizer("abcde").input_ids, np.int32)
     response = Response(ids, True, np.array([True, True, False, False, True]), np.array([0, 0, -1, -1, 1]))
     text = preview(Example(ids[:1], False, (response,), 0), plain_tokenizer)
-    assert "response (3 actions of 5 tokens, in the loss; truncated" in text.plain and text.plain.endswith("ab⟨cd⟩e")
+    assert "response (3 actions of 5 tokens in 2 turns, in the loss; truncated" in text.plain
+    assert text.plain.endswith("ab⟨cd⟩e")
     found = styles(text)
-    assert found["ab"] == found["e"] == "green" and found["⟨cd⟩"] == "dim"
+    assert found["a"] == found["e"] == "green" and found["b"] == "green reverse" and found["⟨cd⟩"] == "dim"
 
 
 def test_rankings_and_outcomes(plain_tokenizer):
