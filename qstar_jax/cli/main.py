@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "plan": (config.PlanConfig, "compile a run's step for hardware that is not there, and say what it needs"),
     "score": (config.ScoreConfig, "score every token of every response by its reward"),
     "generate": (config.GenerateConfig, "generate responses: greedy, sampled, searched for, or chosen by reward"),
+    "play": (config.PlayConfig, "play games of the package textarena, and keep the dialogues with their returns"),
     "sweep": (config.SweepConfig, "measure wider beams: win rate, length and reward"),
     "decline": (config.DeclineConfig, "show how implicit rewards moved in real runs"),
     "report": (config.ReportConfig, "put what score, sweep and decline have measured on one page"),

@@ -27,6 +27,7 @@ from qstar_jax.config.verbs import EnvConfig as EnvConfig
 from qstar_jax.config.verbs import ExportConfig as ExportConfig
 from qstar_jax.config.verbs import GenerateConfig as GenerateConfig
 from qstar_jax.config.verbs import GuidancePair as GuidancePair
+from qstar_jax.config.verbs import PlayConfig as PlayConfig
 from qstar_jax.config.verbs import ScoreConfig as ScoreConfig
 
 # Blocks of which one option selects a variant that reads some of the others.

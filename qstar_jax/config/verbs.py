@@ -114,6 +114,40 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class PlayConfig:
+    """Games of the package textarena, played by a model: dialogues with their returns, to train on.
+
+    Args:
+        model: Folder of a run (or of one of its checkpoints), a Hugging Face folder, or a hub name; it needs a chat
+            template.
+        out: Folder for games.jsonl (columns `messages`, `reward` and `label`: a_star, qrpo, kto and implicit_prm read
+            it), pairs.jsonl (if games are repeated: the best and the worst of each) and config.yaml.
+        game: Name of a game of one player in textarena, such as GuessTheNumber-v0 or Mastermind-v0.
+        games: Number of games, each with a seed of its own.
+        repeats: How often each of them is played, with the same secret.
+        seed: Seed of the first game.
+        win: Return from which on a game is labelled as desirable.
+        max_turns: Most turns of the model; a game that has not ended then has no return.
+        max_length: Longest dialogue; a game that outgrows it has no return.
+        batch_size: Games played at once.
+    """
+
+    model: str = path()
+    out: str = path()
+    game: str = "GuessTheNumber-v0"
+    games: int = 64
+    repeats: int = 1
+    seed: int = 0
+    win: float = 1.0
+    max_turns: int = 32
+    max_length: int = 2048
+    batch_size: int = 16
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """A model as a Hugging Face folder, which transformers, PEFT and inference servers read.
 

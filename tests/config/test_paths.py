@@ -17,7 +17,7 @@ PATHS = {
 # Options that are text and no path.
 WORDS = {
     "prompt", "split", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url",
-    "loss.name", "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies",
+    "loss.name", "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies", "game",
 }  # fmt: skip
 COLUMNS = """name train_split eval_split prompt chosen rejected completion label reward reference_rewards tools system
     date""".split()
