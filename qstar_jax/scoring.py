@@ -1,6 +1,7 @@
 """From a batch of responses to the scores of their actions."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from qstar_jax.data.batches import Batch
 from qstar_jax.mdp import TokenScores
-from qstar_jax.models import CausalLM
-from qstar_jax.models.causal_lm import Params
+from qstar_jax.models import LanguageModel
 from qstar_jax.models.head import Head
 from qstar_jax.models.logprobs import reference_kl, token_logprobs, top_logprobs
 from qstar_jax.models.lora import split_adapter
@@ -17,7 +17,7 @@ from qstar_jax.models.masks import PackedMask
 from qstar_jax.sharding import batch_shards, map_batch
 
 
-def score_policy(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
+def score_policy(model: LanguageModel, params: Any, batch: Batch) -> TokenScores:
     """Scores responses under one model, in one pass over the sequences.
 
     Returns:
@@ -32,7 +32,7 @@ def _scores(hidden: Float[Array, "N K D"], head: Head, batch: Batch) -> TokenSco
     return TokenScores(logp, None, logz, batch.action_mask)
 
 
-def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, batch: Batch) -> TokenScores:
+def score_tokens(model: LanguageModel, params: Any, ref_params: Any, batch: Batch) -> TokenScores:
     """Scores responses under policy and reference: the record that losses, rewards and values read.
 
     Args:
@@ -58,7 +58,7 @@ def score_tokens(model: CausalLM, params: Params, ref_params: Params | None, bat
 
 
 def score_divergence(
-    model: CausalLM, params: Params, ref_params: Params | None, batch: Batch
+    model: LanguageModel, params: Any, ref_params: Any, batch: Batch
 ) -> tuple[TokenScores, Float[Array, "B R T"]]:
     """Scores responses as `score_tokens` does, and the divergence of whole distributions beside them.
 
@@ -82,7 +82,7 @@ def score_divergence(
 
 
 def response_alternatives(
-    model: CausalLM, params: Params, ref_params: Params | None, batch: Batch, count: int
+    model: LanguageModel, params: Any, ref_params: Any, batch: Batch, count: int
 ) -> tuple[Int[Array, "B R T K"], Float[Array, "B R T K"], Float[Array, "B R T K"]]:
     """Ranks the tokens that the policy could have chosen at each position of the responses.
 
@@ -103,7 +103,7 @@ def response_alternatives(
     return tuple(_of_responses(x, batch) for x in ranked)
 
 
-def _scored_states(model: CausalLM, params: Params, batch: Batch) -> Float[Array, "N K D"]:
+def _scored_states(model: LanguageModel, params: Any, batch: Batch) -> Float[Array, "N K D"]:
     """Hidden states of the slots whose next token is scored, in any layout of the sequences."""
     mask = PackedMask(batch.blocks, batch.branches, batch.texts)
     hidden = model.hidden_states(params, batch.tokens, batch.positions, mask)

@@ -19,7 +19,7 @@ FLOORS = (
     *("store", "scoring"),
     *("decoding", "training"),
     *("evaluation", "report", "plan"),
-    *("demo", "cli"),
+    *("api", "demo", "cli"),
 )
 
 

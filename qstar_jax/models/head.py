@@ -17,13 +17,13 @@ class Head:
     Q-values are read from the capped logits.
 
     Attributes:
-        table: One output vector per token. Shape [V, D].
+        table: One output vector per token; None: the hidden states are logits already. Shape [V, D].
         bias: Added to the scaled product; None: no bias, hence no gradient. Shape [V].
         softcap: Bound on the magnitude of a logit; None: unbounded.
         scale: Multiplies the product.
     """
 
-    table: Float[Array, "V D"]
+    table: Float[Array, "V D"] | None
     bias: Float[Array, " V"] | None = None
     softcap: float | None = field(default=None, metadata={"static": True})
     scale: float = field(default=1.0, metadata={"static": True})
@@ -39,6 +39,8 @@ class Head:
         Returns:
             Logits. Shape [..., V].
         """
+        if self.table is None:
+            return hidden.astype(jnp.float32)
         # A plain matrix product: with more dimensions, XLA transposes first on a CPU.
         flat = hidden.reshape(-1, hidden.shape[-1])
         logits = self.scale * jnp.einsum("nd,vd->nv", flat, self.table, preferred_element_type=jnp.float32)

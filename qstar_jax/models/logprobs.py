@@ -44,6 +44,8 @@ def token_logprobs(
     """
 
     def kernel(head: Head, hidden: Array, targets: Array) -> tuple[Array, Array]:
+        if head.table is None:  # nothing to recompute
+            return _forward(chunk_size, hidden, head, targets)[0]
         return _token_logprobs(chunk_size, hidden, head, targets)
 
     return map_batch(kernel, head, hidden, targets)

@@ -1,5 +1,6 @@
 """The curves of a run, from its metrics.jsonl: loss, rewards, margin and accuracy, in training and on held-out rows."""
 
+import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -49,8 +50,15 @@ def draw_curves(metrics: dict[str, tuple[list[int], list[float]]]) -> Figure:
     return figure
 
 
+def curves_png(run: Path) -> bytes:
+    """Draws a run's curves as a PNG."""
+    file = io.BytesIO()
+    draw_curves(read_metrics(run)).savefig(file, dpi=110)
+    return file.getvalue()
+
+
 def write_curves(run: Path) -> Path:
     """Draws a run's curves into its folder."""
     path = run / "curves.png"
-    draw_curves(read_metrics(run)).savefig(path, dpi=110)
+    path.write_bytes(curves_png(run))
     return path

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -68,12 +69,15 @@ class Run:
     console: Console
 
 
-def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict[str, float | str]:
+def train(
+    config: SftConfig | DpoConfig, console: Console | None = None, watch: Callable[[], None] | None = None
+) -> dict[str, float | str]:
     """Trains a model and leaves a run folder that every other verb reads.
 
     Args:
         config: An `SftConfig` minimizes cross-entropy on responses, a `DpoConfig` a preference loss on pairs.
         console: Where to show progress; the standard output by default.
+        watch: Called on the first process after every line of metrics.jsonl.
 
     Returns:
         The summary that is also written to summary.json.
@@ -100,7 +104,7 @@ def train(config: SftConfig | DpoConfig, console: Console | None = None) -> dict
         state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
         _begin_folder(run)
         # Loop: train, evaluate and save.
-        with _open_log(run) as log:
+        with _open_log(run, watch) as log:
             probe = make_probe(run.plan, run.start, state.policy, run.inputs.prompts, mesh, console)
             loop, batch = _make_loop(run, state, store, probe, log)
             _, summary = loop.run(state, run.start.step, batch)
@@ -155,12 +159,13 @@ def _begin_folder(run: Run):
     (run.plan.out / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
+def _open_log(run: Run, watch: Callable[[], None] | None) -> AbstractContextManager[RunLog | None]:
     """The log, on the first process only."""
     if jax.process_index() != 0:
         return nullcontext()
     headline = (*run.plan.objective.headline, "perf/tokens_per_second")
-    return RunLog(run.plan.out, steps=run.steps, start=run.start.step, console=run.console, headline=headline)
+    progress = {"steps": run.steps, "start": run.start.step, "console": run.console}
+    return RunLog(run.plan.out, **progress, headline=headline, watch=watch)
 
 
 def _make_loop(

@@ -1,7 +1,7 @@
 """The log of a run: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -19,14 +19,22 @@ class RunLog:
         start: Step at which the run begins or resumes; later lines of an interrupted run are dropped.
         console: Where to show progress.
         headline: Metrics that the terminal shows.
+        watch: Called after every line of metrics.
     """
 
     def __init__(
-        self, folder: Path, *, steps: int, start: int, console: Console, headline: tuple[str, ...] = ("loss",)
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        start: int,
+        console: Console,
+        headline: tuple[str, ...] = ("loss",),
+        watch: Callable[[], None] | None = None,
     ):
         from tensorboardX import SummaryWriter
 
-        self.console, self._headline = console, headline
+        self.console, self._headline, self._watch = console, headline, watch
         path = folder / "metrics.jsonl"
         kept = _lines_before(path, start) if path.exists() else []
         write_atomically(path, "".join(f"{json.dumps(metrics)}\n" for metrics in kept).encode())
@@ -69,6 +77,8 @@ class RunLog:
         shown = [(name, metrics[prefix + name]) for name in self._headline if prefix + name in metrics]
         text = "  ".join(f"{prefix}{name} {value:.4g}" for name, value in shown)
         say(self.console, f"step {step}/{self._steps}  {text}")
+        if self._watch:
+            self._watch()
 
     def _to_board(self, step: int, metrics: dict[str, float]):
         for name, value in metrics.items():

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from qstar_jax import losses
 from qstar_jax.data.batches import Batch
 from qstar_jax.errors import InputError
-from qstar_jax.models import CausalLM
+from qstar_jax.models import LanguageModel
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import score_divergence, score_policy, score_tokens
 from qstar_jax.training.metrics import SQUARES
@@ -49,7 +49,7 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
     )
 
 
-def preference_loss_fn(model: CausalLM, loss: losses.PreferenceLoss) -> LossFn:
+def preference_loss_fn(model: LanguageModel, loss: losses.PreferenceLoss) -> LossFn:
     """Makes the mean of a preference loss over examples; policy and reference have the shape of `model`.
 
     Returns:

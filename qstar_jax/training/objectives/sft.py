@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from qstar_jax import losses
 from qstar_jax.data.batches import Batch
-from qstar_jax.models import CausalLM
+from qstar_jax.models import LanguageModel
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import score_policy
 from qstar_jax.training.objectives.base import LossFn, Objective
@@ -16,7 +16,7 @@ def sft_objective() -> Objective:
     return Objective(sft_loss_fn, kind="completions")
 
 
-def sft_loss_fn(model: CausalLM) -> LossFn:
+def sft_loss_fn(model: LanguageModel) -> LossFn:
     """Makes the loss `loss_fn(params, ref_params, batch)`; `ref_params` is not used and may be None."""
 
     def loss_fn(params: Params, ref_params: Params | None, batch: Batch):

@@ -10,7 +10,7 @@ from qstar_jax import losses
 from qstar_jax.data.batches import Batch
 from qstar_jax.losses.responses import response_sums
 from qstar_jax.mdp import TokenScores
-from qstar_jax.models import CausalLM
+from qstar_jax.models import LanguageModel
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import score_tokens
 from qstar_jax.training.metrics import SQUARES, Metrics
@@ -37,7 +37,7 @@ def single_objective(loss: losses.PreferenceLoss) -> Objective:
     )
 
 
-def single_loss_fn(model: CausalLM, loss: losses.PreferenceLoss) -> LossFn:
+def single_loss_fn(model: LanguageModel, loss: losses.PreferenceLoss) -> LossFn:
     """Makes the mean of a loss over single responses; policy and reference have the shape of `model`.
 
     Returns:
@@ -69,7 +69,7 @@ def single_loss_fn(model: CausalLM, loss: losses.PreferenceLoss) -> LossFn:
     return loss_fn
 
 
-def share_baseline(model: CausalLM) -> PrepareFn:
+def share_baseline(model: LanguageModel) -> PrepareFn:
     """Makes the function that gives stacked micro-batches the baseline of them all.
 
     No gradient flows through it, so that the gradient of the whole batch is the sum of those of its micro-batches. It
@@ -93,7 +93,7 @@ def share_baseline(model: CausalLM) -> PrepareFn:
     return prepare
 
 
-def _score(model: CausalLM, params: Params, ref_params: Params | None, batch: Batch) -> TokenScores:
+def _score(model: LanguageModel, params: Params, ref_params: Params | None, batch: Batch) -> TokenScores:
     """Scores the responses; examples that only fill up count as empty."""
     scores = score_tokens(model, params, ref_params, batch)
     return replace(scores, mask=scores.mask & (batch.weights > 0)[:, None, None])

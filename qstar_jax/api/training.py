@@ -1,0 +1,172 @@
+"""Training from Python: rows in, a run out that every verb of the command line reads."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qstar_jax.api.model import Model, load
+from qstar_jax.config import DpoConfig, SftConfig
+from qstar_jax.errors import InputError
+from qstar_jax.report.curves import curves_png, write_curves
+from qstar_jax.training.run import train
+from qstar_jax.training.run_log import read_metrics
+
+Rows = Sequence[Mapping[str, Any]] | str | Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run; in a notebook, its curves.
+
+    Attributes:
+        out: Its folder, which `load` and every verb of the command line read.
+        summary: The last metrics of training and evaluation.
+    """
+
+    out: Path
+    summary: dict[str, Any]
+
+    @cached_property
+    def model(self) -> Model:
+        """The trained model; an adapter is merged into its base."""
+        return load(self.out)
+
+    @property
+    def metrics(self) -> dict[str, tuple[list[int], list[float]]]:
+        """All metrics: name -> (steps, values)."""
+        return read_metrics(self.out)
+
+    def _repr_png_(self) -> bytes:
+        return curves_png(self.out)
+
+
+def dpo(
+    model: Model | str | Path,
+    pairs: Rows,
+    *,
+    eval_pairs: Rows | None = None,
+    out: str | Path | None = None,
+    config: DpoConfig | None = None,
+    **options: Any,
+) -> Run:
+    """Trains a model on preference pairs, by DPO unless another loss is named.
+
+    Args:
+        model: A model, or what `load` opens.
+        pairs: Rows with prompt, chosen and rejected, or whatever else `qstar dpo --data.train` reads; or a file.
+        eval_pairs: Held-out rows, evaluated before and after training.
+        out: Folder of the run; None: a new temporary folder. Rows that are given in Python are kept in it.
+        config: All options of `qstar dpo`; its model, out and files are replaced.
+        **options: Options by their last names, which go before those of `config`: beta, learning_rate, steps,
+            batch_size, max_length, as_chat, rank and so on. `loss` and `optimizer` name the loss and the optimizer.
+            Names that several blocks have (seed, name) are written with theirs: train__seed.
+
+    Returns:
+        The run.
+
+    Raises:
+        InputError: An option is unknown or ambiguous, or the model or the data cannot be used.
+    """
+    return _train(DpoConfig, config, model, pairs, eval_pairs, out, options)
+
+
+def sft(
+    model: Model | str | Path,
+    rows: Rows,
+    *,
+    eval_rows: Rows | None = None,
+    out: str | Path | None = None,
+    config: SftConfig | None = None,
+    **options: Any,
+) -> Run:
+    """Fine-tunes a model on responses; arguments, result and errors are those of `dpo`."""
+    return _train(SftConfig, config, model, rows, eval_rows, out, options)
+
+
+def _train(
+    kind: type[DpoConfig | SftConfig],
+    config: DpoConfig | SftConfig | None,
+    model: Model | str | Path,
+    rows: Rows,
+    eval_rows: Rows | None,
+    out: str | Path | None,
+    options: dict[str, Any],
+) -> Run:
+    folder = Path(tempfile.mkdtemp(prefix="qstar-") if out is None else out)
+    source = model.source if isinstance(model, Model) else str(model)
+    config = replace(config or kind(model=source, out=str(folder)), model=source, out=str(folder))
+    config = with_options(config, options)
+    data = replace(config.data, train=_file(rows, folder, "train"), eval=_file(eval_rows, folder, "eval"))
+    display = notebook_display(folder)
+    summary = train(replace(config, data=data), watch=display)
+    write_curves(folder)
+    return Run(folder, summary)
+
+
+def with_options(config: Any, options: Mapping[str, Any]) -> Any:
+    """Sets options of a configuration that are named by the last part of their names.
+
+    Args:
+        config: Blocks of options.
+        options: `beta` is loss.beta, `train__seed` train.seed; `loss` and `optimizer`, with a text as their value, are
+            loss.name and optimizer.name.
+
+    Raises:
+        InputError: A name is unknown, or several blocks have it.
+    """
+    blocks = {entry.name: getattr(config, entry.name) for entry in fields(config)}
+    blocks = {name: block for name, block in blocks.items() if is_dataclass(block)}
+    owners = {f"{block}__{entry.name}": block for block, value in blocks.items() for entry in fields(value)}
+    for name, value in options.items():
+        # Find the one option that is meant.
+        wanted = f"{name}__name" if isinstance(value, str) and f"{name}__name" in owners else name
+        matches = [full for full in owners if wanted in (full, full.partition("__")[2])]
+        if len(matches) != 1:
+            found = f"it may be {' or '.join(matches)}" if matches else f"expected some of {', '.join(sorted(owners))}"
+            raise InputError(f"option {name!r} is {'ambiguous' if matches else 'unknown'}: {found}")
+        block, _, key = matches[0].partition("__")
+        blocks[block] = replace(blocks[block], **{key: value})
+    return replace(config, **blocks)
+
+
+def _file(rows: Rows | None, folder: Path, name: str) -> str | None:
+    """The file of some rows; those that were given in Python are written into the run's folder."""
+    if rows is None or isinstance(rows, str | Path):
+        return None if rows is None else str(rows)
+    lines = []
+    for number, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} row {number}: {error}; expected text, numbers, lists and dictionaries") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def notebook_display(run: Path) -> Callable[[], None] | None:
+    """Returns a function that redraws a run's curves in the output of a notebook's cell; None outside of one."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import Image, display
+    except ImportError:
+        return None
+    shell = get_ipython()
+    if shell is None or not hasattr(shell, "kernel"):  # a terminal shows a bar
+        return None
+    handle = None
+
+    def redraw() -> None:
+        nonlocal handle
+        image = Image(curves_png(run))
+        if handle is None:
+            handle = display(image, display_id=True)
+        else:
+            handle.update(image)
+
+    return redraw
