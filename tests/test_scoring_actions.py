@@ -10,13 +10,13 @@ import pytest
 from qstar_jax.config import DataOptions, MeshOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.feeder import Feeder
+from qstar_jax.data.identity import examples_identity
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.packing import Shapes, blocks_of
 from qstar_jax.data.tokenization import Response
 from qstar_jax.losses import make_loss
 from qstar_jax.scoring import response_alternatives, score_policy
 from qstar_jax.sharding import make_mesh
-from qstar_jax.store.identity import examples_identity
 from qstar_jax.training.objectives import preference_loss_fn, sft_loss_fn
 
 LAYOUTS = ["packed", "shared", "plain"]

@@ -1,11 +1,12 @@
 """Loads tokenized examples from a file or a name on the Hub, and reports what happened to every row."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from qstar_jax.config import DataOptions
-from qstar_jax.data.arranging import fill_up
 from qstar_jax.data.dropped import BadRow, Dropped, check_bad_rows, check_some_left, first_rows, reasons_with_rows
 from qstar_jax.data.preferences import (
     completion_records,
@@ -15,11 +16,13 @@ from qstar_jax.data.preferences import (
     ranking_records,
     return_records,
 )
+from qstar_jax.data.ragged import Lengths
 from qstar_jax.data.reading import is_on_hub, read_rows
 from qstar_jax.data.records import Kind as Kind
 from qstar_jax.data.records import Record
 from qstar_jax.data.repeats import repeats_note
-from qstar_jax.data.tokenization import Example, Response, resolve_date, tokenize
+from qstar_jax.data.table import ExampleTable
+from qstar_jax.data.tokenization import Example, resolve_date, tokenize
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 
@@ -46,7 +49,7 @@ class Dataset:
         steps: Rows whose responses are single steps, which have no end that they could lose.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     dropped: tuple[Dropped, ...]
     source: str
     date: str | None = None
@@ -59,29 +62,27 @@ class Dataset:
 
         Row numbers count from 1, as in the file (without blank lines).
         """
-        dropped, used = len(self.dropped), len({example.row for example in self.examples})
-        rows = len({example.row for example in self.examples} | {entry.row for entry in self.dropped})
-        parts = [f"{self.source}: {rows:,} rows read, {used:,} used"]
-        if len(self.examples) > used:
-            parts[0] += f" for {len(self.examples):,} examples"
-        if dropped:
-            parts.append(f"{dropped:,} dropped: {reasons_with_rows(self.dropped)}")
-        prompts = [(e.row, len(e.prompt), e.prompt_truncated) for e in self.examples]
-        responses = [
-            (e.row, r.num_actions, r.truncated and e.row not in self.steps)
-            for e in self.examples
-            for r in e.responses
-            if len(r.ids)  # shorter rankings are filled up
-        ]
-        parts.append(_lengths("prompts", prompts, "beginning"))
-        if responses:
-            parts.append(_lengths("responses", responses, "end"))
-        parts += filter(None, [_turns_note([r for e in self.examples for r in e.responses])])
+        lengths = Lengths.of(self.examples)
+        unused, used = np.array([entry.row for entry in self.dropped], np.int64), np.unique(lengths.rows)
+        parts = [f"{self.source}: {len(np.union1d(used, unused)):,} rows read, {len(used):,} used"]
+        if len(lengths.rows) > len(used):
+            parts[0] += f" for {len(lengths.rows):,} examples"
+        if len(unused):
+            parts.append(f"{len(unused):,} dropped: {reasons_with_rows(self.dropped)}")
+        parts.append(_lengths("prompts", lengths.rows, lengths.prompts, lengths.truncated[:, 0], "beginning"))
+        present = lengths.responses > 0  # shorter rankings are filled up
+        if present.any():
+            rows = np.broadcast_to(lengths.rows[:, None], present.shape)
+            truncated = lengths.truncated[:, 1:] & ~np.isin(rows, list(self.steps))
+            columns = (values[present] for values in (rows, lengths.actions, truncated))
+            parts.append(_lengths("responses", *columns, "end"))
+        parts += filter(None, [_turns_note(lengths)])
         return " ".join(["; ".join(parts) + ".", *self.notes])
 
     def longest(self, new_tokens: int = 0) -> int:
         """Returns the largest number of tokens of a prompt plus its longest response, or plus `new_tokens`."""
-        return max(len(e.prompt) + max([new_tokens, *(len(r.ids) for r in e.responses)]) for e in self.examples)
+        lengths = Lengths.of(self.examples)
+        return int((lengths.prompts + lengths.responses.max(1, initial=new_tokens)).max())
 
     def report(self, model: CausalLM, new_tokens: int = 0) -> str:
         """Says what a user should know before running a model on these, and generating `new_tokens` after each.
@@ -96,28 +97,25 @@ class Dataset:
         return "\n".join(filter(None, [self.summary, warning]))
 
 
-def _turns_note(responses: list[Response]) -> str:
+def _turns_note(lengths: Lengths) -> str:
     """Says how many turns the assistant has, and how many tokens lie between them; empty if there are none."""
-    responses = [response for response in responses if len(response.ids)]
-    between = sum(len(response.ids) - response.num_actions for response in responses)
+    between = int((lengths.responses - lengths.actions).sum())
     if not between:
         return ""
-    turns = sum(response.num_turns for response in responses) / len(responses)
+    responses = (lengths.responses > 0).sum()
     return (
-        f"responses have {turns:.1f} turns of the assistant, and {between / len(responses):.1f} tokens of users, tools "
-        "and templates, which are not learned"
+        f"responses have {lengths.turns.sum() / responses:.1f} turns of the assistant, and {between / responses:.1f} "
+        "tokens of users, tools and templates, which are not learned"
     )
 
 
-def _lengths(name: str, items: list[tuple[int, int, bool]], end: str) -> str:
-    """Summarizes (row, number of tokens, truncated) of prompts or responses."""
-    lengths = [length for _, length, _ in items]
-    truncated_rows = [row for row, _, truncated in items if truncated]
-    text = f"{name} have {sum(lengths) / len(lengths):.1f} tokens on average, {max(lengths):,} at most"
-    if not truncated_rows:
+def _lengths(name: str, rows: np.ndarray, lengths: np.ndarray, truncated: np.ndarray, end: str) -> str:
+    """Summarizes the tokens of prompts or responses, and which lost their beginning or end."""
+    text = f"{name} have {lengths.mean():.1f} tokens on average, {lengths.max():,} at most"
+    if not truncated.any():
         return f"{text}, none truncated"
-    share = f"{len(truncated_rows):,} ({len(truncated_rows) / len(items):.1%})"
-    return f"{text}, {share} lost their {end} ({first_rows(list(dict.fromkeys(truncated_rows)))})"
+    share = f"{truncated.sum():,} ({truncated.mean():.1%})"
+    return f"{text}, {share} lost their {end} ({first_rows(np.unique(rows[truncated]).tolist())})"
 
 
 def read_records(
@@ -212,4 +210,4 @@ def make_dataset(
     steps = [record.row for record in records if record.open_end]
     step_note = f"Responses are single steps, which end without EOS: {len(steps):,} ({first_rows(steps)})."
     notes = filter(None, [repeats_note(records), step_note if steps else "", _system_note(records)])
-    return Dataset(fill_up(examples), tuple(dropped), source, options.date, tuple(notes), frozenset(steps))
+    return Dataset(ExampleTable.of(examples), tuple(dropped), source, options.date, tuple(notes), frozenset(steps))

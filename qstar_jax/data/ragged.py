@@ -18,6 +18,7 @@ class Lengths:
         prompts: Tokens of each prompt.
         responses: Tokens of each response, whoever wrote them.
         actions: Actions of each response.
+        turns: Turns of the assistant with an action in each response.
         truncated: Whether each prompt lost its beginning, then whether each response lost its end.
     """
 
@@ -25,6 +26,7 @@ class Lengths:
     prompts: Int[np.ndarray, " B"]
     responses: Int[np.ndarray, "B R"]
     actions: Int[np.ndarray, "B R"]
+    turns: Int[np.ndarray, "B R"]
     truncated: Bool[np.ndarray, "B 1+R"]
 
     @classmethod
@@ -50,8 +52,13 @@ class Lengths:
             np.array([len(e.prompt) for e in examples], np.int64),
             np.array([len(r.ids) for e in examples for r in e.responses], np.int64).reshape(shape),
             np.array([r.num_actions for e in examples for r in e.responses], np.int64).reshape(shape),
+            np.array([r.num_turns for e in examples for r in e.responses], np.int64).reshape(shape),
             np.array([[e.prompt_truncated, *(r.truncated for r in e.responses)] for e in examples], bool),
         )
+
+    def __getitem__(self, which: Int[np.ndarray, " b"]) -> "Lengths":
+        """Selects examples."""
+        return Lengths(**{name: values[which] for name, values in vars(self).items()})
 
     @property
     def texts(self) -> Int[np.ndarray, " B"]:

@@ -12,13 +12,14 @@ from rich.console import Console
 from qstar_jax.config import ScoreConfig
 from qstar_jax.console import say
 from qstar_jax.data.dropped import Dropped
+from qstar_jax.data.identity import examples_identity
 from qstar_jax.data.loading import load_examples
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.scored import ScoredResponse, unscored_line
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.sharding import make_mesh, use_mesh
-from qstar_jax.store.identity import examples_identity, write_identity
+from qstar_jax.store.identity import write_identity
 from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta, open_reference
 

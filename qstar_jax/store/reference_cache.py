@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from qstar_jax.data.identity import digest_examples
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
 from qstar_jax.store.files import write_atomically, write_json
-from qstar_jax.store.identity import digest_examples
 
 PART_EXAMPLES = 256  # examples per file, the most that an interrupted run has to recompute
 _FORMAT = "qstar_jax reference cache 1"  # part of the key: a new file format gets new folders

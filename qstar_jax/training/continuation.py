@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 
 from qstar_jax.config.compare import first_difference, keep_date
+from qstar_jax.data.identity import examples_identity
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
 from qstar_jax.store.checkpoints import Description, find_checkpoint
-from qstar_jax.store.identity import examples_identity
 from qstar_jax.training.plan import RunPlan
 
 # Options that a resumed run may change. Those of the first group decide where and how the same numbers are computed,

@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.console import say, track
-from qstar_jax.data.arranging import with_mismatches
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset, load_examples
+from qstar_jax.data.mismatches import with_mismatches
 from qstar_jax.data.preview import preview
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.store.user_cache import user_cache

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qstar_jax.config import ComputeOptions, MeshOptions
+from qstar_jax.data.identity import examples_identity, tokenizer_identity
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
@@ -19,10 +20,8 @@ from qstar_jax.sharding import make_mesh, tree_shardings
 from qstar_jax.store.identity import (
     _checksums,
     check_identity,
-    examples_identity,
     identity_file,
     params_identity,
-    tokenizer_identity,
     write_identity,
 )
 from qstar_jax.store.open import LoadedModel

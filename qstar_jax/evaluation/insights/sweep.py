@@ -20,6 +20,7 @@ from rich.console import Console
 from qstar_jax.config import DecodeOptions, SweepConfig
 from qstar_jax.console import say
 from qstar_jax.data.dropped import rows_by_reason
+from qstar_jax.data.identity import examples_identity
 from qstar_jax.decoding.generations_file import GenerationsFile, generation_identity, prompt_texts
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation import trials
@@ -29,7 +30,7 @@ from qstar_jax.evaluation.judges import Comparison, Judge, Verdict, make_judge
 from qstar_jax.evaluation.judges.alpaca_eval import export
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.sharding import make_mesh, use_mesh
-from qstar_jax.store.identity import examples_identity, write_identity
+from qstar_jax.store.identity import write_identity
 from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta, open_reference
 from qstar_jax.store.user_cache import keep_programs

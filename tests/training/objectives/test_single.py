@@ -12,8 +12,8 @@ import pytest
 
 from qstar_jax import losses
 from qstar_jax.config import LossOptions, PlanConfig, ReferenceOptions
-from qstar_jax.data.arranging import with_mismatches
 from qstar_jax.data.batches import make_batch
+from qstar_jax.data.mismatches import with_mismatches
 from qstar_jax.data.packing import Shapes, plan_batch
 from qstar_jax.errors import InputError
 from qstar_jax.plan.options import examples_of
