@@ -5,9 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.stats import rankdata
 
 RESAMPLES = 1000
 LEVEL = 0.95
+
+# From how often each of P prompts was drawn, [K, P], to the statistic of each resample, [K].
+Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Interval:
         return f"{self:.3g}"
 
 
-def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], count: int, *, seed: int = 0) -> Interval:
+def bootstrap(statistic: Statistic, count: int, *, seed: int = 0) -> Interval:
     """Resamples prompts with replacement.
 
     Args:
@@ -69,9 +73,7 @@ def mean_interval(values: Float[np.ndarray, " N"], *, seed: int = 0) -> Interval
     return bootstrap(mean, len(values), seed=seed)
 
 
-def auc(
-    scores: Float[np.ndarray, " N"], positive: Bool[np.ndarray, " N"], owner: Int[np.ndarray, " N"]
-) -> Callable[[np.ndarray], np.ndarray]:
+def auc(scores: Float[np.ndarray, " N"], positive: Bool[np.ndarray, " N"], owner: Int[np.ndarray, " N"]) -> Statistic:
     """Area under the ROC curve: how often a positive scores above a negative, ties counted half (Mann and Whitney).
 
     Args:
@@ -100,3 +102,36 @@ def auc(
         return (weights @ wins * weights).sum(1) / np.where(pairs > 0, pairs, np.nan)
 
     return areas
+
+
+def correlation(
+    one: Float[np.ndarray, " N"], other: Float[np.ndarray, " N"], owner: Int[np.ndarray, " N"]
+) -> Statistic:
+    """Pearson's correlation of two values.
+
+    Args:
+        one: Values.
+        other: Values of the same items.
+        owner: Which prompt each item belongs to, counted from 0.
+
+    Returns:
+        A statistic for `bootstrap`, see `auc`.
+    """
+    count = owner.max() + 1
+    products = (np.ones_like(one), one, other, one * one, other * other, one * other)
+    sums = np.stack([np.bincount(owner, values, count) for values in products], axis=1)
+
+    def correlations(weights: np.ndarray) -> np.ndarray:
+        total, *moments = (weights @ sums).T
+        x, y, xx, yy, xy = (moment / total for moment in moments)
+        spread = (xx - x * x) * (yy - y * y)
+        return (xy - x * y) / np.sqrt(np.where(spread > 0, spread, np.nan))
+
+    return correlations
+
+
+def rank_correlation(
+    one: Float[np.ndarray, " N"], other: Float[np.ndarray, " N"], owner: Int[np.ndarray, " N"]
+) -> Statistic:
+    """Spearman's rank correlation: that of the ranks among all items; see `correlation`."""
+    return correlation(rankdata(one), rankdata(other), owner)

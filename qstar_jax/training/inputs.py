@@ -1,6 +1,6 @@
 """The examples of a run: what it is trained on, what it is evaluated on, and what a cached reference says of them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset, load_examples
 from qstar_jax.data.mismatches import with_mismatches
 from qstar_jax.data.preview import preview
+from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.store.user_cache import user_cache
 from qstar_jax.training.continuation import check_same_data, data_identity
@@ -21,6 +22,8 @@ from qstar_jax.training.guide import with_guide
 from qstar_jax.training.plan import RunPlan
 from qstar_jax.training.reference import cached_logprobs
 from qstar_jax.training.setup import Start
+
+ExampleChange = Callable[[Example], Example]
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,10 @@ class Inputs:
         return dates[0] if dates else None
 
 
-def load_inputs(plan: RunPlan, start: Start, mesh: Mesh, console: Console) -> Inputs:
-    """Reads and tokenizes the examples of a run, and shows what became of their rows.
+def load_inputs(
+    plan: RunPlan, start: Start, mesh: Mesh, console: Console, change: ExampleChange | None = None
+) -> Inputs:
+    """Reads and tokenizes the examples of a run, changes them if asked to, and shows what became of their rows.
 
     Raises:
         InputError: If they cannot be used, or are not those with which a resumed run began.
@@ -60,6 +65,8 @@ def load_inputs(plan: RunPlan, start: Start, mesh: Mesh, console: Console) -> In
 
     def load(source: str, split: str, limit: int | None) -> Dataset:
         dataset = load_examples(source, split, plan.objective.kind, start.tokenizer, data, limit, **model)
+        if change is not None:
+            dataset = replace(dataset, examples=list(map(change, dataset.examples)))
         if not plan.objective.mismatches:
             return dataset
         return replace(dataset, examples=with_mismatches(dataset.examples, data.max_length, source))

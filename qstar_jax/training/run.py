@@ -28,7 +28,7 @@ from qstar_jax.training.diagnostics.estimate import Estimate, device_memory, est
 from qstar_jax.training.diagnostics.first_loss import check_first_loss
 from qstar_jax.training.diagnostics.nonfinite import find_cause
 from qstar_jax.training.evaluator import make_evaluator
-from qstar_jax.training.inputs import Inputs, load_inputs, with_cached_reference
+from qstar_jax.training.inputs import ExampleChange, Inputs, load_inputs, with_cached_reference
 from qstar_jax.training.loop import Loop
 from qstar_jax.training.metrics import mean_metrics
 from qstar_jax.training.objectives import LossFn
@@ -70,7 +70,10 @@ class Run:
 
 
 def train(
-    config: SftConfig | DpoConfig, console: Console | None = None, watch: Callable[[], None] | None = None
+    config: SftConfig | DpoConfig,
+    console: Console | None = None,
+    watch: Callable[[], None] | None = None,
+    change: ExampleChange | None = None,
 ) -> dict[str, float | str]:
     """Trains a model and leaves a run folder that every other verb reads.
 
@@ -78,6 +81,8 @@ def train(
         config: An `SftConfig` minimizes cross-entropy on responses, a `DpoConfig` a preference loss on pairs.
         console: Where to show progress; the standard output by default.
         watch: Called on the first process after every line of metrics.jsonl.
+        change: Ablations only: what becomes of each example that was read. It is not part of the configuration; a run
+            is resumed only if it gives the same examples.
 
     Returns:
         The summary that is also written to summary.json.
@@ -96,7 +101,7 @@ def train(
     store = CheckpointStore(plan.out, plan.config.train.keep_checkpoints)
     with use_mesh(mesh, plan.config.compute.dtype), store:
         # Start: open the model or a checkpoint, and the data.
-        run = _prepare(plan, store, mesh, console)
+        run = _prepare(plan, store, mesh, console, change)
         if run.start.step >= run.steps:
             return _read_summary(run)
         run = replace(run, inputs=with_cached_reference(run.plan, run.start, run.inputs, console))
@@ -121,10 +126,10 @@ def _announce(plan: RunPlan, console: Console) -> RunPlan:
     return plan
 
 
-def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console) -> Run:
+def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console, change: ExampleChange | None) -> Run:
     """Opens the model (or a checkpoint) and the data, and makes loss and optimizer."""
     start = find_start(plan, store, mesh)
-    inputs = load_inputs(plan, start, mesh, console)
+    inputs = load_inputs(plan, start, mesh, console, change)
     plan = plan.with_date(inputs.date)
     steps = plan.config.train.steps or inputs.train.batches  # by default once through the examples
     return Run(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qstar_jax.evaluation.intervals import auc, mean_interval
+from qstar_jax.evaluation.intervals import auc, correlation, mean_interval, rank_correlation
 
 
 def test_area_is_that_of_mann_and_whitney():
@@ -51,3 +51,21 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(4)
     found = [mean_interval(rng.normal(size=60), seed=seed) for seed in range(200)]
     assert 0.88 <= np.mean([interval.low <= 0 <= interval.high for interval in found]) <= 0.99
+
+
+@pytest.mark.parametrize(("ours", "scipys"), [(correlation, stats.pearsonr), (rank_correlation, stats.spearmanr)])
+def test_correlations_are_those_of_scipy(ours, scipys):
+    rng = np.random.default_rng(4)
+    one = rng.integers(0, 9, 200).astype(float)  # many ties
+    other, owner = one**2 + 20 * rng.normal(size=200), rng.integers(0, 30, 200)
+    statistic = ours(one, other, owner)
+    assert statistic(np.ones((1, 30))) == pytest.approx([scipys(one, other).statistic])
+    if ours is correlation:  # weights count as copies; ranks are those among all items
+        weights = rng.integers(0, 3, (4, 30))
+        for drawn, found in zip(weights, statistic(weights), strict=True):
+            copies = np.repeat(np.arange(200), drawn[owner])
+            assert found == pytest.approx(scipys(one[copies], other[copies]).statistic)
+
+
+def test_values_that_do_not_vary_have_no_correlation():
+    assert np.isnan(correlation(np.ones(3), np.arange(3.0), np.arange(3))(np.ones((1, 3)))).all()

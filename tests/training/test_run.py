@@ -607,3 +607,17 @@ def test_a_run_starts_from_an_earlier_run(dpo_run, make_config, tiny_train, tmp_
     tiny_train(config)
     jax.tree.map(np.testing.assert_array_equal, arrays_of(tmp_path / "run")[0], arrays_of(first)[0])
     assert Path(tmp_path / "run" / "reference").is_dir()
+
+
+def test_examples_may_be_changed_for_an_ablation(tmp_path, make_config, on_devices, metric_lines):
+    def first_token_only(example):
+        masks = [np.arange(len(response.ids)) == 0 for response in example.responses]
+        responses = zip(example.responses, masks, strict=True)
+        return replace(example, responses=tuple(replace(r, action_mask=mask) for r, mask in responses))
+
+    config = make_config(tmp_path / "run", train={"steps": 1})
+    with on_devices(1):
+        run_module.train(config, Console(quiet=True), change=first_token_only)
+        assert metric_lines(tmp_path / "run")[0]["lengths/chosen"] == 1
+        with pytest.raises(InputError, match=r"data\.train"):  # a resumed run must have the same examples
+            run_module.train(replace(config, resume=True), Console(quiet=True))

@@ -1,7 +1,7 @@
 """tiny-questions: dialogues that find out a hidden thing, with the known value of every turn.
 
-As data it is `builtin:tiny-questions` (splits train, test and noisy). There is no base model: each seed has things of
-its own. `rows.documents` makes texts on which one can be trained.
+As data it is `builtin:tiny-questions` (splits train, test, noisy and noisy_test). There is no base model: each seed has
+things of its own. `rows.lists` and `rows.documents` make texts on which one can be trained.
 """
 
 from qstar_jax.tasks.task import Task

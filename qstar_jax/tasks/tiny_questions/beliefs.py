@@ -1,7 +1,7 @@
 """What a player can know, what a mediocre player does with it, and the exact soft-optimal value of every turn.
 
 A state is a belief and the number of turns taken. A belief is what was answered about each attribute: nothing, no or
-yes. All 3^8 = 6,561 are numbered, by the sum of 3^a times the answer about attribute a; answers to repeated questions
+yes. All 3^6 = 729 are numbered, by the sum of 3^a times the answer about attribute a; answers to repeated questions
 change nothing.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.special import logsumexp, xlogy
 
 from qstar_jax.tasks.tiny_questions.game import ACTIONS, ATTRIBUTES, QUESTION, RIGHT, THINGS, TURNS, WRONG, Game, parse
@@ -61,6 +61,11 @@ class Beliefs:
         return self.likelihood / np.where(total > 0, total, 1.0)
 
     @cached_property
+    def best(self) -> Bool[np.ndarray, "P things"]:
+        """Which things are most probable."""
+        return self.likelihood >= self.likelihood.max(-1, keepdims=True) * (1 - 1e-9)
+
+    @cached_property
     def entropy(self) -> Float[np.ndarray, " P"]:
         """Bits that are missing for certainty."""
         return -xlogy(self.posterior, self.posterior).sum(-1) / np.log(2)
@@ -87,7 +92,7 @@ class Beliefs:
     def law(self) -> Float[np.ndarray, "2 P actions"]:
         """Probabilities of the mediocre player's actions before the last turn [0], where it may ask, and in it [1]."""
         # A guess is one of the most probable things.
-        best = self.likelihood >= self.likelihood.max(-1, keepdims=True) * (1 - 1e-9)
+        best = self.best
         guesses = best / best.sum(-1, keepdims=True)
         # A question is a new one in random order, or, now and then, an old one.
         new = self.answers == UNKNOWN
@@ -142,3 +147,16 @@ def solve(game: Game, beta: float) -> TurnValues:
         law = beliefs.law[int(turn == TURNS - 1)]
         v[turn] = after = beta * logsumexp(q[turn] / beta, b=law, axis=-1)
     return TurnValues(q, v)
+
+
+def player_return(game: Game, beta: float | None = None) -> float:
+    """Computes the expected return of the mediocre player, or, with a temperature, of the optimal policy (`solve`)."""
+    beliefs, after = Beliefs(game), np.full(_COUNT, WRONG)
+    for turn in reversed(range(TURNS)):
+        asked = QUESTION + (beliefs.chances * after[beliefs.after]).sum(-1)
+        guessed = WRONG + (RIGHT - WRONG) * beliefs.posterior
+        policy = beliefs.law[int(turn == TURNS - 1)]
+        if beta is not None:
+            policy = policy * np.exp(solve(game, beta).advantages[turn] / beta)
+        after = (policy * np.concatenate([asked, guessed], axis=1)).sum(-1)
+    return float(after[0])

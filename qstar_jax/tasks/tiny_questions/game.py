@@ -1,4 +1,4 @@
-"""The game: someone thinks of a thing; one may ask whether it has an attribute, and must name it within eight turns.
+"""The game: someone thinks of a thing; one may ask whether it has an attribute, and must name it within seven turns.
 
 Each dialogue has its own answerer, who may be wrong about some attributes of the thing, and then is so each time.
 """
@@ -10,13 +10,10 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool
 
-THINGS = (
-    "mug lamp tent boat bike piano table sofa guitar camera phone desk chair mirror clock carpet "
-    "kettle spoon hammer ladder bucket pillow candle basket violin wagon anchor drum ball kite bell sled"
-).split()
-ATTRIBUTES = "red big soft old round heavy cheap wooden".split()
+THINGS = tuple("mug lamp tent boat bike piano table sofa guitar camera phone desk chair mirror clock carpet".split())
+ATTRIBUTES = tuple("red big soft old round heavy".split())
 OPENING = "what is it ?"
-TURNS = 8
+TURNS = 7
 QUESTION, RIGHT, WRONG = -0.05, 1.0, -1.0
 NOISE = 0.1  # how often a noisy answerer is wrong about an attribute
 
@@ -55,7 +52,7 @@ def guess(thing: int) -> str:
 
 
 def parse(turn: str) -> int | None:
-    """Reads a turn: 0 to 7 are questions, 8 to 39 guesses, None is neither."""
+    """Reads a turn: 0 to 5 are questions, 6 to 21 guesses, None is neither."""
     return _ACTIONS.get(turn)
 
 
@@ -71,7 +68,7 @@ def reply(opinion: Bool[np.ndarray, " attributes"], turns: Sequence[str]) -> str
         turns: The player's turns so far, at least one.
 
     Returns:
-        "yes", "no", or "what ?" for what is no question; None where the game ends: after a guess, and after 8 turns.
+        "yes", "no", or "what ?" for what is no question; None where the game ends: after a guess, and after 7 turns.
     """
     action = parse(turns[-1])
     if len(turns) == TURNS or (action is not None and action >= len(ATTRIBUTES)):

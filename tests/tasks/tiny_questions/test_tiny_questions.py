@@ -8,7 +8,7 @@ import pytest
 from qstar_jax.data.reading import read_rows
 from qstar_jax.errors import InputError
 from qstar_jax.store.hub import open_folder
-from qstar_jax.tasks.tiny_questions.beliefs import ASKED, GUESSED, Beliefs, learn, solve
+from qstar_jax.tasks.tiny_questions.beliefs import ASKED, GUESSED, Beliefs, learn, player_return, solve
 from qstar_jax.tasks.tiny_questions.game import (
     ACTIONS,
     ATTRIBUTES,
@@ -23,7 +23,7 @@ from qstar_jax.tasks.tiny_questions.game import (
     reply,
     true_return,
 )
-from qstar_jax.tasks.tiny_questions.rows import TEMPERATURE, documents, split_rows
+from qstar_jax.tasks.tiny_questions.rows import TEMPERATURE, documents, lists, split_rows
 from qstar_jax.tasks.tiny_questions.tokenizer import make_tokenizer
 
 
@@ -46,7 +46,7 @@ def test_rules_by_hand():
     assert reply(opinion, [ask(0)] * (TURNS - 1)) is not None and reply(opinion, [ask(0)] * TURNS) is None
     assert true_return(5, [ask(0), ask(1), guess(5)]) == pytest.approx(0.9)
     assert true_return(5, [ask(0), guess(6)]) == pytest.approx(-1.05)
-    assert true_return(5, [ask(0)] * TURNS) == true_return(5, [*[ask(0)] * (TURNS - 1), "?"]) == pytest.approx(-1.4)
+    assert true_return(5, [ask(0)] * TURNS) == true_return(5, [*[ask(0)] * (TURNS - 1), "?"]) == pytest.approx(-1.35)
     assert [parse(text) for text in ACTIONS] == list(range(len(ATTRIBUTES) + len(THINGS)))
 
 
@@ -81,7 +81,7 @@ def test_beliefs_are_bayes_rule_over_things(noise):
         belief = learn(belief, ask(attribute), answer)
         np.testing.assert_allclose(beliefs.posterior[belief], weights / weights.sum())
     assert beliefs.gain[belief, 2] == 0.0 and beliefs.gain[0].min() > 0.1
-    assert beliefs.entropy[0] == pytest.approx(5.0)
+    assert beliefs.entropy[0] == pytest.approx(np.log2(len(THINGS)))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
@@ -95,6 +95,31 @@ def test_the_players_return_is_the_value_without_any_optimization(noise, rows):
         for name in ("chosen", "rejected")
     ]
     assert np.mean(returns) == pytest.approx(value, abs=5 * np.std(returns) / math.sqrt(len(returns)) + 0.01)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_the_return_of_the_optimum_is_what_its_values_say(noise):
+    """V(beta) = E[R] - beta KL, so E[R] = V - beta dV / dbeta."""
+    game, beta, step = Game(1, noise), 0.1, 1e-5
+    low, value, high = (solve(game, b).v[0, 0] for b in (beta - step, beta, beta + step))
+    assert player_return(game, beta) == pytest.approx(value - beta * (high - low) / (2 * step), abs=1e-6)
+    assert player_return(game, 1e7) == pytest.approx(player_return(game), abs=1e-5)
+    assert player_return(game) < player_return(game, 1.0) < player_return(game, beta)
+
+
+def test_lists_name_all_that_is_possible_and_nothing_else():
+    beliefs, shown = Beliefs(Game(2)), set()
+    for text in lists(200, seed=2):
+        turns = [part.split(" <end>")[0] for part in text.split("<assistant> ")[1:]]
+        replies = [part.split(" <end>")[0] for part in text.split("<user> ")[2:]]
+        belief = 0
+        for turn, answer in zip(turns[:-1], replies, strict=True):
+            belief = learn(belief, turn, answer)
+        named = [THINGS.index(word) for word in turns[-1].removesuffix(" !").split()]
+        possible = np.flatnonzero(beliefs.posterior[belief])
+        assert len(set(named)) == len(named) == min(8, len(possible)) and set(named) <= set(possible)
+        shown.add(len(named))
+    assert {1, 2, 8} <= shown
 
 
 def test_values_are_those_of_a_search_over_things():
@@ -171,7 +196,7 @@ def test_labels_are_bradley_terrys_of_true_returns(rows):
 def test_rows_are_functions_of_the_seed_and_of_the_split():
     assert read_rows("builtin:tiny-questions?seed=3", "test", 5) == split_rows("test", 3, 9)[:5]
     assert split_rows("test", 3, 5) != split_rows("test", 4, 5) != split_rows("train", 4, 5)
-    with pytest.raises(InputError, match="no split 'dev'; expected one of train, test, noisy"):
+    with pytest.raises(InputError, match="no split 'dev'; expected one of train, test, noisy, noisy_test"):
         read_rows("builtin:tiny-questions", "dev")
 
 
