@@ -152,16 +152,15 @@ class ChatTemplate:
             except BadRow:
                 return False  # some templates require what was removed
 
-        # Remove tools, tool calls and reasoning: the text must change.
+        # Remove the tools, and tool calls and reasoning of each message: the text must change.
         if tools is not None and unchanged(prompt + response, None):
             return "tools"
-        without = {"tool_calls": _without("tool_calls", prompt + response)}
-        without |= {key: prompt + _without(key, response) for key in _REASONING}
-        for key, messages in without.items():
-            if messages != prompt + response and unchanged(messages, tools):
-                return key
-        # Edit each message of others that does not appear verbatim: the text must change.
         messages = prompt + response
+        for index, message in enumerate(messages):
+            for key in ("tool_calls", *(_REASONING if index >= len(prompt) else ())):
+                if key in message and unchanged(_without(key, messages, index), tools):
+                    return key
+        # Edit each message of others that does not appear verbatim: the text must change.
         for index, message in enumerate(messages):
             if message["role"] == "assistant" or _strip_spaces(message["content"]) in rendered:
                 continue
@@ -225,8 +224,9 @@ def _with_call_arguments(messages: Messages, form: Literal["object", "text"]) ->
     ]
 
 
-def _without(key: str, messages: Messages) -> Messages:
-    return [{name: value for name, value in message.items() if name != key} for message in messages]
+def _without(key: str, messages: Messages, index: int) -> Messages:
+    shorter = {name: value for name, value in messages[index].items() if name != key}
+    return [*messages[:index], shorter, *messages[index + 1 :]]
 
 
 def _strip_spaces(text: str) -> str:

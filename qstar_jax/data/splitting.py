@@ -17,10 +17,9 @@ from qstar_jax.data.chat_templates import ChatTemplate
 from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.data.records import Record
-from qstar_jax.data.turns import Learned, Span, find_turns, turn_of_tokens
+from qstar_jax.data.turns import Learned, Span, difference, find_turns, turn_of_tokens
 
 _CONTEXTS = ("\n", "a", ".")  # the beginning of a text does not merge with at least one of these
-_EXCERPT = 40  # characters of a text to quote in errors
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def split_chat(
     for response in record.responses:
         text = template(record.prompt + response, record.tools)
         _check_extends(prompt, text)
-        _check_rendered(record, response, template, text, learned)
         spans = find_turns(record, response, template, text, learned)
+        _check_rendered(record, response, template, text, learned)
         ids, offsets = _encode(tokenizer, text)
         length = _end_of_turn(ids, offsets, text, eos_ids)
         boundaries.append(len(list(takewhile(lambda offset: offset[1] <= len(prompt), offsets))))
@@ -127,8 +126,7 @@ def _encode_after(
 def _check_extends(prompt: str, text: str):
     if text.startswith(prompt):
         return
-    at = next((at for at, both in enumerate(zip(prompt, text, strict=False)) if both[0] != both[1]), len(text))
-    before, alone, followed = prompt[max(at - _EXCERPT, 0) : at], prompt[at : at + _EXCERPT], text[at : at + _EXCERPT]
+    before, alone, followed = difference(prompt, text)
     raise BadRow(
         "the chat template renders the prompt differently when a response follows",
         f" (after {before!r} the prompt alone has {alone!r}, and with the response {followed!r}); choose another "

@@ -1,9 +1,10 @@
 """Finds the assistant's turns in a rendered dialogue: where each begins and ends, in characters.
 
 A turn is the difference between two rendered prefixes of a dialogue: the messages before it, with the header of the
-assistant's turn, and the messages up to it. Both must begin the whole text; otherwise the model would learn its turns
-in contexts that it never sees. Where a template rewrites earlier turns, its `{% generation %}` spans say what the
-assistant writes; one without such spans is refused.
+assistant's turn, and the messages up to it. Both must begin the whole text: the first, or the model would learn its
+turns in contexts that it never sees, and the second, or it would learn other words than it says. Where a template
+rewrites a turn once another follows, its `{% generation %}` spans say what is to be learned; one without such spans is
+refused.
 """
 
 from bisect import bisect_left, bisect_right
@@ -42,40 +43,60 @@ def find_turns(record: Record, response: Messages, template: ChatTemplate, text:
     messages, tools = record.prompt + response, record.tools
     turns = [i for i in range(len(record.prompt), len(messages)) if messages[i]["role"] == "assistant"]
     turns = turns if learned == "all" else turns[-1:]
+    way_out = "learn the last turn only with --data.turns last, or " if learned == "all" else ""
+    starts = [_start(messages[:turn], tools, template, text, way_out) for turn in turns]
     try:
-        spans = [_difference(messages, turn, tools, template, text) for turn in turns]
-    except BadRow:
+        ends = [_end(messages[: turn + 1], tools, template, text) for turn in turns[:-1]] + [len(text)]
+    except _Rewritten as change:
         marked = _marked(messages, tools, template, text)
         if marked is None:
-            raise
-        spans = [_without_header(messages[:turn], marked[turn], tools, template, text) for turn in turns]
+            raise BadRow(
+                "the chat template rewrites a turn of the assistant when another follows",
+                f" ({change}); {way_out}name a template that keeps earlier turns, or marks them with "
+                "{% generation %}, with --data.chat_template FILE",
+            ) from change
+        # Leave out the header of the assistant's turn, which some templates mark too.
+        starts = [max(start, marked[turn][0]) for start, turn in zip(starts, turns, strict=True)]
+        ends = [marked[turn][1] for turn in turns]
+    spans = list(zip(starts, ends, strict=True))
     return spans if learned != "final_answer" else [_final_answer(messages[-1], spans[-1], text)]
 
 
-def _difference(messages: Messages, turn: int, tools: list[dict] | None, template: ChatTemplate, text: str) -> Span:
-    """Start and end of message number `turn`: between the prefix that opens it and the one that ends with it."""
-    opened = template(messages[:turn], tools, open_turn=True)
-    closed = text if turn + 1 == len(messages) else template(messages[: turn + 1], tools)
+class _Rewritten(Exception):
+    """A prefix of the dialogue does not begin its text; says where they differ."""
+
+
+def _start(before: Messages, tools: list[dict] | None, template: ChatTemplate, text: str, way_out: str) -> int:
+    """Where generation begins a turn, after the messages before it."""
+    opened = template(before, tools, open_turn=True)
+    if not text.startswith(opened):
+        raise BadRow(
+            "the chat template rewrites what comes before a turn of the assistant when this follows",
+            f" ({_change(opened, text)}); {way_out}name a template that keeps it with --data.chat_template FILE",
+        )
+    return len(opened)
+
+
+def _end(dialogue: Messages, tools: list[dict] | None, template: ChatTemplate, text: str) -> int:
+    """Where a dialogue ends that ends with a turn."""
+    closed = template(dialogue, tools)
     # Some templates strip white space at the end of a dialogue only.
     closed = closed if text.startswith(closed) else closed.rstrip()
-    for prefix in (opened, closed):
-        _check_begins(text, prefix)
-    if not closed.startswith(opened):
-        _check_begins(closed, opened)
-    return len(opened), len(closed)
+    if not text.startswith(closed):
+        raise _Rewritten(_change(closed, text))
+    return len(closed)
 
 
-def _check_begins(text: str, prefix: str):
-    if text.startswith(prefix):
-        return
-    at = next((at for at, both in enumerate(zip(prefix, text, strict=False)) if both[0] != both[1]), len(text))
-    before, alone, followed = prefix[max(at - _EXCERPT, 0) : at], prefix[at : at + _EXCERPT], text[at : at + _EXCERPT]
-    raise BadRow(
-        "the chat template rewrites a turn of the assistant when another follows",
-        f" (after {before!r} it first has {alone!r}, and later {followed!r}); learn the last turn only with "
-        "--data.turns last, or name a template that keeps earlier turns, or marks them with {% generation %}, with "
-        "--data.chat_template FILE",
-    )
+def _change(prefix: str, text: str) -> str:
+    before, first, later = difference(prefix, text)
+    return f"after {before!r} it first has {first!r}, and later {later!r}"
+
+
+def difference(prefix: str, text: str) -> tuple[str, str, str]:
+    """Excerpts of a text that a prefix does not begin: what both share, then what each has instead of the other."""
+    differ = (at for at, (one, other) in enumerate(zip(prefix, text, strict=False)) if one != other)
+    shared = next(differ, len(text))
+    return prefix[max(shared - _EXCERPT, 0) : shared], *(part[shared : shared + _EXCERPT] for part in (prefix, text))
 
 
 def _marked(messages: Messages, tools: list[dict] | None, template: ChatTemplate, text: str) -> dict[int, Span] | None:
@@ -89,12 +110,6 @@ def _marked(messages: Messages, tools: list[dict] | None, template: ChatTemplate
     if not all(word in span for word, span in zip(words, shown, strict=True)):
         return None
     return dict(zip(turns, spans, strict=True))
-
-
-def _without_header(before: Messages, span: Span, tools: list[dict] | None, template: ChatTemplate, text: str) -> Span:
-    """Leaves out the header of the assistant's turn, which some templates mark too."""
-    opened = template(before, tools, open_turn=True)
-    return (max(span[0], len(opened)) if text.startswith(opened) else span[0]), span[1]
 
 
 def _final_answer(message: dict, span: Span, text: str) -> Span:
@@ -125,6 +140,7 @@ def turn_of_tokens(
         eos_ids: Tokens that end a turn.
 
     Raises:
+        BadRow: The last turn ends with EOS, but an earlier one does not, so that the model would not learn to stop.
         DroppedRow: EOS inside a turn, which would teach the model to continue after its end.
     """
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
@@ -133,19 +149,29 @@ def turn_of_tokens(
         first, stop = bisect_right(ends, start), bisect_left(starts, end)
         if number + 1 == len(spans):
             stop = len(ids)
-        elif (last := _last(ids[first:stop], eos_ids)) is not None:
-            # Leave the template's white space after the end, and further EOS, to the environment.
-            last += first
-            stop = stop if text[ends[last] : end].strip() else last + 1
-            while stop - first > 1 and ids[stop - 1] in eos_ids and ids[stop - 2] in eos_ids:
-                stop -= 1
-            if not eos_ids.isdisjoint(ids[first : stop - 1]):
-                raise DroppedRow("EOS token inside a response")
-        elif stop < len(ids) and ids[stop] in eos_ids:
-            stop += 1
+        else:
+            stop = _end_of_turn(ids, ends, first, stop, text[:end], eos_ids)
+            if ids[-1] in eos_ids and ids[stop - 1] not in eos_ids:
+                raise BadRow(
+                    "the chat template ends earlier turns of the assistant with another token than the last",
+                    f" ({text[starts[stop - 1] : end]!r} is no EOS of the model); learn the last turn only with "
+                    "--data.turns last, or name a template that ends all alike with --data.chat_template FILE",
+                )
         turns[first:stop] = [number] * (stop - first)
     return turns
 
 
-def _last(ids: Sequence[int], eos_ids: frozenset[int]) -> int | None:
-    return max((index for index, token in enumerate(ids) if token in eos_ids), default=None)
+def _end_of_turn(
+    ids: Sequence[int], ends: Sequence[int], first: int, stop: int, text: str, eos_ids: frozenset[int]
+) -> int:
+    """Returns the end of a turn of tokens `first` to `stop` - 1, up to its EOS; `text` ends with the turn."""
+    in_turn = [index for index in range(first, stop) if ids[index] in eos_ids]
+    if not in_turn:
+        return stop + int(stop < len(ids) and ids[stop] in eos_ids)
+    # Leave the template's white space after the end, and further EOS, to the environment.
+    stop = stop if text[ends[in_turn[-1]] :].strip() else in_turn[-1] + 1
+    while stop - first > 1 and ids[stop - 1] in eos_ids and ids[stop - 2] in eos_ids:
+        stop -= 1
+    if not eos_ids.isdisjoint(ids[first : stop - 1]):
+        raise DroppedRow("EOS token inside a response")
+    return stop

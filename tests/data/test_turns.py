@@ -175,6 +175,22 @@ def test_a_template_from_a_file_is_the_way_out(character_tokenizer, tmp_path):
     assert one(tokenizer, TALK, chat_template=str(tmp_path / "t.jinja")).turns.max() == 2
 
 
+def test_marked_turns_are_refused_in_contexts_that_generation_never_sees(character_tokenizer):
+    followed = "{% else %}{% if loop.index > 1 and not loop.last %}!{% endif %}<{{ m.role }}>"
+    template = MARKED.replace("{% else %}<{{ m.role }}>", followed)
+    message = fault(character_tokenizer(chat_template=template), TALK[:4])
+    assert message.startswith("the chat template rewrites what comes before a turn of the assistant when this follows")
+    assert "it first has '<user>d" in message and "and later '!<user>d" in message and "--data.turns last" in message
+
+
+def test_marked_turns_must_show_their_own_reasoning(character_tokenizer):
+    marked = MARKED.replace("~", "{{ m.reasoning_content }}")
+    talk = [user("a"), assistant("b", reasoning_content="u"), user("c"), assistant("d", reasoning_content="v")]
+    assert fault(character_tokenizer(chat_template=marked), talk).startswith(
+        "the chat template omits reasoning_content"
+    )
+
+
 # The eleven bugs
 
 
@@ -221,6 +237,16 @@ def test_an_end_that_the_template_gives_to_the_next_message_is_an_action(charact
     tokenizer = character_tokenizer(chat_template=template)
     expected = [(0, "bc[E]"), (-1, "\n<user>d[E]\n<assistant>"), (1, "e[E]")]
     assert texts(tokenizer, one(tokenizer, TALK[:4])) == expected
+
+
+def test_turns_without_an_end_of_the_model_are_refused(character_tokenizer):
+    """As gpt-oss's <|end|>: the model would learn to end its turns with a token at which decoding does not stop."""
+    template = MARKED.replace(
+        "{% endgeneration %}[E]", "{% if loop.last %}[E]{% else %};{% endif %}{% endgeneration %}"
+    )
+    message = fault(character_tokenizer(chat_template=template), TALK[:4])
+    assert message.startswith("the chat template ends earlier turns of the assistant with another token than the last")
+    assert "';' is no EOS of the model" in message and "--data.turns last" in message
 
 
 def test_tools_are_shown_once_and_to_every_prefix(character_tokenizer):

