@@ -26,7 +26,7 @@ def score_policy(model: LanguageModel, params: Any, batch: Batch) -> TokenScores
     return _scores(_scored_states(model, params, batch), model.head(params), batch)
 
 
-def _scores(hidden: Float[Array, "N K D"], head: Head, batch: Batch) -> TokenScores:
+def _scores(hidden: Float[Array, "M K D"], head: Head, batch: Batch) -> TokenScores:
     scores = token_logprobs(hidden, head, batch.targets)
     logp, logz = (jnp.where(batch.action_mask, _of_responses(x, batch), 0.0) for x in scores)
     return TokenScores(logp, None, logz, batch.action_mask)
@@ -103,23 +103,25 @@ def response_alternatives(
     return tuple(_of_responses(x, batch) for x in ranked)
 
 
-def _scored_states(model: LanguageModel, params: Any, batch: Batch) -> Float[Array, "N K D"]:
-    """Hidden states of the slots whose next token is scored, in any layout of the sequences."""
+def _scored_states(model: LanguageModel, params: Any, batch: Batch) -> Float[Array, "M K D"]:
+    """Hidden states of the slots whose next token is scored, in any layout of the sequences; no others see the head."""
     mask = PackedMask(batch.blocks, batch.branches, batch.texts)
     hidden = model.hidden_states(params, batch.tokens, batch.positions, mask)
-    return map_batch(
-        lambda _, hidden, slots: jnp.take_along_axis(hidden, slots[..., None], axis=1), None, hidden, batch.slots
-    )
+
+    def gather(_, hidden: Array, slots: Array) -> Array:
+        of_shards = hidden.reshape(len(slots), -1, hidden.shape[-1])
+        return jnp.take_along_axis(of_shards, slots[..., None], axis=1)
+
+    return map_batch(gather, None, hidden, batch.slots)
 
 
 def _of_responses(scored: Array, batch: Batch) -> Array:
-    """Gathers from scored slots, [N, K, ...], to the actions of responses, [B, R, T, ...]."""
+    """Gathers from scored slots, [M, K, ...], to the actions of responses, [B, R, T, ...]."""
 
     def gather(_, scored: Array, index: Array) -> Array:
         return scored.reshape(-1, *scored.shape[2:])[index]
 
     if batch.shards == 1 or batch.shards != batch_shards():
         return gather(None, scored, batch.index)
-    # The sequences of an example lie on its device, whose first is number shard * N / shards.
-    per_shard = scored.shape[0] * scored.shape[1] // batch.shards
-    return map_batch(gather, None, scored, batch.index % per_shard)
+    # The sequences of an example lie on its device, and so do its scored slots.
+    return map_batch(gather, None, scored, batch.index % scored.shape[1])

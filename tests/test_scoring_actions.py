@@ -7,14 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.config import DataOptions, MeshOptions
+from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.identity import examples_identity
 from qstar_jax.data.loading import Dataset
-from qstar_jax.data.packing import Shapes, blocks_of
+from qstar_jax.data.packing import Shapes
 from qstar_jax.data.tokenization import Response
 from qstar_jax.losses import make_loss
+from qstar_jax.models.logprobs import CHUNK
+from qstar_jax.plan.costs import products
+from qstar_jax.plan.hlo import Module
 from qstar_jax.scoring import response_alternatives, score_policy
 from qstar_jax.sharding import make_mesh
 from qstar_jax.training.objectives import preference_loss_fn, sft_loss_fn
@@ -100,15 +103,42 @@ def test_cross_entropy_is_a_mean_over_actions(layout, tiny_model, tiny_params, e
     np.testing.assert_allclose(loss, -sum(returns) / sum(e.responses[0].num_actions for e in singles), rtol=1e-5)
 
 
-def test_only_actions_enter_the_kernel(examples):
-    batch, shapes = batch_of(examples, "shared"), Shapes.of(examples, "plain", batch_size=8, multiple=1)
-    actions = [[r.ids[r.action_mask] for r in e.responses] for e in examples]
-    for n, responses in enumerate(actions):
-        ids = np.concatenate(responses)
-        assert batch.targets[n, : len(ids)].tolist() == ids.tolist() and not batch.targets[n, len(ids) :].any()
-    blocks = blocks_of(examples, "shared")
-    assert [block.scored for block in blocks] == [sum(map(len, responses)) for responses in actions]
-    assert shapes.scored <= max(len(ids) for responses in actions for ids in responses)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_actions_enter_the_kernel(layout, examples):
+    examples = examples * 16
+    batch = batch_of(examples, layout)
+    actions = sum(r.num_actions for e in examples for r in e.responses)
+    tokens = sum(len(r.ids) for e in examples for r in e.responses)
+    assert actions <= batch.slots.size < 1.1 * actions < tokens
+    learned = np.asarray(batch.targets[0, batch.index])[np.asarray(batch.action_mask)]
+    assert learned.tolist() == np.concatenate([r.ids[r.action_mask] for e in examples for r in e.responses]).tolist()
+    assert not batch.targets[0, actions:].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_head_multiplies_actions_only(layout, tiny_model, tiny_params, ref_params, examples):
+    """What is compiled for dialogues and for the same texts as single turns differs by products with the head."""
+    model = replace(tiny_model, compute=ComputeOptions(scan_layers=False))
+    turns = examples * 16
+    single = [replace(e, responses=tuple(Response(r.ids, r.truncated) for r in e.responses)) for e in turns]
+
+    def flops(examples):
+        batch = batch_of(examples, layout)
+        step = jax.jit(jax.grad(lambda *x: preference_loss_fn(model, make_loss())(*x)[0]))
+        compiled = step.lower(tiny_params, ref_params, batch).compile()
+        return sum(product.total for product in products(Module.parse(compiled.as_text()))), batch.slots.size
+
+    (of_turns, scored), (of_single, all_scored) = flops(turns), flops(single)
+    vocabulary, width = tiny_model.config.vocab_size, tiny_model.config.hidden_size
+    # Logits of policy and reference, those of the backward pass, and two products for the gradients.
+    saved = 5 * 2 * width * vocabulary * (padded(all_scored) - padded(scored))
+    assert all_scored > 1.5 * scored and of_single - of_turns == saved
+
+
+def padded(scored):
+    """Slots that the kernel works through, in equal chunks."""
+    chunks = -(-scored // CHUNK)
+    return chunks * -(-scored // chunks)
 
 
 def test_attention_sees_the_environment(tiny_model, tiny_params, examples):

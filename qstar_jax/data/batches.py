@@ -30,9 +30,9 @@ class Batch:
         positions: Rotary positions; those of each response continue those of its prompt.
         blocks: Which prompt of the sequence a slot belongs to, from 0; -1 for padding.
         branches: Which of its responses, from 1; 0 for what they share.
-        slots: Slots whose next token is scored, K per sequence, padded with 0.
+        slots: Slots whose next token is scored, K per shard, counted through its sequences and padded with 0.
         targets: Those next tokens.
-        index: Index of each action of each response among the N * K scored tokens; 0 elsewhere.
+        index: Index of each action of each response among the M * K scored tokens; 0 elsewhere.
         action_mask: True at the tokens of a response that its policy chose (see `Response`); False after its end.
         turns: Turn of the assistant to which each token of a response belongs, from 0; -1 where the environment speaks
             and after the end.
@@ -51,8 +51,8 @@ class Batch:
     positions: Int[Array, "N S"]
     blocks: Int[Array, "N S"]
     branches: Int[Array, "N S"]
-    slots: Int[Array, "N K"]
-    targets: Int[Array, "N K"]
+    slots: Int[Array, "M K"]
+    targets: Int[Array, "M K"]
     index: Int[Array, "B R T"]
     action_mask: Bool[Array, "B R T"]
     turns: Int[Array, "B R T"]
@@ -122,7 +122,7 @@ def _padding(examples: Ragged, count: int, size: tuple[int, int], shapes: Shapes
     """Returns a batch of `count` examples with empty sequences."""
     (sequences, scored), lengths = size, examples.lengths
     tokens, positions, branches = np.zeros((3, sequences, shapes.length), np.int32)
-    slots, targets = np.zeros((2, sequences, scored), np.int32)
+    slots, targets = np.zeros((2, shapes.shards, scored), np.int32)
     tokens_shape = (count, lengths.responses.shape[1], shapes.response_length)
     action_mask, turns = np.zeros(tokens_shape, bool), np.full(tokens_shape, -1, np.int32)
     starts = np.arange(lengths.responses.size).reshape(lengths.responses.shape) * shapes.response_length
@@ -195,7 +195,7 @@ def _starts_in(groups: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _write_tokens(batch: Batch, examples: Ragged, plan: Plan, runs: _Runs):
     """Writes all runs, and the actions that their slots predict."""
-    length, width = batch.tokens.shape[1], batch.slots.shape[1]
+    slots_per_shard, width = batch.tokens.size // batch.shards, batch.slots.shape[1]
     branches = np.column_stack([np.zeros(len(plan.blocks.examples), np.int64), plan.blocks.responses + 1])
     slots, sources = ranges(runs.slots, runs.lengths), ranges(runs.sources, runs.lengths)
     branch, positions = runs.spread(branches), ranges(runs.positions, runs.lengths)
@@ -213,13 +213,13 @@ def _write_tokens(batch: Batch, examples: Ragged, plan: Plan, runs: _Runs):
     batch.blocks.reshape(-1)[slots] = runs.spread(numbers[:, None])
     # Slots that predict an action are scored. Actions keep the order of their slots.
     actions = np.flatnonzero((branch > 0) & examples.action_mask[sources])
-    sequences, in_sequence = np.divmod(slots[actions], length)
-    entries = np.arange(len(actions)) - np.searchsorted(sequences, sequences)
-    batch.slots[sequences, entries], batch.targets[sequences, entries] = in_sequence, examples.ids[sources[actions]]
+    shards, in_shard = np.divmod(slots[actions], slots_per_shard)
+    entries = np.arange(len(actions)) - np.searchsorted(shards, shards)
+    batch.slots[shards, entries], batch.targets[shards, entries] = in_shard, examples.ids[sources[actions]]
     # Tell each action of a response where it is scored.
     _, places, tokens = batch.index.shape
     firsts = (plan.blocks.examples[:, None] * places + branches - 1) * tokens
-    batch.index.reshape(-1)[ranges(firsts, runs.lengths)[actions]] = sequences * width + entries
+    batch.index.reshape(-1)[ranges(firsts, runs.lengths)[actions]] = shards * width + entries
 
 
 def _find_texts(batch: Batch, plan: Plan, runs: _Runs, length: int) -> Texts:

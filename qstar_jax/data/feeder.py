@@ -133,7 +133,7 @@ class Feeder:
             short = len(indices) < self.batch_size
             at_least = size if short else (0, 0)
             batch = self._make(indices, fill_to=self.batch_size, at_least=at_least)
-            size = batch.slots.shape
+            size = (len(batch.tokens), batch.slots.shape[1])
             yield batch
 
     def _examples(self, indices: np.ndarray) -> Ragged:

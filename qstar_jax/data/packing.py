@@ -6,6 +6,7 @@ branch thus predicts one token of its response; those that predict an action, an
 kernel.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,7 @@ from qstar_jax.data.ragged import Lengths, Ragged
 from qstar_jax.data.tokenization import Example
 
 Layout = Literal["packed", "shared", "plain"]
-FEW = 96  # up to this many scored tokens per sequence, padding costs less than compiling another program
+FEW = 256  # up to this many scored tokens per shard, padding costs less than compiling another program
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Shapes:
         length: S, slots per sequence.
         response_length: T, tokens of the longest response.
         sequences: The number of sequences of each shard is a multiple of this.
-        scored: The number of scored tokens per sequence K is a multiple of this.
+        scored: The number of scored tokens per shard K is a multiple of this.
         shards: Devices over which a batch is sharded; each has its own examples and their sequences.
         text_length: L, tokens of the longest text, where batches list their texts (see `Texts`); otherwise 0.
     """
@@ -132,11 +133,12 @@ class Shapes:
         longest = int(blocks.lengths.max())
         length = _round_up(max(longest, row_length if layout == "packed" else 0), multiple)
         response_length = _round_up(int(lengths.responses.max()), multiple)
-        # Steps of a quarter of the batch, and of the sequence: at most sixteen programs, of which most datasets need
-        # two or three. For short sequences in steps of at least `FEW`.
+        # Steps of a quarter of the batch, and of its actions: most datasets need a few programs. Few actions are scored
+        # in a single step.
         sequences = _round_up(batch_size, 4 * shards) // (4 * shards) if layout == "packed" else 1
-        most = length if layout == "packed" else int(blocks.scored.max())
-        scored = _round_up(min(max(_round_up(length, 4) // 4, FEW), most), multiple)
+        per_shard, actions = batch_size / shards, lengths.actions.sum(1)
+        quarter, most = per_shard * actions.mean() / 4, per_shard * actions.max()
+        scored = _round_up(math.ceil(min(max(quarter, FEW), most)), multiple)
         text_length = _round_up(int(lengths.texts.max()) - 1, multiple) if texts else 0
         return cls(layout, length, response_length, sequences, scored, shards, text_length)
 
@@ -149,7 +151,7 @@ class Plan:
         blocks: The blocks, in the order of their places.
         shards: Shard of each block.
         sequences: Its sequence among those of its shard.
-        size: (N, K): sequences of the batch, and scored tokens per sequence.
+        size: (N, K): sequences of the batch, and scored tokens per shard.
     """
 
     blocks: Blocks
@@ -180,7 +182,7 @@ def plan_batch(examples: Sequence[Example] | Ragged, shapes: Shapes, fill_to: in
     # Without packing, a full batch always has the same number of sequences.
     per_example = places if shapes.layout == "plain" else 1
     most = int(sequences.max()) + 1 if shapes.layout == "packed" else per_shard * per_example
-    scored = int(np.bincount(shards * most + sequences, weights=blocks.scored).max())
+    scored = int(np.bincount(shards, weights=blocks.scored).max())
     return Plan(
         blocks, shards, sequences, (_round_up(most, shapes.sequences) * shapes.shards, _round_up(scored, shapes.scored))
     )

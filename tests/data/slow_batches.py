@@ -44,23 +44,26 @@ def slow_batch(examples, shapes, fill_to=0):
     per_shard = size // shapes.shards * (responses if shapes.layout == "plain" else 1)
     most = max(map(len, shards)) if shapes.layout == "packed" else per_shard
     per_shard = up(most, shapes.sequences)
-    count, width = per_shard * shapes.shards, up(max(scored(s) for shard in shards for s in shard), shapes.scored)
-    zeros = {"tokens": shapes.length, "positions": shapes.length, "branches": shapes.length}
-    zeros |= {"slots": width, "targets": width}
-    batch = {name: np.zeros((count, columns), np.int32) for name, columns in zeros.items()}
+    count, width = per_shard * shapes.shards, up(max(sum(map(scored, shard)) for shard in shards), shapes.scored)
+    sequence, scored_slots = (count, shapes.length), (shapes.shards, width)
+    zeros = {"tokens": sequence, "positions": sequence, "branches": sequence}
+    zeros |= {"slots": scored_slots, "targets": scored_slots}
+    batch = {name: np.zeros(shape, np.int32) for name, shape in zeros.items()}
     batch["blocks"] = np.full((count, shapes.length), -1, np.int32)
     shape = (size, responses, shapes.response_length)
     batch |= {"index": np.zeros(shape, np.int32), "action_mask": np.zeros(shape, bool)}
     batch["turns"] = np.full(shape, -1, np.int32)
     batch["texts"] = {}  # (example, response) -> its slots
     for shard, sequences in enumerate(shards):
-        for n, sequence in enumerate(sequences, start=shard * per_shard):
-            _write(batch, n, sequence, examples, width)
+        entry = 0  # the next of the shard's scored slots
+        for n, sequence in enumerate(sequences):
+            entry = _write(batch, shard, shard * per_shard + n, n * shapes.length, entry, sequence, examples)
     return batch
 
 
-def _write(batch, n, sequence, examples, width):
-    slot = entry = 0
+def _write(batch, shard, n, first, entry, sequence, examples):
+    """Writes sequence n, whose first slot is number `first` of its shard; returns the next scored one."""
+    slot = 0
     for number, (i, group) in enumerate(sequence):
         example, shared = examples[i], []
         for position, token in enumerate(example.prompt[:-1]):
@@ -76,9 +79,10 @@ def _write(batch, n, sequence, examples, width):
                 batch["branches"][n, slot] = r + 1
                 batch["turns"][i, r, t] = response.turns[t]
                 if response.action_mask[t]:
-                    batch["slots"][n, entry], batch["targets"][n, entry] = slot, following
-                    batch["index"][i, r, t] = n * width + entry
+                    batch["slots"][shard, entry], batch["targets"][shard, entry] = first + slot, following
+                    batch["index"][i, r, t] = shard * batch["slots"].shape[1] + entry
                     batch["action_mask"][i, r, t] = True
                     entry += 1
                 batch["texts"][i, r].append(slot)
                 token, slot = following, slot + 1
+    return entry

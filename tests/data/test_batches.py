@@ -32,11 +32,10 @@ def test_a_shared_prompt_by_hand():
     np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 1, 2, 3], [0, 1, 2, 3, 0, 0]])
     np.testing.assert_array_equal(batch.branches, [[0, 1, 1, 2, 2, 2], [1, 1, 1, 1, 2, 0]])
     np.testing.assert_array_equal(batch.blocks, [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, -1]])
-    width = batch.slots.shape[1]
-    np.testing.assert_array_equal(batch.slots[:, :5], [[1, 2, 3, 4, 5], [0, 1, 2, 3, 4]])
-    np.testing.assert_array_equal(batch.targets[:, :5], [[7, 2, 8, 9, 8], [7, 2, 7, 2, 2]])
-    second = np.where([[1, 1, 1, 1], [1, 0, 0, 0]], width + np.array([[0, 1, 2, 3], [4, 0, 0, 0]]), 0)
-    np.testing.assert_array_equal(batch.index, [[[0, 1, 0, 0], [2, 3, 4, 0]], second])
+    # All but the first slot, and the padding at the end, predict something that is scored.
+    np.testing.assert_array_equal(batch.slots, [range(1, 11)])
+    np.testing.assert_array_equal(batch.targets, [[7, 2, 8, 9, 8, 7, 2, 7, 2, 2]])
+    np.testing.assert_array_equal(batch.index, [[[0, 1, 0, 0], [2, 3, 4, 0]], [[5, 6, 7, 8], [9, 0, 0, 0]]])
     np.testing.assert_array_equal(batch.prompt_lengths, [2, 1])
     np.testing.assert_array_equal(batch.response_lengths, [[2, 3], [4, 1]])
     np.testing.assert_array_equal(batch.truncated, [[False, True], [False, False]])
@@ -106,10 +105,10 @@ def test_index_finds_every_token_of_every_response(layout):
         ids = examples[b].responses[r].ids
         where = batch.index[b, r, : len(ids)]
         np.testing.assert_array_equal(batch.targets.reshape(-1)[where], ids)
-        sequences, slots = where // batch.slots.shape[1], batch.slots.reshape(-1)[where]
-        np.testing.assert_array_equal(batch.tokens[sequences, slots], [examples[b].prompt[-1], *ids[:-1]])
+        slots = batch.slots[0, where]
+        np.testing.assert_array_equal(batch.tokens.reshape(-1)[slots], [examples[b].prompt[-1], *ids[:-1]])
         np.testing.assert_array_equal(
-            batch.positions[sequences, slots], len(examples[b].prompt) - 1 + np.arange(len(ids))
+            batch.positions.reshape(-1)[slots], len(examples[b].prompt) - 1 + np.arange(len(ids))
         )
 
 
@@ -183,10 +182,11 @@ def test_shapes_come_in_few_sizes():
     ]
     shapes = Shapes.of(examples, batch_size=16, shards=2)
     assert shapes.length % 8 == 0 and shapes.sequences == 2  # of each shard: a quarter of its examples
-    sizes = {
-        make_batch([examples[i] for i in rng.choice(400, 16, replace=False)], shapes).slots.shape for _ in range(60)
-    }
-    assert len(sizes) <= 6 and all(sequences % 4 == 0 for sequences, _ in sizes)
+    batches = [make_batch([examples[i] for i in rng.choice(400, 16, replace=False)], shapes) for _ in range(60)]
+    sizes = {(len(batch.tokens), batch.slots.shape[1]) for batch in batches}
+    assert len(sizes) <= 9 and all(sequences % 4 == 0 for sequences, _ in sizes)
+    scored, actions = sum(b.slots.size for b in batches), sum(b.num_actions.sum() for b in batches)
+    assert actions < scored < 1.3 * actions  # the head sees hardly more than the actions
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 3), (7, 7), (3, 8), (1, 2)])
@@ -213,18 +213,18 @@ def test_order_is_pinned():
     assert step_indices(0, 0, 8, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
 
 
-def test_short_sequences_come_in_one_width_that_holds_no_more_than_they_need():
-    examples = [example(range(60), range(9, 29 + 3 * i), range(9, 39)) for i in range(12)]  # 50 to 83 tokens
-    shapes = Shapes.of(examples, "shared", batch_size=4)
-    widths = {make_batch(examples[i : i + 4], shapes).slots.shape[1] for i in (0, 4, 8)}
-    assert shapes.scored == 88 and widths == {88}  # the longest has 56 + 30
+def test_few_actions_come_in_one_width_that_holds_no_more_than_they_need():
+    examples = [example(range(60), range(9, 29 + 3 * i), range(9, 39)) for i in range(12)]  # 50 to 83 actions
+    shapes = Shapes.of(examples, "shared", batch_size=2)
+    widths = {make_batch(examples[i : i + 2], shapes).slots.shape for i in range(0, 12, 2)}
+    assert widths == {(1, shapes.scored)} and shapes.scored == 168  # twice 83
 
 
-def test_long_sequences_come_in_quarters():
-    examples = [example(range(400), range(9, 9 + n), range(9, 39)) for n in (30, 200)]
+def test_many_actions_come_in_steps_of_a_quarter_of_a_batch():
+    examples = [example(range(400), range(9, 9 + n), range(1000)) for n in (800, 1000, 1800)]
     shapes = Shapes.of(examples, "shared", batch_size=1)
     widths = [make_batch([one], shapes).slots.shape[1] for one in examples]
-    assert shapes.scored == 160 and widths == [160, 320]  # sequences have 640 slots
+    assert shapes.scored == 552 and widths == [4 * 552, 4 * 552, 6 * 552]  # 1800, 2000 and 2800 actions
 
 
 def odd_examples(count, seed):

@@ -160,7 +160,8 @@ def test_rows_of_weight_0_do_not_count(objective, tiny_model, tiny_params, ref_p
     gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     batch = pair_batch(6, responses=responses, layout="shared")
     weights = batch.weights.at[4:].set(0)
-    other = replace(batch, tokens=batch.tokens.at[4:].set(7), targets=batch.targets.at[4:].set(9))
+    of_others = batch.index[4:][batch.action_mask[4:]]
+    other = replace(batch, tokens=batch.tokens.at[4:].set(7), targets=batch.targets.at[0, of_others].set(9))
     results = [gradient(tiny_params, ref_params, replace(x, weights=weights)) for x in (batch, other)]
     jax.tree.map(np.testing.assert_array_equal, *results)
     counted = gradient(tiny_params, ref_params, batch)[0][0]
