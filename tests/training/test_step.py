@@ -36,8 +36,13 @@ def ref_params(tiny_params):
 
 
 @pytest.fixture(scope="module")
-def batch(pair_batch):
-    return pair_batch(6, seed=3, fill_to=8, layout="shared")  # two examples have weight 0
+def batch_for(pair_batch):
+    """`batch_for(mesh)`: eight pairs, of which two have weight 0."""
+
+    def make(mesh):
+        return pair_batch(6, seed=3, fill_to=8, layout="shared", shards=mesh.shape["data"] * mesh.shape["fsdp"])
+
+    return make
 
 
 def place(tree, shardings):
@@ -71,8 +76,8 @@ def one_step(model, params, ref_params, batch, mesh, options):
 
 
 @pytest.fixture(scope="module")
-def on_one(tiny_model, tiny_params, ref_params, batch, one_device):
-    return one_step(tiny_model, tiny_params, ref_params, batch, one_device, MeshOptions())
+def on_one(tiny_model, tiny_params, ref_params, batch_for, one_device):
+    return one_step(tiny_model, tiny_params, ref_params, batch_for(one_device), one_device, MeshOptions())
 
 
 # The one that cuts along every axis is looked at in every run of the tests.
@@ -80,9 +85,12 @@ def on_one(tiny_model, tiny_params, ref_params, batch, one_device):
     scope="module",
     params=[name if name == "2 x 2 x 2" else pytest.param(name, marks=pytest.mark.slow) for name in MESHES],
 )
-def on_many(request, tiny_model, tiny_params, ref_params, batch):
+def on_many(request, tiny_model, tiny_params, ref_params, batch_for):
     options = MESHES[request.param]
-    return request.param, one_step(tiny_model, tiny_params, ref_params, batch, make_mesh(options), options)
+    mesh = make_mesh(options)
+    batch = batch_for(mesh)
+    result = one_step(tiny_model, tiny_params, ref_params, batch, mesh, options)
+    return request.param, result | {"batch": batch}
 
 
 def test_many_devices_compute_what_one_device_computes(on_one, on_many, tiny_params, assert_norm_close):
@@ -111,11 +119,11 @@ def test_parameters_and_moments_lie_in_parts(on_many):
         assert {shard.data.size for shard in x.addressable_shards} == {x.size // parts}
 
 
-def test_the_state_is_donated_but_for_nothing_else(on_many, batch):
+def test_the_state_is_donated_but_for_nothing_else(on_many):
     _, result = on_many
     before = result["before"]
     assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.opt_state)))
-    assert not batch.tokens.is_deleted()
+    assert not result["batch"].tokens.is_deleted()
 
 
 def test_the_reference_stays_as_it_is(on_many, ref_params):
