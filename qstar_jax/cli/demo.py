@@ -1,6 +1,7 @@
 """`qstar demo`."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -8,16 +9,25 @@ from rich.console import Console
 from qstar_jax.config import DemoConfig
 from qstar_jax.errors import InputError
 
+_FOLDERS = {"paper": "runs/demo", "dialogue": "runs/dialogue"}
+
 
 def run(config: DemoConfig):
-    """Runs the tour of the paper's insights."""
-    taken = [path for name in ("sft", "sweep", "credit") if (path := Path(config.out) / name).exists()]
+    """Runs the tour of the paper's insights, or that of dialogues."""
+    config = replace(config, out=config.out or _FOLDERS[config.insight])
+    if config.from_scratch and config.insight != "paper":
+        raise InputError(
+            f"--from_scratch has no effect with --insight {config.insight}, which always begins from scratch; leave it "
+            "out"
+        )
+    taken = [path for name in ("sft", "sweep", "credit", "random") if (path := Path(config.out) / name).exists()]
     if taken:
         raise InputError(f"{taken[0]} is there already; remove {config.out}, or choose another --out")
     _compile_quickly()
-    from qstar_jax.demo import tour
+    from qstar_jax.demo import dialogue, tour
 
-    tour.run(config, Console())
+    tours = {"paper": tour.run, "dialogue": dialogue.run}
+    tours[config.insight](config, Console())
 
 
 def _compile_quickly():

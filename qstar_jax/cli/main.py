@@ -20,7 +20,7 @@ from qstar_jax.errors import InputError
 
 # Verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called.
 VERBS: dict[str, tuple[type, str]] = {
-    "demo": (config.DemoConfig, "show the paper's insights on a small task, offline, in minutes"),
+    "demo": (config.DemoConfig, "show insights on small tasks with a known reward, offline, in minutes"),
     "data": (config.DataConfig, "say what a file of data holds, and what training would see of it"),
     "sft": (config.SftConfig, "fine-tune on responses"),
     "dpo": (config.DpoConfig, "train on preference pairs"),
@@ -30,7 +30,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "play": (config.PlayConfig, "play games of the package textarena, and keep the dialogues with their returns"),
     "sweep": (config.SweepConfig, "measure wider beams: win rate, length and reward"),
     "decline": (config.DeclineConfig, "show how implicit rewards moved in real runs"),
-    "report": (config.ReportConfig, "put what score, sweep and decline have measured on one page"),
+    "report": (config.ReportConfig, "put what score, sweep, decline and demo have measured on one page"),
     "export": (config.ExportConfig, "write a run's model, or its adapter, as a Hugging Face folder"),
     "env": (config.EnvConfig, "print versions and devices, for a bug report"),
 }

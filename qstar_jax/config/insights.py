@@ -1,6 +1,7 @@
 """The verbs that show the paper's insights."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qstar_jax.config.compute import ComputeOptions, MeshOptions
 from qstar_jax.config.data import DataOptions
@@ -72,13 +73,16 @@ class DeclineConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One page of what `score --wrong`, `sweep` and `decline` have measured. Any of the three may be left out.
+    """One page of what `score --wrong`, `sweep`, `decline` and `demo --insight dialogue` have measured.
+
+    Any of the four may be left out.
 
     Args:
         out: Folder for report.html, summary.json and the figures.
         credit: Folder that `qstar score --wrong COLUMN` wrote.
         sweep: Folder that `qstar sweep` wrote.
         decline: Folder that `qstar decline` wrote.
+        dialogue: Folder `dialogue` that `qstar demo --insight dialogue` wrote.
         title: Heading of the page.
         show: Number of rows of `credit` to colour on the page.
     """
@@ -87,20 +91,25 @@ class ReportConfig:
     credit: str | None = path(None)
     sweep: str | None = path(None)
     decline: str | None = path(None)
+    dialogue: str | None = path(None)
     title: str = "Your language model is a Q-function"
     show: int = 6
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The paper's insights in minutes, on two CPU cores, offline: a small summarization task with a known reward.
+    """Insights in minutes, on two CPU cores, offline: small tasks with a known reward.
 
     Args:
-        out: Folder for report.html, summary.json, and the runs.
-        from_scratch: Pretrain the base model first instead of reading the one in the package.
-        seed: Seed of the task's posts and of the order of the rows.
+        out: Folder for report.html, summary.json, and the runs; null: runs/demo, for `dialogue` runs/dialogue.
+        insight: `paper` shows the paper's three insights on summaries, in two to three minutes; `dialogue` what DPO on
+            whole dialogues teaches in a game of questions, in about four.
+        from_scratch: Pretrain the base model of `paper` first instead of reading the one in the package; `dialogue`
+            always begins from scratch.
+        seed: Seed of the task's rows (in `dialogue` also of its things) and of their order.
     """
 
-    out: str = path("runs/demo")
+    out: str | None = path(None)
+    insight: Literal["paper", "dialogue"] = "paper"
     from_scratch: bool = False
     seed: int = 0

@@ -19,3 +19,8 @@ def signed(value: float, digits: int = 3) -> str:
 def with_interval(interval: Interval | None, digits: int = 2) -> str:
     """Writes a mean and the ends of its interval, such as "0.61 [0.55, 0.67]"; a dash for None."""
     return NONE if interval is None else f"{interval:.{digits}f}".replace("-", MINUS)
+
+
+def signed_interval(interval: Interval, digits: int = 2) -> str:
+    """Writes a difference and the ends of its interval, with signs, such as "+0.12 [+0.03, +0.21]"."""
+    return f"{interval:+.{digits}f}".replace("-", MINUS)

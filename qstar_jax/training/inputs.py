@@ -14,6 +14,7 @@ from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset, load_examples
 from qstar_jax.data.mismatches import with_mismatches
 from qstar_jax.data.preview import preview
+from qstar_jax.data.table import ExampleTable
 from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.store.user_cache import user_cache
@@ -66,7 +67,7 @@ def load_inputs(
     def load(source: str, split: str, limit: int | None) -> Dataset:
         dataset = load_examples(source, split, plan.objective.kind, start.tokenizer, data, limit, **model)
         if change is not None:
-            dataset = replace(dataset, examples=list(map(change, dataset.examples)))
+            dataset = replace(dataset, examples=ExampleTable.of(map(change, dataset.examples)))
         if not plan.objective.mismatches:
             return dataset
         return replace(dataset, examples=with_mismatches(dataset.examples, data.max_length, source))

@@ -12,7 +12,7 @@ PATHS = {
     "file", "model", "out", "reference", "base", "pairs.tuned", "pairs.untuned", "data.train", "data.eval",
     "data.chat_template", "reference.cache", "reference.guide", "judge.model", "judge.reference", "judge.prompt",
     "judge.cache", "credit",
-    "sweep", "decline", "with_sft", "without_sft",
+    "sweep", "decline", "dialogue", "with_sft", "without_sft",
 }  # fmt: skip
 # Options that are text and no path.
 WORDS = {

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from qstar_jax.evaluation.insights.credit import Credit
 from qstar_jax.evaluation.insights.decline import Decline
+from qstar_jax.evaluation.insights.dialogue import Dialogue
 from qstar_jax.evaluation.insights.record import Finding
 from qstar_jax.evaluation.insights.sweep import Sweep
 from qstar_jax.evaluation.scored import Alternative, ScoredResponse
@@ -116,6 +117,67 @@ def decline() -> Decline:
 
 
 @pytest.fixture(scope="session")
+def questions() -> Dialogue:
+    policies = {"fitted player": -0.10, "DPO on turns": 0.36, "DPO on replies too": 0.31}
+
+    def games(policy, decoder, returns, noisy=False):
+        return {
+            "policy": policy,
+            "decoder": decoder,
+            "noisy": noisy,
+            "games": 512 if decoder == "sampled" else 16,
+            "returns": interval(returns, 0.12),
+            "success": interval(0.6 + returns / 4, 0.06),
+            "questions": interval(4.4, 0.3),
+            "bits": interval(0.77, 0.05),
+            "wasted": interval(0.2 - returns / 10, 0.02),
+        }
+
+    def credit(policy, score, auc, noisy=False):
+        return {
+            "policy": policy,
+            "score": score,
+            "noisy": noisy,
+            "rank_correlation": interval(auc - 0.2, 0.02),
+            "wasted_auc": interval(auc, 0.03),
+        }
+
+    lifts = {"sampled": 0.0, "greedy": 0.4, "5 beams over turns": 0.42}
+    record = {
+        "seed": 0,
+        "beta": 0.3,
+        "pairs": 6400,
+        "player": -0.064,
+        "optimum": 0.762,
+        "games": [games(p, d, mean + lift) for p, mean in policies.items() for d, lift in lifts.items()]
+        + [games("fitted player", "sampled", -0.38, True), games("DPO, noisy answers", "sampled", -0.2, True)],
+        "credit": [
+            credit("DPO on turns", "turn reward", 0.877),
+            credit("", "log pi_ref", 0.772),
+            credit("DPO, noisy answers", "turn reward", 0.71, True),
+        ],
+        "luck": [
+            {
+                "policy": policy,
+                "noisy": noisy,
+                "share": interval(share, 0.1),
+                "with_returns": interval(0.45, 0.1),
+                "with_advantages": interval(0.82, 0.03),
+            }
+            for policy, noisy, share in (("DPO on turns", False, 0.53), ("DPO, noisy answers", True, 0.93))
+        ],
+        "differences": {
+            "return": {
+                "DPO on turns - fitted player": interval(0.46, 0.08),
+                "DPO on turns - DPO on replies too": interval(-0.05, 0.02),
+            },
+            "wasted questions": {"DPO on turns - fitted player": interval(-0.04, 0.01)},
+        },
+    }
+    return Dialogue.from_json(record, "dialogue.json")
+
+
+@pytest.fixture(scope="session")
 def findings() -> list[Finding]:
     return [
         Finding(
@@ -195,10 +257,11 @@ def heatmaps() -> list[ScoredResponse]:
 
 
 @pytest.fixture(scope="session")
-def whole_page(findings, credit, sweep, decline, heatmaps) -> str:
+def whole_page(findings, credit, sweep, decline, questions, heatmaps) -> str:
     """The page with everything."""
-    title = f"Three insights of {LONG}"
-    return insights_page(findings, [credit, sweep, decline], heatmaps=heatmaps, title=title, notes=["<i>\u202e"])
+    records, title = [credit, sweep, decline, questions], f"Three insights of {LONG}"
+    all_findings = [*findings, questions.finding()]
+    return insights_page(all_findings, records, heatmaps=heatmaps, title=title, notes=["<i>\u202e"])
 
 
 @pytest.fixture(scope="session")

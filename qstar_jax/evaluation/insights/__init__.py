@@ -1,1 +1,1 @@
-"""The three insights of the paper, one file each."""
+"""The three insights of the paper, and what it expects of dialogues; one file each."""
