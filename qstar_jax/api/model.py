@@ -31,6 +31,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.sharding import make_mesh, use_mesh
+from qstar_jax.store import hub
 from qstar_jax.store.open import LoadedModel, load_model
 from qstar_jax.store.references import find_beta, open_reference
 from qstar_jax.store.user_cache import keep_programs
@@ -57,7 +58,7 @@ def load(
             name on the Hub.
         reference: The model that scores compare it with, in any of these forms; None: that of its run, if it has one.
         beta: Temperature of the rewards: reward per nat; None: that of its run.
-        dtype: Dtype of matrix products; parameters stay float32.
+        dtype: Dtype of parameters and matrix products; sums, log-probabilities and scores are always float32.
         compute: All options of the computation, instead of `dtype`.
         mesh: How the parameters are sharded over the devices.
 
@@ -67,7 +68,7 @@ def load(
     if compute is not None and dtype not in ("float32", compute.dtype):
         raise InputError(f"dtype {dtype!r} and compute.dtype {compute.dtype!r} contradict each other; leave one out")
     keep_programs()
-    compute = compute or ComputeOptions(dtype=dtype)
+    compute = compute or ComputeOptions(param_dtype=dtype, dtype=dtype)
     devices = make_mesh(mesh)
     with use_mesh(devices, compute.dtype):
         loaded = load_model(source, compute, devices, mesh)
@@ -203,6 +204,17 @@ class Model:
                 alternatives=alternatives,
             )
         return Scores(tuple(replace(response, row=0) for response in scored))
+
+    def save(self, folder: str | Path, dtype: Dtype = "float32") -> None:
+        """Writes a Hugging Face folder: weights, configuration and tokenizer.
+
+        Raises:
+            InputError: The folder holds a model already.
+        """
+        folder = Path(folder)
+        hub.check_free(folder)
+        with self._mesh():
+            hub.write_folder(folder, self.loaded.model, self.params, self.tokenizer, dtype, self.loaded.generation)
 
     @contextmanager
     def _mesh(self) -> Iterator[None]:

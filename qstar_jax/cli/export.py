@@ -30,13 +30,7 @@ def run(config: ExportConfig):
 
 def _check(config: ExportConfig, out: Path):
     """Refuses what cannot be written, before anything is read."""
-    if (out / "config.json").exists() or hub.is_adapter(out):
-        raise InputError(f"{out} already holds a model; choose another --out")
-    if left := sorted(path.name for path in out.glob("*.safetensors*")):
-        raise InputError(
-            f"{out} holds {left[0]} and no config.json, as an export that was interrupted leaves it; remove the "
-            "folder, or choose another --out"
-        )
+    hub.check_free(out)
     if config.part == "model" and config.base is not None:
         raise InputError("--base is written into an adapter's file; give --part adapter with it, or leave it out")
     for option in ("dtype", "max_shard_size"):

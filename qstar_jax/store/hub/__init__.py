@@ -20,4 +20,5 @@ from qstar_jax.store.hub.tokenizer import build_tokenizer as build_tokenizer
 from qstar_jax.store.hub.tokenizer import read_tokenizer as read_tokenizer
 from qstar_jax.store.hub.tokenizer import tokenizer_files as tokenizer_files
 from qstar_jax.store.hub.tokenizer import write_tokenizer as write_tokenizer
+from qstar_jax.store.hub.writer import check_free as check_free
 from qstar_jax.store.hub.writer import write_folder as write_folder

@@ -12,15 +12,32 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from qstar_jax.config import ExportConfig
+from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.tensors import Tensor, join
 from qstar_jax.store.hub.generation import eos_entry, with_eos, write_generation_config
+from qstar_jax.store.hub.peft import is_adapter
 from qstar_jax.store.hub.shards import StoredTensor, shard_bytes, write_shards
 from qstar_jax.store.hub.tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def check_free(folder: Path):
+    """Checks that a model may be written into a folder.
+
+    Raises:
+        InputError: It holds one already, or what an interrupted export left.
+    """
+    if (folder / "config.json").exists() or is_adapter(folder):
+        raise InputError(f"{folder} already holds a model; choose another folder")
+    if left := sorted(path.name for path in folder.glob("*.safetensors*")):
+        raise InputError(
+            f"{folder} holds {left[0]} and no config.json, as an export that was interrupted leaves it; remove the "
+            "folder, or choose another"
+        )
 
 
 def write_folder(
