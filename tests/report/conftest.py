@@ -170,6 +170,7 @@ def questions() -> Dialogue:
             "return": {
                 "DPO on turns - fitted player": interval(0.46, 0.08),
                 "DPO on turns - DPO on replies too": interval(-0.05, 0.02),
+                "DPO on turns - DPO on replies too, greedy": interval(-0.02, 0.04),
             },
             "wasted questions": {"DPO on turns - fitted player": interval(-0.04, 0.01)},
         },

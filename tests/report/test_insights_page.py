@@ -79,7 +79,7 @@ def test_claim_number_and_paper_stand_side_by_side(whole_page, findings):
 def test_figures_are_there_in_both_themes_with_words_and_tables(whole_page):
     parsed = _Parsed(whole_page)
     images = parsed.named("img")
-    assert [image["class"] for image in images] == ["light", "dark"] * 14
+    assert [image["class"] for image in images] == ["light", "dark"] * 16
     assert all(len(image["alt"]) > 40 and image["width"] and image["height"] for image in images)
     assert all(one["src"] != two["src"] for one, two in zip(images[::2], images[1::2], strict=True))
     for cell in ("0.830 [0.815, 0.845]", "20 beams", "12.5%", "0.85 ± 0.08"):

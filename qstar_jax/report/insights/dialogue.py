@@ -4,7 +4,7 @@ from functools import partial
 
 from rich.console import Console
 
-from qstar_jax.evaluation.insights.dialogue import GREEDY, SAMPLED, Dialogue, Games, TurnCredit
+from qstar_jax.evaluation.insights.dialogue import ALL, GREEDY, RETURN, SAMPLED, TURNS, Dialogue, Games, TurnCredit
 from qstar_jax.report.dots import draw_dots
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.numbers import decimal, signed_interval, with_interval
@@ -20,23 +20,56 @@ _MEASURES = {
     "wasted": "wasted",
 }
 
+_MASKS = f"{TURNS} - {ALL}"
+
 
 def panels(dialogue: Dialogue) -> list[Panel]:
-    """Shows the return of each policy, its wasted questions, and how well scores of turns find them."""
-    shown = [
+    """Shows how the policies play, what the masks gain, how well turns are judged, and what luck does to margins."""
+    return [
         _games_panel(dialogue, "returns", "Return of a game", dialogue.optimum, "optimum"),
         _games_panel(dialogue, "wasted", "Wasted questions", 0.0, None),
+        _masks_panel(dialogue),
+        _credit_panel(dialogue),
+        _luck_panel(dialogue),
     ]
+
+
+def _masks_panel(dialogue: Dialogue) -> Panel:
+    returns = dialogue.differences[RETURN]
+    gains = {name.removeprefix(_MASKS).strip(", ") or SAMPLED: gain for name, gain in returns.items() if _MASKS in name}
+    words = "; ".join(f"{name} {signed_interval(gain)}" for name, gain in gains.items())
+    groups = {name: {"gain": gain} for name, gain in gains.items()}
+    draw = partial(draw_dots, groups=groups, series=["gain"], label="gain in return", line=0.0)
+    alt = f"Return after training on turns alone, minus that after training on replies too: {words}."
+    return Panel("Turns alone, minus replies too", alt, draw, 0.7 + 0.6 * len(groups))
+
+
+def _credit_panel(dialogue: Dialogue) -> Panel:
     areas = {
-        f"{'noisy' if noisy else 'honest'} answers": {
-            _score_name(c): c.wasted_auc for c in dialogue.credit if c.noisy is noisy
-        }
+        f"{_answers(noisy)} answers": {_score_name(c): c.wasted_auc for c in dialogue.credit if c.noisy is noisy}
         for noisy in (False, True)
     }
     words = "; ".join(f"{_score_name(c)} {with_interval(c.wasted_auc)}" for c in dialogue.credit if not c.noisy)
     draw = partial(draw_dots, groups=areas, series=_scores(dialogue), label="AUC", line=0.5, line_label="chance")
     alt = f"Area under the curve of low scores as detectors of wasted questions, honest answers: {words}."
-    return [*shown, Panel("Finding wasted questions", alt, draw, 2.6)]
+    return Panel("Finding wasted questions", alt, draw, 2.6)
+
+
+def _luck_panel(dialogue: Dialogue) -> Panel:
+    groups = {
+        f"{_answers(luck.noisy)} answers": {"sums of advantages": luck.with_advantages, "returns": luck.with_returns}
+        for luck in dialogue.luck
+    }
+    words = "; ".join(
+        f"{name}: with {one} {with_interval(value)}" for name, group in groups.items() for one, value in group.items()
+    )
+    series = ["sums of advantages", "returns"]
+    draw = partial(draw_dots, groups=groups, series=series, label="correlation of margins", line=0.0)
+    return Panel("What margins of pairs follow", f"Correlation of margins, {words}.", draw, 2.6)
+
+
+def _answers(noisy: bool) -> str:
+    return "noisy" if noisy else "honest"
 
 
 def _games_panel(dialogue: Dialogue, measure: str, title: str, line: float, line_label: str | None) -> Panel:
@@ -66,7 +99,7 @@ def tables(dialogue: Dialogue, *, brief: bool = False) -> list[Table]:
     ]
     luck = [
         (
-            "noisy" if one.noisy else "honest",
+            _answers(one.noisy),
             with_interval(one.share),
             with_interval(one.with_returns),
             with_interval(one.with_advantages),
@@ -97,6 +130,7 @@ def facts(dialogue: Dialogue) -> list[str]:
         f"{games[SAMPLED]:,} sampled games, {games[GREEDY]:,} greedy or by beams; bars: 95 % bootstrap intervals over "
         "things, or over pairs of held-out dialogues",
         "beams try several dialogues with one answerer, and the most likely one counts",
+        "luck: what answers and guesses add to a return beyond the turns' advantages; margins should follow the latter",
     ]
 
 

@@ -8,10 +8,12 @@ from qstar_jax.report.panel import sheet_figure
 
 
 def test_panels_show_honest_games_and_both_kinds_of_credit(questions):
-    returns, wasted, areas = panels(questions)
+    returns, wasted, masks, areas, luck = panels(questions)
     assert "DPO on turns, greedy 0.76 [0.64, 0.88]" in returns.alt and "noisy" not in returns.alt
     assert "fitted player, sampled 0.21 [0.19, 0.23]" in wasted.alt
     assert "turn reward, DPO on turns 0.88" in areas.alt and "log pi_ref 0.77" in areas.alt
+    assert f"sampled {MINUS}0.05 [{MINUS}0.07, {MINUS}0.03]" in masks.alt and f"greedy {MINUS}0.02" in masks.alt
+    assert "noisy answers: with sums of advantages 0.82 [0.79, 0.85]" in luck.alt
     axes = sheet_figure([returns, wasted, areas], "dark").axes
     assert [text.get_text() for text in axes[0].get_yticklabels()] == [
         "fitted player",
