@@ -17,7 +17,7 @@ from qstar_jax.evaluation.insights.record import Finding, Record
 from qstar_jax.evaluation.intervals import Interval, Statistic, auc, bootstrap, correlation, rank_correlation
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.store.open import LoadedModel
-from qstar_jax.tasks.tiny_questions.beliefs import Beliefs, player_return, solve
+from qstar_jax.tasks.tiny_questions.beliefs import Beliefs, TurnValues, player_return, solve
 from qstar_jax.tasks.tiny_questions.game import NOISE, THINGS, Game
 from qstar_jax.tasks.tiny_questions.played import Played, split_return
 from qstar_jax.tasks.tiny_questions.rows import TEMPERATURE
@@ -56,8 +56,8 @@ class Luck:
     Attributes:
         policy: Whose implicit rewards.
         noisy: Whether the answerers erred.
-        share: Variance of the difference in luck of a pair, as a share of that of the returns; the covariance with
-            skill makes up the rest, so it may exceed 1.
+        share: Mean square of the differences in luck of pairs, as a share of that of the returns; luck and skill are
+            not independent within a pair, so it may exceed 1.
         with_returns: Correlation of the policy's margins with differences in return.
         with_advantages: Their correlation with differences in the sum of advantages, which theory expects to be larger.
     """
@@ -209,17 +209,18 @@ _Key = tuple[str, str, bool]  # policy, decoder, whether answerers err
 
 def play_all(policies: Mapping[str, LoadedModel], seed: int, games_per_thing: int) -> dict[_Key, list[Played]]:
     """Lets all policies play: with honest answerers by each decoder, and with noisy ones sampled."""
-    sampled = Decoder(SAMPLED, games_per_thing, temperature=1.0)
-    plan = [(name, d, False) for name in (PLAYER, TURNS, ALL) for d in (sampled, Decoder(GREEDY), _BEAMS)]
+    sampled, greedy, beams = (
+        Decoder(SAMPLED, games_per_thing, temperature=1.0),
+        Decoder(GREEDY),
+        Decoder(BEAMS, beams=5),
+    )
+    plan = [(name, d, False) for name in (PLAYER, TURNS, ALL) for d in (sampled, greedy, beams)]
     plan += [(name, sampled, True) for name in (PLAYER, TURNS, NOISY)]
     things = range(len(THINGS))
     return {
         (name, decoder.name, noisy): play(policies[name], _game(seed, noisy), things, decoder, seed=seed)
         for name, decoder, noisy in plan
     }
-
-
-_BEAMS = Decoder(BEAMS, beams=5)
 
 
 def _differences(played: Mapping[_Key, Sequence[Played]], seed: int) -> dict[str, dict[str, Interval]]:
@@ -247,7 +248,7 @@ def _differences(played: Mapping[_Key, Sequence[Played]], seed: int) -> dict[str
 class _Turns:
     """The turns of held-out dialogues: their scores beside what they were worth."""
 
-    def __init__(self, source: HeldOut, beliefs: Beliefs, values):
+    def __init__(self, source: HeldOut, beliefs: Beliefs, values: TurnValues):
         self.source, self.values = source, values
         self.games = [Played.from_row(source.rows[s.row], s.role) for s in source.scored]
         # What a pair shares is part of its prompt: the scored turns are the last ones.
@@ -293,13 +294,18 @@ class _Turns:
     def luck(self) -> Luck:
         """Compares margins of pairs with differences in return, and in what the turns contributed to it."""
         sign = np.where([scored.role == "chosen" for scored in self.source.scored], 1.0, -1.0)
-        difference = lambda values: np.bincount(self.pair, sign * values)  # noqa: E731
+        pairs = np.tile(np.arange(self.count), 2)
+
+        def difference(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " 2*pairs"]:
+            """Differences within pairs in either order: labels follow returns, and must not decide the order."""
+            margins = np.bincount(self.pair, sign * values)
+            return np.concatenate([margins, -margins])
+
         skill, luck = map(difference, split_return(self.games, self.values))
         margin = difference(np.array([scored.total_reward for scored in self.source.scored]))
-        pairs = np.arange(self.count)
 
         def share(weights: np.ndarray) -> np.ndarray:
-            return (weights @ luck**2) / (weights @ (skill + luck) ** 2)
+            return (weights[:, pairs] @ luck**2) / (weights[:, pairs] @ (skill + luck) ** 2)
 
         return Luck(
             policy=self.source.policy,

@@ -25,7 +25,7 @@ from qstar_jax.evaluation.insights.dialogue import (
 )
 from qstar_jax.evaluation.intervals import Interval
 from qstar_jax.evaluation.scored import ScoredResponse
-from qstar_jax.tasks.tiny_questions.beliefs import solve
+from qstar_jax.tasks.tiny_questions.beliefs import Beliefs, solve
 from qstar_jax.tasks.tiny_questions.game import NOISE, Game
 from qstar_jax.tasks.tiny_questions.played import Played
 from qstar_jax.tasks.tiny_questions.rows import TEMPERATURE, split_rows
@@ -160,3 +160,14 @@ def test_the_verdict_follows_the_numbers(record, gain, wasted, masks, reproduced
     finding = replace(record, differences=differences).finding()
     assert finding.reproduced is reproduced and words in finding.measured
     assert f"{gain:+.2f} [" in finding.measured and finding.insight == "dialogue"
+
+
+def test_labels_do_not_decide_in_which_order_pairs_are_compared(record):
+    source = held_out(TURNS, False, optimal())
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    rows = [row | {name: row[other[name]] for name in other} for row in source.rows]
+    swapped = replace(source, rows=rows, scored=[replace(s, role=other[s.role]) for s in source.scored])
+    found = [
+        dialogue._Turns(one, Beliefs(Game()), solve(Game(), BETA * TEMPERATURE)).luck() for one in (source, swapped)
+    ]
+    assert found[0] == found[1] and found[0].with_returns == record.luck[0].with_returns
