@@ -11,7 +11,7 @@ import pytest
 from qstar_jax.cli.main import main
 from qstar_jax.cli.play import games_table
 from qstar_jax.config import DataOptions, PlayConfig
-from qstar_jax.data.preferences import label_records, return_records
+from qstar_jax.data.preferences import label_records, preference_records, return_records
 from qstar_jax.evaluation.play import pairs_of, play_games, returns_by_seed
 from qstar_jax.store import hub
 
@@ -76,9 +76,12 @@ def test_rows_are_labels_and_returns():
     rows, _ = played(0, 2, 1, 2)
     records, dropped = label_records(rows, DataOptions(), "games.jsonl")
     assert [record.label for record in records] == [False, True, True, True] and not dropped
-    rows, _ = played(0, 0)
+    # All games begin alike, so their returns stand for the reference's.
     records, dropped = return_records(rows, DataOptions(), "games.jsonl")
-    assert not dropped and [record.reference_rewards for record in records] == [(0.0, 0.0)] * 2
+    assert not dropped and {record.reference_rewards for record in records} == {(0.0, 2.0, 1.0, 2.0)}
+    records, dropped = preference_records(pairs_of(rows), DataOptions(), "pairs.jsonl")
+    lengths = [[len(response) for response in record.responses] for record in records]
+    assert lengths == [[5, 1], [3, 1]] and not dropped  # the second pair shares a turn
 
 
 @pytest.fixture(scope="module")
