@@ -104,10 +104,9 @@ def shorten_middle(text: str, limit: int) -> str:
     Returns:
         The text itself, or its two ends around a note of how much is missing.
     """
-    if len(text) <= limit:
-        return text
     head, tail = limit - limit // 2, limit // 2
-    return f"{text[:head]} […{len(text) - head - tail} characters…] {text[len(text) - tail :]}"
+    shortened = f"{text[:head]} […{len(text) - head - tail} characters…] {text[len(text) - tail :]}"
+    return text if len(text) <= max(limit, len(shortened)) else shortened
 
 
 def _show(character: str) -> str:

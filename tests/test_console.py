@@ -23,8 +23,9 @@ def test_one_line_has_no_line_breaks():
 
 def test_shortening_keeps_both_ends():
     assert shorten_middle("abcdefghij", 10) == "abcdefghij"
-    assert shorten_middle("abcdefghij", 5) == "abc […5 characters…] ij"
-    assert shorten_middle("abcdefghij", 0) == " […10 characters…] "
+    assert shorten_middle("abcdefghij" * 4, 5) == "abc […35 characters…] ij"
+    assert shorten_middle("abcdefghij", 5) == "abcdefghij"  # the note would be longer than what it replaces
+    assert shorten_middle("abcdefghij" * 4, 0) == " […40 characters…] "
 
 
 def console(terminal):

@@ -16,11 +16,13 @@ from qstar_jax.data.inspection import (
     Column,
     advice,
     columns_of,
+    command,
     kind_of_rows,
     lengths_in_characters,
     lengths_in_tokens,
+    response_name,
 )
-from qstar_jax.data.loading import make_dataset, read_records
+from qstar_jax.data.loading import make_dataset, notes_on, read_records
 from qstar_jax.data.preview import preview
 from qstar_jax.data.reading import read_rows
 from qstar_jax.data.records import Record
@@ -45,6 +47,8 @@ def run(config: DataConfig):
     dataset = whole = tokenizer = None
     if config.model is None:
         lengths, unit = lengths_in_characters(records), "characters"
+        for note in notes_on(records):
+            say(console, note)
     else:
         tokenizer, eos_ids = read_tokenizer(config.model)
         dataset = make_dataset(records, dropped, config.file, tokenizer, options, eos_ids=eos_ids)
@@ -63,8 +67,9 @@ def run(config: DataConfig):
             console.print(preview(dataset.examples[number], tokenizer))
     say(console, "")
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    for line in advice(config.file, kind, rows, records, options, dataset, whole, has_template):
+    for line in advice(kind, rows, records, options, dataset, whole, has_template):
         say(console, line)
+    say(console, f"Use it: {command(kind, config)}")
 
 
 def read_tokenizer(model: str) -> tuple[Any, tuple[int, ...]]:
@@ -116,8 +121,11 @@ def _short(value: Any) -> str:
 
 
 def _show_text(record: Record, console: Console):
-    say(console, f"\nrow {record.row + 1}")
-    texts = {"prompt": record.prompt} | {f"response {n}": r for n, r in enumerate(record.responses, start=1)}
+    said = "" if record.label is None else f", {'desirable' if record.label else 'not desirable'}"
+    said += "" if record.reward is None else f", reward {record.reward:g}"
+    say(console, f"\nrow {record.row + 1}{said}")
+    texts = {"prompt": record.prompt}
+    texts |= {response_name(place, record): response for place, response in enumerate(record.responses, start=1)}
     for name, turns in texts.items():
         for message in [{"content": turns}] if isinstance(turns, str) else turns:
             label = ", ".join(filter(None, (name, message.get("role"))))

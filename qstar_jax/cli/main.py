@@ -49,6 +49,8 @@ class Parser(ArgumentParser):
             verb = re.search(r"Subcommand '(\w+)'", message)
             known = _options_of(_verb_parser(verb.group(1))) if verb else _options_of(self)
             message += f"; the nearest known option is --{difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}"
+        elif re.search(r"[Uu]nrecognized arguments: [^-]", message):
+            message += "; put a value of several words, or a pattern such as 'data/*.jsonl', in quotes"
         super().error(message, ex)
 
 

@@ -1,13 +1,15 @@
 """What a file of data holds: its columns, the format that they have, and what becomes of its rows."""
 
+import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from qstar_jax.config import DataOptions
+from qstar_jax.config import DataConfig, DataOptions
 from qstar_jax.data.columns import Turns
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.data.formats import File, formats_of
@@ -16,14 +18,14 @@ from qstar_jax.data.outcomes import find_reward
 from qstar_jax.data.records import Kind, Record
 from qstar_jax.errors import InputError
 
-# The verb and the options that read each kind of data.
+# The verb and the options that read each kind of data, the last of them its name.
 _READERS: dict[Kind, str] = {
-    "preferences": "qstar dpo --data.train {file}",
-    "rankings": "qstar dpo --data.train {file} --loss.name plackett_luce",
-    "labels": "qstar dpo --data.train {file} --loss.name kto",
-    "returns": "qstar dpo --data.train {file} --loss.name a_star",
-    "completions": "qstar sft --data.train {file}",
-    "prompts": "qstar generate --data.eval {file}",
+    "preferences": "qstar dpo --data.train",
+    "rankings": "qstar dpo --loss.name plackett_luce --data.train",
+    "labels": "qstar dpo --loss.name kto --data.train",
+    "returns": "qstar dpo --loss.name a_star --data.train",
+    "completions": "qstar sft --data.train",
+    "prompts": "qstar generate --data.eval",
 }
 _KINDS: dict[str, Kind] = {"pairs": "preferences", "arena": "preferences", "ranking": "preferences"}
 _FEW = 0.01  # share of truncated texts that is no reason for advice
@@ -67,8 +69,10 @@ def kind_of_rows(rows: list[dict | BadRow], options: DataOptions, source: str) -
     """Finds what the rows of a file are usually used for, and names their format.
 
     Raises:
-        InputError: No column is known.
+        InputError: No row can be read, or no column is known.
     """
+    if all(isinstance(row, BadRow) for row in rows):
+        raise InputError(f"{source} row 1: {rows[0].fault}; none of its {len(rows):,} rows can be read")
     file = File.of(rows, options, source)
     for name in formats_of(file):
         if name == "single":
@@ -89,13 +93,13 @@ def lengths_in_characters(records: Sequence[Record]) -> dict[str, np.ndarray]:
     lengths = {"prompt": [_characters(record.prompt) for record in records]}
     for record in records:
         for place, response in enumerate(record.responses, start=1):
-            lengths.setdefault(_response_name(place, record), []).append(_characters(response))
+            lengths.setdefault(response_name(place, record), []).append(_characters(response))
     return {name: np.array(values) for name, values in lengths.items()}
 
 
 def lengths_in_tokens(dataset: Dataset, records: Sequence[Record]) -> dict[str, np.ndarray]:
     """Tokens of the prompts and of the responses, by the place of the response."""
-    names = [_response_name(place, records[0]) for place in range(1, len(dataset.examples[0].responses) + 1)]
+    names = [response_name(place, records[0]) for place in range(1, len(dataset.examples[0].responses) + 1)]
     lengths = {"prompt": np.array([len(example.prompt) for example in dataset.examples])}
     for place, name in enumerate(names):
         tokens = np.array([len(example.responses[place].ids) for example in dataset.examples])
@@ -103,8 +107,26 @@ def lengths_in_tokens(dataset: Dataset, records: Sequence[Record]) -> dict[str, 
     return lengths
 
 
+def response_name(place: int, record: Record) -> str:
+    """Names a response of a record by its place, from 1."""
+    if len(record.responses) == 2:
+        return ("chosen", "rejected")[place - 1]
+    return "response" if len(record.responses) == 1 else f"place {place}"
+
+
+def command(kind: Kind, config: DataConfig) -> str:
+    """Returns a command that uses a file as it was read, with its options."""
+    words = [*_READERS[kind].split(), config.file, "--model", config.model or "MODEL", "--out", "OUT"]
+    given = {name: getattr(config.data, name) for name in DataOptions.__dataclass_fields__}
+    given["eval_split" if kind == "prompts" else "train_split"] = config.split
+    defaults = asdict(DataOptions())
+    for name, value in given.items():
+        if value != defaults[name] and name not in ("train", "eval"):
+            words += [f"--data.{name}", value if isinstance(value, str) else json.dumps(value)]
+    return shlex.join(words)
+
+
 def advice(
-    file: str,
     kind: Kind,
     rows: list[dict | BadRow],
     records: Sequence[Record],
@@ -113,10 +135,9 @@ def advice(
     whole: Dataset | None = None,
     has_template: bool = False,
 ) -> list[str]:
-    """Says how to use a file, and what to change.
+    """Says what to know of a file, and what to change.
 
     Args:
-        file: Its name.
         kind: What its rows become.
         rows: As they were read.
         records: What they became.
@@ -125,16 +146,24 @@ def advice(
         whole: The same without truncation.
         has_template: Whether the tokenizer has a chat template.
     """
-    lines = [f"Use it: {_READERS[kind].format(file=file)}"]
-    if kind == "labels" and find_reward(rows, replace(options, reward=None)) is not None:
-        lines.append("It has rewards too, which --loss.name a_star and qrpo read.")
+    lines = _advice_on_labels(rows, records, options) if kind == "labels" else []
     if dataset is not None and whole is not None:
         lines += _advice_on_lengths(dataset, whole, options)
-    if has_template and isinstance(records[0].prompt, str):
+    if has_template and all(isinstance(record.prompt, str) for record in records):
         lines.append("Prompts are plain text, and the tokenizer has a chat template: --data.as_chat applies it.")
     if kind == "preferences":
         longer = np.mean([_characters(r.responses[0]) > _characters(r.responses[1]) for r in records])
         lines.append(f"Chosen responses are the longer ones in {longer:.0%} of the pairs.")
+    return lines
+
+
+def _advice_on_labels(rows: list[dict | BadRow], records: Sequence[Record], options: DataOptions) -> list[str]:
+    share = np.mean([record.label for record in records])
+    lines = [f"{share:.0%} of the responses are desirable."]
+    if share in (0, 1):
+        lines = [f"{'All' if share else 'None'} of the responses are desirable: losses of labels need some of each."]
+    if find_reward(rows, replace(options, reward=None)) is not None:
+        lines.append("It has rewards too, which --loss.name a_star and qrpo read.")
     return lines
 
 
@@ -152,12 +181,6 @@ def _advice_on_lengths(dataset: Dataset, whole: Dataset, options: DataOptions) -
     if lines or dataset.longest() >= options.max_length:
         return lines
     return [f"The longest text has {texts.max()} tokens: --data.max_length {texts.max()} is enough."]
-
-
-def _response_name(place: int, record: Record) -> str:
-    if len(record.responses) == 2:
-        return ("chosen", "rejected")[place - 1]
-    return "response" if len(record.responses) == 1 else f"place {place}"
 
 
 def _characters(turns: Turns) -> int:

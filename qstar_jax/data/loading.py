@@ -137,6 +137,20 @@ def read_records(
     return rows, records, dropped
 
 
+def notes_on(records: list[Record]) -> tuple[str, ...]:
+    """Returns sentences on what a user should know of records before they are tokenized."""
+    steps = list(dict.fromkeys(record.row for record in records if record.open_end))
+    step_note = f"Responses are single steps, which end without EOS: {len(steps):,} ({first_rows(steps)})."
+    texts = list(dict.fromkeys(record.row for record in records if isinstance(record.prompt, str)))
+    text_note = (
+        f"Rows in plain text, to which no chat template is applied, beside others that are chats: {len(texts):,} "
+        f"({first_rows(texts)}); --data.as_chat makes chats of all."
+    )
+    mixed = texts and any(isinstance(record.prompt, list) for record in records)
+    notes = (repeats_note(records), step_note if steps else "", text_note if mixed else "", _system_note(records))
+    return tuple(filter(None, notes))
+
+
 def _system_note(records: list[Record]) -> str:
     """Returns a sentence on system prompts that are not read; empty if there are none."""
     rows = list(dict.fromkeys(record.row for record in records if record.ignored_system))
@@ -207,7 +221,5 @@ def make_dataset(
     dropped = sorted(dropped + also_dropped, key=lambda row: row.row)
     check_some_left(dropped, total, source)
     check_bad_rows(dropped, total, options.bad_rows, source)
-    steps = [record.row for record in records if record.open_end]
-    step_note = f"Responses are single steps, which end without EOS: {len(steps):,} ({first_rows(steps)})."
-    notes = filter(None, [repeats_note(records), step_note if steps else "", _system_note(records)])
-    return Dataset(ExampleTable.of(examples), tuple(dropped), source, options.date, tuple(notes), frozenset(steps))
+    steps = frozenset(record.row for record in records if record.open_end)
+    return Dataset(ExampleTable.of(examples), tuple(dropped), source, options.date, notes_on(records), steps)

@@ -132,9 +132,14 @@ def _numeric(entries: Any) -> list[str]:
     for name, value in entries.items() if isinstance(entries, dict) else ():
         if isinstance(value, dict):
             names += [f"{name}.{inner}" for inner in _numeric(value)]
-        elif _SCORE.search(name) and number(value) is not None:
+        elif _SCORE.search(name) and (number(value) is not None or _is_infinite(value)):
             names.append(name)
     return names
+
+
+def _is_infinite(value: Any) -> bool:
+    """Whether it is a number, but not a finite one: a reward that cannot be used, but no other column."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _is_numbers(value: Any) -> bool:

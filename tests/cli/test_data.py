@@ -26,8 +26,9 @@ def test_a_file_without_a_tokenizer(tmp_path, capsys):
     assert table["chosen"] == ["chosen", "8.0", "8", "8", "8", "8"]  # lengths, which stand below the columns
     assert "empty rejected response" in text and "chosen equals rejected" in text
     assert table["id"] == ["id", "int", "5%", "3"]
-    assert "[prompt] w1 w2" in text and "[response 1] w3 w4 w5" in text and "row 2" not in text
-    assert "Use it: qstar dpo --data.train" in text and "Chosen responses are the longer ones in 100%" in text
+    assert "[prompt] w1 w2" in text and "[chosen] w3 w4 w5" in text and "row 2" not in text
+    assert "Use it: qstar dpo --data.train /" in text and "a.jsonl --model MODEL --out OUT" in text
+    assert "Chosen responses are the longer ones in 100%" in text
 
 
 def test_a_file_with_a_tokenizer(tmp_path, capsys, hf_folder):
@@ -68,6 +69,53 @@ def test_what_cannot_be_used_is_shown_before_it_is_refused(tmp_path, capsys):
     row = {"prompt": "p", "completions": [{"response": "a", "x_score": 1, "y_score": 2}]}
     shown, refusal = say(tmp_path, capsys, [row], code=2)
     assert "completions" in shown and "x_score, y_score; choose one with --data.reward" in refusal
+
+
+def test_the_command_has_the_options_with_which_the_file_was_read(tmp_path, capsys):
+    row = {
+        "q": "p",
+        "responses": [{"text": "a b", "x_score": 1, "y_score": 2}, {"text": "c", "x_score": 2, "y_score": 1}],
+    }
+    words = ["--data.prompt", "q", "--data.reward", "y_score", "--data.pairs", "all", "--data.system", "null"]
+    command = say(tmp_path, capsys, [row], *words).split("Use it: ")[1].replace("\n", " ")
+    assert all(option in command for option in ("--data.prompt q", "--data.reward y_score", "--data.pairs all"))
+    assert "--data.system null" in command and "max_length" not in command
+    out = tmp_path / "out"
+    command = command.replace("MODEL", "/nowhere").replace("OUT", str(out)).split()
+    assert main(command[1:]) == 2 and "/nowhere" in capsys.readouterr().err
+
+
+def test_labels_and_rewards_are_shown(tmp_path, capsys):
+    row = {"prompt": "p", "completion": "c"}
+    text = say(tmp_path, capsys, [row | {"label": n == 0} for n in range(4)])
+    assert "row 1, desirable" in text and "row 2, not desirable" in text
+    assert "25% of the responses are desirable." in text
+    assert "All of the responses are desirable: losses of labels need some of each" in say(
+        tmp_path, capsys, [row | {"label": True}] * 2
+    )
+    assert "row 1, reward 0.5" in say(tmp_path, capsys, [row | {"reward": 0.5}] * 2)
+    _, refusal = say(tmp_path, capsys, [row | {"reward": float("nan")}] * 2, code=2)
+    assert "column 'reward' holds no number (found nan)" in refusal
+
+
+def test_chats_beside_plain_text_are_counted(tmp_path, capsys, hf_folder):
+    chat = {"prompt": [{"role": "user", "content": "w1"}], "chosen": "w2", "rejected": "w3"}
+    text = say(tmp_path, capsys, [PAIR, chat, PAIR]).replace("\n", " ")
+    assert "beside others that are chats: 2 (row 1, 3); --data.as_chat makes chats of all" in text
+    assert "beside others" not in say(tmp_path, capsys, [PAIR, chat], "--data.as_chat", "true")
+
+
+def test_a_file_whose_rows_cannot_be_read(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text('prompt,chosen,rejected\n"a,b,c\nx,y,z\n')
+    assert main(["data", str(tmp_path / "a.csv")]) == 2
+    error = capsys.readouterr().err
+    assert "a.csv row 1: " in error and "of its" in error and "can be read" in error
+
+
+def test_an_unquoted_pattern(capsys):
+    with pytest.raises(SystemExit):
+        main(["data", "a.jsonl", "b.jsonl"])
+    assert "'data/*.jsonl', in quotes" in capsys.readouterr().err
 
 
 def test_control_characters_do_not_act(tmp_path, capsys):
