@@ -69,7 +69,7 @@ def run(config: DataConfig):
     has_template = bool(getattr(tokenizer, "chat_template", None))
     for line in advice(kind, rows, records, options, dataset, whole, has_template):
         say(console, line)
-    say(console, f"Use it: {command(kind, config)}")
+    say(console, f"Use it: {command(kind, config, records)}")
 
 
 def read_tokenizer(model: str) -> tuple[Any, tuple[int, ...]]:

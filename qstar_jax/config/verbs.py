@@ -120,8 +120,9 @@ class PlayConfig:
     Args:
         model: Folder of a run (or of one of its checkpoints), a Hugging Face folder, or a hub name; it needs a chat
             template.
-        out: Folder for games.jsonl (columns `messages`, `reward` and `label`: a_star, qrpo, kto and implicit_prm read
-            it), pairs.jsonl (if games are repeated: the best and the worst of each) and config.yaml.
+        out: Folder for games.jsonl (columns `messages`, `reward` and `label`: a_star, qrpo and implicit_prm read it,
+            and kto where games begin differently), pairs.jsonl (if games are repeated: the best and the worst of each)
+            and config.yaml.
         game: Name of a game of one player in textarena, such as GuessTheNumber-v0 or Mastermind-v0.
         games: Number of games, each with a seed of its own.
         repeats: How often each of them is played, with the same secret.

@@ -114,9 +114,12 @@ def response_name(place: int, record: Record) -> str:
     return "response" if len(record.responses) == 1 else f"place {place}"
 
 
-def command(kind: Kind, config: DataConfig) -> str:
+def command(kind: Kind, config: DataConfig, records: Sequence[Record]) -> str:
     """Returns a command that uses a file as it was read, with its options."""
-    words = [*_READERS[kind].split(), config.file, "--model", config.model or "MODEL", "--out", "OUT"]
+    reader = _READERS[kind]
+    if all(record.prompt == records[0].prompt for record in records):
+        reader = reader.replace("kto", "implicit_prm")  # as KTO needs several prompts
+    words = [*reader.split(), config.file, "--model", config.model or "MODEL", "--out", "OUT"]
     given = {name: getattr(config.data, name) for name in DataOptions.__dataclass_fields__}
     given["eval_split" if kind == "prompts" else "train_split"] = config.split
     defaults = asdict(DataOptions())

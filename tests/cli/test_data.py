@@ -45,7 +45,7 @@ def test_a_file_with_a_tokenizer(tmp_path, capsys, hf_folder):
 @pytest.mark.parametrize(
     ("row", "kind", "use"),
     [
-        ({"prompt": "p", "completion": "c", "label": True}, "labels", "--loss.name kto"),
+        ({"prompt": "p", "completion": "c", "label": True}, "labels", "--loss.name implicit_prm"),
         ({"prompt": "p", "completion": "c", "score": 1}, "returns", "--loss.name a_star"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}, "preferences", "qstar dpo"),
         ({"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]}, "completions", "sft"),
@@ -58,7 +58,7 @@ def test_kinds_of_rows(row, kind, use, tmp_path, capsys):
 
 
 def test_another_kind(tmp_path, capsys):
-    text = say(tmp_path, capsys, [PAIR], "--kind", "labels")
+    text = say(tmp_path, capsys, [PAIR, PAIR | {"prompt": "w2"}], "--kind", "labels")
     assert "format: pairs, read as labels" in text and "--loss.name kto" in text
 
 
@@ -87,6 +87,8 @@ def test_the_command_has_the_options_with_which_the_file_was_read(tmp_path, caps
 
 def test_labels_and_rewards_are_shown(tmp_path, capsys):
     row = {"prompt": "p", "completion": "c"}
+    # KTO refuses a file with a single prompt, so it is not proposed.
+    assert "--loss.name implicit_prm" in say(tmp_path, capsys, [row | {"label": True}] * 2)
     text = say(tmp_path, capsys, [row | {"label": n == 0} for n in range(4)])
     assert "row 1, desirable" in text and "row 2, not desirable" in text
     assert "25% of the responses are desirable." in text
