@@ -1,6 +1,6 @@
 """Parses a row into a record: a prompt and its responses, either all text or all chat messages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
@@ -171,6 +171,14 @@ def check_responses(record: Record, layout: FileLayout) -> Record:
         is_pair = len(record.responses) == 2
         raise DroppedRow("chosen equals rejected" if is_pair else "two responses of the ranking are equal")
     return record
+
+
+def last_turn(record: Record) -> Record:
+    """Returns a record of which only the assistant's last turn is the response; plain text has no other."""
+    if isinstance(record.prompt, str) or not record.responses:
+        return record
+    [response] = record.responses
+    return replace(record, prompt=record.prompt + response[:-1], responses=(response[-1:],))
 
 
 def _is_empty(response: Turns) -> bool:

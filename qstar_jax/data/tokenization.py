@@ -240,8 +240,11 @@ def _make_response(continuation: Continuation, end: list[int], eos_ids: frozense
     # End with the first EOS that was stripped, or that of the tokenizer, if there is room for it; steps have no end.
     end = end and (ids[length : length + 1] or end)
     truncated = length + len(end) > room
-    ids, turns = ids[:length] + end, turns[:length] + [last_turn] * len(end)
-    turns = np.asarray(turns[:room], np.int32)
-    if truncated and not (turns >= 0).any():
+    ids, turns = ids[:length] + end, np.asarray(turns[:length] + [last_turn] * len(end), np.int32)[:room]
+    # What the environment says after the last action within max_length does not matter.
+    actions = np.flatnonzero(turns >= 0)
+    if not len(actions):
         raise DroppedRow("no token of the assistant within max_length")
-    return Response(np.asarray(ids[:room], np.int32), truncated or not end, turns >= 0, turns)
+    length = actions[-1] + 1
+    turns = turns[:length]
+    return Response(np.asarray(ids[:length], np.int32), truncated or not end, turns >= 0, turns)

@@ -15,7 +15,7 @@ from qstar_jax.data.columns import Turns
 from qstar_jax.data.dialogues import text_of
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.loading import Dataset, make_dataset, read_records
-from qstar_jax.data.records import Record
+from qstar_jax.data.records import Record, last_turn
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import prepare
@@ -55,6 +55,8 @@ REPEATED = "prompt of an earlier row"
 def read_trials(data: DataOptions, policy: LoadedModel) -> tuple[list[Trial], Dataset]:
     """Reads prompts and their baselines from `data.eval`; of rows with the same prompt the first counts.
 
+    The baseline of a dialogue is the assistant's last turn.
+
     Returns:
         At least one trial, and the dataset of their examples, which lists the rows that are not tried.
 
@@ -62,6 +64,7 @@ def read_trials(data: DataOptions, policy: LoadedModel) -> tuple[list[Trial], Da
         InputError: If the file cannot be used.
     """
     _, records, bad = read_records(data.eval, data.eval_split, "completions", data, data.max_eval_rows)
+    records = list(map(last_turn, records))
     vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
     dataset = make_dataset(records, bad, data.eval, policy.tokenizer, data, **vocab)
     distinct: dict[bytes, Example] = {}

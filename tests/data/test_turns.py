@@ -199,11 +199,18 @@ def test_a_truncated_last_turn_keeps_its_actions(chat_tokenizer):
     whole = one(chat_tokenizer, TALK)
     for room in range(1, len(whole.ids)):
         response = one(chat_tokenizer, TALK, max_length=10 + room, max_prompt_length=10)
-        room = len(response.ids)
-        assert response.truncated
-        np.testing.assert_array_equal(response.turns, whole.turns[:room])
+        assert response.truncated and response.num_actions == (whole.turns[:room] >= 0).sum()
+        np.testing.assert_array_equal(response.turns, whole.turns[: len(response.ids)])
+        assert response.action_mask[-1]  # what a tool says after the last action is dropped
     response = one(chat_tokenizer, TALK, max_length=10 + len(whole.ids), max_prompt_length=10)
-    assert len(response.ids) <= len(whole.ids)
+    assert not response.truncated and response.ids.tolist() == whole.ids.tolist()
+
+
+def test_pairs_that_differ_beyond_max_length_only_in_the_environment(chat_tokenizer):
+    pair = [[assistant("bc"), user(text), assistant("e")] for text in ("x", "y")]
+    options = DataOptions(max_length=10 + len("bc[E]<user>x"), max_prompt_length=10)
+    examples, [dropped] = tokenize([Record(TALK[:1], tuple(pair), 0)], chat_tokenizer, options)
+    assert not examples and dropped.reason == "the tokens of the two responses are equal within max_length"
 
 
 def test_turns_at_the_first_token_and_on_white_space():

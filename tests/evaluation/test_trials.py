@@ -48,6 +48,14 @@ def test_of_rows_with_one_prompt_the_first_counts_and_the_others_are_named(read)
     assert f"6 rows read, 3 used; 3 dropped: 3 {REPEATED} (row 3, 5, 6)" in dataset.summary
 
 
+def test_the_answer_to_beat_in_a_dialogue_is_its_last_turn(read, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{% for m in messages %}{{ m.content }} [EOS]{% endfor %}")
+    talk = [{"role": role, "content": f"w{i}"} for i, role in enumerate(("user", "assistant", "tool", "assistant"))]
+    [trial], _ = read([{"messages": talk}])
+    assert trial.baseline == "w3" and trial.prompt == "user: w0\n\nassistant: w1\n\ntool: w2"
+    assert tiny_tokenizer.decode(trial.example.prompt).split() == "w0 [EOS] w1 [EOS] w2 [EOS]".split()
+
+
 def test_the_answer_to_beat_is_the_one_that_is_scored(read):
     rows = [{"prompt": f"w{i}", "chosen": f"w{i} w20 w21"} for i in range(1, 4)]
     found, dataset = read(rows)

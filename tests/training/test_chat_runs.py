@@ -101,3 +101,16 @@ def test_what_is_refused(run, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "w1", "chosen": "Zebra", "rejected": "w3"}\n')
     with pytest.raises(InputError, match=r"pairs\.jsonl row 1: the token 'Zebra' has id 61, but the model has only 60"):
         run("word", "plain", train=str(tmp_path / "pairs.jsonl"))
+
+
+def test_actions_of_dialogues_are_learned_and_tools_are_not(run, tmp_path):
+    def row(i):
+        asked, called = {"role": "user", "content": f"w{i}"}, {"role": "assistant", "content": "w6 w7"}
+        heard, said = {"role": "tool", "content": "w8 w9 w10"}, {"role": "assistant", "content": f"w{i + 11}"}
+        return {"chosen": [asked, called, heard, said], "rejected": [asked, {"role": "assistant", "content": "w12"}]}
+
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(8)))
+    options = {"train": str(tmp_path / "talks.jsonl"), "as_chat": False}
+    every, last = (run(turns, "plain", turns=turns, **options)[-1] for turns in ("all", "last"))
+    assert [line["lengths/chosen"] for line in (every, last)] == [len("67E") + len("+E"), len("+E")]
+    assert every["rewards/margins"] > 0 and every["loss"] != last["loss"]
