@@ -104,7 +104,10 @@ def _train(
     display = notebook_display(folder)
     summary = train(replace(config, data=data), watch=display)
     write_curves(folder)
-    return Run(folder, summary)
+    run = Run(folder, summary)
+    if config.export is not None:
+        run.model.save(config.export)
+    return run
 
 
 def with_options(config: Any, options: Mapping[str, Any]) -> Any:

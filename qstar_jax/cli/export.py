@@ -18,10 +18,14 @@ from qstar_jax.store.open import load_model, param_shardings
 
 def run(config: ExportConfig):
     """Writes a model or an adapter to a Hugging Face folder."""
-    out = Path(config.out)
-    _check(config, out)  # before the first process can write anything
+    _check(config, Path(config.out))  # before the first process can write anything
     join_processes(config.mesh)
-    mesh = make_mesh(config.mesh)
+    export(config)
+
+
+def export(config: ExportConfig):
+    """Writes a model or an adapter, as `run` does, in a job whose processes have joined already."""
+    out, mesh = Path(config.out), make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         (_export_model if config.part == "model" else _export_adapter)(config, out, mesh)
     if jax.process_index() == 0:

@@ -1,6 +1,7 @@
 """The verbs that train, and the blocks that only they have."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qstar_jax.config.compute import ComputeOptions, MeshOptions
 from qstar_jax.config.data import DataOptions
@@ -31,7 +32,8 @@ class TrainOptions:
     """Steps, batch size and intervals.
 
     Args:
-        steps: Optimizer steps; 0: one epoch.
+        steps: Optimizer steps; 0: as many as `epochs` take.
+        epochs: Passes over the rows, instead of `steps`; null: one.
         batch_size: Rows of the file (pairs, for DPO) per step, over all devices, hosts and micro-batches.
         accumulate: Micro-batches per step, computed one after the other; the gradient is that of the whole batch.
         eval_batch_size: Rows per batch of an evaluation; 0: `batch_size`.
@@ -40,12 +42,16 @@ class TrainOptions:
         eval_every: Steps between evaluations; 0: only at the start and at the end.
         save_every: Steps between checkpoints; 0: only at the end.
         keep_checkpoints: Number of the newest checkpoints to keep.
+        keep_best: Metric of held-out rows (`data.eval`) whose best checkpoint is kept too, and is what other verbs read
+            from the run; null: they read the newest.
+        patience: Stop after this many evaluations in a row that did not improve `keep_best`; 0: never.
         reference_samples: Responses sampled before step 0 from a reference that does not move. Their rewards are logged
             at each evaluation and tell an ordinary fall of rewards (of chosen, best or desirable responses, or of all
             those with returns) from a harmful one; 0: none. A resumed run keeps those it began with, or takes 0.
     """
 
     steps: int = 0
+    epochs: float | None = None
     batch_size: int = 32
     accumulate: int = 1
     eval_batch_size: int = 0
@@ -54,6 +60,8 @@ class TrainOptions:
     eval_every: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2
+    keep_best: Literal["loss", "rewards/margins", "rewards/accuracies"] | None = None
+    patience: int = 0
     reference_samples: int = 16
 
 
@@ -67,11 +75,14 @@ class SftConfig:
             also base/.
         resume: Continue from the newest checkpoint in `out`, with the options and data that the run began with; without
             a checkpoint, begin at step 0.
+        export: Folder for the trained model in Hugging Face's format, once the run is complete (see `qstar export`);
+            null: none.
     """
 
     model: str = path()
     out: str = path()
     resume: bool = False
+    export: str | None = path(None)
     data: DataOptions = field(default_factory=DataOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -91,11 +102,14 @@ class DpoConfig:
             an adapter base/.
         resume: Continue from the newest checkpoint in `out`, with the options and data that the run began with; without
             a checkpoint, begin at step 0.
+        export: Folder for the trained model in Hugging Face's format, once the run is complete (see `qstar export`);
+            null: none.
     """
 
     model: str = path()
     out: str = path()
     resume: bool = False
+    export: str | None = path(None)
     data: DataOptions = field(default_factory=DataOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     reference: ReferenceOptions = field(default_factory=ReferenceOptions)

@@ -6,6 +6,8 @@ adapter and `base/` the frozen base, which is also the reference. Each of these 
 also hold `opt_state`, and `ref_params` if the reference moves.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STEPS, REFERENCE, BASE = "checkpoints", "reference", "base"
+BEST = "best.json"  # which step was best on held-out rows, in runs that keep it
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,25 @@ def _context() -> ocp.Context:
     return context
 
 
+@dataclass(frozen=True)
+class _NewestAndBest:
+    """Preserves the newest checkpoints of a run and, if it keeps one, the best."""
+
+    run: Path
+    keep: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = read_best(self.run)
+        oldest = len(checkpoints) - self.keep
+        return [i >= oldest or (best and checkpoint.step == best["step"]) for i, checkpoint in enumerate(checkpoints)]
+
+
 class CheckpointStore:
     """The checkpoints of one run; a context manager that waits for pending writes.
 
     Args:
         run: Folder of the run.
-        keep: Number of newest checkpoints to keep.
+        keep: Number of newest checkpoints to keep, besides the best one if the run has a `best.json`.
     """
 
     def __init__(self, run: Path, keep: int):
@@ -88,7 +104,7 @@ class CheckpointStore:
         self._steps = ocp.training.Checkpointer(
             (run / STEPS).absolute(),
             context=_context(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=_NewestAndBest(run, keep),
         )
 
     def __enter__(self) -> "CheckpointStore":
@@ -135,18 +151,31 @@ def find_checkpoint(folder: Path) -> Path | None:
     """Finds the checkpoint in a folder.
 
     Args:
-        folder: A run or its checkpoints/ folder (both mean their newest step), a step, reference/ or base/.
+        folder: A run (its best step, if it keeps one, else its newest), its checkpoints/ folder (the newest step), a
+            step, reference/ or base/.
 
     Returns:
         Folder of the checkpoint; None if there is none.
     """
     if (folder / "description").is_dir() and (folder / "params").is_dir():
         return folder
+    if (best := read_best(folder)) and (checkpoint := find_checkpoint(folder / STEPS / str(best["step"]))):
+        return checkpoint
     for steps in (folder / STEPS, folder):
         numbers = [int(path.name) for path in steps.glob("*") if path.name.isdigit() and find_checkpoint(path)]
         if numbers:
             return steps / str(max(numbers))
     return None
+
+
+def read_best(run: Path) -> dict[str, Any] | None:
+    """Reads which step of a run was best on held-out rows; None if the run does not keep its best checkpoint.
+
+    Returns:
+        The `metric`, and `step` and `value` of its best evaluation; all `evaluations` as [step, value].
+    """
+    path = run / BEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def reference_of(checkpoint: Path, description: Description) -> Path | None:

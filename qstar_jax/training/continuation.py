@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -10,6 +11,7 @@ from qstar_jax.config.compare import first_difference, keep_date
 from qstar_jax.data.identity import examples_identity
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
+from qstar_jax.store import hub
 from qstar_jax.store.checkpoints import Description, find_checkpoint
 from qstar_jax.training.plan import RunPlan
 
@@ -18,6 +20,7 @@ from qstar_jax.training.plan import RunPlan
 FREE_OPTIONS = (
     "out",
     "resume",
+    "export",
     "mesh",
     "compute.remat",
     "compute.attention",
@@ -46,8 +49,10 @@ def check_folder(plan: RunPlan) -> str | None:
 
     Raises:
         InputError: If the folder holds a checkpoint and the run is not to be resumed; another verb's results; or, if
-            the run is to be resumed, a run with other options.
+            the run is to be resumed, a run with other options. If the folder of an export is not free.
     """
+    if plan.config.export is not None:
+        hub.check_free(Path(plan.config.export))
     out, resume = plan.config.out, plan.config.resume
     checkpoint, path = find_checkpoint(plan.out), plan.out / "config.yaml"
     if checkpoint is not None and not resume:

@@ -13,6 +13,7 @@ import optax
 
 from qstar_jax.config import TrainOptions
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.training.best import BestEvaluation
 from qstar_jax.training.metrics import COUNT, mean_metrics
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.source import Source
@@ -34,6 +35,7 @@ class Loop:
         check_first: Raises if metrics of step 0 cannot be right.
         save: `(state, step)` writes a checkpoint.
         find_cause: `(state, batch, locate)` says what was not finite in a step; `locate` names examples of the batch.
+        best: Which evaluation was the best, if its checkpoint is to be kept.
         log: Where metrics go; None on all but the first process.
     """
 
@@ -47,6 +49,7 @@ class Loop:
     check_first: Callable[[dict[str, float]], None] | None = None
     save: Callable[[TrainState, int], None] | None = None
     find_cause: Callable[[TrainState, Any, Callable[[Sequence[int]], str]], str] | None = None
+    best: BestEvaluation | None = None
     log: RunLog | None = None
 
     def run(self, state: TrainState, start: int = 0, batch: Any = None) -> tuple[TrainState, dict[str, float]]:
@@ -85,12 +88,18 @@ class Loop:
                 summary |= self._report(step, means, seconds)
                 # Evaluate and save what the step has led to.
                 if evaluates:
-                    summary |= self._evaluate(state, done)
-                if saves and self.save:
+                    metrics = self._evaluate(state, done)
+                    summary |= metrics
+                    saves |= self.best is not None and self.best.add(done, metrics)
+                    last |= self.best is not None and self.best.is_exhausted
+                if (saves or last) and self.save:
                     self.save(state, done)
                 window, clock = [], time.perf_counter()
             if self.log:
                 self.log.advance(done)
+            if last:
+                summary["steps"] = done
+                break
         return state, summary
 
     def _report(self, step: int, means: dict[str, float], seconds: float | None) -> dict[str, float]:

@@ -61,6 +61,7 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     check_paths(config)
     if not config.data.train:
         raise InputError("--data.train is missing: name a JSONL or Parquet file, or a dataset of the hub")
+    _check_train(config)
     if isinstance(config, SftConfig):
         return RunPlan("sft", config, sft_objective())
     loss = make_loss(**asdict(config.loss))
@@ -74,3 +75,23 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     # Each loss of a list has defaults of its own, so only those of a single loss are filled in.
     options = config.loss if isinstance(config.loss.name, list) else replace(config.loss, **loss.options[0])
     return RunPlan("dpo", replace(config, loss=options, reference=reference), objective, reference)
+
+
+def _check_train(config: SftConfig | DpoConfig):
+    train = config.train
+    if train.epochs is not None and train.steps:
+        raise InputError(f"train.steps {train.steps} and train.epochs {train.epochs} contradict each other; set one")
+    if train.epochs is not None and train.epochs <= 0:
+        raise InputError(f"train.epochs {train.epochs}: expected more than 0 passes over the rows")
+    if train.patience < 0 or (train.patience and train.keep_best is None):
+        raise InputError(
+            f"train.patience {train.patience}: expected 0, or a number of evaluations of train.keep_best, the metric "
+            "that must improve"
+        )
+    if train.keep_best is None:
+        return
+    if config.data.eval is None or not train.eval_every:
+        missing = "train.eval_every, the steps between evaluations" if config.data.eval else "data.eval, held-out rows"
+        raise InputError(f"train.keep_best {train.keep_best} needs {missing}")
+    if isinstance(config, SftConfig) and train.keep_best != "loss":
+        raise InputError(f"train.keep_best {train.keep_best}: sft has no rewards; set it to loss")

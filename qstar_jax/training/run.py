@@ -1,6 +1,7 @@
 """A whole training run, from its configuration to its summary: what `qstar sft` and `qstar dpo` do."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,10 +19,11 @@ from qstar_jax.config import DpoConfig, SftConfig
 from qstar_jax.console import say
 from qstar_jax.data.batches import Batch
 from qstar_jax.sharding import make_mesh, use_mesh
-from qstar_jax.store.checkpoints import CheckpointStore, Description
+from qstar_jax.store.checkpoints import BEST, CheckpointStore, Description, read_best
 from qstar_jax.store.files import write_json
 from qstar_jax.store.identity import identity_file
 from qstar_jax.store.user_cache import keep_programs
+from qstar_jax.training.best import BestEvaluation
 from qstar_jax.training.continuation import check_folder
 from qstar_jax.training.diagnostics.decline import FILE, Probe, make_probe
 from qstar_jax.training.diagnostics.estimate import Estimate, device_memory, estimate
@@ -54,6 +56,7 @@ class Run:
         loss_fn: The objective's loss of the model.
         optimizer: The optax transformation.
         description: What is stored beside the parameters.
+        best: Which evaluation was the best, if its checkpoint is kept.
         mesh: The devices.
         console: Where to show progress.
     """
@@ -65,6 +68,7 @@ class Run:
     loss_fn: LossFn
     optimizer: optax.GradientTransformation
     description: Description
+    best: BestEvaluation | None
     mesh: Mesh
     console: Console
 
@@ -102,7 +106,7 @@ def train(
     with use_mesh(mesh, plan.config.compute.dtype), store:
         # Start: open the model or a checkpoint, and the data.
         run = _prepare(plan, store, mesh, console, change)
-        if run.start.step >= run.steps:
+        if run.start.step >= run.steps or (run.best and run.best.is_exhausted):
             return _read_summary(run)
         run = replace(run, inputs=with_cached_reference(run.plan, run.start, run.inputs, console))
         # State: put parameters and optimizer on the mesh.
@@ -131,7 +135,8 @@ def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console
     start = find_start(plan, store, mesh)
     inputs = load_inputs(plan, start, mesh, console, change)
     plan = plan.with_date(inputs.date)
-    steps = plan.config.train.steps or inputs.train.batches  # by default once through the examples
+    options = plan.config.train
+    steps = options.steps or math.ceil((options.epochs or 1) * inputs.train.batches)
     return Run(
         plan=plan,
         start=start,
@@ -140,9 +145,18 @@ def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console
         loss_fn=plan.objective.loss_fn(start.model),
         optimizer=make_optimizer(plan.config.optimizer, steps),
         description=describe(plan, start, inputs.identity),
+        best=_best(plan, start.step),
         mesh=mesh,
         console=console,
     )
+
+
+def _best(plan: RunPlan, start: int) -> BestEvaluation | None:
+    options = plan.config.train
+    if options.keep_best is None:
+        return None
+    writes = jax.process_index() == 0
+    return BestEvaluation(plan.out, options.keep_best, patience=options.patience, start=start, writes=writes)
 
 
 def _read_summary(run: Run) -> dict[str, float | str]:
@@ -158,7 +172,7 @@ def _begin_folder(run: Run):
     if jax.process_index() != 0:
         return
     if run.start.step == 0:
-        for name in ("metrics.jsonl", FILE, identity_file(Path(FILE)).name, "summary.json", "curves.png"):
+        for name in ("metrics.jsonl", BEST, FILE, identity_file(Path(FILE)).name, "summary.json", "curves.png"):
             (run.plan.out / name).unlink(missing_ok=True)
     text = yaml.safe_dump(asdict(run.plan.config), sort_keys=False)
     (run.plan.out / "config.yaml").write_text(text, encoding="utf-8")
@@ -200,6 +214,7 @@ def _make_loop(
         check_first=None if expected is None else partial(check_first_loss, expected=expected),
         save=lambda state, step: store.save(step, saved_arrays(plan, state), run.description),
         find_cause=partial(find_cause, model, loss_fn, accumulate=options.accumulate),
+        best=run.best,
         log=log,
     )
     return loop, batch
@@ -221,11 +236,17 @@ def _estimate(run: Run, state: TrainState, batch: Batch, throughput: Throughput)
 
 def _finish(run: Run, summary: dict[str, float], probe: Probe | None, seconds: float) -> dict[str, float | str]:
     """Completes the summary, and writes it."""
-    summary |= {"steps": run.steps, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+    summary = {"steps": run.steps} | summary | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
     if probe and (verdict := probe.verdict(summary)):
         summary["verdict"] = verdict
         say(run.console, f"verdict: {verdict}")
     if jax.process_index() == 0:
         write_json(run.plan.out / "summary.json", summary)
-        say(run.console, f"done: {run.steps} steps; run folder {run.plan.out}")
+        if best := read_best(run.plan.out):
+            evaluation = f"{best['metric']} {best['value']:.4g} at step {best['step']}"
+            say(run.console, f"best: {evaluation}, whose checkpoint other verbs read")
+        steps = f"{summary['steps']} steps"
+        if summary["steps"] < run.steps:
+            steps += f" of {run.steps}, as {run.plan.config.train.keep_best} did not improve"
+        say(run.console, f"done: {steps}; run folder {run.plan.out}")
     return summary

@@ -45,3 +45,19 @@ def test_files_of_an_export_that_was_interrupted_are_not_mixed_in(left, hf_folde
 def test_options_that_would_do_nothing_are_refused(words, message, hf_folder, tmp_path, capsys):
     assert main(["export", "--model", str(hf_folder), "--out", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["sft", "dpo"])
+def test_training_may_end_with_an_export(verb, tmp_path, hf_folder, train_file, on_devices, capsys):
+    words = [verb, "--model", str(hf_folder), "--out", str(tmp_path / "run"), "--data.train", str(train_file)]
+    words += ["--train.steps", "1", "--train.batch_size", "8", "--train.reference_samples", "0"]
+    words += ["--export", str(tmp_path / "exported")]
+    with on_devices(1):
+        assert main(words) == 0
+    assert main(["export", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "later")]) == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "exported" / name).read_bytes() == (tmp_path / "later" / name).read_bytes()
+    # A folder that is not free is refused before anything is trained.
+    words[words.index(str(tmp_path / "run"))] = str(tmp_path / "other")
+    assert main(words) == 2
+    assert "already holds a model" in capsys.readouterr().err and not (tmp_path / "other").exists()
