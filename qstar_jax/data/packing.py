@@ -18,7 +18,7 @@ from qstar_jax.data.ragged import Lengths, Ragged
 from qstar_jax.data.tokenization import Example
 
 Layout = Literal["packed", "shared", "plain"]
-FEW = 256  # up to this many scored tokens per shard, padding costs less than compiling another program
+FEW = 128  # up to this many scored tokens per shard, padding costs less than compiling another program
 
 
 @dataclass(frozen=True)

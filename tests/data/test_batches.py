@@ -215,9 +215,9 @@ def test_order_is_pinned():
 
 def test_few_actions_come_in_one_width_that_holds_no_more_than_they_need():
     examples = [example(range(60), range(9, 29 + 3 * i), range(9, 39)) for i in range(12)]  # 50 to 83 actions
-    shapes = Shapes.of(examples, "shared", batch_size=2)
-    widths = {make_batch(examples[i : i + 2], shapes).slots.shape for i in range(0, 12, 2)}
-    assert widths == {(1, shapes.scored)} and shapes.scored == 168  # twice 83
+    shapes = Shapes.of(examples, "shared", batch_size=1)
+    widths = {make_batch([one], shapes).slots.shape for one in examples}
+    assert widths == {(1, shapes.scored)} and shapes.scored == 88
 
 
 def test_many_actions_come_in_steps_of_a_quarter_of_a_batch():
