@@ -1,6 +1,7 @@
 """The loss that is told by turn, `dmpo`: by hand from whole logits, and on every path that batches take."""
 
 import io
+import json
 import math
 
 import jax
@@ -10,7 +11,8 @@ import optax
 import pytest
 from rich.console import Console
 
-from qstar_jax.config import DataOptions, LossOptions, MeshOptions
+from qstar_jax.cli.main import main
+from qstar_jax.config import DataOptions, LossOptions, MeshOptions, ReferenceOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
@@ -112,13 +114,57 @@ def test_what_the_objective_says_of_its_loss():
     assert objective.description == "dmpo(beta=0.5, discount=0.6)"
 
 
-def test_a_run_on_single_turns_is_dpo_and_says_so(make_config, tiny_train, tmp_path):
-    def run(name):
-        console = Console(record=True, width=400, file=io.StringIO())
-        summary = tiny_train(make_config(tmp_path / name, loss=LossOptions(name=name)), console)
-        return summary["loss"], console.export_text()
+def test_a_run_on_single_turns_says_that_it_is_dpo(make_config, tiny_train, tmp_path):
+    console = Console(record=True, width=400, file=io.StringIO())
+    config = make_config(tmp_path / "run", loss=LossOptions(name="dmpo"), train={"steps": 1, "save_every": 1})
+    tiny_train(config, console)
+    assert "is a single turn, on which dmpo is DPO (sigmoid)" in console.export_text()
 
-    (loss, text), (plain, plain_text) = run("dmpo"), run("sigmoid")
-    assert loss == pytest.approx(plain, rel=1e-6)
-    note = "is a single turn, on which dmpo is DPO"
-    assert note in text and note not in plain_text
+
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory):
+    """A file of pairs of dialogues that part after the first message, and a template whose headers are words."""
+    folder, rng = tmp_path_factory.mktemp("dialogues"), np.random.default_rng(0)
+
+    def message(role):
+        return {"role": role, "content": " ".join(f"w{n}" for n in rng.integers(0, 50, rng.integers(1, 4)))}
+
+    rows = []
+    for _ in range(16):
+        prompt = [message("user")]
+        chosen, rejected = (
+            [message(role) for _ in range(turns) for role in ("assistant", "user")][:-1] for turns in (2, 3)
+        )
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "template.jinja").write_text(
+        "{% for m in messages %}{{ {'user': 'w51', 'assistant': 'w52'}[m.role] }} {{ m.content }} [EOS] {% endfor %}"
+        "{% if add_generation_prompt %}w52 {% endif %}"
+    )
+    return {"train": str(folder / "pairs.jsonl"), "chat_template": str(folder / "template.jinja")}, rows
+
+
+def test_dialogues_train_from_a_file_and_their_turns_are_scored(
+    dialogues, make_config, tiny_train, tmp_path, one_device_only
+):
+    data, rows = dialogues
+
+    def run(out, **options):
+        reference = ReferenceOptions("cached", cache=str(tmp_path / "cache"))
+        loss = LossOptions(name="dmpo", beta=1.0, **options)
+        config = make_config(tmp_path / out, data=data, loss=loss, reference=reference, train={"batch_size": 8})
+        console = Console(record=True, width=400, file=io.StringIO())
+        return tiny_train(config, console)["loss"], console.export_text()
+
+    loss, text = run("run")
+    assert loss < math.log(2) and "a single turn" not in text
+    assert abs(run("other", discount=0.1)[0] - loss) > 1e-4
+    # Every turn of the policy has its reward; that of the whole is their sum.
+    words = ["--model", tmp_path / "run", "--data.eval", data["train"], "--out", tmp_path / "scores"]
+    assert main(["score", *map(str, words)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
+    for line in lines:
+        messages = [m for m in rows[line["row"]][line["role"]] if m["role"] == "assistant"]
+        assert [turn["actions"] for turn in line["turns"]] == [len(m["content"].split()) + 1 for m in messages]
+        assert line["turns"][-1]["value"] == pytest.approx(line["total_reward"], abs=1e-5)
+    assert 'class="turns"' in (tmp_path / "scores" / "heatmap.html").read_text()
