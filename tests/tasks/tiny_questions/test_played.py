@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qstar_jax.tasks.tiny_questions.beliefs import Beliefs, solve
-from qstar_jax.tasks.tiny_questions.game import NOISE, THINGS, Game, ask, guess, reply
+from qstar_jax.tasks.tiny_questions.game import NOISE, QUESTION, THINGS, Game, ask, guess, reply
 from qstar_jax.tasks.tiny_questions.played import Played, split_return
 from qstar_jax.tasks.tiny_questions.rows import split_rows
 
@@ -51,3 +51,22 @@ def test_luck_is_zero_on_average_and_larger_with_noisy_answerers(split):
     share = luck.var() / returns.var()
     assert 0.3 < share < 0.8 if split == "train" else share > 0.8
     assert {game.thing for game in games} == set(range(len(THINGS)))
+
+
+def test_replies_bring_little_luck_and_guesses_most_of_it():
+    """What a reply is worth beyond what was expected, V(s') - E V(s'), by hand; the README quotes its share."""
+    values = solve(Game(0), 0.075)
+    games = [Played.from_row(row, "chosen") for row in split_rows("test", 0, 1000)]
+    _, luck = split_return(games, values)
+
+    def of_replies(game):
+        states = list(enumerate(zip(game.beliefs, game.actions, strict=True)))
+        expected = [values.q[n, s, a] - QUESTION for n, (s, a) in states[:-1]]
+        return sum(values.v[n + 1, game.beliefs[n + 1]] - e for n, e in enumerate(expected))
+
+    replies = np.array(list(map(of_replies, games)))
+    # The rest of it is the last turn's: whether a guess is right.
+    last = [game.true_return - QUESTION * (len(game.turns) - 1) for game in games]
+    expected = [values.q[len(g.turns) - 1, g.beliefs[-1], g.actions[-1]] for g in games]
+    np.testing.assert_allclose(luck - replies, np.subtract(last, expected), atol=1e-9)
+    assert np.mean(replies**2) < 0.1 * np.mean(luck**2)
