@@ -103,7 +103,7 @@ class DemoConfig:
     Args:
         out: Folder for report.html, summary.json, and the runs; null: runs/demo, for `dialogue` runs/dialogue.
         insight: `paper` shows the paper's three insights on summaries, in two to three minutes; `dialogue` what DPO on
-            whole dialogues teaches in a game of questions, in about four.
+            whole dialogues teaches in a game of questions, in about five.
         from_scratch: Pretrain the base model of `paper` first instead of reading the one in the package; `dialogue`
             always begins from scratch.
         seed: Seed of the task's rows (in `dialogue` also of its things) and of their order.

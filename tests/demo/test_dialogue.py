@@ -41,6 +41,13 @@ def test_everything_is_measured_and_shown(short):
     assert "tokens of users, tools and templates, which are not learned" in " ".join(printed.split())
 
 
+def test_the_record_can_be_shown_again(short, tmp_path):
+    out, _ = short
+    assert main(["report", "--dialogue", str(out / "dialogue"), "--out", str(tmp_path), "--title", "Once more"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Once more" in page and "Asking questions" in page and (tmp_path / "dialogue.png").exists()
+
+
 def test_runs_differ_in_what_is_an_action(short, one_device):
     out, _ = short
     lines = {name: (out / folder / "metrics.jsonl").read_text() for name, (folder, *_) in dialogue._RUNS.items()}
