@@ -217,7 +217,10 @@ def test_turns_at_the_first_token_and_on_white_space():
     """transformers#47325: a span at token 0, or on white space, was masked up to the end of the sequence."""
     offsets = [(0, 2), (2, 3), (3, 5), (5, 6)]  # "ab", a space that a pre-tokenizer strips, "cd", "e"
     assert turn_of_tokens([1, 2, 3, 4], offsets, [(0, 2), (5, 6)], "ab cde", frozenset()) == [0, -1, -1, 1]
-    assert turn_of_tokens([1, 3, 4], [(0, 2), (3, 5), (5, 6)], [(2, 3), (5, 6)], "ab cde", frozenset()) == [-1, -1, 1]
+    without_space = [(0, 2), (3, 5), (5, 6)]
+    for first, expected in (((2, 3), [-1, -1, 1]), ((0, 2), [0, -1, 1])):
+        spans = [first, (5, 6)]
+        assert turn_of_tokens([1, 3, 4], without_space, spans, "ab cde", frozenset()) == expected
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared", "plain"])
