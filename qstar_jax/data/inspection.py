@@ -15,6 +15,7 @@ from qstar_jax.data.dropped import BadRow
 from qstar_jax.data.formats import File, formats_of
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.outcomes import find_reward
+from qstar_jax.data.ragged import Lengths
 from qstar_jax.data.records import Kind, Record
 from qstar_jax.errors import InputError
 
@@ -98,13 +99,15 @@ def lengths_in_characters(records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 
 def lengths_in_tokens(dataset: Dataset, records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """Tokens of the prompts and of the responses, by the place of the response."""
-    names = [response_name(place, records[0]) for place in range(1, len(dataset.examples[0].responses) + 1)]
-    lengths = {"prompt": np.array([len(example.prompt) for example in dataset.examples])}
-    for place, name in enumerate(names):
-        tokens = np.array([len(example.responses[place].ids) for example in dataset.examples])
-        lengths[name] = tokens[tokens > 0]  # shorter rankings are filled up
-    return lengths
+    """Tokens of the prompts and of the responses, by the place of the response, and actions where these are fewer."""
+    lengths = Lengths.of(dataset.examples)
+    columns = {"prompt": lengths.prompts}
+    for place, (tokens, actions) in enumerate(zip(lengths.responses.T, lengths.actions.T, strict=True), start=1):
+        name, present = response_name(place, records[0]), tokens > 0  # shorter rankings are filled up
+        columns[name] = tokens[present]
+        if (actions < tokens).any():
+            columns[f"actions of {name}"] = actions[present]
+    return columns
 
 
 def response_name(place: int, record: Record) -> str:
@@ -155,7 +158,7 @@ def advice(
     if has_template and all(isinstance(record.prompt, str) for record in records):
         lines.append("Prompts are plain text, and the tokenizer has a chat template: --data.as_chat applies it.")
     if kind == "preferences":
-        longer = np.mean([_characters(r.responses[0]) > _characters(r.responses[1]) for r in records])
+        longer = np.mean([_spoken(r.responses[0]) > _spoken(r.responses[1]) for r in records])
         lines.append(f"Chosen responses are the longer ones in {longer:.0%} of the pairs.")
     return lines
 
@@ -171,9 +174,9 @@ def _advice_on_labels(rows: list[dict | BadRow], records: Sequence[Record], opti
 
 
 def _advice_on_lengths(dataset: Dataset, whole: Dataset, options: DataOptions) -> list[str]:
-    prompts = np.array([len(example.prompt) for example in whole.examples])
-    texts = np.array([len(e.prompt) + max([len(r.ids) for r in e.responses], default=0) for e in whole.examples])
-    lines = []
+    untruncated, lines = Lengths.of(whole.examples), []
+    prompts = untruncated.prompts
+    texts = prompts + untruncated.responses.max(1, initial=0)
     for name, lengths in (("max_prompt_length", prompts), ("max_length", texts)):
         limit = getattr(options, name)
         if (share := (lengths > limit).mean()) > _FEW:
@@ -184,6 +187,11 @@ def _advice_on_lengths(dataset: Dataset, whole: Dataset, options: DataOptions) -
     if lines or dataset.longest() >= options.max_length:
         return lines
     return [f"The longest text has {texts.max()} tokens: --data.max_length {texts.max()} is enough."]
+
+
+def _spoken(turns: Turns) -> int:
+    """Characters of what the assistant says in a response."""
+    return _characters(turns if isinstance(turns, str) else [turn for turn in turns if turn["role"] == "assistant"])
 
 
 def _characters(turns: Turns) -> int:

@@ -1,10 +1,12 @@
 """What `qstar data FILE` says of a file."""
 
+import copy
 import json
 
 import pytest
 
 from qstar_jax.cli.main import main
+from qstar_jax.store import hub
 
 
 def say(tmp_path, capsys, rows, *words, code=0):
@@ -98,6 +100,25 @@ def test_labels_and_rewards_are_shown(tmp_path, capsys):
     assert "row 1, reward 0.5" in say(tmp_path, capsys, [row | {"reward": 0.5}] * 2)
     _, refusal = say(tmp_path, capsys, [row | {"reward": float("nan")}] * 2, code=2)
     assert "column 'reward' holds no number (found nan)" in refusal
+
+
+def test_a_dialogue_has_actions_and_an_environment(tmp_path, capsys, tiny_model, tiny_params, tiny_tokenizer):
+    def said(role, text):
+        return {"role": role, "content": text}
+
+    user, short, long = said("user", "w1 w2 w3 w4 w5"), said("assistant", "w1"), said("assistant", "w1 w2 w3")
+    row = {"prompt": [user], "chosen": [short, user, short], "rejected": [long]}
+    text = say(tmp_path, capsys, [row] * 2)
+    # The user's words make nobody's response longer.
+    assert "Chosen responses are the longer ones in 0% of the pairs." in text
+    assert "[chosen, user] w1 w2" in text and "[rejected, assistant] w1 w2 w3" in text
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    hub.write_folder(tmp_path / "model", tiny_model, tiny_params, tokenizer, "float32")
+    text = say(tmp_path, capsys, [row] * 2, "--model", str(tmp_path / "model"), "--show", "0")
+    means = {" ".join(words[:-5]): words[-5] for line in text.splitlines() if len(words := line.split()) > 5}
+    assert (means["chosen"], means["actions of chosen"], means["rejected"]) == ("10.0", "4.0", "4.0")
+    assert "actions of rejected" not in means
 
 
 def test_chats_beside_plain_text_are_counted(tmp_path, capsys, hf_folder):
