@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "plan": (config.PlanConfig, "compile a run's step for hardware that is not there, and say what it needs"),
     "score": (config.ScoreConfig, "score every token of every response by its reward"),
     "generate": (config.GenerateConfig, "generate responses: greedy, sampled, searched for, or chosen by reward"),
+    "chat": (config.ChatConfig, "talk to a model in the terminal, and see the rewards of its tokens"),
     "play": (config.PlayConfig, "play games of the package textarena, and keep the dialogues with their returns"),
     "sweep": (config.SweepConfig, "measure wider beams: win rate, length and reward"),
     "decline": (config.DeclineConfig, "show how implicit rewards moved in real runs"),
@@ -34,6 +35,8 @@ VERBS: dict[str, tuple[type, str]] = {
     "export": (config.ExportConfig, "write a run's model, or its adapter, as a Hugging Face folder"),
     "env": (config.EnvConfig, "print versions and devices, for a bug report"),
 }
+
+POSITIONAL = {"data": "FILE ", "chat": "MODEL "}  # verbs whose first option is given without its name
 
 _load_yaml = get_loader("yaml")
 
@@ -62,11 +65,11 @@ def _verb_parser(verb: str) -> Parser:
     options = VERBS[verb][0]
     parser = Parser(
         allow_abbrev=False,
-        usage=f"qstar {verb} {'FILE ' * (verb == 'data')}[--config FILE.yaml] [--OPTION VALUE ...]",
+        usage=f"qstar {verb} {POSITIONAL.get(verb, '')}[--config FILE.yaml] [--OPTION VALUE ...]",
         description=options.__doc__.split("\n\n")[0],
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_class_arguments(options, as_positional=verb == "data")
+    parser.add_class_arguments(options, as_positional=verb in POSITIONAL)
     for action in parser._actions:
         if _is_flag(options, action.dest):
             action.nargs, action.const = "?", True  # --resume alone means --resume true

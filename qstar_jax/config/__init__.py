@@ -22,6 +22,7 @@ from qstar_jax.config.train import DpoConfig as DpoConfig
 from qstar_jax.config.train import LoraOptions as LoraOptions
 from qstar_jax.config.train import SftConfig as SftConfig
 from qstar_jax.config.train import TrainOptions as TrainOptions
+from qstar_jax.config.verbs import ChatConfig as ChatConfig
 from qstar_jax.config.verbs import DataConfig as DataConfig
 from qstar_jax.config.verbs import EnvConfig as EnvConfig
 from qstar_jax.config.verbs import ExportConfig as ExportConfig

@@ -32,6 +32,32 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """A conversation with a model in the terminal.
+
+    Args:
+        model: Folder of a run (or of one of its checkpoints), a Hugging Face folder, or a hub name; its tokenizer needs
+            a chat template.
+        system: System message.
+        rewards: Colour each token of the replies by its reward, which takes a DPO run, or `reference` and `beta`.
+        reference: Folder or hub name of the reference; a DPO run brings its own.
+        beta: Temperature of the rewards: reward per nat; a DPO run brings its own.
+        decode: How to reply.
+        compute: Options of the computation.
+        mesh: How to shard the model over devices.
+    """
+
+    model: str = path()
+    system: str | None = None
+    rewards: bool = False
+    reference: str | None = path(None)
+    beta: float | None = None
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
 class ScoreConfig:
     """The reward that a preference-trained model gives to each token of each response.
 
