@@ -10,8 +10,8 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.errors import InputError
 
-# Columns of rewritten rows.
-LABEL, REWARD, OPEN_END = "(label)", "(reward)", "(open end)"
+# Columns of rewritten rows; the turns that a single response shares with the other one of its pair are its prompt.
+LABEL, REWARD, OPEN_END, OTHER = "(label)", "(reward)", "(open end)", "(other)"
 _SCORE = re.compile(r"reward|return|score|rating|\brank\b", re.IGNORECASE)
 _LABELS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "-1": False, "no": False}
 _SAMPLE = 100  # rows

@@ -17,7 +17,7 @@ from qstar_jax.data.dialogues import (
     unify_form,
 )
 from qstar_jax.data.dropped import BadRow, DroppedRow
-from qstar_jax.data.outcomes import LABEL, OPEN_END, REWARD, parse_rewards
+from qstar_jax.data.outcomes import LABEL, OPEN_END, OTHER, REWARD, parse_rewards
 from qstar_jax.data.rankings import IGNORED_SYSTEM
 
 Kind = Literal["preferences", "completions", "prompts", "rankings", "labels", "returns"]
@@ -114,21 +114,8 @@ def read_record(row: dict | DroppedRow, index: int, layout: FileLayout, options:
     """
     if isinstance(row, DroppedRow):
         raise row
-    # Separate the prompt from the responses: by columns, or by the turns of whole dialogues.
-    columns = [named for named in layout.responses.values() if layout.kind != "rankings" or named[1] in row]
-    responses = [_turns(row, option, column, layout) for option, column in columns]
-    if layout.prompt is None:
-        for response, (_, column) in zip(responses, columns, strict=True):
-            _check_dialogue(response, column, row, layout, options)
-        prompt, responses = split_dialogues(responses, last=layout.kind == "prompts" or options.turns != "all")
-    else:
-        prompt = _turns(row, "prompt", layout.prompt, layout)
-        prompt, responses = remove_prompt(prompt, responses)
-        _check_prompt(prompt, layout.prompt, options)
-    # Bring both into the same form, then add what only chats can have.
-    prompt, responses = unify_form(prompt, responses, options.as_chat)
-    if isinstance(prompt, list) and len(responses) > 1:
-        prompt, responses = share_turns(prompt, responses)
+    prompt, responses = _separate(row, layout, options)
+    # Add what only chats can have.
     system = layout.system and parse_system(_value(row, "system", layout.system, layout), layout.system)
     tools = layout.tools and parse_tools(_value(row, "tools", layout.tools, layout), layout.tools)
     if tools and isinstance(prompt, str):
@@ -149,6 +136,26 @@ def read_record(row: dict | DroppedRow, index: int, layout: FileLayout, options:
         reference_rewards=tuple(rewards or ()),
         ignored_system=row.get(IGNORED_SYSTEM, ""),
     )
+
+
+def _separate(row: dict, layout: FileLayout, options: DataOptions) -> tuple[Turns, list[Turns]]:
+    """Separates the prompt from the responses, by columns or by turns, and brings both into the same form."""
+    columns = [named for named in layout.responses.values() if layout.kind != "rankings" or named[1] in row]
+    responses = [_turns(row, option, column, layout) for option, column in columns]
+    if row.get(OTHER) is not None:
+        responses.append(parse_turns(row[OTHER], OTHER, encoded=bool(layout.encoded)))
+    if layout.prompt is None:
+        for response, (_, column) in zip(responses, columns, strict=False):
+            _check_dialogue(response, column, row, layout, options)
+        prompt, responses = split_dialogues(responses, last=layout.kind == "prompts" or options.turns != "all")
+    else:
+        prompt = _turns(row, "prompt", layout.prompt, layout)
+        prompt, responses = remove_prompt(prompt, responses)
+        _check_prompt(prompt, layout.prompt, options)
+    prompt, responses = unify_form(prompt, responses, options.as_chat)
+    if isinstance(prompt, list) and len(responses) > 1:
+        prompt, responses = share_turns(prompt, responses)
+    return prompt, responses[: len(columns)]
 
 
 def check_responses(record: Record, layout: FileLayout) -> Record:

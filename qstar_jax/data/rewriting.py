@@ -6,7 +6,7 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.battles import parse_battle
 from qstar_jax.data.dropped import BadRow, DroppedRow
 from qstar_jax.data.formats import File, Rows, prompt_reader, recognize
-from qstar_jax.data.outcomes import LABEL, OPEN_END, REWARD, find_reward, parse_label, parse_reward
+from qstar_jax.data.outcomes import LABEL, OPEN_END, OTHER, REWARD, find_reward, parse_label, parse_reward
 from qstar_jax.data.rankings import (
     IGNORED_SYSTEM,
     SYSTEM_KEYS,
@@ -172,11 +172,12 @@ def _labels_of_pair(pairs: Callable[[File], Rewrite]) -> Callable[[File], Rewrit
         rewrite, options = pairs(file), file.options
 
         def split(row: dict, index: int) -> list[dict]:
-            return [
-                pair | {options.completion: pair.get(getattr(options, name)), LABEL: name == "chosen"}
-                for pair in rewrite(row, index)
-                for name in ("chosen", "rejected")
-            ]
+            labels = []
+            for pair in rewrite(row, index):
+                chosen, rejected = pair.get(options.chosen), pair.get(options.rejected)
+                labels.append(pair | {options.completion: chosen, OTHER: rejected, LABEL: True})
+                labels.append(pair | {options.completion: rejected, OTHER: chosen, LABEL: False})
+            return labels
 
         return split
 

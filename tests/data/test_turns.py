@@ -12,7 +12,7 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.loading import load_examples, make_dataset
 from qstar_jax.data.packing import Shapes
-from qstar_jax.data.preferences import completion_records, preference_records, prompt_records
+from qstar_jax.data.preferences import completion_records, label_records, preference_records, prompt_records
 from qstar_jax.data.preview import preview
 from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import tokenize
@@ -115,6 +115,15 @@ def test_pairs_without_a_common_beginning_are_dropped():
         [{"chosen": TALK, "rejected": [*TALK[:1], assistant("y")]}, pair], DataOptions(), "f"
     )
     assert dropped.reason == "prompts of the two dialogues differ"
+
+
+def test_labels_of_pairs_are_those_of_turns_that_differ():
+    other = [*TALK[:3], assistant("x")]
+    rows = [{"chosen": TALK, "rejected": other}, {"chosen": TALK, "rejected": None}]
+    records, [dropped] = label_records(rows, DataOptions(), "f")
+    assert [record.prompt for record in records] == [TALK[:3], TALK[:3], TALK[:1]]
+    assert [record.responses for record in records] == [(TALK[3:],), (other[3:],), (TALK[1:],)]
+    assert [record.label for record in records] == [True, False, True] and "is null" in dropped.reason
 
 
 def test_single_dialogues_begin_with_the_first_turn():
