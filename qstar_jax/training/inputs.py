@@ -14,6 +14,7 @@ from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset, load_examples
 from qstar_jax.data.mismatches import with_mismatches
 from qstar_jax.data.preview import preview
+from qstar_jax.data.ragged import Lengths
 from qstar_jax.data.table import ExampleTable
 from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.eos import eos_token_ids
@@ -75,7 +76,7 @@ def load_inputs(
     examples = load(data.train, data.train_split, limit=data.max_train_rows)
     say(console, examples.report(start.model))
     console.print(preview(examples.examples[0], start.tokenizer))
-    if plan.objective.by_turns and not any((r.turns > 0).any() for e in examples.examples for r in e.responses):
+    if plan.objective.by_turns and Lengths.of(examples.examples).turns.max() < 2:
         say(console, f"note: every response of {data.train} is a single turn, on which dmpo is DPO (sigmoid)")
     train = Feeder(examples, options.batch_size, mesh, data, "train.batch_size", accumulate=options.accumulate)
     held_out = None

@@ -19,6 +19,7 @@ from qstar_jax.console import say
 from qstar_jax.data.batches import step_indices
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset, Kind
+from qstar_jax.data.ragged import Lengths
 from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
@@ -138,6 +139,8 @@ def make_probe(
             write_identity(path, identity)
         where = "" if plan.config.data.eval else " (training rows, as data.eval is not set)"
         tokens = f"{samples.mean_length:.1f} tokens on average"
+        if Lengths.of(feeder.dataset.examples).turns.max() > 1:
+            tokens += ", first turns only, as nobody answers them,"
         say(console, f"reference: {count} samples of {tokens} to prompts of {feeder.dataset.source}{where}")
     return Probe(samples, plan.objective.beta, logps, plan.objective.kind)
 
@@ -159,7 +162,7 @@ def _draw_examples(seed: int, start: Start, params: Params, feeder: Feeder, mesh
         mesh,
         seed=seed,
         rows=_rows(count, feeder, mesh),
-        max_new_tokens=min(LONGEST, max(r.num_actions for example in examples for r in example.responses)),
+        max_new_tokens=min(LONGEST, int(Lengths.of(examples).actions.max())),
         eos_ids=eos_token_ids(start),
     )
     return [replace(example, responses=(response,)) for example, response in zip(chosen, responses, strict=True)]

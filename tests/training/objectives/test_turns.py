@@ -145,23 +145,26 @@ def dialogues(tmp_path_factory):
 
 
 def test_dialogues_train_from_a_file_and_their_turns_are_scored(
-    dialogues, make_config, tiny_train, tmp_path, one_device_only
+    dialogues, make_config, tiny_train, tmp_path, one_device_only, capsys
 ):
     data, rows = dialogues
 
     def run(out, **options):
         reference = ReferenceOptions("cached", cache=str(tmp_path / "cache"))
         loss = LossOptions(name="dmpo", beta=1.0, **options)
-        config = make_config(tmp_path / out, data=data, loss=loss, reference=reference, train={"batch_size": 8})
+        config = make_config(
+            tmp_path / out, data=data, loss=loss, reference=reference, train={"batch_size": 8, "reference_samples": 4}
+        )
         console = Console(record=True, width=400, file=io.StringIO())
         return tiny_train(config, console)["loss"], console.export_text()
 
     loss, text = run("run")
-    assert loss < math.log(2) and "a single turn" not in text
+    assert loss < math.log(2) and "a single turn" not in text and "first turns only" in text
     assert abs(run("other", discount=0.1)[0] - loss) > 1e-4
     # Every turn of the policy has its reward; that of the whole is their sum.
     words = ["--model", tmp_path / "run", "--data.eval", data["train"], "--out", tmp_path / "scores"]
     assert main(["score", *map(str, words)]) == 0
+    assert "mean reward of each turn" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
     for line in lines:
         messages = [m for m in rows[line["row"]][line["role"]] if m["role"] == "assistant"]
