@@ -1,5 +1,6 @@
 """What the terminal shows: messages, progress, and model text made safe to look at."""
 
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -59,7 +60,7 @@ class Bar:
         yield from self._progress.track(items, task_id=task)
 
 
-def track(console: Console | None, items: Iterable[T], description: str, total: int) -> Iterator[T]:
+def track(console: Console | None, items: Iterable[T], description: str, total: int, after: float = 0.0) -> Iterator[T]:
     """Shows a progress bar while items are consumed.
 
     Args:
@@ -67,6 +68,7 @@ def track(console: Console | None, items: Iterable[T], description: str, total: 
         items: What to iterate over.
         description: Label of the bar.
         total: How many items there are.
+        after: Show nothing for so many seconds, and nothing at all if the items end sooner.
 
     Yields:
         The items.
@@ -74,9 +76,18 @@ def track(console: Console | None, items: Iterable[T], description: str, total: 
     if console is None:
         yield from items
         return
-    with Bar(console, description, total) as bar:
-        for done, item in enumerate(items, start=1):
+    done, start, items = 0, time.monotonic(), iter(items)
+    while time.monotonic() - start < after:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        yield item
+        done += 1
+    with Bar(console, description, total, done) as bar:
+        for item in items:
             yield item
+            done += 1
             bar.update(done)
 
 

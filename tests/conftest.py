@@ -288,6 +288,12 @@ def eval_file(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs") / "eval.jsonl", rows=11, seed=1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_datasets_cache(tmp_path_factory):
+    """Keeps tokens of tests away from the user's."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
     """Frees compiled programs before the process reaches Linux's limit of 65,530 memory maps.

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from qstar_jax.config import DataConfig
 from qstar_jax.console import one_line, say, shorten_middle, visible
+from qstar_jax.data.building import notes_on
 from qstar_jax.data.dropped import Dropped, rows_by_reason
 from qstar_jax.data.inspection import (
     Column,
@@ -22,7 +23,7 @@ from qstar_jax.data.inspection import (
     lengths_in_tokens,
     response_name,
 )
-from qstar_jax.data.loading import make_dataset, notes_on, read_records
+from qstar_jax.data.loading import make_dataset, read_records
 from qstar_jax.data.preview import preview
 from qstar_jax.data.reading import read_rows
 from qstar_jax.data.records import Record

@@ -60,6 +60,8 @@ class DataOptions:
             responses, and packs several prompts into a sequence; `shared` gives each prompt a sequence; `plain` repeats
             the prompt for every response.
         row_length: Slots of a packed sequence; 0: the length of the longest example.
+        cache: Keep tokens on disk for the next start, in the folder of the library datasets (the environment variable
+            HF_DATASETS_CACHE), under a fingerprint of all that they depend on.
         max_train_rows: Read only the first N rows of `train`.
         max_eval_rows: Read only the first N rows of `eval`.
     """
@@ -91,5 +93,6 @@ class DataOptions:
     max_prompt_length: int = 512
     layout: Literal["packed", "shared", "plain"] = "packed"
     row_length: int = 0
+    cache: bool = True
     max_train_rows: int | None = None
     max_eval_rows: int | None = None

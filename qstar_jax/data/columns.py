@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from qstar_jax.data.dropped import BadRow
@@ -38,7 +39,7 @@ def parse_turns(value: Any, column: str, encoded: bool = False) -> Turns:
     Args:
         value: Value of the column.
         column: Its name, for errors.
-        encoded: Whether to decode texts that look like chat messages in JSON, see `holds_encoded_messages`.
+        encoded: Whether to decode texts that look like chat messages in JSON, see `columns_of_encoded_messages`.
 
     Returns:
         A string, or a list of dictionaries with at least the strings `role` and `content`.
@@ -186,14 +187,19 @@ def parse_system(value: Any, column: str) -> str | None:
     return value if value and value.strip() else None
 
 
-def holds_encoded_messages(values: Iterable[Any]) -> bool:
-    """Whether the texts of a column are chat messages encoded as JSON, as written by CSV and SQL tools.
+def columns_of_encoded_messages(rows: Iterable[dict], columns: Collection[str]) -> frozenset[str]:
+    """Finds the columns whose texts are chat messages encoded as JSON, as written by CSV and SQL tools.
 
     Returns:
-        True if most of its texts look like it: a single response about chat messages is no reason to parse the column.
+        Columns most of whose texts look like it: a single response about chat messages is no reason to parse a column.
     """
-    texts = [_looks_encoded(value) for value in values if isinstance(value, str)]
-    return 2 * sum(texts) > len(texts)
+    texts, encoded = Counter(), Counter()
+    for row in rows:
+        for column in columns:
+            if isinstance(value := row.get(column), str):
+                texts[column] += 1
+                encoded[column] += _looks_encoded(value)
+    return frozenset(column for column in columns if 2 * encoded[column] > texts[column])
 
 
 def _looks_encoded(text: str) -> bool:

@@ -1,8 +1,8 @@
 """Rows that cannot be used: which and why, and whether there are too many of them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from qstar_jax.errors import InputError
 
@@ -46,23 +46,53 @@ class Dropped:
     fault: str = field(default="", compare=False)
 
 
-def sift(items: Iterable[tuple[int, Item]], use: Callable[[Item], Used]) -> tuple[list[Used], list[Dropped]]:
-    """Applies a function to items, collecting those that it drops.
+@dataclass(frozen=True)
+class Again(Generic[Item]):
+    """What is read or computed anew each time that it is iterated, because it may be too large to be kept.
+
+    Attributes:
+        start: Begins an iteration.
+    """
+
+    start: Callable[[], Iterator[Item]]
+
+    def __iter__(self) -> Iterator[Item]:
+        """Begins an iteration."""
+        return self.start()
+
+
+def used_or_dropped(items: Iterable[tuple[int, Item]], use: Callable[[Item], Used]) -> "Iterator[Used | Dropped]":
+    """Applies a function to items.
 
     Args:
         items: (index of the row, item) pairs.
         use: Raises DroppedRow or BadRow if an item cannot be used.
 
+    Yields:
+        For each item, in order: the result, or why the row is dropped.
+    """
+    for row, item in items:
+        try:
+            yield use(item)
+        except DroppedRow as error:
+            yield Dropped(row, str(error), error.fault)
+
+
+def separate(items: Iterable[Used | Dropped]) -> tuple[list[Used], list[Dropped]]:
+    """Separates results from dropped rows, both in order."""
+    used, dropped = [], []
+    for item in items:
+        (dropped if isinstance(item, Dropped) else used).append(item)
+    return used, dropped
+
+
+def sift(items: Iterable[tuple[int, Item]], use: Callable[[Item], Used]) -> tuple[list[Used], list[Dropped]]:
+    """Applies a function to items, collecting those that it drops; arguments as for `used_or_dropped`.
+
     Returns:
         The results for the other items, and the dropped rows, both in order.
     """
-    used, dropped = [], []
-    for row, item in items:
-        try:
-            used.append(use(item))
-        except DroppedRow as error:
-            dropped.append(Dropped(row, str(error), error.fault))
-    return used, dropped
+    return separate(used_or_dropped(items, use))
 
 
 def rows_by_reason(dropped: Sequence[Dropped]) -> dict[str, list[int]]:

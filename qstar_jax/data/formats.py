@@ -10,7 +10,7 @@
 Prompts may be instruction (and input, history), as in Alpaca's and LLaMA-Factory's files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from qstar_jax.data.outcomes import find_reward
 from qstar_jax.data.rankings import list_column
 from qstar_jax.errors import InputError
 
-Rows = list[dict | BadRow]
+Rows = Iterable[dict | BadRow]  # may be read anew whenever they are iterated
 
 # What each kind of data can be made of, the usual format first.
 _FORMATS = {

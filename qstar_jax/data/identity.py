@@ -26,12 +26,38 @@ def examples_identity(examples: Sequence[Example]) -> dict[str, Any]:
     """Identifies examples by their number and a digest of their tokens, labels and rewards in order."""
     if (identity := getattr(examples, "identity", None)) is not None:
         return identity
-    digest = hashlib.sha256()
-    digest_examples(digest, examples)
+    digest = ExamplesDigest()
     for example in examples:
+        digest.add(example)
+    return digest.identity
+
+
+class ExamplesDigest:
+    """Computes `examples_identity` of examples that come one after the other."""
+
+    def __init__(self):
+        self._count, self._tokens, self._outcome = 0, hashlib.sha256(), bytearray()
+        self._shapes: set[tuple[int, int]] = set()
+
+    def add(self, example: Example):
+        """Adds the next example."""
+        self._count += 1
+        self._shapes.add((len(example.responses), len(example.outcome.get("reference_rewards", ()))))
+        digest_examples(self._tokens, [example])
         for name, value in example.outcome.items():
-            digest.update(name.encode() + np.asarray(value, "<f4").tobytes())
-    return {"rows": len(examples), "sha256": digest.hexdigest()}
+            self._outcome += name.encode() + np.asarray(value, "<f4").tobytes()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The identity of the examples so far."""
+        digest = self._tokens.copy()
+        digest.update(self._outcome)
+        return {"rows": self._count, "sha256": digest.hexdigest()}
+
+    @property
+    def uniform(self) -> bool:
+        """Whether no example has to be filled up, which would change its digest."""
+        return len(self._shapes) <= 1
 
 
 def digest_examples(digest: "hashlib._Hash", examples: Sequence[Example]):

@@ -1,39 +1,29 @@
 """Loads tokenized examples from a file or a name on the Hub, and reports what happened to every row."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.dropped import BadRow, Dropped, check_bad_rows, check_some_left, first_rows, reasons_with_rows
-from qstar_jax.data.preferences import (
-    completion_records,
-    label_records,
-    preference_records,
-    prompt_records,
-    ranking_records,
-    return_records,
-)
+from qstar_jax.console import track
+from qstar_jax.data.building import Builder, Facts
+from qstar_jax.data.dropped import BadRow, Dropped, check_bad_rows, first_rows, reasons_with_rows
+from qstar_jax.data.example_cache import ExampleCache, fingerprint
+from qstar_jax.data.preferences import lists_of, records_of
 from qstar_jax.data.ragged import Lengths
-from qstar_jax.data.reading import is_on_hub, read_rows
+from qstar_jax.data.reading import check_rows, is_on_hub, open_rows, read_rows
 from qstar_jax.data.records import Kind as Kind
 from qstar_jax.data.records import Record
-from qstar_jax.data.repeats import repeats_note
 from qstar_jax.data.table import ExampleTable
-from qstar_jax.data.tokenization import Example, resolve_date, tokenize
+from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 
-_RECORDS = {
-    "preferences": preference_records,
-    "completions": completion_records,
-    "prompts": prompt_records,
-    "rankings": ranking_records,
-    "labels": label_records,
-    "returns": return_records,
-}
+_KEPT = 2**26  # bytes of a source whose rows are kept in memory while they are tokenized; larger ones are read anew
+_MOMENT = 1.0  # seconds that pass without a progress bar
 
 
 @dataclass(frozen=True)
@@ -126,41 +116,19 @@ def read_records(
     Returns:
         All rows as read, their records, and the dropped rows.
     """
+    _check_name(source, options)
+    rows = read_rows(source, split, limit, options.name)
+    records, dropped = lists_of(records_of(kind, rows, options, source), source)
+    check_bad_rows(dropped, len(rows), options.bad_rows, source)
+    return rows, records, dropped
+
+
+def _check_name(source: str, options: DataOptions):
     if options.name is not None and not any(map(is_on_hub, filter(None, (source, options.train, options.eval)))):
         raise InputError(
             f"data.name {options.name} has no effect: {source} is not on the Hub, whose datasets have configurations; "
             "remove it"
         )
-    rows = read_rows(source, split, limit, options.name)
-    records, dropped = _RECORDS[kind](rows, options, source)
-    check_bad_rows(dropped, len(rows), options.bad_rows, source)
-    return rows, records, dropped
-
-
-def notes_on(records: list[Record]) -> tuple[str, ...]:
-    """Returns sentences on what a user should know of records before they are tokenized."""
-    steps = list(dict.fromkeys(record.row for record in records if record.open_end))
-    step_note = f"Responses are single steps, which end without EOS: {len(steps):,} ({first_rows(steps)})."
-    texts = list(dict.fromkeys(record.row for record in records if isinstance(record.prompt, str)))
-    text_note = (
-        f"Rows in plain text, to which no chat template is applied, beside others that are chats: {len(texts):,} "
-        f"({first_rows(texts)}); --data.as_chat makes chats of all."
-    )
-    mixed = texts and any(isinstance(record.prompt, list) for record in records)
-    notes = (repeats_note(records), step_note if steps else "", text_note if mixed else "", _system_note(records))
-    return tuple(filter(None, notes))
-
-
-def _system_note(records: list[Record]) -> str:
-    """Returns a sentence on system prompts that are not read; empty if there are none."""
-    rows = list(dict.fromkeys(record.row for record in records if record.ignored_system))
-    if not rows:
-        return ""
-    keys = next(record.ignored_system for record in records if record.ignored_system)
-    return (
-        f"Rows whose responses have system prompts of their own ({keys}), which are left out because judges compared "
-        f"responses to the instruction alone: {len(rows):,} ({first_rows(rows)}); read them with --data.system."
-    )
 
 
 def load_examples(
@@ -173,8 +141,9 @@ def load_examples(
     *,
     vocabulary: int | None = None,
     eos_ids: Collection[int] = (),
+    console: Console | None = None,
 ) -> Dataset:
-    """Reads and tokenizes a file or a dataset on the Hub.
+    """Reads and tokenizes a file or a dataset on the Hub, or maps its tokens into memory if this was done before.
 
     Args:
         source: What `read_rows` accepts: a file, a folder, a pattern, or a name on the Hub.
@@ -183,10 +152,11 @@ def load_examples(
             (`rankings`), with one (`completions`; with its label or its reward: `labels`, `returns`), or with none
             (`prompts`).
         tokenizer: A Hugging Face tokenizer.
-        options: Columns, form and maximum lengths.
+        options: Columns, form and maximum lengths, and whether tokens are kept on disk (see `ExampleCache`).
         limit: Use only the first `limit` rows.
         vocabulary: Size of the model's vocabulary; larger token ids are refused.
         eos_ids: EOS ids of the model, besides that of the tokenizer.
+        console: Where to show progress.
 
     Returns:
         At least one example, and the dropped rows.
@@ -195,8 +165,27 @@ def load_examples(
         InputError: The source cannot be read, too many rows are bad (`options.bad_rows`) or none can be used, the model
             lacks a token, or an option has no effect.
     """
-    _, records, dropped = read_records(source, split, kind, options, limit)
-    return make_dataset(records, dropped, source, tokenizer, options, vocabulary=vocabulary, eos_ids=eos_ids)
+    _check_name(source, options)
+    rows = open_rows(source, split, limit, options.name)
+
+    def builder() -> Builder:
+        check_rows(rows, source)
+        records = records_of(kind, list(rows) if rows.size < _KEPT else rows, options, source)
+        return Builder(records, source, tokenizer, options, vocabulary, eos_ids)
+
+    def show(items: Iterable, total: int) -> Iterable:
+        return track(console, items, f"tokenizing {source}", total, after=_MOMENT)
+
+    if not options.cache:
+        made = builder()
+        return _dataset(ExampleTable(list(made.batches(show))), made.facts, source)
+    cache = ExampleCache(fingerprint(rows, split, kind, tokenizer, options, vocabulary=vocabulary, eos_ids=eos_ids))
+    with cache.locked():
+        stored = cache.read()
+        if isinstance(stored, tuple):
+            return _dataset(*stored, source)
+        damage = () if stored is None else (f"Kept tokens were damaged, and are made again: {stored}.",)
+        return _dataset(*cache.write(builder(), show), source, damage)
 
 
 def make_dataset(
@@ -213,13 +202,10 @@ def make_dataset(
 
     Args, result and errors are those of `load_examples`.
     """
-    total = len(records) + len(dropped)
-    options = resolve_date(options, records, tokenizer)
-    examples, also_dropped = tokenize(
-        records, tokenizer, options, vocabulary=vocabulary, eos_ids=eos_ids, source=source
-    )
-    dropped = sorted(dropped + also_dropped, key=lambda row: row.row)
-    check_some_left(dropped, total, source)
-    check_bad_rows(dropped, total, options.bad_rows, source)
-    steps = frozenset(record.row for record in records if record.open_end)
-    return Dataset(ExampleTable.of(examples), tuple(dropped), source, options.date, notes_on(records), steps)
+    items = sorted([*records, *dropped], key=lambda item: item.row)
+    builder = Builder(items, source, tokenizer, options, vocabulary, eos_ids)
+    return _dataset(ExampleTable(list(builder.batches())), builder.facts, source)
+
+
+def _dataset(examples: ExampleTable, facts: Facts, source: str, notes: tuple[str, ...] = ()) -> Dataset:
+    return Dataset(examples, facts.dropped, source, facts.date, (*notes, *facts.notes), frozenset(facts.steps))

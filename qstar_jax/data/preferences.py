@@ -1,24 +1,46 @@
 """Turns the rows of a file into records; its format is detected once, for all rows alike."""
 
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from qstar_jax.config import DataOptions
-from qstar_jax.data.columns import holds_encoded_messages
-from qstar_jax.data.dropped import BadRow, Dropped, check_some_left, sift
+from qstar_jax.data.columns import columns_of_encoded_messages
+from qstar_jax.data.dropped import Again, BadRow, Dropped, DroppedRow, check_some_left, separate, used_or_dropped
 from qstar_jax.data.formats import File, Rows, prompt_reader
 from qstar_jax.data.records import FileLayout, Kind, Record, check_responses, read_record
-from qstar_jax.data.repeats import remove_repeated_prompts
+from qstar_jax.data.repeats import repeated_prompt_remover
 from qstar_jax.data.rewriting import Numbered, places, rows_of
 from qstar_jax.errors import InputError
 
 Columns = dict[str, tuple[str, str]]  # label of a response -> (option that names its column, column)
 
 
-def preference_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
-    """Turns rows with two responses into records with two responses: chosen, rejected.
+def records_of(kind: Kind, rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+    """Turns the rows of a file into records.
 
     Detected for the whole file: its columns (those in any row), which of them hold messages as JSON (by most texts),
-    and whether responses repeat their prompt (by most rows, see `remove_repeated_prompts`).
+    and whether responses repeat their prompt (by most rows, see `repeated_prompt_remover`).
+
+    Args:
+        kind: What rows become: records with two responses, chosen and rejected (`preferences`), with several, best
+            first (`rankings`), with one (`completions`; with its label or its reward: `labels`, `returns`), or with
+            none (`prompts`).
+        rows: As they were read; they may be read anew whenever they are iterated.
+        options: Columns and form.
+        source: The user's name for the file, for errors.
+
+    Returns:
+        Records and dropped rows, in file order, made anew whenever they are iterated.
+
+    Raises:
+        InputError: The columns fit none of the formats, or several, or an option has no effect.
+    """
+    return _KINDS[kind](rows, options, source)
+
+
+def lists_of(records: Iterable[Record | Dropped], source: str) -> tuple[list[Record], list[Dropped]]:
+    """Collects what `records_of` makes.
 
     Returns:
         The records and the dropped rows, both in file order.
@@ -26,57 +48,85 @@ def preference_records(rows: Rows, options: DataOptions, source: str) -> tuple[l
     Raises:
         InputError: No row can be used.
     """
+    used, dropped = separate(records)
+    check_some_left(dropped, len(used) + len(dropped), source)
+    return used, dropped
+
+
+def preference_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
+    """Lists `records_of` the kind `preferences`."""
+    return lists_of(records_of("preferences", rows, options, source), source)
+
+
+def ranking_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
+    """Lists `records_of` the kind `rankings`."""
+    return lists_of(records_of("rankings", rows, options, source), source)
+
+
+def label_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
+    """Lists `records_of` the kind `labels`."""
+    return lists_of(records_of("labels", rows, options, source), source)
+
+
+def return_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
+    """Lists `records_of` the kind `returns`."""
+    return lists_of(records_of("returns", rows, options, source), source)
+
+
+def completion_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
+    """Lists `records_of` the kind `completions`."""
+    return lists_of(records_of("completions", rows, options, source), source)
+
+
+def prompt_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
+    """Lists `records_of` the kind `prompts`."""
+    return lists_of(records_of("prompts", rows, options, source), source)
+
+
+def _preferences(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+    """Turns rows with two responses into records with two responses: chosen, rejected."""
     numbered = rows_of("preferences", rows, options, source)
     columns = {"chosen": ("chosen", options.chosen), "rejected": ("rejected", options.rejected)}
     return _records("preferences", columns, numbered, options, source)
 
 
-def ranking_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
-    """Turns rows with several responses into records of rankings, best first; pairs are rankings of two.
-
-    Args, returns and errors are those of `preference_records`.
-    """
+def _rankings(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+    """Turns rows with several responses into records of rankings, best first; pairs are rankings of two."""
     numbered = rows_of("rankings", rows, options, source)
     names = [f"place {place}" for place in range(1, places(numbered) + 1)]
     return _records("rankings", {name: ("completion", name) for name in names}, numbered, options, source)
 
 
-def label_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
-    """Turns rows into records with one response and its label; pairs are two responses, of which one is desirable.
-
-    Args, returns and errors are those of `preference_records`.
-    """
+def _labels(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+    """Turns rows into records with one response and its label; pairs are two responses, of which one is desirable."""
     numbered = rows_of("labels", rows, options, source)
     return _records("labels", {"": ("completion", options.completion)}, numbered, options, source)
 
 
-def return_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
+def _returns(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
     """Turns rows into records with one response, its reward, and rewards of the reference's responses to its prompt.
 
     These are in the column `options.reference_rewards`, or else the rewards of all rows of the same prompt.
-    Args, returns and errors are those of `preference_records`.
     """
     numbered = rows_of("returns", rows, options, source)
-    records, dropped = _records("returns", {"": ("completion", options.completion)}, numbered, options, source)
-    if not any(record.reference_rewards for record in records):
-        records, alone = with_rewards_of_prompt(records)
-        dropped = sorted(dropped + alone, key=lambda entry: entry.row)
-        check_some_left(dropped, len(records) + len(dropped), source)
-    return records, dropped
+    records = _records("returns", {"": ("completion", options.completion)}, numbered, options, source)
+    has_own = any(isinstance(record, Record) and record.reference_rewards for record in records)
+    return records if has_own else _with_rewards_of_prompt(records)
 
 
-def with_rewards_of_prompt(records: list[Record]) -> tuple[list[Record], list[Dropped]]:
-    """Gives each record the rewards of all records of its prompt, which must be samples of the reference.
+def _with_rewards_of_prompt(records: Again[Record | Dropped]) -> Again[Record | Dropped]:
+    """Gives each record the rewards of all records of its prompt, which must be samples of the reference."""
 
-    Returns:
-        The records, and the dropped rows, whose prompts occur once.
-    """
-    rewards: dict[str, list[float]] = {}
+    def prompt_of(record: Record) -> bytes:
+        return hashlib.blake2b(repr((record.prompt, record.tools)).encode(), digest_size=16).digest()
+
+    rewards: dict[bytes, list[float]] = {}
     for record in records:
-        rewards.setdefault(repr((record.prompt, record.tools)), []).append(record.reward)
+        if isinstance(record, Record):
+            rewards.setdefault(prompt_of(record), []).append(record.reward)
 
     def use(record: Record) -> Record:
-        others = rewards[repr((record.prompt, record.tools))]
+        others = rewards[prompt_of(record)]
         if len(others) < 2:
             raise BadRow(
                 "no rewards of the reference's responses",
@@ -84,14 +134,22 @@ def with_rewards_of_prompt(records: list[Record]) -> tuple[list[Record], list[Dr
             )
         return replace(record, reference_rewards=tuple(others))
 
-    return sift(((record.row, record) for record in records), use)
+    return _each(records, use)
 
 
-def completion_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
+def _each(records: Again[Record | Dropped], use: Callable[[Record], Record]) -> Again[Record | Dropped]:
+    """Changes or drops records, whenever they are iterated."""
+
+    def use_record(record: Record | Dropped) -> Record | Dropped:
+        return use(record) if isinstance(record, Record) else record
+
+    return Again(lambda: used_or_dropped(((record.row, record) for record in records), use_record))
+
+
+def _completions(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
     """Turns rows into records with one response, for supervised fine-tuning.
 
     The response is the column `options.completion`, else `options.chosen`, else the last turn of the column `messages`.
-    Args, returns and errors are those of `preference_records`.
     """
     file = _plain_file(rows, options, source)
     if file.has("completion"):
@@ -108,19 +166,18 @@ def completion_records(rows: Rows, options: DataOptions, source: str) -> tuple[l
     return _records("completions", {"": column}, numbered, options, source, dialogues=column[0] == "messages")
 
 
-def prompt_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[Record], list[Dropped]]:
+def _prompts(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
     """Turns rows into records without responses, for generation.
 
     Without a prompt column, prompts are taken from the dialogues in `options.chosen`, else in `messages`.
-    Args, returns and errors are those of `preference_records`.
     """
     file = _plain_file(rows, options, source)
     numbered, columns = _numbered(file, separate=options.chosen in file.columns), {}
     if not _has_prompt(numbered, options):
         column = options.chosen if options.chosen in file.columns else file.response
         columns = {} if column is None else {"": ("chosen", column)}
-    records, dropped = _records("prompts", columns, numbered, options, source)
-    return [replace(record, responses=()) for record in records], dropped
+    records = _records("prompts", columns, numbered, options, source)
+    return _each(records, lambda record: replace(record, responses=()))
 
 
 def _plain_file(rows: Rows, options: DataOptions, source: str) -> File:
@@ -134,10 +191,15 @@ def _plain_file(rows: Rows, options: DataOptions, source: str) -> File:
 def _numbered(file: File, *, separate: bool) -> Numbered:
     """Numbers the rows of a file, and puts their prompts into one column."""
     prompt = prompt_reader(file, separate=separate)
-    used, dropped = sift(
-        enumerate(enumerate(file.rows)), lambda row: (row[0], row[1] if isinstance(row[1], BadRow) else prompt(row[1]))
-    )
-    return sorted([*used, *((entry.row, BadRow(entry.fault)) for entry in dropped)], key=lambda row: row[0])
+
+    def start() -> Iterator[tuple[int, dict | DroppedRow]]:
+        for index, row in enumerate(file.rows):
+            try:
+                yield index, row if isinstance(row, BadRow) else prompt(row)
+            except DroppedRow as error:
+                yield index, error
+
+    return Again(start)
 
 
 def _has_prompt(numbered: Numbered, options: DataOptions) -> bool:
@@ -155,29 +217,39 @@ def _records(
     source: str,
     *,
     dialogues: bool = False,
-) -> tuple[list[Record], list[Dropped]]:
+) -> Again[Record | Dropped]:
     """Parses rows; `dialogues` hold their prompts, whatever the column of prompts holds."""
     # Detect the columns, then parse row by row.
     layout = _layout(kind, responses, numbered, options, source)
     layout = replace(layout, prompt=None) if dialogues else layout
-    records, dropped = sift(
-        ((index, (index, row)) for index, row in numbered), lambda row: read_record(row[1], row[0], layout, options)
-    )
+
+    def parse(numbered_row: tuple[int, dict | DroppedRow]) -> Record:
+        index, row = numbered_row
+        return read_record(row, index, layout, options)
+
+    records = Again(lambda: used_or_dropped(((item[0], item) for item in numbered), parse))
     # Responses must not repeat their prompt, and must differ; prompts alone need no check.
-    if kind != "prompts":
-        records, uneven = remove_repeated_prompts(records, options.repeated_prompt)
-        records, unusable = sift(((record.row, record) for record in records), lambda r: check_responses(r, layout))
-        dropped = sorted(dropped + uneven + unusable, key=lambda entry: entry.row)
-    check_some_left(dropped, len(numbered), source)
-    return records, dropped
+    if kind == "prompts":
+        return records
+    remove_prompt = repeated_prompt_remover(records, options.repeated_prompt)
+    return _each(records, lambda record: check_responses(remove_prompt(record), layout))
 
 
 def _layout(kind: Kind, responses: Columns, numbered: Numbered, options: DataOptions, source: str) -> FileLayout:
-    readable = [row for _, row in numbered if isinstance(row, dict)]
+    readable = Again(lambda: (row for _, row in numbered if isinstance(row, dict)))
     file = File.of(readable, options, source)
     prompt = options.prompt if _has_prompt(numbered, options) or not responses else None
     tools, system = (getattr(options, option) if file.has(option) else None for option in ("tools", "system"))
     rewards = options.reference_rewards if kind == "returns" and file.has("reference_rewards") else None
     layout = FileLayout(kind, prompt, responses, tools, system, rewards)
-    encoded = (name for name in layout.columns if holds_encoded_messages(row.get(name) for row in readable))
-    return replace(layout, encoded=frozenset(encoded))
+    return replace(layout, encoded=columns_of_encoded_messages(readable, layout.columns))
+
+
+_KINDS: dict[Kind, Callable[[Rows, DataOptions, str], Again[Record | Dropped]]] = {
+    "preferences": _preferences,
+    "rankings": _rankings,
+    "labels": _labels,
+    "returns": _returns,
+    "completions": _completions,
+    "prompts": _prompts,
+}

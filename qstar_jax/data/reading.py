@@ -1,14 +1,23 @@
 """Reads rows from files, folders and the Hub as dictionaries, and never runs code: no pickles, no scripts of data."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.data.files import files_of_split, is_pattern, is_saved, kind_of, matching_files
 from qstar_jax.data.json_rows import json_rows
-from qstar_jax.data.tables import arrow_rows, csv_rows, hub_rows, parquet_rows, saved_rows
+from qstar_jax.data.tables import (
+    arrow_rows,
+    csv_rows,
+    dataset_files,
+    dataset_rows,
+    hub_dataset,
+    parquet_rows,
+    saved_dataset,
+)
 from qstar_jax.errors import InputError
 from qstar_jax.tasks import TASKS, Task, find
 
@@ -27,11 +36,55 @@ _READERS: dict[str, Callable[[Path, str], Iterator[dict | BadRow]]] = {
 }
 
 
-def read_rows(source: str, split: str, limit: int | None = None, name: str | None = None) -> list[dict | BadRow]:
-    """Reads rows as dictionaries, in file order; files of a folder or a pattern in the order of their names.
+@dataclass(frozen=True)
+class RowSource(Iterable[dict | BadRow]):
+    """The rows of a source in file order, which are read anew whenever they are iterated.
 
     A row that cannot be read (a broken line, say) keeps its place as a `BadRow`, so that other rows keep their numbers;
     the caller drops or raises it. Blank lines are not rows.
+
+    Attributes:
+        start: Begins to read them.
+        files: Files that hold them; None if they are made here, such as those of a built-in task.
+        limit: Read only the first rows.
+    """
+
+    start: Callable[[], Iterable[dict | BadRow]]
+    files: tuple[Path, ...] | None
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[dict | BadRow]:
+        """Begins an iteration."""
+        return islice(self.start(), self.limit)
+
+    @property
+    def size(self) -> int:
+        """Size of the files in bytes."""
+        return sum(file.stat().st_size for file in self.files or ())
+
+
+def open_rows(source: str, split: str, limit: int | None = None, name: str | None = None) -> RowSource:
+    """Finds the rows of a source; arguments and errors as for `read_rows`."""
+    if limit is not None and limit < 1:
+        raise InputError(f"{source}: cannot read the first {limit} rows; expected a positive number of rows, or none")
+    if not source:
+        raise InputError(f"no data given; set --data.train or --data.eval to {_ACCEPTED}")
+    if built_in := find(source):
+        rows = _builtin_rows(source, *built_in, split, limit)
+        return RowSource(lambda: rows, None)
+    path = Path(source).expanduser()
+    if is_on_hub(source):
+        dataset = hub_dataset(source, name, split)
+        return RowSource(lambda: dataset_rows(dataset), dataset_files(dataset), limit)
+    if path.is_dir() and is_saved(path):
+        dataset = saved_dataset(path, split, source)
+        return RowSource(lambda: dataset_rows(dataset), dataset_files(dataset), limit)
+    files = _files(source, path, split)
+    return RowSource(lambda: _file_rows(files, source), tuple(files), limit)
+
+
+def read_rows(source: str, split: str, limit: int | None = None, name: str | None = None) -> list[dict | BadRow]:
+    """Reads all rows as dictionaries, see `RowSource`; files of a folder or a pattern in the order of their names.
 
     Args:
         source: Path of a file (.jsonl, .json, .csv, .tsv, each also .gz, .parquet, .arrow), a folder or a pattern of
@@ -44,22 +97,19 @@ def read_rows(source: str, split: str, limit: int | None = None, name: str | Non
     Raises:
         InputError: The source does not exist, has an unsupported format, is broken as a whole, or is empty.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"{source}: cannot read the first {limit} rows; expected a positive number of rows, or none")
-    if not source:
-        raise InputError(f"no data given; set --data.train or --data.eval to {_ACCEPTED}")
-    if built_in := find(source):
-        return _builtin_rows(source, *built_in, split, limit)
-    path = Path(source).expanduser()
-    if is_on_hub(source):
-        rows = hub_rows(source, name, split, limit)
-    elif path.is_dir() and is_saved(path):
-        rows = list(islice(saved_rows(path, split, source), limit))
-    else:
-        rows = list(islice(_file_rows(_files(source, path, split), source), limit))
-    if not rows:
-        raise InputError(f"{source}: no rows; the file or split is empty")
+    rows = list(open_rows(source, split, limit, name))
+    check_rows(rows, source)
     return rows
+
+
+def check_rows(rows: Iterable[dict | BadRow], source: str):
+    """Checks that there are rows.
+
+    Raises:
+        InputError: There are none.
+    """
+    if next(iter(rows), None) is None:
+        raise InputError(f"{source}: no rows; the file or split is empty")
 
 
 def is_on_hub(source: str) -> bool:

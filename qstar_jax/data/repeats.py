@@ -1,47 +1,63 @@
 """Removes prompts that some files repeat in their responses, where they would be trained on and scored."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from qstar_jax.data.columns import Turns
-from qstar_jax.data.dropped import BadRow, Dropped, first_rows, sift
+from qstar_jax.data.dropped import BadRow, Dropped, first_rows
 from qstar_jax.data.records import Record
 
 
-def remove_repeated_prompts(
-    records: list[Record], repeated_prompt: Literal["remove", "keep"]
-) -> tuple[list[Record], list[Dropped]]:
-    """Removes repeated prompts from the responses of a file, if that is its format.
+def repeated_prompt_remover(
+    records: Iterable[Record | Dropped], repeated_prompt: Literal["remove", "keep"]
+) -> Callable[[Record], Record]:
+    """Decides whether the responses of a file lose the prompts that they repeat.
 
-    It is if all responses begin with their prompt in more than half of the rows that have a prompt. In other files, a
+    They do if all responses begin with their prompt in more than half of the rows that have a prompt. In other files, a
     response may happen to begin with the words of a short prompt, so nothing is changed.
 
+    Args:
+        records: All records of the file; dropped rows do not count.
+        repeated_prompt: Whether to remove prompts at all.
+
     Returns:
-        The records, with `repeats` set, and the rows where only one response repeats the prompt.
+        A function that sets `repeats` of a record, after removing its prompt from its responses; it raises BadRow if
+        only one response repeats the prompt.
     """
-    # What each response holds after its prompt; None if it does not begin with it.
-    remainders = [[_remainder(record.prompt, text) for text in record.responses] for record in records]
-    # Decide for the whole file: is repetition the rule, or a coincidence in a few rows?
-    num_prompts = sum(bool(_last_text(record.prompt).strip()) for record in records)
-    num_repeating = sum(None not in remainder for remainder in remainders)
+    # Is repetition the rule, or a coincidence in a few rows?
+    num_prompts = num_repeating = 0
+    for record in records:
+        if isinstance(record, Record):
+            num_prompts += bool(_last_text(record.prompt).strip())
+            num_repeating += None not in _remainders(record)
     remove = repeated_prompt == "remove" and 2 * num_repeating > num_prompts
 
-    def resolve(item: tuple[Record, list]) -> Record:
-        record, remainder = item
-        if None not in remainder:
-            changes = {"responses": tuple(remainder), "repeats": "removed"} if remove else {"repeats": "kept"}
-            return replace(record, **changes)
-        if remove and any(rest is not None for rest in remainder):
+    def resolve(record: Record) -> Record:
+        remainders = _remainders(record)
+        if None not in remainders:
+            return replace(
+                record, **({"responses": remainders, "repeats": "removed"} if remove else {"repeats": "kept"})
+            )
+        if remove and any(rest is not None for rest in remainders):
             raise BadRow("only one of the responses repeats the prompt")
         return record
 
-    return sift(((record.row, (record, rest)) for record, rest in zip(records, remainders, strict=True)), resolve)
+    return resolve
 
 
-def repeats_note(records: list[Record]) -> str:
-    """Returns a sentence on the responses that repeat their prompt in the file; empty if none do."""
-    removed = [record.row for record in records if record.repeats == "removed"]
-    kept = [record.row for record in records if record.repeats == "kept"]
+def _remainders(record: Record) -> tuple[Turns | None, ...]:
+    """Returns what each response holds after its prompt; None if it does not begin with it."""
+    return tuple(_remainder(record.prompt, response) for response in record.responses)
+
+
+def repeats_note(removed: Sequence[int], kept: Sequence[int]) -> str:
+    """Returns a sentence on the responses that repeat their prompt in the file; empty if none do.
+
+    Args:
+        removed: Rows whose prompt was removed.
+        kept: Rows whose responses repeat it.
+    """
     if removed:
         return (
             f"Responses repeated their prompt, which was removed: {len(removed):,} ({first_rows(removed)}); keep it "

@@ -1,10 +1,10 @@
 """Rewrites the rows of any format in the columns that `records` reads."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Iterator
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.battles import parse_battle
-from qstar_jax.data.dropped import BadRow, DroppedRow
+from qstar_jax.data.dropped import Again, BadRow, DroppedRow
 from qstar_jax.data.formats import File, Rows, prompt_reader, recognize
 from qstar_jax.data.outcomes import LABEL, OPEN_END, OTHER, REWARD, find_reward, parse_label, parse_reward
 from qstar_jax.data.rankings import (
@@ -21,7 +21,7 @@ from qstar_jax.data.rankings import (
 )
 from qstar_jax.errors import InputError
 
-Numbered = list[tuple[int, dict | DroppedRow]]  # (index of the row, its content or why it is dropped)
+Numbered = Iterable[tuple[int, dict | DroppedRow]]  # (index of the row, its content or why it is dropped)
 Rewrite = Callable[[dict, int], list[dict]]  # (row, its index) -> rows
 
 _STEPS = "initial_reason_steps"
@@ -51,20 +51,22 @@ def rows_of(kind: str, rows: Rows, options: DataOptions, source: str) -> Numbere
             f"{kind} from the format {name!r}; remove it"
         )
     rewrite, prompt = _REWRITES[kind, name](file), prompt_reader(file, separate=name != "single")
-    numbered: Numbered = []
-    for index, row in enumerate(rows):
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            numbered += [(index, new) for new in rewrite(prompt(row), index)]
-        except DroppedRow as error:
-            numbered.append((index, error))
-    return numbered
+
+    def start() -> Iterator[tuple[int, dict | DroppedRow]]:
+        for index, row in enumerate(rows):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                yield from ((index, new) for new in rewrite(prompt(row), index))
+            except DroppedRow as error:
+                yield index, error
+
+    return Again(start)
 
 
-def places(numbered: Collection[tuple[int, dict | DroppedRow]]) -> int:
+def places(numbered: Numbered) -> int:
     """Returns the number of responses of the longest ranking."""
-    counts = [sum(name.startswith("place ") for name in row) for _, row in numbered if isinstance(row, dict)]
+    counts = (sum(name.startswith("place ") for name in row) for _, row in numbered if isinstance(row, dict))
     return max(counts, default=2)
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from qstar_jax.data.chat_templates import ChatTemplate
 from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import BadRow
+from qstar_jax.data.encoding import Encoded, Encoding, Span, Text
 from qstar_jax.data.records import Record
-from qstar_jax.data.turns import Learned, Span, difference, find_turns, turn_of_tokens
+from qstar_jax.data.turns import Learned, difference, find_turns, turn_of_tokens
 
 _CONTEXTS = ("\n", "a", ".")  # the beginning of a text does not merge with at least one of these
 
@@ -35,26 +36,27 @@ class Continuation:
     turns: list[int]
 
 
-def split_text(record: Record, tokenizer: Any) -> tuple[list[int], list[Continuation]]:
-    """Tokenizes a plain-text prompt and its responses, without adding EOS."""
+def split_text(record: Record, tokenizer: Any) -> Encoding[tuple[list[int], list[Continuation]]]:
+    """Tokenizes a plain-text prompt and its responses, without adding EOS; see `encoding` for the generator."""
     # The prompt keeps the ids that it has on its own.
     specials = not (tokenizer.bos_token and record.prompt.startswith(tokenizer.bos_token))
-    ids, _ = _encode(tokenizer, record.prompt, specials=specials)
+    texts = [record.prompt, *(record.prompt + text for text in record.responses)]
+    encoded, *wholes = yield [Text(text, specials) for text in texts]
     # Each response takes its ids from the concatenation, unless a token would span the boundary.
-    responses = []
-    for text in record.responses:
-        continuation = _encode_after(ids, record.prompt, text, tokenizer, specials=specials)
-        continuation = _encode_alone(text, tokenizer) if continuation is None else continuation
+    ids, responses = encoded.ids, []
+    for text, whole in zip(record.responses, wholes, strict=True):
+        continuation = _after(ids, len(record.prompt), whole)
+        continuation = (yield from _encode_alone(text)) if continuation is None else continuation
         responses.append(Continuation(continuation, [0] * len(continuation)))
     # Some tokenizers append EOS to the prompt, but nothing follows an EOS.
     while ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
+        ids = ids[:-1]
     return ids, responses
 
 
 def split_chat(
-    record: Record, tokenizer: Any, template: ChatTemplate, eos_ids: frozenset[int], learned: Learned = "all"
-) -> tuple[list[int], list[Continuation]]:
+    record: Record, template: ChatTemplate, eos_ids: frozenset[int], learned: Learned = "all"
+) -> Encoding[tuple[list[int], list[Continuation]]]:
     """Tokenizes the prompt of a dialogue, including the header of the assistant's turn, and its responses.
 
     Of these, only the turns that are to be learned count as the assistant's.
@@ -67,19 +69,25 @@ def split_chat(
     prompt = template(record.prompt, record.tools, open_turn=True)
     if not record.responses:
         _check_rendered(record, [], template, prompt, learned)
-        return _encode(tokenizer, prompt)[0], []
-    # Render and tokenize each whole dialogue, and count its tokens that end within the prompt.
-    dialogues, boundaries, turns = [], [], []
+        (encoded,) = yield [Text(prompt)]
+        return encoded.ids, []
+    # Render each whole dialogue, and find its turns.
+    texts, spans = [], []
     for response in record.responses:
         text = template(record.prompt + response, record.tools)
         _check_extends(prompt, text)
-        spans = find_turns(record, response, template, text, learned)
+        texts.append(text)
+        spans.append(find_turns(record, response, template, text, learned))
         _check_rendered(record, response, template, text, learned)
-        ids, offsets = _encode(tokenizer, text)
+    # Tokenize them, and count the tokens that end within the prompt.
+    dialogues, boundaries, turns = [], [], []
+    encoded = yield list(map(Text, texts))
+    for text, of_text, whole in zip(texts, spans, encoded, strict=True):
+        ids, offsets = whole.ids, whole.offsets
         length = _end_of_turn(ids, offsets, text, eos_ids)
         boundaries.append(len(list(takewhile(lambda offset: offset[1] <= len(prompt), offsets))))
         dialogues.append(ids[:length])
-        turns.append(turn_of_tokens(dialogues[-1], offsets[:length], spans, text, eos_ids))
+        turns.append(turn_of_tokens(dialogues[-1], offsets[:length], of_text, text, eos_ids))
     # The prompt is what all dialogues share.
     shared = min(boundaries)
     while any(ids[:shared] != dialogues[0][:shared] for ids in dialogues):
@@ -92,35 +100,21 @@ def split_chat(
     return dialogues[0][:shared], [Continuation(ids[shared:], of_tokens[shared:]) for ids, of_tokens in responses]
 
 
-def _encode(tokenizer: Any, text: str, *, specials: bool = False) -> tuple[list[int], list[Span]]:
-    """Returns the token ids of a text and where each begins and ends in it, in characters; `specials` prepends BOS.
-
-    Tokens that some tokenizers append to a text ([SEP], say) are dropped: a response or EOS follows instead.
-    """
-    encoding = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoding.input_ids, encoding.offset_mapping
-    bos_only = int(ids[:1] == [tokenizer.bos_token_id])  # the length if the text has no token
-    of_text = (i + 1 for i, sequence in enumerate(encoding.sequence_ids(0)) if sequence is not None)
-    length = max(of_text, default=bos_only)
-    return ids[:length], offsets[:length]
-
-
-def _encode_alone(text: str, tokenizer: Any) -> list[int]:
+def _encode_alone(text: str) -> Encoding[list[int]]:
     """Tokenizes a continuation, without the space that some tokenizers prepend to a text."""
     for context in _CONTEXTS:
-        continuation = _encode_after(_encode(tokenizer, context)[0], context, text, tokenizer)
+        before, whole = yield [Text(context), Text(context + text)]
+        continuation = _after(before.ids, len(context), whole)
         if continuation is not None:
             return continuation
-    return _encode(tokenizer, text)[0]
+    (alone,) = yield [Text(text)]
+    return alone.ids
 
 
-def _encode_after(
-    ids: list[int], before: str, text: str, tokenizer: Any, *, specials: bool = False
-) -> list[int] | None:
-    """Tokenizes a text after another one with these ids; None if the ids of that one would change."""
-    whole, offsets = _encode(tokenizer, before + text, specials=specials)
-    unchanged = whole[: len(ids)] == ids and max((end for _, end in offsets[: len(ids)]), default=0) <= len(before)
-    return whole[len(ids) :] if unchanged else None
+def _after(ids: list[int], length: int, whole: Encoded) -> list[int] | None:
+    """Returns the ids after those of a text of some length in characters; None if these would change."""
+    unchanged = whole.ids[: len(ids)] == ids and max((end for _, end in whole.offsets[: len(ids)]), default=0) <= length
+    return whole.ids[len(ids) :] if unchanged else None
 
 
 def _check_extends(prompt: str, text: str):

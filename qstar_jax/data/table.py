@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -118,13 +119,16 @@ class ExampleTable(Sequence[Example]):
 
     Args:
         batches: What `record_batches` made: all but the last with `CHUNK` examples.
+        identity: See below.
 
     Attributes:
+        identity: What `examples_identity` returns, where it is known already.
         lengths: What is known of the examples without their tokens.
         outcome: What was said of single responses, stacked along the first axis.
     """
 
-    def __init__(self, batches: Sequence[pa.RecordBatch]):
+    def __init__(self, batches: Sequence[pa.RecordBatch], identity: dict[str, Any] | None = None):
+        self.identity = identity
         self._chunks = [_Chunk(batch) for batch in batches]
         self.lengths = _lengths(batches)
         self.outcome = _outcome(batches)

@@ -4,7 +4,6 @@ import csv
 import gzip
 import zlib
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +127,13 @@ def arrow_rows(path: Path, source: str) -> Iterator[dict | BadRow]:
         raise InputError(f"{source}: not a readable Arrow file ({error})") from error
 
 
-def saved_rows(folder: Path, split: str, source: str) -> Iterator[dict | BadRow]:
-    """Reads the rows of a folder that `save_to_disk` of the library datasets has written.
+def saved_dataset(folder: Path, split: str, source: str) -> Any:
+    """Opens a folder that `save_to_disk` of the library datasets has written, see `dataset_rows`.
 
     Args:
         folder: The folder, of one dataset or of several splits.
         split: Split to read if there are several.
         source: The user's name for it, for errors.
-
-    Yields:
-        Each row, or what is wrong with it.
 
     Raises:
         InputError: The folder is damaged, or has no such split.
@@ -157,17 +153,16 @@ def saved_rows(folder: Path, split: str, source: str) -> Iterator[dict | BadRow]
                 "--data.eval_split"
             )
         dataset = dataset[split]
-    yield from _dataset_rows(dataset)
+    return dataset
 
 
-def hub_rows(source: str, name: str | None, split: str, limit: int | None) -> list[dict | BadRow]:
-    """Reads the rows of a dataset on the Hub, which may not bring code of its own.
+def hub_dataset(source: str, name: str | None, split: str) -> Any:
+    """Opens a dataset on the Hub, which may not bring code of its own, see `dataset_rows`.
 
     Args:
         source: Its name.
         name: Its configuration; None: the default, or the only one.
         split: Split to read.
-        limit: Read only the first `limit` rows.
 
     Raises:
         InputError: It cannot be loaded.
@@ -175,7 +170,7 @@ def hub_rows(source: str, name: str | None, split: str, limit: int | None) -> li
     try:
         import datasets
 
-        return list(islice(_dataset_rows(datasets.load_dataset(source, name, split=split)), limit))
+        return datasets.load_dataset(source, name, split=split)
     except Exception as error:  # the client of the Hub may fail in many ways
         configuration = f", configuration {name!r}" if name else ""
         raise InputError(
@@ -184,9 +179,16 @@ def hub_rows(source: str, name: str | None, split: str, limit: int | None) -> li
         ) from error
 
 
-def _dataset_rows(dataset: Any) -> Iterator[dict | BadRow]:
+def dataset_rows(dataset: Any) -> Iterator[dict | BadRow]:
+    """Reads the rows of a dataset of the library datasets."""
     for table in dataset.with_format("arrow").iter(batch_size=_ROWS):
         yield from _batch_rows(table)
+
+
+def dataset_files(dataset: Any) -> tuple[Path, ...] | None:
+    """Returns the files that hold a dataset, if they hold nothing else."""
+    files = tuple(Path(file["filename"]) for file in dataset.cache_files)
+    return files or None
 
 
 def _batch_rows(batch: Any) -> Iterator[dict | BadRow]:

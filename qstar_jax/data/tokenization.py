@@ -5,7 +5,7 @@ template ends turns with one of the model's EOS tokens (`<|im_end|>`, say), the 
 template's ending is kept and followed by the tokenizer's EOS.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.chat_templates import ChatTemplate, check_without_chats
-from qstar_jax.data.dropped import BadRow, Dropped, DroppedRow, sift
+from qstar_jax.data.dropped import BadRow, Dropped, DroppedRow, separate
+from qstar_jax.data.encoding import Encoding, encode_rows
 from qstar_jax.data.records import Record
 from qstar_jax.data.splitting import Continuation, split_chat, split_text
 from qstar_jax.errors import InputError
@@ -113,19 +114,51 @@ def tokenize(
     _check_lengths(options)
     _check_tokenizer(tokenizer)
     template = chat_template(records, tokenizer, options)
+    tokens = {"vocabulary": vocabulary, "eos_ids": eos_ids, "source": source}
+    return separate(tokenize_rows(records, tokenizer, options, template, **tokens))
+
+
+def tokenize_rows(
+    records: Iterable[Record | Dropped],
+    tokenizer: Any,
+    options: DataOptions,
+    template: ChatTemplate | None,
+    *,
+    vocabulary: int | None = None,
+    eos_ids: Collection[int] = (),
+    source: str = "data",
+) -> Iterator[Example | Dropped]:
+    """Tokenizes records as they come, which need not fit in memory.
+
+    Args:
+        records: Records and dropped rows.
+        tokenizer: A fast Hugging Face tokenizer.
+        options: Maximum lengths.
+        template: What `chat_template` found for these records.
+        vocabulary: Size of the model's vocabulary; larger token ids are refused.
+        eos_ids: EOS ids of the model, besides that of the tokenizer.
+        source: Name of the data, for errors.
+
+    Yields:
+        For each of them, in order: an example, or why the row is dropped.
+    """
+    _check_lengths(options)
+    _check_tokenizer(tokenizer)
     eos_ids = frozenset((tokenizer.eos_token_id, *eos_ids))
 
-    def make_example(record: Record) -> Example:
-        example = _make_example(record, tokenizer, template, eos_ids, options)
+    def make_example(record: Record | Dropped) -> Encoding[Example | Dropped]:
+        if isinstance(record, Dropped):
+            return record
+        example = yield from _make_example(record, tokenizer, template, eos_ids, options)
         if vocabulary is not None:
             for ids in (example.prompt, *(response.ids for response in example.responses)):
                 check_vocabulary(ids, vocabulary, tokenizer, f"{source} row {record.row + 1}")
         return example
 
-    return sift(((record.row, record) for record in records), make_example)
+    yield from encode_rows(((record.row, make_example(record)) for record in records), tokenizer)
 
 
-def chat_template(records: list[Record], tokenizer: Any, options: DataOptions) -> ChatTemplate | None:
+def chat_template(records: Iterable[Record | Dropped], tokenizer: Any, options: DataOptions) -> ChatTemplate | None:
     """Finds the chat template that renders the dialogues among records.
 
     Returns:
@@ -134,21 +167,31 @@ def chat_template(records: list[Record], tokenizer: Any, options: DataOptions) -
     Raises:
         InputError: There is no such template, or an option has no effect.
     """
-    chats = [record for record in records if isinstance(record.prompt, list)]
-    if chats:
-        if options.turns != DataOptions.turns and not any(record.responses for record in chats):
+    tools, has_responses, has_records = set(), False, False
+    for record in records:
+        if isinstance(record, Record):
+            has_records = True
+            if isinstance(record.prompt, list):
+                tools.add(record.tools is not None)
+                has_responses |= bool(record.responses)
+    if tools:
+        if options.turns != DataOptions.turns and not has_responses:
             raise InputError(
                 f"data.turns {options.turns} has no effect on prompts, which have no responses; remove the option"
             )
-        return ChatTemplate.find(tokenizer, options, {record.tools is not None for record in chats})
-    if records:
+        return ChatTemplate.find(tokenizer, options, tools)
+    if has_records:
         check_without_chats(options)
     return None
 
 
 def resolve_date(options: DataOptions, records: list[Record], tokenizer: Any) -> DataOptions:
     """Sets `options.date` to today if it is unset and the chat template prints a date, so that a run keeps its date."""
-    template = chat_template(records, tokenizer, options)
+    return with_date(options, chat_template(records, tokenizer, options))
+
+
+def with_date(options: DataOptions, template: ChatTemplate | None) -> DataOptions:
+    """Does what `resolve_date` does, with the template that was found."""
     if template is None or options.date is not None or not template.prints_date:
         return options
     return replace(options, date=datetime.now().date().isoformat())
@@ -193,13 +236,13 @@ def _check_tokenizer(tokenizer: Any) -> None:
 
 def _make_example(
     record: Record, tokenizer: Any, template: ChatTemplate | None, eos_ids: frozenset[int], options: DataOptions
-) -> Example:
+) -> Encoding[Example]:
     # Tokenize prompt and responses together, then split them.
     if isinstance(record.prompt, str):
-        prompt, continuations = split_text(record, tokenizer)
+        prompt, continuations = yield from split_text(record, tokenizer)
     else:
         template = template.with_variables(record.template_kwargs)
-        prompt, continuations = split_chat(record, tokenizer, template, eos_ids, options.turns)
+        prompt, continuations = yield from split_chat(record, template, eos_ids, options.turns)
     # The first token of a response must be predicted from something.
     if not prompt:
         if tokenizer.bos_token_id is None:
@@ -232,11 +275,10 @@ def _make_response(continuation: Continuation, end: list[int], eos_ids: frozense
         length -= 1
     # Any other inside a turn would teach the model to continue after the end of its turn.
     last_turn = max(turns, default=0)
-    inside = [
-        token for token, turn, following in zip(ids, turns, turns[1:length], strict=False) if turn == following >= 0
-    ]
-    if not eos_ids.isdisjoint(inside):
-        raise DroppedRow("EOS token inside a response")
+    if not eos_ids.isdisjoint(ids[:length]):
+        inside = zip(ids, turns, turns[1:length], strict=False)
+        if any(token in eos_ids for token, turn, following in inside if turn == following >= 0):
+            raise DroppedRow("EOS token inside a response")
     # End with the first EOS that was stripped, or that of the tokenizer, if there is room for it; steps have no end.
     end = end and (ids[length : length + 1] or end)
     truncated = length + len(end) > room

@@ -14,10 +14,10 @@ from typing import Literal
 from qstar_jax.data.chat_templates import ChatTemplate
 from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import BadRow, DroppedRow
+from qstar_jax.data.encoding import Span
 from qstar_jax.data.records import Record
 
 Learned = Literal["all", "last", "final_answer"]
-Span = tuple[int, int]
 ENVIRONMENT = -1  # turn of tokens that are no actions
 _EXCERPT = 40  # characters of a text to quote in errors
 _REASONING_END = "</think>"

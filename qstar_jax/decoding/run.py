@@ -78,7 +78,7 @@ def _prompts(config: GenerateConfig, policy: LoadedModel, console: Console) -> D
     data, vocab = config.data, {"vocabulary": policy.model.config.vocab_size}
     if config.prompt is None:
         source = (data.eval, data.eval_split, "prompts")
-        dataset = load_examples(*source, policy.tokenizer, data, data.max_eval_rows, **vocab)
+        dataset = load_examples(*source, policy.tokenizer, data, data.max_eval_rows, **vocab, console=console)
         say(console, dataset.report(policy.model, config.decode.max_new_tokens))
         return dataset
     records, bad = prompt_records([{data.prompt: config.prompt}], data, "--prompt")

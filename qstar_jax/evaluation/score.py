@@ -66,7 +66,7 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
                 f"reference {reference.source} and model {config.model} have different shapes (config.json)"
             )
         kind = KINDS[config.answers]
-        vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
+        vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy), "console": console}
         dataset = load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows, **vocab)
         say(console, dataset.report(policy.model))
         responses = score_dataset(

@@ -63,7 +63,7 @@ def load_inputs(
         InputError: If they cannot be used, or are not those with which a resumed run began.
     """
     data, options = replace(plan.config.data, date=start.date), plan.config.train
-    model = {"vocabulary": start.model.config.vocab_size, "eos_ids": eos_token_ids(start)}
+    model = {"vocabulary": start.model.config.vocab_size, "eos_ids": eos_token_ids(start), "console": console}
 
     def load(source: str, split: str, limit: int | None) -> Dataset:
         dataset = load_examples(source, split, plan.objective.kind, start.tokenizer, data, limit, **model)

@@ -11,6 +11,11 @@ HH = "\n\nHuman: What is wet?\n\nAssistant:"
 ASK = "What is wet?"
 
 
+def note_of(records):
+    rows = {state: [record.row for record in records if record.repeats == state] for state in ("removed", "kept")}
+    return repeats_note(**rows)
+
+
 def user(text):
     return [{"role": "user", "content": text}]
 
@@ -54,7 +59,7 @@ def test_prompts_are_removed_from_texts(prompt, before, kept):
     assert not dropped and [record.row for record in records] == [0, 1]
     for record in records:
         assert (record.prompt, record.responses) == (prompt, (kept + "Water.", kept + "Bread."))
-    note = repeats_note(records)
+    note = note_of(records)
     assert note.startswith("Responses repeated their prompt, which was removed: 2 (row 1, 2);")
 
 
@@ -87,7 +92,7 @@ def test_a_few_responses_may_begin_with_their_prompt(rows):
     rows = [pair("Yes", "Yes, of course", "Yes.")] * rows + [pair("p", "c", "r")] * rows
     records, dropped = preferences(*rows)
     assert [record.responses for record in records] == [(row["chosen"], row["rejected"]) for row in rows]
-    assert not dropped and repeats_note(records).startswith(
+    assert not dropped and note_of(records).startswith(
         f"Responses that begin with their prompt, and keep it: {len(rows) // 2} (row 1"
     )
 
@@ -99,7 +104,7 @@ def test_a_few_responses_may_begin_with_their_prompt(rows):
 def test_texts_that_do_not_repeat_their_prompt_are_unchanged(row):
     records, dropped = preferences(row)
     assert (records[0].prompt, records[0].responses) == (row["prompt"], (row["chosen"], row["rejected"]))
-    assert not dropped and repeats_note(records) == ""
+    assert not dropped and note_of(records) == ""
 
 
 def test_rows_without_repetition_in_a_file_that_repeats_prompts():
@@ -118,7 +123,7 @@ def test_keep_leaves_repeated_prompts():
     row = pair(ASK, ASK + " Water.", ASK + " Bread.")
     records, _ = preferences(row, repeated_prompt="keep")
     assert records[0].responses == (row["chosen"], row["rejected"])
-    assert repeats_note(records) == "Responses that begin with their prompt, and keep it: 1 (row 1)."
+    assert note_of(records) == "Responses that begin with their prompt, and keep it: 1 (row 1)."
 
 
 def test_chats_as_json():
