@@ -139,6 +139,11 @@ def _check_rendered(record: Record, response: Messages, template: ChatTemplate, 
 
 
 def _end_of_turn(ids: list[int], offsets: list[Span], text: str, eos_ids: frozenset[int]) -> int:
-    """Returns the number of tokens without the white space that a template writes after the end of a turn."""
-    last = max((index for index, token in enumerate(ids) if token in eos_ids), default=None)
-    return len(ids) if last is None or text[offsets[last][1] :].strip() else last + 1
+    """Returns the number of tokens without what a template writes after the end of a turn: white space, further EOS."""
+    length = len(ids)
+    for index in reversed(range(len(ids))):
+        if ids[index] in eos_ids:
+            length = index + 1
+        elif text[slice(*offsets[index])].strip():
+            break
+    return length

@@ -80,11 +80,11 @@ def _start(before: Messages, tools: list[dict] | None, template: ChatTemplate, t
 def _end(dialogue: Messages, tools: list[dict] | None, template: ChatTemplate, text: str) -> int:
     """Where a dialogue ends that ends with a turn."""
     closed = template(dialogue, tools)
-    # Some templates strip white space at the end of a dialogue only.
-    closed = closed if text.startswith(closed) else closed.rstrip()
-    if not text.startswith(closed):
-        raise _Rewritten(_change(closed, text))
-    return len(closed)
+    # Some templates strip white space, or write EOS, at the end of a dialogue only.
+    for prefix in (closed, closed.rstrip(), closed.removesuffix(template.tokenizer.eos_token)):
+        if text.startswith(prefix):
+            return len(prefix)
+    raise _Rewritten(_change(closed, text))
 
 
 def _change(prefix: str, text: str) -> str:
@@ -152,10 +152,11 @@ def turn_of_tokens(
         else:
             stop = _end_of_turn(ids, ends, first, stop, text[:end], eos_ids)
             if ids[-1] in eos_ids and ids[stop - 1] not in eos_ids:
+                excerpt = text[max(end - _EXCERPT, 0) : end + _EXCERPT]
                 raise BadRow(
                     "the chat template ends earlier turns of the assistant with another token than the last",
-                    f" ({text[starts[stop - 1] : end]!r} is no EOS of the model); learn the last turn only with "
-                    "--data.turns last, or name a template that ends all alike with --data.chat_template FILE",
+                    f" ({excerpt!r} has no EOS of the model); learn the last turn only with --data.turns last, or name "
+                    "a template that ends all alike with --data.chat_template FILE",
                 )
         turns[first:stop] = [number] * (stop - first)
     return turns

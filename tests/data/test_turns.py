@@ -265,7 +265,17 @@ def test_turns_without_an_end_of_the_model_are_refused(character_tokenizer):
     )
     message = fault(character_tokenizer(chat_template=template), TALK[:4])
     assert message.startswith("the chat template ends earlier turns of the assistant with another token than the last")
-    assert "';' is no EOS of the model" in message and "--data.turns last" in message
+    assert "bc;" in message and "has no EOS of the model" in message and "--data.turns last" in message
+
+
+def test_an_end_of_dialogues_is_no_end_of_turns(character_tokenizer):
+    """As in Phi 3's template, which ends turns with <|end|>, and dialogues with <|endoftext|> as well."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}[X]\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% else %}[E]{% endif %}"
+    tokenizer = character_tokenizer(chat_template=template, merges=(r"\[X\]",))
+    tokenizer.add_tokens("[X]")
+    response = one(tokenizer, TALK[:4], eos_ids=[tokenizer.convert_tokens_to_ids("[X]")])
+    assert texts(tokenizer, response) == [(0, "bc[X]"), (-1, "\n<user>d[X]\n<assistant>"), (1, "e[X]")]
 
 
 def test_tools_are_shown_once_and_to_every_prefix(character_tokenizer):

@@ -120,9 +120,8 @@ REFUSALS = {
         r"'<think>\\nI add.* and later '3.<\|im_end\|>.*; learn the last turn only with --data.turns last, or name"
     ),
     "qwen3 own talk all": r"it first has '<think>\\n\\n</think>\\n\\nHi there.*, and later 'Hi there",
-    "gptoss gptoss talk all": r"first has 'return\|>', and later 'end\|><\|start\|>user.*--data.turns last",
+    "gptoss gptoss talk all": r"another token than the last \(.*Hi there.<\|end\|><\|start\|>user.* has no EOS",
     "gptoss gptoss thoughts+tool last": "renders the prompt differently when a response follows",
-    "gptoss gptoss_training talk all": r"with another token than the last \('<\|end\|>' is no EOS of the model",
     "gptoss gptoss_training thoughts all": "the chat template omits thinking; choose one that",
 }
 
