@@ -9,8 +9,8 @@ from qstar_jax.data.outcomes import decoded, number
 _CONVERSATIONS, _RESPONSES = ("conversation_a", "conversation_b"), ("response_a", "response_b")
 _WINNER = "winner"
 _FLAGS = ("winner_model_a", "winner_model_b", "winner_tie")  # one of them is 1
-_WINNERS = {"model_a": 0, "model_b": 1}
-_TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad")
+_WINNERS = {"model_a": 0, "model_b": 1, "a": 0, "b": 1}
+_TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad", "both bad")
 
 
 def holds_battles(columns: Collection[str]) -> bool:
@@ -47,6 +47,14 @@ def parse_battle(row: dict, prompt: str) -> tuple[Any, Any, bool]:
     return sides[best], sides[1 - best], conversations
 
 
+def first_prompt(row: dict, prompt: str) -> dict:
+    """Returns a row with the first turn of its user as the prompt, where the column lists several."""
+    users = decoded(row.get(prompt))
+    if not isinstance(users, list) or not users or not isinstance(users[0], str):
+        return row
+    return row | {prompt: [{"role": "user", "content": users[0]}]}
+
+
 def _winner(row: dict) -> int:
     """Returns 0 if the first answer won, 1 if the second did."""
     winner = row.get(_WINNER)
@@ -55,11 +63,12 @@ def _winner(row: dict) -> int:
         if (flags.count(1), flags.count(0)) != (1, 2):
             raise BadRow("not one winner", f" ({', '.join(_FLAGS)} are {flags}; expected one 1 and two 0)")
         winner = _FLAGS[flags.index(1)].removeprefix("winner_")
-    if isinstance(winner, str) and (winner in _TIES or winner.startswith("tie (")):
+    name = str(winner).strip().lower()
+    if name in _TIES or name.startswith("tie ("):
         raise DroppedRow("tie")
-    if not isinstance(winner, str) or winner not in _WINNERS:
+    if name not in _WINNERS:
         raise BadRow("unknown winner", f" ({winner!r}; expected {', '.join((*_WINNERS, *_TIES))})")
-    return _WINNERS[winner]
+    return _WINNERS[name]
 
 
 def _are_messages(turns: list) -> bool:

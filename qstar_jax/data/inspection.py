@@ -16,6 +16,7 @@ from qstar_jax.data.formats import File, formats_of
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.outcomes import find_reward
 from qstar_jax.data.ragged import Lengths
+from qstar_jax.data.reading import is_on_hub
 from qstar_jax.data.records import Kind, Record
 from qstar_jax.errors import InputError
 
@@ -124,7 +125,8 @@ def command(kind: Kind, config: DataConfig, records: Sequence[Record]) -> str:
         reader = reader.replace("kto", "implicit_prm")  # as KTO needs several prompts
     words = [*reader.split(), config.file, "--model", config.model or "MODEL", "--out", "OUT"]
     given = {name: getattr(config.data, name) for name in DataOptions.__dataclass_fields__}
-    given["eval_split" if kind == "prompts" else "train_split"] = config.split
+    if config.split != DataConfig.split or is_on_hub(config.file):
+        given["eval_split" if kind == "prompts" else "train_split"] = config.split
     defaults = asdict(DataOptions())
     for name, value in given.items():
         if value != defaults[name] and name not in ("train", "eval"):

@@ -24,7 +24,7 @@ def parse_label(row: dict, column: str) -> bool:
         BadRow: It is something else.
     """
     value = row.get(column)
-    text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    text = str(value) if (parsed := number(value)) is None else f"{parsed:g}"
     if (label := _LABELS.get(text.strip().lower())) is None:
         problem = "is null" if value is None else "holds no label"
         raise BadRow(f"column {column!r} {problem}", f" (found {value!r}); expected true or false, or 1 and 0")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from qstar_jax.config import DataOptions
+from qstar_jax.data.battles import first_prompt, holds_battles
 from qstar_jax.data.columns import columns_of_encoded_messages
 from qstar_jax.data.dropped import Again, BadRow, Dropped, DroppedRow, check_some_left, separate, used_or_dropped
 from qstar_jax.data.formats import File, Rows, prompt_reader
@@ -190,12 +191,14 @@ def _plain_file(rows: Rows, options: DataOptions, source: str) -> File:
 
 def _numbered(file: File, *, separate: bool) -> Numbered:
     """Numbers the rows of a file, and puts their prompts into one column."""
-    prompt = prompt_reader(file, separate=separate)
+    prompt, battles = prompt_reader(file, separate=separate), holds_battles(file.columns)
 
     def start() -> Iterator[tuple[int, dict | DroppedRow]]:
         for index, row in enumerate(file.rows):
             try:
-                yield index, row if isinstance(row, BadRow) else prompt(row)
+                if isinstance(row, BadRow):
+                    raise row
+                yield index, first_prompt(prompt(row), file.options.prompt) if battles else prompt(row)
             except DroppedRow as error:
                 yield index, error
 

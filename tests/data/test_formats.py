@@ -363,7 +363,7 @@ def test_arena_battles():
             "winner": winner,
         }
 
-    winners = ["model_a", "model_b", "tie", "tie (bothbad)", "both_bad", "someone"]
+    winners = ["model_a", "Model_B", "tie", "tie (bothbad)", "both_bad", "someone"]
     records, dropped = read(preference_records, *map(battle, winners))
     assert [[response[0]["content"] for response in record.responses] for record in records] == [["a", "b"], ["b", "a"]]
     assert dropped == [(2, "tie"), (3, "tie"), (4, "tie"), (5, "unknown winner")]
@@ -409,7 +409,9 @@ def test_arena_with_lists_of_turns(tmp_path):
         writer = csv.writer(file)
         writer.writerow(names.split(","))
         writer.writerows([json.dumps(cell) if isinstance(cell, list) else cell for cell in line] for line in lines)
-    records, dropped = read(preference_records, *read_rows(str(tmp_path / "a.csv"), "train"))
+    rows = read_rows(str(tmp_path / "a.csv"), "train")
+    assert [record.prompt for record in read(prompt_records, *rows)[0]] == [[user("p")]] * 5
+    records, dropped = read(preference_records, *rows)
     assert [record.responses for record in records] == [
         ([assistant("b")], [assistant("a")]),
         ([assistant("b")], [assistant("c")]),
@@ -467,7 +469,7 @@ def test_step_dpo_without_first_steps():
 
 
 @pytest.mark.parametrize(
-    ("label", "expected"), [(True, True), (0, False), (-1.0, False), ("True", True), ("0", False), ("1", True)]
+    ("label", "expected"), [(True, True), (0, False), (-1.0, False), ("True", True), ("0", False), ("1.0", True)]
 )
 def test_trl_unpaired_labels(label, expected):
     [record], _ = read(label_records, {"prompt": "p", "completion": "c", "label": label})
