@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +18,7 @@ from qstar_jax import __version__, config
 from qstar_jax.cli.help import HelpFormatter
 from qstar_jax.config.compare import drop_unread_defaults
 from qstar_jax.config.paths import check_paths
+from qstar_jax.config.trl import translate
 from qstar_jax.errors import InputError
 
 # Verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called.
@@ -69,6 +72,8 @@ def _verb_parser(verb: str) -> Parser:
         description=options.__doc__.split("\n\n")[0],
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    if verb == "dpo":
+        parser.add_argument("--from_trl", metavar="FILE", help="YAML file of `trl dpo`, whose options are translated")
     parser.add_class_arguments(options, as_positional=verb in POSITIONAL)
     for action in parser._actions:
         if _is_flag(options, action.dest):
@@ -125,7 +130,11 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # notebooks replace them by other objects
             stream.reconfigure(errors="backslashreplace")  # a model's text must not crash a terminal
     parser = build_parser()
-    parsed = parser.parse_args(argv)
+    try:
+        parsed = parser.parse_args(_translated(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        print(f"qstar: {error}", file=sys.stderr)
+        return 2
     _show_log()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that torch is missing
@@ -142,6 +151,29 @@ def main(argv: list[str] | None = None) -> int:
         print(f"qstar {parsed.verb}: {error}\n(QSTAR_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def _translated(words: Sequence[str]) -> list[str]:
+    """Replaces `--from_trl FILE` by a configuration of ours, and says what was not taken over.
+
+    Raises:
+        InputError: The file cannot be read, or is no configuration of `trl dpo`.
+    """
+    flag = "--from_trl"
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
+    if words[:1] != ["dpo"] or flag not in words[:-1]:
+        return words
+    at = words.index(flag)
+    try:
+        given = yaml.safe_load(Path(words[at + 1]).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{flag} {words[at + 1]}: not readable ({str(error).splitlines()[0]})") from error
+    if not isinstance(given, dict):
+        raise InputError(f"{flag} {words[at + 1]}: expected options by name, as `trl dpo --config` reads them")
+    options, notes = translate(given)
+    for note in notes:
+        print(f"{flag}: {note}", file=sys.stderr)
+    return [*words[:at], "--config", yaml.safe_dump(options), *words[at + 2 :]]
 
 
 def _show_log():

@@ -1,0 +1,139 @@
+"""Configurations of `trl dpo`, translated and run."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from qstar_jax.cli.main import main
+from qstar_jax.config.trl import KNOWN, translate
+from qstar_jax.errors import InputError
+
+
+def options_of(**given):
+    options, _ = translate(given)
+    return {
+        f"{block}.{name}": value
+        for block, values in options.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
+
+
+def test_every_option_of_trl_is_known():
+    trl = pytest.importorskip("trl")
+    records = (trl.DPOConfig, trl.ScriptArguments, trl.ModelConfig)
+    assert {field.name for record in records for field in dataclasses.fields(record)} == KNOWN - {"warmup_ratio"}
+
+
+def test_defaults_are_those_of_trl():
+    trl = pytest.importorskip("trl")
+    ours, theirs = options_of(), trl.DPOConfig(output_dir="x", use_cpu=True)
+    for name, value in {
+        "optimizer.learning_rate": theirs.learning_rate,
+        "optimizer.schedule": str(theirs.lr_scheduler_type.value),
+        "optimizer.warmup_steps": theirs.warmup_steps,
+        "optimizer.beta2": theirs.adam_beta2,
+        "optimizer.max_grad_norm": theirs.max_grad_norm,
+        "train.batch_size": theirs.per_device_train_batch_size,
+        "train.epochs": theirs.num_train_epochs,
+        "train.seed": theirs.seed,
+        "train.save_every": theirs.save_steps,
+        "data.max_length": theirs.max_length,
+        "loss.beta": theirs.beta,
+        "loss.name": theirs.loss_type[0],
+        "compute.remat": "full" if theirs.gradient_checkpointing else "none",
+    }.items():
+        assert ours[name] == value, name
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8},
+            {"train.batch_size": 32, "train.accumulate": 8},
+        ),
+        ({"max_steps": 100, "warmup_steps": 0.1}, {"train.steps": 100, "optimizer.warmup_steps": 10}),
+        (
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+            {"loss.name": ["sigmoid", "sft"], "loss.weights": [1.0, 0.2]},
+        ),
+        ({"loss_type": "discopop", "discopop_tau": 0.1}, {"loss.tau": 0.1}),
+        (
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+            {"loss.divergence": "alpha_divergence", "loss.divergence_alpha": 0.7},
+        ),
+        ({"bf16": False, "gradient_checkpointing": False}, {"compute.dtype": "float32", "compute.remat": "none"}),
+        ({"optim": "rmsprop"}, {"optimizer.name": "rmsprop"}),
+        ({"dataset_name": "d", "eval_strategy": "steps", "eval_steps": 5}, {"data.eval": "d", "train.eval_every": 5}),
+        (
+            {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins"},
+            {"train.keep_best": "rewards/margins"},
+        ),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 64}, {"reference.sync_every": 64, "reference.sync_mix": 0.6}),
+        ({"precompute_ref_log_probs": True}, {"reference.mode": "cached"}),
+        (
+            {"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj"]},
+            {"lora.rank": 8, "lora.alpha": 32.0, "lora.targets": ["q_proj"]},
+        ),
+        ({"seed": 1, "data_seed": 2, "save_total_limit": 3}, {"train.seed": 2, "train.keep_checkpoints": 3}),
+    ],
+)
+def test_options_become_ours(given, expected):
+    options = options_of(**given)
+    assert {name: options.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "note"),
+    [
+        ({"load_in_4bit": True}, "load_in_4bit True: not supported"),
+        ({"use_weighting": True}, "use_weighting True: not supported"),
+        ({"trust_remote_code": True}, "trust_remote_code True: not supported"),
+        ({"optim": "sgd"}, "optim sgd: not supported; adamw instead"),
+        ({"warmup_ratio": 0.1}, "a warm-up of 10% of all steps: set optimizer.warmup_steps"),
+        ({"deepspeed": "zero3.json"}, "deepspeed: left to other options"),
+        ({"use_peft": True}, "lora_dropout: TRL's default is 0.05"),
+        ({"fp16": True}, "fp16: bfloat16 instead"),
+        ({"eval_strategy": "epoch"}, "eval_strategy epoch: evaluated before and after training"),
+        (
+            {"metric_for_best_model": "bleu", "load_best_model_at_end": True},
+            "metric_for_best_model bleu: not supported",
+        ),
+    ],
+)
+def test_what_was_not_taken_over_is_said(given, note):
+    assert any(note in said for said in translate(given)[1])
+    assert not any(note in said for said in translate({})[1])
+
+
+def test_options_that_trl_does_not_have_are_refused():
+    with pytest.raises(InputError, match="no option 'betta'"):
+        translate({"betta": 0.1})
+
+
+def test_a_file_of_trl_trains(tmp_path, hf_folder, train_file, eval_file, on_devices, capsys):
+    given = {
+        "model_name_or_path": str(hf_folder), "dataset_name": str(train_file), "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "beta": 0.3, "bf16": False,
+        "learning_rate": 1e-3, "max_length": 64, "report_to": "wandb",
+    }  # fmt: skip
+    path = tmp_path / "trl.yaml"
+    path.write_text(yaml.safe_dump(given))
+    with on_devices(1):
+        assert main(["dpo", "--from_trl", str(path), "--loss.beta", "0.4", "--train.reference_samples", "0"]) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["loss"]["beta"] == 0.4 and config["train"]["batch_size"] == 8 and config["train"]["accumulate"] == 2
+    assert "--from_trl: report_to: left to other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a", "expected options by name"), ("a: [", "not readable"), (None, "not readable")]
+)
+def test_files_that_are_none_of_trl_are_refused(text, message, tmp_path, capsys):
+    path = tmp_path / "trl.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert main(["dpo", f"--from_trl={path}"]) == 2
+    assert message in capsys.readouterr().err
