@@ -111,7 +111,7 @@ def tables(dialogue: Dialogue, *, brief: bool = False) -> list[Table]:
         Table("Scores of turns", ("score", "rank correlation", "AUC of wasted questions"), tuple(credit)),
         Table(
             "Luck in differences of return, and what margins correlate with",
-            ("answers", "variance of luck", "returns", "sums of advantages"),
+            ("answers", "share of luck", "returns", "sums of advantages"),
             tuple(luck),
         ),
     ]
