@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "plan": (config.PlanConfig, "compile a run's step for hardware that is not there, and say what it needs"),
     "score": (config.ScoreConfig, "score every token of every response by its reward"),
     "generate": (config.GenerateConfig, "generate responses: greedy, sampled, searched for, or chosen by reward"),
+    "view": (config.ViewConfig, "open a page where what you type is scored and searched for"),
     "chat": (config.ChatConfig, "talk to a model in the terminal, and see the rewards of its tokens"),
     "play": (config.PlayConfig, "play games of the package textarena, and keep the dialogues with their returns"),
     "sweep": (config.SweepConfig, "measure wider beams: win rate, length and reward"),
@@ -39,7 +40,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "env": (config.EnvConfig, "print versions and devices, for a bug report"),
 }
 
-POSITIONAL = {"data": "FILE ", "chat": "MODEL "}  # verbs whose first option is given without its name
+POSITIONAL = {"data": "FILE ", "chat": "MODEL ", "view": "MODEL "}  # verbs whose first option is given without its name
 
 _load_yaml = get_loader("yaml")
 

@@ -30,6 +30,7 @@ from qstar_jax.config.verbs import GenerateConfig as GenerateConfig
 from qstar_jax.config.verbs import GuidancePair as GuidancePair
 from qstar_jax.config.verbs import PlayConfig as PlayConfig
 from qstar_jax.config.verbs import ScoreConfig as ScoreConfig
+from qstar_jax.config.verbs import ViewConfig as ViewConfig
 
 # Blocks of which one option selects a variant that reads some of the others.
 VARIANT_BLOCKS = {"decode": DecodeOptions, "judge": JudgeOptions, "optimizer": OptimizerOptions}

@@ -58,6 +58,33 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
+class ViewConfig:
+    """A page on this machine where prompts and responses are typed and scored (extra `view`).
+
+    Args:
+        model: Folder of a DPO run (or of one of its checkpoints), a Hugging Face folder, or a hub name.
+        reference: Folder or hub name of the reference; a DPO run brings its own.
+        beta: Temperature of the rewards: reward per nat; a DPO run brings its own.
+        port: Port on the loopback interface; 0: any that is free.
+        alternatives: Number of the policy's most likely tokens to show beside each token.
+        beams: Width of the searches.
+        max_new_tokens: Longest response of a search, EOS included.
+        compute: Options of the computation.
+        mesh: How to shard the model over devices.
+    """
+
+    model: str = path()
+    reference: str | None = path(None)
+    beta: float | None = None
+    port: int = 8000
+    alternatives: int = 5
+    beams: int = 5
+    max_new_tokens: int = 64
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+
+@dataclass(frozen=True)
 class ScoreConfig:
     """The reward that a preference-trained model gives to each token of each response.
 
