@@ -4,6 +4,7 @@ import pytest
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.preferences import completion_records
+from qstar_jax.data.records import Record, last_turn
 from qstar_jax.evaluation.trials import REPEATED, _texts, read_trials
 from qstar_jax.store.open import LoadedModel
 
@@ -51,6 +52,11 @@ def test_of_rows_with_one_prompt_the_first_counts_and_the_others_are_named(read)
 def test_the_answer_to_beat_in_a_dialogue_is_its_last_turn(read, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(tiny_tokenizer, "chat_template", "{% for m in messages %}{{ m.content }} [EOS]{% endfor %}")
     talk = [{"role": role, "content": f"w{i}"} for i, role in enumerate(("user", "assistant", "tool", "assistant"))]
+    called = [talk[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, *talk[2:]]
+    assert _texts(last_turn(Record(called[:1], (called[1:],), 0))) == (
+        'user: w0\n\nassistant: [{"name": "f"}]\n\ntool: w2',
+        "w3",
+    )
     [trial], _ = read([{"messages": talk}])
     assert trial.baseline == "w3" and trial.prompt == "user: w0\n\nassistant: w1\n\ntool: w2"
     assert tiny_tokenizer.decode(trial.example.prompt).split() == "w0 [EOS] w1 [EOS] w2 [EOS]".split()
