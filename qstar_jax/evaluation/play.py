@@ -45,6 +45,8 @@ def play(config: PlayConfig, console: Console) -> list[dict[str, Any]]:
     keep_programs()
     with use_mesh(mesh, config.compute.dtype):
         policy = load_model(config.model, config.compute, mesh, config.mesh)
+        if not policy.tokenizer.chat_template:
+            raise InputError(f"{config.model} has no chat template, by which dialogues are read; use a chat model")
         decoder = prepare(policy, plan, mesh, consume=True)
         speak = _speaker(decoder, config)
         rows = []

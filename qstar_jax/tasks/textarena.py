@@ -25,19 +25,24 @@ class Game:
         seed: Seed of its secret and of everything else that it draws.
 
     Raises:
-        InputError: textarena is not installed, has no such game, or it is not for one player.
+        InputError: textarena is not installed, has no such game, or it is not for one player or lacks its data.
     """
 
     def __init__(self, name: str, seed: int):
-        self._game, self._random = _make(name), random.Random(seed).getstate()
+        self._random = random.Random(seed).getstate()
         self.messages: Messages = []
         self.reward: float | None = None
         self.reason, self.turns = "", 0
         try:
             with self._own_random():
+                self._game = _make(name)
                 self._game.reset(num_players=1, seed=seed)
         except AssertionError as error:
             raise InputError(f"{name} is not a game of one player ({error}); choose another") from error
+        except (LookupError, OSError) as error:
+            raise InputError(
+                f"{name} lacks data that textarena would download: {' '.join(str(error).split())}"
+            ) from error
         self._listen()
 
     def say(self, text: str):

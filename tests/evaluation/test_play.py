@@ -147,6 +147,12 @@ def test_options_that_contradict_each_other(words, message, tmp_path, chat_folde
     assert main([*command, *words]) == 2 and message in capsys.readouterr().err
 
 
+def test_a_model_without_a_chat_template_is_refused(tmp_path, hf_folder, capsys):
+    pytest.importorskip("textarena", reason="games need the extra `textarena`")
+    assert main(["play", "--model", str(hf_folder), "--out", str(tmp_path / "out")]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+
+
 def test_games_are_not_overwritten(tmp_path, chat_folder, capsys):
     (tmp_path / "games.jsonl").write_text("")
     assert main(["play", "--model", str(chat_folder), "--out", str(tmp_path)]) == 2

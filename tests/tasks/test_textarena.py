@@ -102,6 +102,17 @@ def test_games_that_there_are_not(textarena, monkeypatch):
         Game("TicTacToe-v0", 0)
 
 
+def test_a_game_without_its_data_is_refused(textarena, monkeypatch):
+    def missing(*_, **__):
+        raise LookupError("\n  Resource words\n not found")
+
+    monkeypatch.setattr(textarena, "make", missing)
+    with pytest.raises(
+        InputError, match="Wordle-v0 lacks data that textarena would download: Resource words not found"
+    ):
+        Game("Wordle-v0", 0)
+
+
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "textarena", None)
     with pytest.raises(InputError, match=r"pip install 'qstar_jax\[textarena\]'"):
