@@ -61,6 +61,11 @@ class Again(Generic[Item]):
         return self.start()
 
 
+def kept_like(source: Iterable, items: Again[Item]) -> Iterable[Item]:
+    """Keeps items if what they are made of is kept: makes a list of what comes from a list."""
+    return list(items) if isinstance(source, list) else items
+
+
 def used_or_dropped(items: Iterable[tuple[int, Item]], use: Callable[[Item], Used]) -> "Iterator[Used | Dropped]":
     """Applies a function to items.
 

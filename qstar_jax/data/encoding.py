@@ -48,6 +48,11 @@ class Encoded:
             length -= 1
         self.ids: list[int] = ids[: length or int(ids[:1] == [bos])]
 
+    def end_of(self, count: int) -> int:
+        """Returns where the first `count` tokens end in the text, in characters."""
+        places = map(self._encoding.token_to_chars, range(min(count, len(self.ids))))
+        return max((place[1] for place in places if place is not None), default=0)
+
     @cached_property
     def offsets(self) -> list[Span]:
         """Where each token begins and ends in the text, in characters."""

@@ -7,7 +7,16 @@ from dataclasses import replace
 from qstar_jax.config import DataOptions
 from qstar_jax.data.battles import first_prompt, holds_battles
 from qstar_jax.data.columns import columns_of_encoded_messages
-from qstar_jax.data.dropped import Again, BadRow, Dropped, DroppedRow, check_some_left, separate, used_or_dropped
+from qstar_jax.data.dropped import (
+    Again,
+    BadRow,
+    Dropped,
+    DroppedRow,
+    check_some_left,
+    kept_like,
+    separate,
+    used_or_dropped,
+)
 from qstar_jax.data.formats import File, Rows, prompt_reader
 from qstar_jax.data.records import FileLayout, Kind, Record, check_responses, read_record
 from qstar_jax.data.repeats import repeated_prompt_remover
@@ -17,7 +26,7 @@ from qstar_jax.errors import InputError
 Columns = dict[str, tuple[str, str]]  # label of a response -> (option that names its column, column)
 
 
-def records_of(kind: Kind, rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+def records_of(kind: Kind, rows: Rows, options: DataOptions, source: str) -> Iterable[Record | Dropped]:
     """Turns the rows of a file into records.
 
     Detected for the whole file: its columns (those in any row), which of them hold messages as JSON (by most texts),
@@ -27,12 +36,12 @@ def records_of(kind: Kind, rows: Rows, options: DataOptions, source: str) -> Aga
         kind: What rows become: records with two responses, chosen and rejected (`preferences`), with several, best
             first (`rankings`), with one (`completions`; with its label or its reward: `labels`, `returns`), or with
             none (`prompts`).
-        rows: As they were read; they may be read anew whenever they are iterated.
+        rows: As they were read: a list, or what reads them anew whenever it is iterated.
         options: Columns and form.
         source: The user's name for the file, for errors.
 
     Returns:
-        Records and dropped rows, in file order, made anew whenever they are iterated.
+        Records and dropped rows, in file order: a list of a list, else made anew whenever they are iterated.
 
     Raises:
         InputError: The columns fit none of the formats, or several, or an option has no effect.
@@ -84,27 +93,27 @@ def prompt_records(rows: Rows, options: DataOptions, source: str) -> tuple[list[
     return lists_of(records_of("prompts", rows, options, source), source)
 
 
-def _preferences(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+def _preferences(rows: Rows, options: DataOptions, source: str) -> Iterable[Record | Dropped]:
     """Turns rows with two responses into records with two responses: chosen, rejected."""
     numbered = rows_of("preferences", rows, options, source)
     columns = {"chosen": ("chosen", options.chosen), "rejected": ("rejected", options.rejected)}
     return _records("preferences", columns, numbered, options, source)
 
 
-def _rankings(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+def _rankings(rows: Rows, options: DataOptions, source: str) -> Iterable[Record | Dropped]:
     """Turns rows with several responses into records of rankings, best first; pairs are rankings of two."""
     numbered = rows_of("rankings", rows, options, source)
     names = [f"place {place}" for place in range(1, places(numbered) + 1)]
     return _records("rankings", {name: ("completion", name) for name in names}, numbered, options, source)
 
 
-def _labels(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+def _labels(rows: Rows, options: DataOptions, source: str) -> Iterable[Record | Dropped]:
     """Turns rows into records with one response and its label; pairs are two responses, of which one is desirable."""
     numbered = rows_of("labels", rows, options, source)
     return _records("labels", {"": ("completion", options.completion)}, numbered, options, source)
 
 
-def _returns(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+def _returns(rows: Rows, options: DataOptions, source: str) -> Iterable[Record | Dropped]:
     """Turns rows into records with one response, its reward, and rewards of the reference's responses to its prompt.
 
     These are in the column `options.reference_rewards`, or else the rewards of all rows of the same prompt.
@@ -115,7 +124,7 @@ def _returns(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dr
     return records if has_own else _with_rewards_of_prompt(records)
 
 
-def _with_rewards_of_prompt(records: Again[Record | Dropped]) -> Again[Record | Dropped]:
+def _with_rewards_of_prompt(records: Iterable[Record | Dropped]) -> Iterable[Record | Dropped]:
     """Gives each record the rewards of all records of its prompt, which must be samples of the reference."""
 
     def prompt_of(record: Record) -> bytes:
@@ -138,16 +147,17 @@ def _with_rewards_of_prompt(records: Again[Record | Dropped]) -> Again[Record | 
     return _each(records, use)
 
 
-def _each(records: Again[Record | Dropped], use: Callable[[Record], Record]) -> Again[Record | Dropped]:
+def _each(records: Iterable[Record | Dropped], use: Callable[[Record], Record]) -> Iterable[Record | Dropped]:
     """Changes or drops records, whenever they are iterated."""
 
     def use_record(record: Record | Dropped) -> Record | Dropped:
         return use(record) if isinstance(record, Record) else record
 
-    return Again(lambda: used_or_dropped(((record.row, record) for record in records), use_record))
+    used = Again(lambda: used_or_dropped(((record.row, record) for record in records), use_record))
+    return kept_like(records, used)
 
 
-def _completions(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+def _completions(rows: Rows, options: DataOptions, source: str) -> Iterable[Record | Dropped]:
     """Turns rows into records with one response, for supervised fine-tuning.
 
     The response is the column `options.completion`, else `options.chosen`, else the last turn of the column `messages`.
@@ -167,7 +177,7 @@ def _completions(rows: Rows, options: DataOptions, source: str) -> Again[Record 
     return _records("completions", {"": column}, numbered, options, source, dialogues=column[0] == "messages")
 
 
-def _prompts(rows: Rows, options: DataOptions, source: str) -> Again[Record | Dropped]:
+def _prompts(rows: Rows, options: DataOptions, source: str) -> Iterable[Record | Dropped]:
     """Turns rows into records without responses, for generation.
 
     Without a prompt column, prompts are taken from the dialogues in `options.chosen`, else in `messages`.
@@ -202,7 +212,7 @@ def _numbered(file: File, *, separate: bool) -> Numbered:
             except DroppedRow as error:
                 yield index, error
 
-    return Again(start)
+    return kept_like(file.rows, Again(start))
 
 
 def _has_prompt(numbered: Numbered, options: DataOptions) -> bool:
@@ -220,7 +230,7 @@ def _records(
     source: str,
     *,
     dialogues: bool = False,
-) -> Again[Record | Dropped]:
+) -> Iterable[Record | Dropped]:
     """Parses rows; `dialogues` hold their prompts, whatever the column of prompts holds."""
     # Detect the columns, then parse row by row.
     layout = _layout(kind, responses, numbered, options, source)
@@ -230,7 +240,7 @@ def _records(
         index, row = numbered_row
         return read_record(row, index, layout, options)
 
-    records = Again(lambda: used_or_dropped(((item[0], item) for item in numbered), parse))
+    records = kept_like(numbered, Again(lambda: used_or_dropped(((item[0], item) for item in numbered), parse)))
     # Responses must not repeat their prompt, and must differ; prompts alone need no check.
     if kind == "prompts":
         return records
@@ -248,7 +258,7 @@ def _layout(kind: Kind, responses: Columns, numbered: Numbered, options: DataOpt
     return replace(layout, encoded=columns_of_encoded_messages(readable, layout.columns))
 
 
-_KINDS: dict[Kind, Callable[[Rows, DataOptions, str], Again[Record | Dropped]]] = {
+_KINDS: dict[Kind, Callable[[Rows, DataOptions, str], Iterable[Record | Dropped]]] = {
     "preferences": _preferences,
     "rankings": _rankings,
     "labels": _labels,

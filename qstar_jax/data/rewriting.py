@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.battles import parse_battle
-from qstar_jax.data.dropped import Again, BadRow, DroppedRow
+from qstar_jax.data.dropped import Again, BadRow, DroppedRow, kept_like
 from qstar_jax.data.formats import File, Rows, prompt_reader, recognize
 from qstar_jax.data.outcomes import LABEL, OPEN_END, OTHER, REWARD, find_reward, parse_label, parse_reward
 from qstar_jax.data.rankings import (
@@ -61,7 +61,7 @@ def rows_of(kind: str, rows: Rows, options: DataOptions, source: str) -> Numbere
             except DroppedRow as error:
                 yield index, error
 
-    return Again(start)
+    return kept_like(rows, Again(start))
 
 
 def places(numbered: Numbered) -> int:

@@ -113,7 +113,7 @@ def _encode_alone(text: str) -> Encoding[list[int]]:
 
 def _after(ids: list[int], length: int, whole: Encoded) -> list[int] | None:
     """Returns the ids after those of a text of some length in characters; None if these would change."""
-    unchanged = whole.ids[: len(ids)] == ids and max((end for _, end in whole.offsets[: len(ids)]), default=0) <= length
+    unchanged = whole.ids[: len(ids)] == ids and whole.end_of(len(ids)) <= length
     return whole.ids[len(ids) :] if unchanged else None
 
 
