@@ -7,22 +7,20 @@ which the run began (`DataOptions.date`), at 00:00, so that a run continued late
 
 import copy
 import inspect
-import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from qstar_jax.config import DataOptions
-from qstar_jax.console import one_line
 from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import BadRow
+from qstar_jax.data.tool_calls import with_either_arguments
 from qstar_jax.errors import InputError
 
-T = TypeVar("T")
 _DEFAULT, _TOOLS, _CLOCK = "default", "tool_use", "strftime_now"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of messages that hold reasoning
@@ -124,7 +122,7 @@ class ChatTemplate:
             return "", []
         variables = {**self.tokenizer.special_tokens_map, **self.arguments}
         arguments = {"chat_template": self._dated(text), "return_assistant_tokens_mask": True, "tools": tools}
-        [rendered], [spans] = _with_either_arguments(
+        [rendered], [spans] = with_either_arguments(
             messages, lambda form: render_jinja_template([form], **arguments, **variables)
         )
         return rendered, [tuple(span) for span in spans]
@@ -178,50 +176,9 @@ class ChatTemplate:
     def _render(self, text: str, messages: Messages, tools: list[dict] | None, *, open_turn: bool) -> str:
         text = self._dated(text)
         arguments = {"tools": tools, "add_generation_prompt": open_turn, "chat_template": text, "tokenize": False}
-        return _with_either_arguments(
+        return with_either_arguments(
             messages, lambda form: self.tokenizer.apply_chat_template(form, **arguments, **self.arguments)
         )
-
-
-def _with_either_arguments(messages: Messages, render: Callable[[Messages], T]) -> T:
-    """Renders messages with the arguments of tool calls as most templates expect them, or else as text (DeepSeek-V3).
-
-    Raises:
-        BadRow: The template refuses both.
-    """
-    problems = []
-    for form in ("object", "text"):
-        try:
-            return render(_with_call_arguments(messages, form))
-        except Exception as error:  # a template is a program, which can fail in many ways
-            problems.append(error)
-    raise BadRow(f"the chat template refuses the messages ({one_line(str(problems[0]))})") from problems[0]
-
-
-def _with_call_arguments(messages: Messages, form: Literal["object", "text"]) -> Messages:
-    """Returns messages whose tool calls have their arguments in one form; text that is no JSON stays as it is."""
-
-    def convert(arguments: Any) -> Any:
-        if form == "text":
-            return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        try:
-            return json.loads(arguments) if isinstance(arguments, str) else arguments
-        except ValueError:
-            return arguments
-
-    def convert_call(call: Any) -> Any:
-        if not isinstance(call, dict):
-            return call
-        if "function" in call:
-            return call | {"function": convert_call(call["function"])}
-        return call | {"arguments": convert(call["arguments"])} if "arguments" in call else call
-
-    return [
-        message | {"tool_calls": list(map(convert_call, message["tool_calls"]))}
-        if message.get("tool_calls")
-        else message
-        for message in messages
-    ]
 
 
 def _without(key: str, messages: Messages, index: int) -> Messages:
