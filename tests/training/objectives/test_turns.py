@@ -114,10 +114,14 @@ def test_what_the_objective_says_of_its_loss():
     assert objective.description == "dmpo(beta=0.5, discount=0.6)"
 
 
-def test_a_run_on_single_turns_says_that_it_is_dpo(make_config, tiny_train, tmp_path):
+def test_a_run_on_single_turns_says_that_it_is_dpo(make_config, tiny_train, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt  # after the data are read, before anything is compiled
+
+    monkeypatch.setattr("qstar_jax.training.run.make_optimizer", stop)
     console = Console(record=True, width=400, file=io.StringIO())
-    config = make_config(tmp_path / "run", loss=LossOptions(name="dmpo"), train={"steps": 1, "save_every": 1})
-    tiny_train(config, console)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train(make_config(tmp_path / "run", loss=LossOptions(name="dmpo")), console)
     assert "is a single turn, on which dmpo is DPO (sigmoid)" in console.export_text()
 
 
