@@ -1,4 +1,4 @@
-"""The plans in configs/plans/: all are there, fit, belong to their configurations, and are what the README says."""
+"""The plans in configs/plans/: all are there, fit, belong to their configurations, and are what the table says."""
 
 import json
 import runpy
@@ -34,4 +34,4 @@ def test_each_is_of_its_configuration_and_fits(run):
 
 
 def test_the_readme_has_their_table():
-    assert MAKE["table"]() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert MAKE["table"]() in (ROOT / "configs/README.md").read_text(encoding="utf-8")

@@ -1,7 +1,11 @@
-"""The README's code, run as it stands there."""
+"""The documents' code, run as it stands there; their commands, parsed; their paths and links, there."""
 
+import contextlib
+import copy
 import importlib.util
+import io
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -9,16 +13,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qstar_jax.cli.main import build_parser
 from qstar_jax.losses import make_loss
+from qstar_jax.store import hub
 from qstar_jax.training.objectives import preference_loss_fn
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.step import TrainState
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+IGNORED = (".venv", "build", "node_modules")
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for path in [*ROOT.glob("**/README.md"), *ROOT.glob(".github/*.md")]
+    if not any(part.startswith(".pytest") or part in IGNORED for part in path.relative_to(ROOT).parts)
+)
 
 
-def blocks():
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(document, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_five_lines(hf_folder, tiny_model, tiny_params, tiny_tokenizer, tmp_path, monkeypatch, on_devices):
+    """The README's lines, on a tiny chat model instead of the one of the hub."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    folder = tmp_path / "model"
+    hub.write_folder(folder, tiny_model, tiny_params, tokenizer, "float32")
+    [code] = blocks("README.md")
+    lines = [line for line in code.splitlines() if line and not line.startswith("import")]
+    assert len(lines) == 5
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(folder))
+    names = {"pairs": [{"prompt": "w1", "chosen": "w2 w3", "rejected": "w4"}] * 32}
+    with on_devices(1), contextlib.redirect_stdout(io.StringIO()):
+        exec(code, names)
+    assert len(names["answers"]) == 1 and names["run"].summary["steps"] == 1
+    assert len(names["rewards"]) == len(names["q"]) == len(names["v"]) > 0
 
 
 def test_five_lines_of_research_code():
@@ -26,7 +55,7 @@ def test_five_lines_of_research_code():
     lengths = jnp.array([[5, 3], [1, 4], [2, 2]])
     mask = jnp.arange(5) < lengths[..., None]
     tokens = jnp.where(mask, jax.random.randint(jax.random.key(1), (3, 2, 5), 0, 7), -100)
-    code = blocks()[0]
+    [code] = blocks("qstar_jax/README.md")
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) == 5
     names = {"logits": logits, "ref_logits": ref_logits, "tokens": tokens, "mask": mask}
     exec(code, names)
@@ -43,7 +72,7 @@ def test_five_lines_of_research_code():
 
 def test_a_training_step_of_ones_own(tiny_model, tiny_params, pair_batch):
     names = {"jax": jax, "model": tiny_model}
-    exec(blocks()[1], names)
+    exec(blocks("qstar_jax/training/README.md")[0], names)
     params, ref_params = (jax.tree.map(jnp.copy, tiny_params) for _ in range(2))
     optimizer = make_optimizer(names["OptimizerOptions"](), steps=1000)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), ref_params)
@@ -54,17 +83,37 @@ def test_a_training_step_of_ones_own(tiny_model, tiny_params, pair_batch):
     assert state.step == 1
 
 
-@pytest.mark.parametrize("name", ["README.md", ".github/CONTRIBUTING.md"])
-def test_every_path_and_module_named_in_a_document_exists(name):
-    root = README.parent
-    text = (root / name).read_text(encoding="utf-8")
+def test_a_loss_of_arrays():
+    names = {}
+    exec(blocks("qstar_jax/losses/README.md")[0], names)
+    np.testing.assert_allclose(names["values"], np.log(2), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_path_module_and_link_of_a_document_exists(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
     paths = set(re.findall(r"`((?:qstar_jax|tests|configs|launch|\.github)/[\w./-]+)`", text))
-    paths |= set(re.findall(r"(?<![\w/])(?:tests|configs|launch)/[\w/-]+\.\w+", text))
-    rooms = [
-        path for path in re.findall(r"`(\w+/[\w./-]*)`", text) if (root / "qstar_jax" / path.split("/")[0]).is_dir()
-    ]
-    paths |= {f"qstar_jax/{path}" for path in rooms}
+    paths |= set(re.findall(r"(?<![\w/.])(?:tests|configs|launch)/[\w/-]+\.\w+", text))
+    assert not [path for path in sorted(paths) if not (ROOT / path).exists()]
     modules = re.findall(r"python -m (qstar_jax[\w.]+)|from (qstar_jax[\w.]*) import", text)
-    assert paths  # or the pattern finds nothing
-    assert not [path for path in sorted(paths) if not (root / path).exists()]
     assert not [module for module in map("".join, modules) if importlib.util.find_spec(module) is None]
+    # Links to files and pictures, and to headings.
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, heading = target.partition("#")
+        linked = (ROOT / name).parent / path if path else ROOT / name
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_of_a_document_is_one(name, monkeypatch):
+    """Commands of the program are parsed as they stand, with every option; nothing is run."""
+    monkeypatch.chdir(ROOT)  # where configurations are found
+    for block in blocks(name, "sh"):
+        for command in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(command.replace("$MODEL", "m"), comments=True)
+            words = words[words.index("&&") + 1 :] if "&&" in words else words
+            words = [word for word in words if "=" not in word or word.startswith("-")]
+            if words[:1] == ["qstar"]:
+                build_parser().parse_args(words[1:])

@@ -1,4 +1,4 @@
-"""Compiles the configurations of the paper's scale for hardware that is not there, and prints the README's table.
+"""Compiles the configurations of the paper's scale for absent hardware, and prints the table of configs/README.md.
 
     pip install -e '.[plan,plan-gpu]' && python configs/plans/make.py
 

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 
+from qstar_jax import decoding
 from qstar_jax.config import DecodeOptions, Method
 from qstar_jax.config.variants import declarations
 from qstar_jax.decoding.constraints import Constraints
@@ -176,7 +177,7 @@ def test_the_help_names_what_presets_change(preset, made):
 
 
 def test_the_readme_s_table_is_the_table():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("| `--decode.method` |")[1]
+    text = (Path(decoding.__file__).parent / "README.md").read_text(encoding="utf-8").split("| `--decode.method` |")[1]
     rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", text.split("\n\n")[0], re.MULTILINE))
     shared = re.search(r"All read (.*?)\. ", text, re.DOTALL).group(1)
     assert set(rows) == set(ALL)
