@@ -11,12 +11,12 @@ from qstar_jax.errors import InputError
 PATHS = {
     "file", "model", "out", "reference", "base", "pairs.tuned", "pairs.untuned", "data.train", "data.eval",
     "data.chat_template", "reference.cache", "reference.guide", "judge.model", "judge.reference", "judge.prompt",
-    "judge.cache", "credit",
+    "judge.cache", "export", "credit",
     "sweep", "decline", "dialogue", "with_sft", "without_sft",
 }  # fmt: skip
 # Options that are text and no path.
 WORDS = {
-    "prompt", "split", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url",
+    "prompt", "system", "split", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url",
     "loss.name", "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies", "game",
 }  # fmt: skip
 COLUMNS = """name train_split eval_split prompt chosen rejected completion label reward reference_rewards tools system
