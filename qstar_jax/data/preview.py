@@ -35,7 +35,7 @@ def preview(example: Example, tokenizer: Any) -> Text:
         note = "; truncated at the end, without EOS" if response.truncated else ""
         text.append(f"\n\n{name} ({_size(response)}, in the loss{note})\n", style="bold")
         for start, end, style in _stretches(response, color):
-            said = _decode(response.ids[start:end], tokenizer)
+            said = _decode_after(example.prompt, response.ids[:start], response.ids[start:end], tokenizer)
             text.append(said if response.action_mask[start] else f"⟨{said}⟩", style=style)
     for name, value in example.outcome.items():
         text.append(f"\n{name}: {np.array2string(value, precision=3)}", style="bold")
@@ -67,3 +67,10 @@ def _stretches(response: Response, color: str) -> Iterator[tuple[int, int, str]]
 def _decode(ids: Any, tokenizer: Any) -> str:
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text.translate(_ESCAPES)
+
+
+def _decode_after(prompt: np.ndarray, before: np.ndarray, ids: np.ndarray, tokenizer: Any) -> str:
+    """Decodes tokens that follow others: on their own, some tokenizers strip the space before the first."""
+    context = np.concatenate([prompt, before])
+    known, whole = (_decode(tokens, tokenizer) for tokens in (context, np.concatenate([context, ids])))
+    return whole[len(known) :] if whole.startswith(known) else _decode(ids, tokenizer)

@@ -1,4 +1,7 @@
+import copy
+
 import numpy as np
+from tokenizers import decoders
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.preview import preview
@@ -65,3 +68,13 @@ def test_rankings_and_outcomes(plain_tokenizer):
     single = Example(ids[0], False, (Response(ids[1], True),) * 2, 0, {"labels": np.asarray(True)})
     plain = preview(single, plain_tokenizer).plain
     assert "response to another prompt (1 tokens" in plain and plain.endswith("labels: True")
+
+
+def test_spaces_between_turns_are_kept(plain_tokenizer):
+    """A decoder that strips the first space of a text would lose those where turns begin."""
+    tokenizer = copy.deepcopy(plain_tokenizer)
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    ids = np.array(plain_tokenizer("a b c d").input_ids, np.int32)
+    turns = np.array([0, -1, -1, 1, 1, 1])
+    response = Response(ids[1:], True, turns >= 0, turns)
+    assert preview(Example(ids[:1], False, (response,), 0), tokenizer).plain.endswith(" ⟨b ⟩c d")

@@ -189,13 +189,15 @@ def mark_responses(
                 f"{where}: no column {wrong!r} (found: {', '.join(map(repr, row))}); name the one that marks what is "
                 "wrong with --wrong"
             )
-        text = text_of(record.responses[-1])
+        # In a dialogue of several turns, marks are texts of what the template renders.
+        written = record.responses[-1]
+        is_dialogue = isinstance(written, list) and len(written) > 1
+        text = "".join(response.pieces) if is_dialogue else text_of(written)
         ranges = read_marks(row[wrong], text, where)
-        if record.repeats == "removed" and not all(isinstance(mark, str) for mark in row[wrong]):
-            raise InputError(
-                f"{where}: marks are ranges of characters, but a repeated prompt was removed from the response; mark "
-                "texts, or set --data.repeated_prompt keep"
-            )
+        if not all(isinstance(mark, str) for mark in row[wrong]) and (is_dialogue or record.repeats == "removed"):
+            why = "the response has several turns" if is_dialogue else "a repeated prompt was removed from the response"
+            fix = "" if is_dialogue else ", or set --data.repeated_prompt keep"
+            raise InputError(f"{where}: marks are ranges of characters, but {why}; mark texts{fix}")
         actions = np.array(response.action_mask)
         spans = tuple(tokens & actions for tokens in marked_tokens(response.pieces, text, ranges, where))
         if not all(span.any() for span in spans):

@@ -22,7 +22,7 @@ def area(rewards, wrong):
     return auc(-rewards, wrong, np.zeros(len(wrong), int))(np.ones((1, 1)))[0]
 
 
-def answer(rewards, ref_logp=None, row=0, role="rejected", pieces=None):
+def answer(rewards, ref_logp=None, row=0, role="rejected", pieces=None, action_mask=()):
     n = len(rewards)
     return ScoredResponse(
         row=row,
@@ -37,6 +37,7 @@ def answer(rewards, ref_logp=None, row=0, role="rejected", pieces=None):
         v=(0.0,) * n,
         truncated=False,
         beta=0.1,
+        action_mask=action_mask,
     )
 
 
@@ -138,3 +139,22 @@ def test_marks_of_an_answer_whose_prompt_was_taken_off():
     assert found.wrong.tolist() == [0, 1, 0]
     with pytest.raises(InputError, match=r"f row 2: marks are ranges.*mark texts, or set --data.repeated_prompt keep"):
         mark_responses(scored, rows, records, **MARKS)
+
+
+def test_marks_of_a_dialogue_are_texts_of_the_assistant():
+    scored = [answer([1, 0, 3], pieces="abc", action_mask=(True, False, True))]
+    turns = [
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
+    records = [Record([{"role": "user", "content": "p"}], (turns, turns), 0)]
+    (found,) = mark_responses(scored, [{"wrong": ["c"]}], records, **MARKS)
+    assert found.wrong.tolist() == [0, 0, 1]
+    for marks, message in (
+        ([[0, 1]], "marks are ranges of characters, but the response has several turns; mark texts"),
+        (["b"], "covers no token of the assistant"),
+        (["d"], "occurs 0 times in the response"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mark_responses(scored, [{"wrong": marks}], records, **MARKS)
