@@ -4,13 +4,14 @@ The file loads nothing: figures are part of it, in a light and a dark version.
 """
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from qstar_jax.console import one_line, visible
 from qstar_jax.evaluation.insights.record import Finding, Record
-from qstar_jax.evaluation.scored import ScoredResponse
+from qstar_jax.evaluation.scored import ScoredResponse, by_row, pair_margin
 from qstar_jax.report.insights import VIEWS, View
 from qstar_jax.report.page import heatmap_view
 from qstar_jax.report.panel import Panel, as_svg, panel_figure
@@ -27,7 +28,7 @@ def insights_page(
     title: str,
     notes: Sequence[str] = (),
 ) -> str:
-    """Draws a section for each insight that has a finding or a record.
+    """Draws a section for each insight that has a finding or a record, after the pair that the model tells best apart.
 
     Returns:
         A whole HTML document that works from a file, offline, and without scripts (then with plain tooltips).
@@ -43,12 +44,16 @@ def insights_page(
         matching = [finding for finding in findings if finding.insight == view.insight]
         record = next((record for record in records if isinstance(record, view.record)), None)
         sections.append(_section(number, view, matching, record))
+    rows = by_row(heatmaps)
+    opening = max(rows, key=lambda row: pair_margin(row) or -math.inf, default=())
+    others = [response for row in rows if row is not opening for response in row]
     return render(
         "insights.html.j2",
         title=one_line(title),
         notes=[visible(note) for note in notes],
         sections=[section for section in sections if section["findings"] or section["panels"]],
-        heat=heatmap_view(heatmaps) if heatmaps else None,
+        opening=heatmap_view(opening) if opening else None,
+        heat=heatmap_view(others) if others else None,
     )
 
 

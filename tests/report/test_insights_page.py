@@ -1,5 +1,6 @@
 """The page of the three insights."""
 
+import re
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -120,3 +121,14 @@ def test_nothing_at_all_still_makes_a_page():
 def test_an_unknown_insight_is_refused(findings):
     with pytest.raises(ValueError, match="unknown insights: credits; known: credit, search, decline"):
         insights_page([replace(findings[0], insight="credits")], title="t")
+
+
+def test_the_page_opens_with_the_pair_that_is_told_best_apart(findings, heatmaps):
+    pair = [replace(response, row=2, reward=tuple(r / 2 for r in response.reward)) for response in heatmaps[:2]]
+    page = insights_page(findings, heatmaps=[*pair, *heatmaps], title="t")
+    rows = re.findall(r'aria-label="Row (\d)"', page)
+    assert rows == ["0", "2", "1"]  # the widest margin first, then the others in their order
+    sections = [page.index(mark) for mark in ('id="opening"', 'id="credit"', 'id="heatmaps"')]
+    assert sections == sorted(sections)
+    alone = insights_page(findings, heatmaps=heatmaps[:2], title="t")
+    assert 'id="opening"' in alone and 'id="heatmaps"' not in alone
