@@ -48,6 +48,8 @@ class TrainOptions:
         reference_samples: Responses sampled before step 0 from a reference that does not move. Their rewards are logged
             at each evaluation and tell an ordinary fall of rewards (of chosen, best or desirable responses, or of all
             those with returns) from a harmful one; 0: none. A resumed run keeps those it began with, or takes 0.
+        show_responses: Respond to the prompts of this many held-out rows (of `data.train` if there are none) at each
+            evaluation, taking the most likely tokens; responses.jsonl has the responses, the log the first of them.
     """
 
     steps: int = 0
@@ -63,6 +65,7 @@ class TrainOptions:
     keep_best: Literal["loss", "rewards/margins", "rewards/accuracies"] | None = None
     patience: int = 0
     reference_samples: int = 16
+    show_responses: int = 0
 
 
 @dataclass(frozen=True)

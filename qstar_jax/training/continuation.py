@@ -36,6 +36,7 @@ FREE_OPTIONS = (
     "train.eval_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.show_responses",
     "train.reference_samples",  # the first ones stay, or are no longer scored
 )
 HELD_OUT = ("eval", "eval_split", "max_eval_rows")

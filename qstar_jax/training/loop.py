@@ -35,6 +35,7 @@ class Loop:
         check_first: Raises if metrics of step 0 cannot be right.
         save: `(state, step)` writes a checkpoint.
         find_cause: `(state, batch, locate)` says what was not finite in a step; `locate` names examples of the batch.
+        respond: `(params, step)` shows what the policy says, at every evaluation.
         best: Which evaluation was the best, if its checkpoint is to be kept.
         log: Where metrics go; None on all but the first process.
     """
@@ -49,6 +50,7 @@ class Loop:
     check_first: Callable[[dict[str, float]], None] | None = None
     save: Callable[[TrainState, int], None] | None = None
     find_cause: Callable[[TrainState, Any, Callable[[Sequence[int]], str]], str] | None = None
+    respond: Callable[[Params, int], None] | None = None
     best: BestEvaluation | None = None
     log: RunLog | None = None
 
@@ -145,6 +147,8 @@ class Loop:
             means |= evaluate(state.policy, state.ref_params)
         if self.log and means:
             self.log.write(step, means)
+        if self.respond:
+            self.respond(state.policy, step)
         return means
 
 

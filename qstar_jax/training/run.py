@@ -29,6 +29,7 @@ from qstar_jax.training.diagnostics.decline import FILE, Probe, make_probe
 from qstar_jax.training.diagnostics.estimate import Estimate, device_memory, estimate
 from qstar_jax.training.diagnostics.first_loss import check_first_loss
 from qstar_jax.training.diagnostics.nonfinite import find_cause
+from qstar_jax.training.diagnostics.responses import RESPONSES, make_responder
 from qstar_jax.training.evaluator import make_evaluator
 from qstar_jax.training.inputs import ExampleChange, Inputs, load_inputs, with_cached_reference
 from qstar_jax.training.loop import Loop
@@ -172,7 +173,15 @@ def _begin_folder(run: Run):
     if jax.process_index() != 0:
         return
     if run.start.step == 0:
-        for name in ("metrics.jsonl", BEST, FILE, identity_file(Path(FILE)).name, "summary.json", "curves.png"):
+        for name in (
+            "metrics.jsonl",
+            BEST,
+            RESPONSES,
+            FILE,
+            identity_file(Path(FILE)).name,
+            "summary.json",
+            "curves.png",
+        ):
             (run.plan.out / name).unlink(missing_ok=True)
     text = yaml.safe_dump(asdict(run.plan.config), sort_keys=False)
     (run.plan.out / "config.yaml").write_text(text, encoding="utf-8")
@@ -214,6 +223,7 @@ def _make_loop(
         check_first=None if expected is None else partial(check_first_loss, expected=expected),
         save=lambda state, step: store.save(step, saved_arrays(plan, state), run.description),
         find_cause=partial(find_cause, model, loss_fn, accumulate=options.accumulate),
+        respond=make_responder(plan, run.start, run.inputs.prompts, run.mesh, run.console),
         best=run.best,
         log=log,
     )

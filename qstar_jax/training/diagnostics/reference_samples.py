@@ -50,8 +50,9 @@ def draw(
     rows: int,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
+    temperature: float = 1.0,
 ) -> list[Response]:
-    """Samples one response per prompt, at temperature 1 from the whole vocabulary.
+    """Samples one response per prompt from the whole vocabulary.
 
     Args:
         model: The model.
@@ -62,6 +63,7 @@ def draw(
         rows: Prompts decoded at once.
         max_new_tokens: Longest response in tokens, EOS included.
         eos_ids: Tokens that end a response.
+        temperature: Divides log pi before a token is drawn; 0 takes the most likely token.
 
     Returns:
         The responses; one that reached `max_new_tokens` without EOS is truncated.
@@ -69,6 +71,7 @@ def draw(
     # One shape for all batches.
     width = -(-max(len(prompt) for prompt in prompts) // 64) * 64
     replicated = NamedSharding(mesh, PartitionSpec())
+    options = SampleOptions(max_new_tokens, eos_ids, temperature=temperature)
     responses: list[Response] = []
     for start in range(0, len(prompts), rows):
         batch = prompts[start : start + rows]
@@ -80,7 +83,7 @@ def draw(
         )
         # A key per prompt: samples do not depend on how many are decoded at once.
         keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(start + np.arange(rows))
-        samples = sample(model, params, padded, lengths, keys, SampleOptions(max_new_tokens, eos_ids))
+        samples = sample(model, params, padded, lengths, keys, options)
         tokens, ends, finished = multihost_utils.process_allgather(
             (samples.tokens, samples.lengths, samples.finished), tiled=True
         )
