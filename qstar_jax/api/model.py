@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
-from numpy.typing import ArrayLike
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from qstar_jax.api.results import Answers, Scores
 from qstar_jax.config import ComputeOptions, DataOptions, DecodeOptions, MeshOptions
@@ -107,7 +106,7 @@ class Model:
         """The Hugging Face tokenizer."""
         return self.loaded.tokenizer
 
-    def logits(self, tokens: Int[ArrayLike, "*B S"]) -> Float[Array, "*B S V"]:
+    def logits(self, tokens: Int[ArrayLike, "*B S"] | Sequence[int]) -> Float[Array, "*B S V"]:
         """Computes the logits of the next token at every position: Q-values, in units of beta (Eq. 5).
 
         Args:
