@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"qstar: {error}", file=sys.stderr)
         return 2
     _show_log()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # batches of texts on all cores
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that torch is missing
     try:
         options = _options(parser, parsed)

@@ -1,4 +1,5 @@
 import io
+import os
 import sys
 
 import pytest
@@ -213,3 +214,12 @@ def test_env_says_what_a_bug_report_needs(capsys):
     text = capsys.readouterr().out
     for part in ("qstar_jax", jax.__version__, "tested pairs", "device 7"):
         assert part in text
+
+
+def test_texts_are_tokenized_on_all_cores_unless_the_user_says_otherwise(monkeypatch, tmp_path):
+    for given, expected in ((None, "true"), ("false", "false")):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", given or "")  # so that it is restored afterwards
+        if given is None:
+            monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+        assert main(["data", str(tmp_path / "nothing.jsonl")]) == 2
+        assert os.environ["TOKENIZERS_PARALLELISM"] == expected
