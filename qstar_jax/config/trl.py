@@ -145,6 +145,9 @@ def translate(given: Options) -> tuple[Options, list[str]]:
         # Options of losses that are as by default stay unset: not every loss has them.
         if trl[name] is not None and not (ours.startswith("loss.") and ours != "loss.beta" and trl[name] == default):
             options[ours] = trl[name]
+    if isinstance(trl["resume_from_checkpoint"], str):
+        del options["resume"]
+        notes.append(f"resume_from_checkpoint {trl['resume_from_checkpoint']}: --resume continues the run in --out")
     for convert in (_batches, _optimizer, _loss, _numbers, _intervals, _reference, _adapter):
         options |= convert(trl, notes.append)
     for name, harmless in _MISSING.items():

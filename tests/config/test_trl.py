@@ -1,11 +1,15 @@
 """Configurations of `trl dpo`, translated and run."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 
+from qstar_jax import training
 from qstar_jax.cli.main import main
+from qstar_jax.config import DpoConfig, trl
 from qstar_jax.config.trl import KNOWN, translate
 from qstar_jax.errors import InputError
 
@@ -21,14 +25,14 @@ def options_of(**given):
 
 
 def test_every_option_of_trl_is_known():
-    trl = pytest.importorskip("trl")
-    records = (trl.DPOConfig, trl.ScriptArguments, trl.ModelConfig)
+    library = pytest.importorskip("trl")
+    records = (library.DPOConfig, library.ScriptArguments, library.ModelConfig)
     assert {field.name for record in records for field in dataclasses.fields(record)} == KNOWN - {"warmup_ratio"}
 
 
 def test_defaults_are_those_of_trl():
-    trl = pytest.importorskip("trl")
-    ours, theirs = options_of(), trl.DPOConfig(output_dir="x", use_cpu=True)
+    library = pytest.importorskip("trl")
+    ours, theirs = options_of(), library.DPOConfig(output_dir="x", use_cpu=True)
     for name, value in {
         "optimizer.learning_rate": theirs.learning_rate,
         "optimizer.schedule": str(theirs.lr_scheduler_type.value),
@@ -96,6 +100,7 @@ def test_options_become_ours(given, expected):
         ({"deepspeed": "zero3.json"}, "deepspeed: left to other options"),
         ({"use_peft": True}, "lora_dropout: TRL's default is 0.05"),
         ({"fp16": True}, "fp16: bfloat16 instead"),
+        ({"resume_from_checkpoint": "a/b"}, "resume_from_checkpoint a/b: --resume continues the run in --out"),
         ({"eval_strategy": "epoch"}, "eval_strategy epoch: evaluated before and after training"),
         (
             {"metric_for_best_model": "bleu", "load_best_model_at_end": True},
@@ -106,6 +111,25 @@ def test_options_become_ours(given, expected):
 def test_what_was_not_taken_over_is_said(given, note):
     assert any(note in said for said in translate(given)[1])
     assert not any(note in said for said in translate({})[1])
+
+
+def test_a_run_is_resumed_only_where_it_lies():
+    assert translate({"resume_from_checkpoint": True})[0]["resume"] is True
+    assert "resume" not in translate({"resume_from_checkpoint": "a/b"})[0]
+
+
+def test_the_table_of_options_is_complete():
+    """Each option that is translated has a row, which names options that exist."""
+    text = (Path(training.__file__).parent / "README.md").read_text(encoding="utf-8")
+    table = text.split("| `trl dpo` | `qstar dpo` |")[1].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
+    assert rows.keys() == trl._SAME.keys() | trl._CONVERTED.keys()
+    for ours in re.findall(r"`([\w.]+)`", " ".join(rows.values())):
+        block = DpoConfig
+        for part in ours.split("."):
+            block = {field.name: field.type for field in dataclasses.fields(block)}[part]
+    for name, (ours, _) in trl._SAME.items():
+        assert rows[name] == f"`{ours}`"
 
 
 def test_options_that_trl_does_not_have_are_refused():
