@@ -149,6 +149,8 @@ class Model:
         Raises:
             InputError: An option is unknown or not read by the method, or a prompt cannot be used.
         """
+        if batch_size < 1:
+            raise InputError(f"generate: batch_size is {batch_size}; expected at least 1 prompt")
         plan = interpret(self._decode_options(method, beams, max_new_tokens, options))
         several = _several(prompts)
         data = _data_options(as_chat)

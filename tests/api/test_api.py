@@ -122,6 +122,7 @@ def test_answers_are_searched_for(model):
         (lambda m: m.generate("w1", bems=3), "unknown option 'bems'; expected some of method, max_new_tokens"),
         (lambda m: m.generate("w1", temperature=0.5), "temperature"),
         (lambda m: m.generate(["w1", 3]), r"prompts\[1\]: column 'prompt' holds"),
+        (lambda m: m.generate("w1", batch_size=0), "batch_size is 0; expected at least 1 prompt"),
         (lambda m: m.score("w1"), "at least one response"),
         (lambda m: m.score("w1", "w2", ""), r"responses\[1\]: "),
         (lambda m: m.generate([{"role": "user", "content": "w1"}]), "no chat template"),
