@@ -1,6 +1,5 @@
 """cuDNN's attention: its gathers run here on XLA's attention (see also test_attention.py), its programs for an H100."""
 
-import logging
 from dataclasses import replace
 from functools import partial
 
@@ -191,7 +190,7 @@ def test_why_not():
         assert "2 groups of heads cannot be sharded over mesh.tensor = 4" in reason()
 
 
-def test_auto_takes_it_on_a_gpu_where_it_can_and_says_so_once(monkeypatch, caplog):
+def test_auto_takes_it_on_a_gpu_where_it_can_and_says_so_once(monkeypatch):
     batch = batch_of("packed", texts=True)
     mask, (q, k, v) = PackedMask(batch.blocks, batch.branches, batch.texts), arrays(batch)
     monkeypatch.setattr(attention, "platform", lambda: "gpu")
@@ -199,13 +198,10 @@ def test_auto_takes_it_on_a_gpu_where_it_can_and_says_so_once(monkeypatch, caplo
     monkeypatch.setattr(attention, "why_not", lambda *_, **__: next(reasons))
     monkeypatch.setattr(attention, "cudnn_attention", on_xla)
     attention._log_once.cache_clear()
-    monkeypatch.setattr(logging.getLogger("qstar_jax"), "propagate", True)  # the command line's log does not
-    with caplog.at_level(logging.INFO, "qstar_jax"):
-        outs = [masked_attention(mask, batch.positions, "auto", scale=1.0)(q, k, v) for _ in range(4)]
-    assert [record.message for record in caplog.records] == [
-        "attention: cuDNN",
-        "attention: blockwise, not cuDNN: cuDNN is not there",
-    ]
+    said = []
+    monkeypatch.setattr(attention._log, "info", said.append)
+    outs = [masked_attention(mask, batch.positions, "auto", scale=1.0)(q, k, v) for _ in range(4)]
+    assert said == ["attention: cuDNN", "attention: blockwise, not cuDNN: cuDNN is not there"]
     for out in outs:
         np.testing.assert_allclose(out[batch.blocks >= 0], outs[0][batch.blocks >= 0], rtol=1e-5, atol=1e-5)
 
