@@ -1,0 +1,60 @@
+import pytest
+
+from qstar_jax.errors import InputError
+from qstar_jax.evaluation.final_answers import EXTRACTORS, final_answer, normalize, pattern_extractor, right_answer
+
+
+@pytest.mark.parametrize(
+    ("how", "text", "answer"),
+    [
+        ("hash", "5 + 2 = 7 ; # 7", "7"),
+        ("hash", "#1 is wrong\n#### $1,200.00\nand more", "1200"),
+        ("hash", "7", None),
+        ("hash", "7 #", None),
+        ("boxed", r"so \boxed{3} or rather \boxed{\frac{1}{2}}.", "1/2"),
+        ("boxed", r"\boxed{\text{a}_{b}}", r"\text{a}_{b}"),
+        ("boxed", r"\boxed{3", None),
+        ("boxed", "3", None),
+        ("marked", r"\boxed{3} # 4", "4"),
+        ("marked", r"# 4 and \boxed{3}", "3"),
+        ("marked", r"# 4 and \boxed{3", "4 and " + r"\boxed{3"),
+        ("marked", "it is 3", None),
+        ("number", "A: 18", "18"),
+        ("number", "16-3=13, thus 16-3", "3"),
+        ("number", "from 5 to -2.50!", "-5/2"),
+        ("number", "half, 2/4 (see .5)", "1/2"),
+        ("number", "in 1,000,000, no more.", "1000000"),
+        ("number", "none", None),
+    ],
+)
+def test_answers_are_found(how, text, answer):
+    assert final_answer(text, EXTRACTORS[how]) == answer
+
+
+def test_equal_numbers_are_written_alike_and_others_are_not():
+    for one in ("1,200", "$1200", "1200.00", "1200.", " 1200 % ", r"\$1,200", "+1200", "2400/2"):
+        assert normalize(one) == "1200"
+    for other in ("1,20", "1200x", "12e2", "1 + 1199", "1200/0", "120", "-1200"):
+        assert normalize(other) != "1200"
+    assert normalize("two   words .") == "two words"
+    digits = "1" * 5000  # more than Python turns into an int
+    assert normalize(digits) == digits
+    assert normalize("$") == "" and final_answer("# $", EXTRACTORS["hash"]) is None
+
+
+def test_a_pattern_finds_what_its_group_matches_last():
+    extract = pattern_extractor(r"^A: (.+)$")
+    assert final_answer("A: 3\nA: 18 \nB: 5", extract) == "18"
+    assert final_answer("B: 5", extract) is None
+
+
+@pytest.mark.parametrize("pattern", ["A: .+", "(A): (.+)", "A: (.+"])
+def test_a_pattern_has_one_group(pattern):
+    with pytest.raises(InputError, match=r"expected one|is not a regular expression"):
+        pattern_extractor(pattern)
+
+
+def test_the_right_answer_may_be_a_whole_solution():
+    assert right_answer("He has 9 * 2 = 18\n#### 18", EXTRACTORS["marked"]) == "18"
+    assert right_answer("18.0", EXTRACTORS["marked"]) == "18"
+    assert right_answer("blue", EXTRACTORS["number"]) == "blue"
