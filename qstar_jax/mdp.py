@@ -238,6 +238,49 @@ def step_rewards(
     return jnp.where(in_step, masked(rewards, mask)[..., None, :], 0.0).sum(-1)
 
 
+def endogenous_rewards(
+    q: Float[Array, "*B T"], next_values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]
+) -> Float[Array, "*B T"]:
+    """Rewards Q(s_t, a_t) - V(s_{t+1}) that a policy's own logits imply, without a reference.
+
+    Logits are read as soft Q-values, and the Bellman equation (Eq. 7) is solved for the reward: beta * logp + V(s_t) -
+    V(s_{t+1}). If the logits are Q*/beta, it is r + beta * log pi_ref; of a policy trained by DPO, whose Q-values are
+    known up to a potential, it is that up to potential shaping.
+
+    Args:
+        q: Q-values, from `TokenScores.q`, so from logp and logz alone. Shape [..., T].
+        next_values: V(s_{t+1}), from `shaping.successor_values` of `TokenScores.v`. Shape [..., T].
+        mask: True at actions. Shape [..., T].
+
+    Returns:
+        Rewards. Shape [..., T].
+
+    References:
+        Li et al., "Generalist reward models: found inside large language models", arXiv 2506.23235.
+    """
+    return masked(q, mask) - masked(next_values, mask)
+
+
+def prefix_values(rewards: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T"]:
+    """Token rewards summed up to and including each token: what the prefix is worth, relative to the prompt.
+
+    For implicit rewards of a policy that is optimal for rewards paid at the end, it is V*(s_{t+1}) - V*(s_0): beta
+    times the log-average of exp(return / beta) over the reference's completions of the prefix, less that over its
+    responses to the prompt (Eq. 10, summed). At a terminal state it is the return less V*(s_0).
+
+    Args:
+        rewards: Token rewards. Shape [..., T].
+        mask: True at actions. Shape [..., T].
+
+    Returns:
+        Running sums, 0 at tokens that are no actions. Shape [..., T].
+
+    References:
+        Yuan et al., "Free process rewards without process labels", arXiv 2412.01981, whose q_t it is.
+    """
+    return masked(jnp.cumsum(masked(rewards, mask), axis=-1), mask)
+
+
 def _masked_logits(logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T V"]:
     chex.assert_shape(mask, logits.shape[:-1])
     # At least float32: log-ratios of bfloat16 log-probabilities are mostly rounding.

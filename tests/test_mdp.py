@@ -398,3 +398,16 @@ def test_ids_under_the_mask_do_not_matter():
     np.testing.assert_array_equal(
         mdp.step_rewards(rewards, MASKS, wild, num_steps=3), mdp.step_rewards(rewards, MASKS, STEP_IDS, num_steps=3)
     )
+
+
+def test_prefix_values_by_hand():
+    rewards, mask = jnp.array([1.0, 2.0, jnp.nan, 8.0]), jnp.array([True, True, False, True])
+    np.testing.assert_array_equal(mdp.prefix_values(rewards, mask), [1.0, 3.0, 0.0, 11.0])
+
+
+def test_the_value_at_the_end_of_a_step_is_the_sum_of_the_steps():
+    rewards, ids = normal(0, 12), jnp.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 4])
+    steps = mdp.step_rewards(rewards, jnp.ones(12, bool), ids, num_steps=5)
+    ends = jnp.flatnonzero(jnp.diff(ids, append=5))
+    values = mdp.prefix_values(rewards, jnp.ones(12, bool))[ends]
+    np.testing.assert_allclose(values, jnp.cumsum(steps), rtol=1e-5, atol=1e-6)

@@ -101,6 +101,7 @@ CASES = [
     Case("v", tokens("logz"), BETA),
     Case("q", tokens("logp", "logz"), BETA),
     Case("advantages", tokens("logp"), BETA),
+    Case("endogenous_rewards", tokens("q", "next_values")),
     Case("implicit_rewards", {name: x for name, x in tokens("logp", "ref_logp").items() if name != "mask"}, BETA),
     Case("masked", tokens("values")),
     Case("successor_values", tokens("values")),
@@ -111,6 +112,7 @@ CASES = [
     Case("preference_log_prob", {"returns": 3 * normal(14, 5, 4)}),
     Case("preference_log_prob", {"returns": 3 * normal(14, 5, 4), "present": MASKS}, tag="present"),
     Case("kl_divergence", {"logits": LOGITS["logits"], "other_logits": LOGITS["ref_logits"], "mask": MASKS}),
+    Case("prefix_values", tokens("rewards")),
     Case("step_rewards", tokens("rewards") | {"step_ids": STEP_IDS}, {"num_steps": 3}),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

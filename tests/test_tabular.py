@@ -165,6 +165,48 @@ def eq_7_residual(scores, q, rewards, beta):
     return q - (rewards + beta * scores.ref_logp + next_values)
 
 
+def test_endogenous_rewards_are_those_of_the_problem_that_the_logits_solve(tree):
+    """Logits Q*/beta give back r + beta log pi_ref, and other logits of pi* the same up to potential shaping."""
+
+    def recovered(rewards, ref_logp, beta, shift):
+        solution = solve(tree, rewards, ref_logp, beta)
+        found = []
+        for logits in (solution.q / beta, solution.q / beta + shift[:, None]):
+            states, tokens, mask = tree.paths.states, tree.paths.tokens, tree.paths.mask
+            scores = TokenScores.from_logits(logits[states], None, tokens, mask)
+            next_values = shaping.successor_values(scores.v(beta), mask)
+            found.append(mdp.endogenous_rewards(scores.q(beta), next_values, mask))
+        expected = tabular.on_paths(tree, rewards + beta * ref_logp)
+        shaped = shaping.are_equivalent(*found, tree.paths.mask, atol=1e-10)
+        return found[0] - expected, shaped.equivalent, jnp.abs(found[1] - found[0]).max()
+
+    shifts = jax.random.normal(jax.random.key(7), (EACH, tree.shape[0]))
+    difference, equivalent, moved = for_each_mdp(tree, recovered, shifts)
+    np.testing.assert_allclose(difference, 0, **EXACT)
+    assert equivalent.all() and (moved > 1e-3).all()
+
+
+def test_prefix_values_are_the_reference_s_exponential_average_of_the_return(tree):
+    """With rewards paid at the end, implicit rewards summed over a prefix are V*(s) - V*(s_0) (Eq. 10)."""
+
+    def compare(rewards, ref_logp, beta):
+        outcome = jnp.where(tree.children == tree.shape[0], rewards, 0.0)
+        solution = solve(tree, outcome, ref_logp, beta)
+        implicit = tabular.on_paths(tree, mdp.implicit_rewards(solution.log_policy, ref_logp, beta=beta))
+        found = mdp.prefix_values(implicit, tree.paths.mask)
+        # The average over all completions of the prefix, by enumeration of whole responses.
+        returns, logp = tabular.path_sums(tree, outcome), tabular.path_sums(tree, ref_logp)
+        logp_so_far = jnp.cumsum(tabular.on_paths(tree, ref_logp), axis=-1)
+        paths = tree.paths.states * tree.vocabulary + tree.paths.tokens
+        same = (paths[:, None, :] == paths[None]) & tree.paths.mask[:, None] & tree.paths.mask[None]
+        weights = logp[None, :, None] - logp_so_far[:, None] + returns[None, :, None] / beta
+        value = beta * jax.nn.logsumexp(jnp.where(same, weights, -jnp.inf), axis=1)
+        expected = value - beta * jax.nn.logsumexp(logp + returns / beta)
+        return jnp.where(tree.paths.mask, found - expected, 0.0)
+
+    np.testing.assert_allclose(for_each_mdp(tree, compare), 0, **EXACT)
+
+
 def test_equations_5_to_7_hold_on_every_path(tree):
     def residuals(rewards, ref_logp, beta):
         solution = solve(tree, rewards, ref_logp, beta)
