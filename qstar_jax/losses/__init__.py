@@ -33,6 +33,13 @@ from qstar_jax.losses.pointwise import kto_baseline as kto_baseline
 from qstar_jax.losses.pointwise import nca_pair as nca_pair
 from qstar_jax.losses.pointwise import qrpo as qrpo
 from qstar_jax.losses.pointwise import sppo_hard as sppo_hard
+from qstar_jax.losses.policy_gradient import clipped_surrogate as clipped_surrogate
+from qstar_jax.losses.policy_gradient import kl_penalty as kl_penalty
+from qstar_jax.losses.policy_gradient import leave_one_out as leave_one_out
+from qstar_jax.losses.policy_gradient import reinforce as reinforce
+from qstar_jax.losses.policy_gradient import returns_to_go as returns_to_go
+from qstar_jax.losses.policy_gradient import rto_rewards as rto_rewards
+from qstar_jax.losses.policy_gradient import token_advantages as token_advantages
 from qstar_jax.losses.preference_loss import PreferenceLoss as PreferenceLoss
 from qstar_jax.losses.rankings import plackett_luce as plackett_luce
 from qstar_jax.losses.reference_free import cpl as cpl
