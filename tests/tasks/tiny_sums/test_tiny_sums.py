@@ -20,6 +20,16 @@ def rows():
     return {split: split_rows(split, 0, 400) for split in SPLITS}
 
 
+def steps_of(text):
+    return text.split(";")[:-1]
+
+
+def right(step):
+    """What the left side of a step comes to."""
+    value, sign, operand, *_ = step.split()
+    return int(value) + int(sign + operand)
+
+
 def test_a_solution_by_hand():
     assert SUM.prompt == "57 + 8 - 3 + 9 - 4 =" and read_sum(SUM.prompt) == SUM
     assert SUM.results == (65, 62, 71, 67)
@@ -72,10 +82,10 @@ def test_only_the_answer_counts(response, reward):
 
 def test_answers_of_solutions_are_read_back(rows):
     for row in rows["steps"]:
-        results = [int(step.split("=")[1]) for step in row["completion"].split(";")[:-1]]
+        results = [int(step.split("=")[1]) for step in steps_of(row["completion"])]
         assert read_answer(row["completion"]) == results[-1]
         assert true_reward(row["prompt"], row["completion"]) == row["label"]
-        truth = [eval(step.split("=")[0]) != result for step, result in zip(row["completion"].split(";"), results)]
+        truth = [right(step) != result for step, result in zip(steps_of(row["completion"]), results, strict=True)]
         assert row["slips"] == truth
         assert row["first_error"] == (truth.index(True) if any(truth) else -1)
         assert row["label"] or any(truth)
@@ -84,18 +94,16 @@ def test_answers_of_solutions_are_read_back(rows):
 def test_pairs_differ_in_their_outcome_and_mark_what_is_false(rows):
     for row in rows["train"] + rows["test"]:
         assert true_reward(row["prompt"], row["chosen"]) == 1 and true_reward(row["prompt"], row["rejected"]) == 0
-        steps = [step.split("=") for step in row["rejected"].split(";")[:-1]]
-        false = [result.strip() for asked, result in steps if eval(asked) != int(result)]
+        results = {step: step.split("=")[1].strip() for step in steps_of(row["rejected"])}
+        false = [result for step, result in results.items() if right(step) != int(result)]
         assert [row["rejected"][start:end] for start, end in row["wrong"]] == false != []
 
 
 def test_half_of_all_carries_go_wrong_and_outcomes_are_mixed(rows):
     carried = slipped = 0
     for row in rows["steps"]:
-        for step, slip in zip(row["completion"].split(";"), row["slips"]):
-            value, _, operand = step.split("=")[0].split()
-            right = eval(step.split("=")[0])
-            if right // 10 != int(value) // 10:
+        for step, slip in zip(steps_of(row["completion"]), row["slips"], strict=True):
+            if right(step) // 10 != int(step.split()[0]) // 10:
                 carried, slipped = carried + 1, slipped + slip
     assert slipped / carried == pytest.approx(0.54, abs=0.06)
     assert 0.2 < sum(row["label"] for row in rows["outcomes"]) / 400 < 0.4
