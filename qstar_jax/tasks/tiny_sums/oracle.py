@@ -74,7 +74,7 @@ class Oracle:
         self._tokenizer, self._beta = tokenizer, beta
 
     def values(self, prompt: str, ids: Sequence[int]) -> Float[np.ndarray, " T+1"]:
-        """Computes q* before the first and after each token; NaN from the first token that the solver would not write."""
+        """Computes q* before the first and after each token; NaN from the first that the solver would not write."""
         asked = read_sum(prompt)
         if asked is None:
             raise ValueError(f"{prompt!r} is not a sum")

@@ -94,8 +94,8 @@ def test_answers_of_solutions_are_read_back(rows):
 def test_pairs_differ_in_their_outcome_and_mark_what_is_false(rows):
     for row in rows["train"] + rows["test"]:
         assert true_reward(row["prompt"], row["chosen"]) == 1 and true_reward(row["prompt"], row["rejected"]) == 0
-        results = {step: step.split("=")[1].strip() for step in steps_of(row["rejected"])}
-        false = [result for step, result in results.items() if right(step) != int(result)]
+        results = [(step, step.split("=")[1].strip()) for step in steps_of(row["rejected"])]
+        false = [result for step, result in results if right(step) != int(result)]
         assert [row["rejected"][start:end] for start, end in row["wrong"]] == false != []
 
 
