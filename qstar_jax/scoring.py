@@ -17,13 +17,20 @@ from qstar_jax.models.masks import PackedMask
 from qstar_jax.sharding import batch_shards, map_batch
 
 
-def score_policy(model: LanguageModel, params: Any, batch: Batch) -> TokenScores:
+def score_policy(model: LanguageModel, params: Any, batch: Batch, *, temperature: float = 1.0) -> TokenScores:
     """Scores responses under one model, in one pass over the sequences.
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        batch: B prompts with R responses each.
+        temperature: Divides the logits.
 
     Returns:
         Scores of shape [B, R, T], float32, without `ref_logp`.
     """
-    return _scores(_scored_states(model, params, batch), model.head(params), batch)
+    head = replace(model.head(params), temperature=temperature)
+    return _scores(_scored_states(model, params, batch), head, batch)
 
 
 def _scores(hidden: Float[Array, "M K D"], head: Head, batch: Batch) -> TokenScores:

@@ -340,11 +340,19 @@ def on_devices(kept_programs):
             return make_mesh(options, jax.devices()[:count] if devices is None else devices)
 
         with kept_programs() if count == 1 else nullcontext(), pytest.MonkeyPatch.context() as patch:
-            for module in ("training.run", "decoding.run", "evaluation.score", "evaluation.insights.sweep"):
+            modules = (
+                "training.run",
+                "training.rl.run",
+                "decoding.run",
+                "evaluation.score",
+                "evaluation.insights.sweep",
+            )
+            for module in modules:
                 patch.setattr(f"qstar_jax.{module}.make_mesh", make)
             # Measuring the processor and estimating memory would take longer than a tiny run.
             patch.setattr("qstar_jax.training.run.peak_flops", lambda devices: 1e12)
-            patch.setattr("qstar_jax.training.run.estimate", lambda *args, **options: "")
+            for module in ("training.run", "training.rl.run"):
+                patch.setattr(f"qstar_jax.{module}.estimate", lambda *args, **options: "")
             yield
 
     return see

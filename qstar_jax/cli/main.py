@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "data": (config.DataConfig, "say what a file of data holds, and what training would see of it"),
     "sft": (config.SftConfig, "fine-tune on responses"),
     "dpo": (config.DpoConfig, "train on preference pairs"),
+    "rl": (config.RlConfig, "train on a reward, by reinforcement learning on the policy's own samples"),
     "plan": (config.PlanConfig, "compile a run's step for hardware that is not there, and say what it needs"),
     "score": (config.ScoreConfig, "score every token of every response by its reward"),
     "generate": (config.GenerateConfig, "generate responses: greedy, sampled, searched for, or chosen by reward"),

@@ -12,9 +12,7 @@ from qstar_jax.report.scores import show_scores
 def run(config: ScoreConfig):
     """Scores every response of a file, and measures credit where the file marks what is wrong."""
     console = Console()
-    scored, credit = score_file(config, console), None
-    if config.wrong:
-        credit, scored = measure_credit(scored)
+    scored = score_file(config, console)
     show_scores(scored, console)
-    if credit:
-        show(credit, scored.out, console)
+    if config.wrong:
+        show(measure_credit(scored), scored.out, console)

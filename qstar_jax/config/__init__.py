@@ -18,6 +18,9 @@ from qstar_jax.config.loss import LossOptions as LossOptions
 from qstar_jax.config.loss import ReferenceOptions as ReferenceOptions
 from qstar_jax.config.optimizer import OptimizerOptions as OptimizerOptions
 from qstar_jax.config.plan import PlanConfig as PlanConfig
+from qstar_jax.config.rl import RewardOptions as RewardOptions
+from qstar_jax.config.rl import RlConfig as RlConfig
+from qstar_jax.config.rl import RlOptions as RlOptions
 from qstar_jax.config.train import DpoConfig as DpoConfig
 from qstar_jax.config.train import LoraOptions as LoraOptions
 from qstar_jax.config.train import SftConfig as SftConfig
@@ -33,4 +36,10 @@ from qstar_jax.config.verbs import ScoreConfig as ScoreConfig
 from qstar_jax.config.verbs import ViewConfig as ViewConfig
 
 # Blocks of which one option selects a variant that reads some of the others.
-VARIANT_BLOCKS = {"decode": DecodeOptions, "judge": JudgeOptions, "optimizer": OptimizerOptions}
+VARIANT_BLOCKS = {
+    "decode": DecodeOptions,
+    "judge": JudgeOptions,
+    "optimizer": OptimizerOptions,
+    "reward": RewardOptions,
+    "rl": RlOptions,
+}

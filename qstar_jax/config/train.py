@@ -62,7 +62,9 @@ class TrainOptions:
     eval_every: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2
-    keep_best: Literal["loss", "rewards/margins", "rewards/accuracies"] | None = None
+    keep_best: (
+        Literal["loss", "rewards/margins", "rewards/accuracies", "objective/scores", "objective/rlhf_reward"] | None
+    ) = None
     patience: int = 0
     reference_samples: int = 16
     show_responses: int = 0

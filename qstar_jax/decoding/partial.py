@@ -26,6 +26,7 @@ class Partial:
         ref_logp: Sum of log pi_ref, in nats, or None without a reference. Shape [B, N].
         finish: A `Finish`; LENGTH also for responses that still grow. Shape [B, N].
         stop: State of each stop string. Shape [B, N, stop strings].
+        token_logp: log pi of each token, in nats, or None where only the sum is kept. Shape [B, N, T].
     """
 
     tokens: Int[Array, "B N T"]
@@ -36,15 +37,24 @@ class Partial:
     ref_logp: Float[Array, "B N"] | None
     finish: Int[Array, "B N"]
     stop: Int[Array, "B N S"]
+    token_logp: Float[Array, "B N T"] | None = None
 
     @classmethod
-    def start(cls, step: StepScores, max_new_tokens: int, stop_strings: StopStrings | None = None) -> "Partial":
+    def start(
+        cls,
+        step: StepScores,
+        max_new_tokens: int,
+        stop_strings: StopStrings | None = None,
+        *,
+        keep_token_logps: bool = False,
+    ) -> "Partial":
         """Makes responses without a token.
 
         Args:
             step: Scores of their first tokens, which fix sizes and types. Shape [B, N, V].
             max_new_tokens: Longest response, T.
             stop_strings: Strings that will end responses.
+            keep_token_logps: Whether log pi of each token is kept beside the sum.
         """
         shape = step.score.shape[:2]
         zeros = jax.tree.map(lambda x: jnp.zeros(shape, x.dtype), step)
@@ -57,6 +67,7 @@ class Partial:
             ref_logp=zeros.ref_logp,
             finish=jnp.full(shape, Finish.LENGTH, jnp.int32),
             stop=jnp.zeros((*shape, stop_strings.count if stop_strings else 0), jnp.int32),
+            token_logp=jnp.zeros((*shape, max_new_tokens), step.logp.dtype) if keep_token_logps else None,
         )
 
     @property
@@ -94,10 +105,12 @@ class Partial:
         finish = jnp.where(stopped, Finish.STOP, Finish.LENGTH)
         finish = jnp.where(is_one_of(token, eos_ids), Finish.EOS, finish)
         total = self.total + step.score
+        last = jnp.arange(self.tokens.shape[-1]) == self.lengths[..., None]
+        token_logp = self.token_logp
+        if token_logp is not None:
+            token_logp = jnp.where(last, step.logp[..., None], token_logp)
         longer = Partial(
-            tokens=jnp.where(
-                jnp.arange(self.tokens.shape[-1]) == self.lengths[..., None], token[..., None], self.tokens
-            ),
+            tokens=jnp.where(last, token[..., None], self.tokens),
             lengths=self.lengths + 1,
             total=total,
             score=total if step.value is None else (total + step.value).astype(total.dtype),
@@ -105,6 +118,7 @@ class Partial:
             ref_logp=None if self.ref_logp is None else self.ref_logp + step.ref_logp,
             finish=finish.astype(jnp.int32),
             stop=stop,
+            token_logp=token_logp,
         )
         return jax.tree.map(lambda new, old: jnp.where(_like(where, new), new, old), longer, self)
 
@@ -135,6 +149,7 @@ class Partial:
             score=self.score,
             finish=self.finish,
             certified=certified,
+            token_logp=None if self.token_logp is None else jnp.where(self.exists[..., None], self.token_logp, 0.0),
         )
 
 

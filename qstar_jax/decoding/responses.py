@@ -36,6 +36,8 @@ class Responses:
         score: What the search maximizes: the objective's sum, under the length rule if there is one. Shape [B, N].
         finish: A `Finish` for each. Shape [B, N].
         certified: Whether the first response is proven to be the best of all. Shape [B], or None where nothing can be.
+        token_logp: log pi of each token, in nats, 0 after a response's end; or None unless it was asked for. Shape
+            [B, N, T].
     """
 
     tokens: Int[Array, "B N T"]
@@ -45,6 +47,7 @@ class Responses:
     score: Float[Array, "B N"]
     finish: Int[Array, "B N"]
     certified: Bool[Array, " B"] | None = None
+    token_logp: Float[Array, "B N T"] | None = None
 
     @property
     def finished(self) -> Bool[Array, "B N"]:

@@ -74,6 +74,7 @@ class Sampler:
         objective: What is added up; its `logp` is the distribution that tokens are drawn from.
         stop_strings: Strings that end a response.
         delimiter_ids: Tokens after which a sample pauses.
+        keep_token_logps: Whether log pi of each token is kept beside the sum.
     """
 
     model: Policy
@@ -84,6 +85,7 @@ class Sampler:
     objective: Objective
     stop_strings: StopStrings | None = None
     delimiter_ids: tuple[int, ...] = ()
+    keep_token_logps: bool = False
 
     def start(self, keys: Key[Array, " B"] | None, count: int, slots: int) -> SamplingState:
         """Reads the prompts and draws the first token of each sample.
@@ -100,7 +102,9 @@ class Sampler:
         step = self.objective(jax.tree.map(lambda x: jnp.repeat(x[:, None], count, axis=1), logits))
         if keys is not None:
             keys = jax.vmap(lambda key: jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(count)))(keys)
-        partial = Partial.start(step, self.options.max_new_tokens, self.stop_strings)
+        partial = Partial.start(
+            step, self.options.max_new_tokens, self.stop_strings, keep_token_logps=self.keep_token_logps
+        )
         path = jnp.zeros((*partial.lengths.shape, slots), bool)
         return self._append(SamplingState(partial, partial.lengths > 0, keys, path, memory), step, 0)
 
@@ -158,7 +162,7 @@ class Sampler:
         return replace(state, partial=partial, paused=paused)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "options", "objective"))
+@functools.partial(jax.jit, static_argnames=("model", "options", "objective", "keep_token_logps"))
 def sample(
     model: Policy,
     params: Any,
@@ -169,6 +173,7 @@ def sample(
     *,
     objective: Objective = Likelihood(),
     stop_strings: StopStrings | None = None,
+    keep_token_logps: bool = False,
 ) -> Responses:
     """Draws responses token by token; each prompt is computed once for all its samples.
 
@@ -185,6 +190,7 @@ def sample(
         objective: Its `logp` is the policy that tokens are drawn from (for `LogitArithmetic` the combined one); its
             sum is reported as the score. Everything reported is at temperature 1 and over the whole vocabulary.
         stop_strings: Strings that end a response.
+        keep_token_logps: Whether log pi of each token is returned beside the sum.
 
     Returns:
         N responses to each prompt in the order in which they were drawn; INVALID where constraints left no token.
@@ -192,7 +198,9 @@ def sample(
     Raises:
         ValueError: If there are no keys to draw with.
     """
-    sampler = Sampler(model, params, prompts, prompt_lengths, options, objective, stop_strings)
+    sampler = Sampler(
+        model, params, prompts, prompt_lengths, options, objective, stop_strings, keep_token_logps=keep_token_logps
+    )
     steps, count = options.max_new_tokens - 1, options.num_samples
     state = sampler.start(keys, count, steps * count)
     return sampler.run(state, steps, draw=1, slot=0).partial.responses()

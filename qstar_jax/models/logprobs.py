@@ -175,9 +175,11 @@ def _backward(chunk_size, residuals, cotangents):
         # Through the log-softmax: d logp / d z = one_hot - softmax, and d logz / d z = softmax.
         one_hot = _one_hot(targets, logits.shape[-1])
         logits_bar = jnp.where(one_hot, logp_bar[:, None], 0.0) + (logz_bar - logp_bar)[:, None] * softmax
-        # Through the cap: the derivative of c * tanh(z / c) is 1 - tanh(z / c)^2.
+        # Through the temperature, and through the cap: the derivative of c * tanh(z / c) is 1 - tanh(z / c)^2.
+        if head.temperature != 1.0:
+            logits_bar /= head.temperature
         if head.softcap is not None:
-            logits_bar *= 1.0 - (logits / head.softcap) ** 2
+            logits_bar *= 1.0 - (logits * head.temperature / head.softcap) ** 2
         # Through the product, accumulating the gradient of the head over chunks in float32.
         product_bar = (head.scale * logits_bar).astype(hidden.dtype)
         hidden_bar = jnp.einsum("nv,vd->nd", product_bar, head.table, preferred_element_type=jnp.float32)

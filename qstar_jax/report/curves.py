@@ -10,6 +10,12 @@ from qstar_jax.training.run_log import read_metrics
 # Title of a panel -> its curves: name of the metric, label, colour (safe for colour-blind readers).
 _PANELS: dict[str, list[tuple[str, str, str]]] = {
     "loss": [("loss", "loss", "#0072B2")],
+    "reward of samples": [
+        ("objective/scores", "score", "#009E73"),
+        ("objective/rlhf_reward", "score less the price of leaving the reference", "#0072B2"),
+    ],
+    "KL to the reference, nats per response": [("objective/kl", "KL", "#0072B2")],
+    "tokens per response": [("lengths/completion", "length", "#0072B2")],
     "implicit rewards": [
         ("rewards/chosen", "chosen", "#0072B2"),
         ("rewards/rejected", "rejected", "#D55E00"),

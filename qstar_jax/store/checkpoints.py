@@ -34,7 +34,7 @@ class Description:
     """What a checkpoint holds besides arrays.
 
     Attributes:
-        verb: The verb that wrote it, "sft" or "dpo".
+        verb: The verb that wrote it: "sft", "dpo" or "rl".
         model: Contents of the model's config.json.
         options: The run's resolved configuration.
         tokenizer: Path -> text of the tokenizer's files.

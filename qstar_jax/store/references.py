@@ -47,6 +47,9 @@ def find_beta(policy: LoadedModel, given: float | None, model: str, option: str)
     beta = given
     if beta is None and "loss" in options:
         beta = losses.make_loss(**options["loss"]).beta
+    if beta is None and "rl" in options:
+        # The optimum of the regularized reward is pi_ref exp(A* / kl_coef): that of DPO with this beta.
+        beta = options["rl"]["kl_coef"] or None
     if beta is None:
         raise InputError(
             f"{model} does not record a beta (only runs whose loss has a reference do); set {option}, for instance 0.1"

@@ -49,7 +49,7 @@ def with_guide(
         return list(map(scored, feeders))
 
     guide = load(name)
-    _check(guide, start, name)
+    check_guide(guide, start, name, "reference.guide")
     beta, identity = find_beta(guide, None, name, "reference.guide to a run that does"), _identity(guide)
     logps = score(guide, identity)
     guide = replace(guide, params=None)  # frees them before others are loaded
@@ -64,16 +64,17 @@ def _identity(loaded: LoadedModel) -> str:
     return weights_identity(loaded.model, loaded.params)
 
 
-def _check(guide: LoadedModel, start: Start, name: str):
+def check_guide(guide: LoadedModel, start: Start, name: str, option: str):
+    """Refuses a guide that is no run with a reference, or has other tokens than the model; `option` names it."""
     if guide.reference is None:
         raise InputError(
-            f"reference.guide {name} has no reference, so it gives no token rewards; expected a run of qstar dpo whose "
+            f"{option} {name} has no reference, so it gives no token rewards; expected a run of qstar dpo whose "
             "loss has one"
         )
     own, other = (loaded.tokenizer.get_vocab() for loaded in (start, guide))
     if own != other:
         raise InputError(
-            f"reference.guide {name}: its tokenizer differs from that of the model, so its rewards are those of other "
+            f"{option} {name}: its tokenizer differs from that of the model, so its rewards are those of other "
             "tokens; expected a run from a model with the same tokenizer"
         )
 

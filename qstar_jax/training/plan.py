@@ -1,9 +1,10 @@
 """The plan of a run: its resolved options and its objective, made before anything is loaded or written."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from qstar_jax.config import DpoConfig, ReferenceOptions, SftConfig
+from qstar_jax.config import DpoConfig, ReferenceOptions, RlConfig, SftConfig
 from qstar_jax.config.paths import check_paths
 from qstar_jax.errors import InputError
 from qstar_jax.losses import make_loss
@@ -16,14 +17,14 @@ class RunPlan:
     """What a run does.
 
     Attributes:
-        verb: The verb that asks for it, "sft" or "dpo".
+        verb: The verb that asks for it: "sft", "dpo" or "rl".
         config: Its options, with every default filled in.
         objective: What it minimizes.
         reference: The reference of the objective; its mode is `none` if there is none.
     """
 
     verb: str
-    config: SftConfig | DpoConfig
+    config: SftConfig | DpoConfig | RlConfig
     objective: Objective
     reference: ReferenceOptions = ReferenceOptions(mode="none")
 
@@ -61,8 +62,9 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     check_paths(config)
     if not config.data.train:
         raise InputError("--data.train is missing: name a JSONL or Parquet file, or a dataset of the hub")
-    _check_train(config)
-    if isinstance(config, SftConfig):
+    is_sft = isinstance(config, SftConfig)
+    check_train(config, ("loss",) if is_sft else ("loss", "rewards/margins", "rewards/accuracies"))
+    if is_sft:
         return RunPlan("sft", config, sft_objective())
     loss = make_loss(**asdict(config.loss))
     objective = single_objective(loss) if loss.reads_single else preference_objective(loss)
@@ -77,7 +79,8 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     return RunPlan("dpo", replace(config, loss=options, reference=reference), objective, reference)
 
 
-def _check_train(config: SftConfig | DpoConfig):
+def check_train(config: SftConfig | DpoConfig | RlConfig, metrics: Collection[str]):
+    """Refuses training options that contradict each other; `metrics` are those by which a run may be judged best."""
     train = config.train
     if train.epochs is not None and train.steps:
         raise InputError(f"train.steps {train.steps} and train.epochs {train.epochs} contradict each other; set one")
@@ -93,5 +96,7 @@ def _check_train(config: SftConfig | DpoConfig):
     if config.data.eval is None or not train.eval_every:
         missing = "train.eval_every, the steps between evaluations" if config.data.eval else "data.eval, held-out rows"
         raise InputError(f"train.keep_best {train.keep_best} needs {missing}")
-    if isinstance(config, SftConfig) and train.keep_best != "loss":
-        raise InputError(f"train.keep_best {train.keep_best}: sft has no rewards; set it to loss")
+    if train.keep_best not in metrics:
+        raise InputError(
+            f"train.keep_best {train.keep_best} is not measured by this verb; set it to {' or '.join(metrics)}"
+        )

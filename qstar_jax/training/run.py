@@ -100,7 +100,7 @@ def train(
     began = time.perf_counter()
     # Plan: resolve the options, before anything is loaded or written.
     console = (console or Console()) if jax.process_index() == 0 else Console(quiet=True)
-    plan = _announce(make_plan(config), console)
+    plan = announce(make_plan(config), console)
     mesh = make_mesh(plan.config.mesh)
     keep_programs()
     store = CheckpointStore(plan.out, plan.config.train.keep_checkpoints)
@@ -108,21 +108,21 @@ def train(
         # Start: open the model or a checkpoint, and the data.
         run = _prepare(plan, store, mesh, console, change)
         if run.start.step >= run.steps or (run.best and run.best.is_exhausted):
-            return _read_summary(run)
+            return read_summary(run)
         run = replace(run, inputs=with_cached_reference(run.plan, run.start, run.inputs, console))
         # State: put parameters and optimizer on the mesh.
         state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
-        _begin_folder(run)
+        begin_folder(run)
         # Loop: train, evaluate and save.
-        with _open_log(run, watch) as log:
+        with open_log(run, watch) as log:
             probe = make_probe(run.plan, run.start, state.policy, run.inputs.prompts, mesh, console)
             loop, batch = _make_loop(run, state, store, probe, log)
             _, summary = loop.run(state, run.start.step, batch)
     # Summary.
-    return _finish(run, summary, probe, time.perf_counter() - began)
+    return finish(run, summary, probe, time.perf_counter() - began)
 
 
-def _announce(plan: RunPlan, console: Console) -> RunPlan:
+def announce(plan: RunPlan, console: Console) -> RunPlan:
     """Shows what is resolved, and what the run's folder holds, before anything is loaded."""
     if plan.objective.description:
         say(console, f"loss: {plan.objective.description}")
@@ -146,13 +146,14 @@ def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console
         loss_fn=plan.objective.loss_fn(start.model),
         optimizer=make_optimizer(plan.config.optimizer, steps),
         description=describe(plan, start, inputs.identity),
-        best=_best(plan, start.step),
+        best=best_evaluation(plan, start.step),
         mesh=mesh,
         console=console,
     )
 
 
-def _best(plan: RunPlan, start: int) -> BestEvaluation | None:
+def best_evaluation(plan: RunPlan, start: int) -> BestEvaluation | None:
+    """The record of the best evaluation, if its checkpoint is kept."""
     options = plan.config.train
     if options.keep_best is None:
         return None
@@ -160,7 +161,7 @@ def _best(plan: RunPlan, start: int) -> BestEvaluation | None:
     return BestEvaluation(plan.out, options.keep_best, patience=options.patience, start=start, writes=writes)
 
 
-def _read_summary(run: Run) -> dict[str, float | str]:
+def read_summary(run: Run) -> dict[str, float | str]:
     """The summary of a run that has taken all its steps already."""
     out = run.plan.out
     say(run.console, f"{out} is complete: {run.start.step} of {run.steps} steps are done")
@@ -168,7 +169,7 @@ def _read_summary(run: Run) -> dict[str, float | str]:
     return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
 
 
-def _begin_folder(run: Run):
+def begin_folder(run: Run):
     """Writes config.yaml; a fresh run removes the files of one that ended before its first checkpoint."""
     if jax.process_index() != 0:
         return
@@ -187,7 +188,7 @@ def _begin_folder(run: Run):
     (run.plan.out / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def _open_log(run: Run, watch: Callable[[], None] | None) -> AbstractContextManager[RunLog | None]:
+def open_log(run: Run, watch: Callable[[], None] | None) -> AbstractContextManager[RunLog | None]:
     """The log, on the first process only."""
     if jax.process_index() != 0:
         return nullcontext()
@@ -223,7 +224,7 @@ def _make_loop(
         check_first=None if expected is None else partial(check_first_loss, expected=expected),
         save=lambda state, step: store.save(step, saved_arrays(plan, state), run.description),
         find_cause=partial(find_cause, model, loss_fn, accumulate=options.accumulate),
-        respond=make_responder(plan, run.start, run.inputs.prompts, run.mesh, run.console),
+        respond=make_responder(plan, run.start, run.inputs.prompts.dataset, run.mesh, run.console),
         best=run.best,
         log=log,
     )
@@ -244,7 +245,7 @@ def _estimate(run: Run, state: TrainState, batch: Batch, throughput: Throughput)
     )
 
 
-def _finish(run: Run, summary: dict[str, float], probe: Probe | None, seconds: float) -> dict[str, float | str]:
+def finish(run: Run, summary: dict[str, float], probe: Probe | None, seconds: float) -> dict[str, float | str]:
     """Completes the summary, and writes it."""
     summary = {"steps": run.steps} | summary | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
     if probe and (verdict := probe.verdict(summary)):

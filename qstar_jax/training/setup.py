@@ -195,7 +195,7 @@ def jit_step(plan: RunPlan, model: CausalLM, optimizer: optax.GradientTransforma
         sync_every=plan.reference.sync_every,
         sync_mix=plan.reference.sync_mix,
     )
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(_shardings(state), state.step.sharding))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings(state), state.step.sharding))
 
 
 def _initialize(
@@ -237,6 +237,11 @@ def _restore(plan: RunPlan, start: Start, store: CheckpointStore, abstract: Trai
     if plan.holds_reference and not plan.moves_reference:
         arrays["ref_params"] = read_frozen(BASE if has_adapter else REFERENCE, start.reference)
     return arrays
+
+
+def state_shardings(state: TrainState) -> TrainState:
+    """Shardings of a state, which a step keeps."""
+    return _shardings(state)
 
 
 def _shardings(abstract):

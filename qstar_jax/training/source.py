@@ -69,6 +69,10 @@ class DatasetSource(Source):
     def locate(self, step: int, examples: Sequence[int]) -> str:
         """Names rows of the file, counted from 1."""
         indices = self.feeder.indices_at_step(self.seed, step).reshape(-1)
-        rows = [str(self.feeder.dataset.examples[indices[i]].row + 1) for i in examples]
-        more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-        return f"row{'s' if len(rows) > 1 else ''} {', '.join(rows[:SHOWN])}{more}"
+        return name_rows([self.feeder.dataset.examples[indices[i]].row for i in examples])
+
+
+def name_rows(rows: Sequence[int]) -> str:
+    """Names rows of a file, which count from 1 in messages and from 0 here."""
+    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(str(row + 1) for row in rows[:SHOWN])}{more}"

@@ -11,13 +11,14 @@ from qstar_jax.errors import InputError
 PATHS = {
     "file", "model", "out", "reference", "base", "pairs.tuned", "pairs.untuned", "data.train", "data.eval",
     "data.chat_template", "reference.cache", "reference.guide", "judge.model", "judge.reference", "judge.prompt",
-    "judge.cache", "export", "credit",
+    "judge.cache", "export", "credit", "reward.model", "reward.reference", "reward.guide",
     "sweep", "decline", "dialogue", "with_sft", "without_sft",
 }  # fmt: skip
 # Options that are text and no path.
 WORDS = {
     "prompt", "system", "split", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url",
     "loss.name", "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies", "game",
+    "reward.answer", "reward.extract",
 }  # fmt: skip
 COLUMNS = """name train_split eval_split prompt chosen rejected completion label reward reference_rewards tools system
     date""".split()

@@ -107,7 +107,7 @@ def test_contradictions_are_refused(train, held_out, message, verb, make_config,
 
 def test_sft_has_no_rewards_to_keep(make_config, tmp_path, eval_file):
     train = {"keep_best": "rewards/margins", "eval_every": 2}
-    with pytest.raises(InputError, match="sft has no rewards"):
+    with pytest.raises(InputError, match="not measured by this verb; set it to loss"):
         make_plan(make_config(tmp_path, "sft", train=train, data={"eval": str(eval_file)}))
 
 

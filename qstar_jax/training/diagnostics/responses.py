@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.console import one_line, say
-from qstar_jax.data.feeder import Feeder
+from qstar_jax.data.loading import Dataset
 from qstar_jax.data.ragged import Lengths
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
@@ -25,9 +25,17 @@ _SHOWN = 200  # characters of the response that the terminal shows
 
 
 def make_responder(
-    plan: RunPlan, start: Start, feeder: Feeder, mesh: Mesh, console: Console
+    plan: RunPlan, start: Start, dataset: Dataset, mesh: Mesh, console: Console, limit: int | None = None
 ) -> Callable[[Params, int], None] | None:
     """Makes `(params, step)`, which writes greedy responses to the first prompts of some rows and shows one of them.
+
+    Args:
+        plan: The run.
+        start: Its model.
+        dataset: The rows.
+        mesh: Devices.
+        console: Where to show the first response.
+        limit: Longest response in tokens, if it is not that of the rows.
 
     A resumed run keeps the lines of evaluations before the step at which it resumes.
 
@@ -42,10 +50,9 @@ def make_responder(
         raise InputError(f"train.show_responses is {count}; expected 0, or the number of prompts to respond to")
     if count == 0:
         return None
-    dataset = feeder.dataset
     examples = [dataset.examples[i] for i in range(min(count, len(dataset.examples)))]
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    limit = min(_LONGEST, int(Lengths.of(dataset.examples).actions.max()))
+    limit = min(_LONGEST, limit or int(Lengths.of(dataset.examples).actions.max()))
 
     def spell(ids) -> str:
         return start.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,105 @@
+"""Rewards of responses for training: a task's own, a reward model's, or that of the right final answer."""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from qstar_jax.config import DataOptions, RlConfig
+from qstar_jax.data.reading import read_rows
+from qstar_jax.errors import InputError
+from qstar_jax.evaluation.final_answers import EXTRACTORS, final_answer, right_answer
+from qstar_jax.evaluation.judges.reward_model import load_reward
+from qstar_jax.sharding import make_mesh
+from qstar_jax.tasks import find
+from qstar_jax.training.rl.prompts import Prompts, RewardMaker
+from qstar_jax.training.rl.rewards import Reward
+
+
+def reward_maker(config: RlConfig) -> RewardMaker:
+    """Makes the reward that `config.reward` names, for the prompts of any file; models are opened once.
+
+    Raises:
+        InputError: If an option does not fit the others.
+    """
+    options = config.reward
+    if options.kind == "verifier" and options.extract is not None and options.extract not in EXTRACTORS:
+        raise InputError(f"reward.extract {options.extract!r} is unknown; choose from {', '.join(EXTRACTORS)}")
+
+    @cache
+    def reward_model() -> Reward:
+        return load_reward(
+            options.model,
+            mesh=make_mesh(config.mesh),
+            reference=options.reference,
+            beta=options.beta,
+            data=DataOptions(
+                as_chat=options.as_chat or False,
+                max_length=options.max_length or 1024,
+                max_prompt_length=options.max_prompt_length or 512,
+            ),
+            batch_size=options.batch_size or 16,
+            compute=config.compute,
+            mesh_options=config.mesh,
+        )
+
+    def make(prompts: Prompts) -> Reward | None:
+        match options.kind:
+            case "true_reward":
+                return _true_reward(prompts)
+            case "reward_model":
+                return reward_model()
+            case "verifier":
+                limit = config.data.max_train_rows if prompts.split == config.data.train_split else None
+                rows = read_rows(prompts.dataset.source, prompts.split, limit, config.data.name)
+                return Verifier(prompts, rows, options.answer or "answer", options.extract or "marked")
+        return None
+
+    return make
+
+
+def _true_reward(prompts: Prompts) -> Reward:
+    task = find(prompts.dataset.source)
+    if task is None or task[0].true_reward is None:
+        raise InputError(
+            f"reward.kind true_reward: {prompts.dataset.source} is no built-in task that knows the true reward of a "
+            "response, such as builtin:tiny-tldr; choose reward_model or verifier"
+        )
+    true_reward = task[0].true_reward
+    return lambda pairs: [true_reward(*pair) for pair in pairs]
+
+
+class Verifier:
+    """1 for a response whose final answer is that of its prompt's row, else 0.
+
+    Args:
+        prompts: The prompts.
+        rows: All rows of their file.
+        column: Column of the right answer.
+        extract: Name of an extractor (see `final_answers`).
+
+    Raises:
+        InputError: If a row has no answer, or two rows with one prompt have different ones.
+    """
+
+    def __init__(self, prompts: Prompts, rows: Sequence[dict[str, Any]], column: str, extract: str):
+        self._extract, self._answers = EXTRACTORS[extract], {}
+        source = prompts.dataset.source
+        for row, prompt in prompts.texts.items():
+            value = rows[row].get(column) if isinstance(rows[row], dict) else None
+            if value is None or (isinstance(value, float) and math.isnan(value)):
+                keys = ", ".join(rows[row]) if isinstance(rows[row], dict) else "nothing"
+                raise InputError(
+                    f"{source} row {row + 1}: no {column!r} (found: {keys}); set --reward.answer to the column of the "
+                    "right answer"
+                )
+            answer = right_answer(str(value), self._extract)
+            if self._answers.setdefault(prompt, answer) != answer:
+                raise InputError(
+                    f"{source} row {row + 1}: its prompt occurs before with the answer {self._answers[prompt]!r}, and "
+                    f"here it is {answer!r}; keep one of them"
+                )
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Verifies (prompt, response) pairs."""
+        return [float(final_answer(response, self._extract) == self._answers[prompt]) for prompt, response in pairs]
