@@ -12,7 +12,9 @@ from qstar_jax.report.scores import show_scores
 def run(config: ScoreConfig):
     """Scores every response of a file, and measures credit where the file marks what is wrong."""
     console = Console()
-    scored = score_file(config, console)
-    show_scores(scored, console)
+    scored, credit = score_file(config, console), None
     if config.wrong:
-        show(measure_credit(scored), scored.out, console)
+        credit, scored = measure_credit(scored)
+    show_scores(scored, console)
+    if credit:
+        show(credit, scored.out, console)

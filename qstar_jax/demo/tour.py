@@ -65,9 +65,9 @@ def run(config: DemoConfig, console: Console) -> dict:
     console.print(Rule(f"The same without SFT, beta {BETAS[0]:g}"))
     train(_dpo(base, out / "dpo-without-sft", source, BETAS[0], config.seed), console)
     console.print(Rule("Insight 1: which tokens are wrong?"))
-    scored = score_file(_score(out, source), console)
+    credit, scored = measure_credit(score_file(_score(out, source), console))
     show_scores(scored, console)
-    show(measure_credit(scored), scored.out, console)
+    show(credit, scored.out, console)
     console.print(Rule("Insight 2: what is search worth?"))
     write_figure(measure_sweep(_sweep(out, source), console), out / "sweep")
     runs = {"with_sft": str(out / f"dpo-{BETAS[0]:g}"), "without_sft": str(out / "dpo-without-sft")}

@@ -28,6 +28,15 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def sign(self) -> int:
+        """1 or -1 where all of it lies above or below zero, 0 where it holds zero."""
+        return int(self.low > 0) - int(self.high < 0)
+
+    def compare(self, other: "Interval") -> int:
+        """1 or -1 where all of it lies above or below all of the other, 0 where they overlap."""
+        return int(self.low > other.high) - int(self.high < other.low)
+
     def __format__(self, spec: str) -> str:
         """Formats all three numbers: with ".2f", for example "0.84 [0.81, 0.87]"."""
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"

@@ -35,6 +35,7 @@ class ScoredFile:
     responses: list[ScoredResponse]
     tokenizer: Any
     reference: str
+    dropped: Sequence[Dropped] = ()
 
     @property
     def out(self) -> Path:
@@ -45,6 +46,14 @@ class ScoredFile:
     def path(self) -> Path:
         """The file of scores."""
         return self.out / SCORES
+
+    def write(self):
+        """Writes scores.jsonl: a line for each response, and for each row that has none."""
+        lines = [response.to_json() for response in self.responses]
+        lines += [unscored_line(row.row, row.fault or row.reason) for row in self.dropped]
+        with self.path.open("w", encoding="utf-8") as file:
+            for line in sorted(lines, key=lambda line: line["row"]):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
@@ -81,13 +90,14 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
             console=console,
         )
         identity = {"model": policy.identity(), "reference": reference.identity(), "beta": beta}
-    scored = ScoredFile(config, responses, policy.tokenizer, str(config.reference or reference.source))
+    name = str(config.reference or reference.source)
+    scored = ScoredFile(config, responses, policy.tokenizer, name, dataset.dropped)
     settled = replace(config, data=replace(data, date=dataset.date))
     identity |= {"data": examples_identity(dataset.examples), "options": asdict(settled)}
     scored.out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(scored.out)
     write_identity(scored.path, identity)
-    _write_scores(scored.path, responses, dataset.dropped)
+    scored.write()
     return scored
 
 
@@ -95,11 +105,3 @@ def _remove_earlier(out: Path):
     """Removes the files of an earlier run, so that none of them stands beside the new ones."""
     for name in (SCORES, "scores.identity.json", "heatmap.html", "credit.json", "credit.png"):
         (out / name).unlink(missing_ok=True)
-
-
-def _write_scores(path: Path, responses: Sequence[ScoredResponse], dropped: Sequence[Dropped]):
-    lines = [response.to_json() for response in responses]
-    lines += [unscored_line(row.row, row.fault or row.reason) for row in dropped]
-    with path.open("w", encoding="utf-8") as file:
-        for line in sorted(lines, key=lambda line: line["row"]):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -71,6 +71,7 @@ class ScoredResponse:
         prompt_truncated: The beginning of the prompt was truncated.
         action_mask: Whether the policy chose each token (see `Response`); all if empty.
         turn: Turn of the assistant to which each token belongs, from 0; -1 where the environment speaks; 0 if empty.
+        wrong: Whether the data mark each token as wrong; empty where nothing is marked.
     """
 
     row: int
@@ -89,6 +90,7 @@ class ScoredResponse:
     prompt_truncated: bool = False
     action_mask: tuple[bool, ...] = ()
     turn: tuple[int, ...] = ()
+    wrong: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         """Fills in the mask and the turns of a single turn, and checks that every token has every number."""
@@ -96,7 +98,7 @@ class ScoredResponse:
         object.__setattr__(self, "action_mask", self.action_mask or (True,) * count)
         object.__setattr__(self, "turn", self.turn or (0,) * count)
         names = ("pieces", "token_ids", *_PER_TOKEN, "action_mask", "turn")
-        names += ("alternatives",) if self.alternatives else ()
+        names += tuple(name for name in ("alternatives", "wrong") if getattr(self, name))
         lengths = {name: len(getattr(self, name)) for name in names}
         if len(set(lengths.values())) > 1:
             raise ValueError(
@@ -112,6 +114,11 @@ class ScoredResponse:
     def total_reward(self) -> float:
         """The sum of the token rewards: the implicit return of the response."""
         return float(sum(self.reward))
+
+    @property
+    def lowest(self) -> int:
+        """Index of the action with the lowest reward."""
+        return min(compress(range(len(self.reward)), self.action_mask), key=self.reward.__getitem__)
 
     @property
     def running_reward(self) -> tuple[float, ...]:
@@ -140,7 +147,8 @@ class ScoredResponse:
         record = asdict(self)
         record |= {"alternatives": [list(place) for place in record["alternatives"]]}
         record |= {"pieces": list(self.pieces), "token_ids": [int(token) for token in self.token_ids]}
-        record |= {"action_mask": list(map(bool, self.action_mask)), "turn": list(map(int, self.turn))}
+        record |= {name: list(map(bool, getattr(self, name))) for name in ("action_mask", "wrong")}
+        record |= {"turn": list(map(int, self.turn))}
         record |= {name: [float(value) for value in getattr(self, name)] for name in _PER_TOKEN}
         turns = [{name: value for name, value in asdict(turn).items() if name != "text"} for turn in self.turns]
         return record | {"total_reward": self.total_reward, "turns": turns, "reason": None}
@@ -149,7 +157,7 @@ class ScoredResponse:
     def from_json(cls, record: dict[str, Any]) -> Self:
         """Reads back what `to_json` wrote, so that views can be drawn from scores.jsonl.
 
-        Keys that are no field (`total_reward`, `turns`) are ignored, and `alternatives` may be missing.
+        Keys that are no field (`total_reward`, `turns`) are ignored, and fields with a default may be missing.
         """
         values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         values["alternatives"] = [

@@ -44,17 +44,28 @@ def insights_page(
         matching = [finding for finding in findings if finding.insight == view.insight]
         record = next((record for record in records if isinstance(record, view.record)), None)
         sections.append(_section(number, view, matching, record))
-    rows = by_row(heatmaps)
-    opening = max(rows, key=lambda row: pair_margin(row) or -math.inf, default=())
-    others = [response for row in rows if row is not opening for response in row]
+    opening = max(by_row(heatmaps), key=lambda row: pair_margin(row) or -math.inf, default=())
+    heat = heatmap_view([*opening, *(response for response in heatmaps if response not in opening)])
     return render(
         "insights.html.j2",
         title=one_line(title),
         notes=[visible(note) for note in notes],
         sections=[section for section in sections if section["findings"] or section["panels"]],
-        opening=heatmap_view(opening) if opening else None,
-        heat=heatmap_view(others) if others else None,
+        heat=heat,
+        opening=heat["rows"][:1],
+        opening_title=_opening_title(opening),
+        more=heat["rows"][1:],
     )
+
+
+def _opening_title(responses: Sequence[ScoredResponse]) -> str:
+    """Says what the first responses show: whether their lowest rewards are those of wrong words."""
+    marked = [response for response in responses if any(response.wrong)]
+    if not marked:
+        return "What the model sees in a response"
+    if all(response.wrong[response.lowest] for response in marked):
+        return "The word with the lowest reward is a wrong one"
+    return "The word with the lowest reward is not a wrong one"
 
 
 def _section(number: int, view: View, findings: Sequence[Finding], record: Record | None) -> dict[str, Any]:
@@ -76,6 +87,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
     figures = {theme: panel_figure(panel, theme) for theme in ("light", "dark")}
     width, height = figures["light"].get_size_inches()
     return {
+        "finding": panel.finding,
         "title": panel.title,
         "alt": panel.alt,
         "width": round(width * _PIXELS),

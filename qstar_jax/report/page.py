@@ -36,6 +36,7 @@ def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
     turn_scale = reward_scale(turn.reward for response in responses for turn in response.turns)
     rows = by_row(responses)
     margins = [margin for row in rows if (margin := pair_margin(row)) is not None]
+    marked = [response for response in responses if any(response.wrong)]
     return {
         "betas": sorted({response.beta for response in responses}),
         "scale": scale,
@@ -44,6 +45,8 @@ def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
         "environment": not all(all(response.action_mask) for response in responses),
         "pairs": len(margins),
         "agreements": sum(margin > 0 for margin in margins),
+        "marked": len(marked),
+        "blamed": sum(response.wrong[response.lowest] for response in marked),
     }
 
 
@@ -81,8 +84,17 @@ def _response(response: ScoredResponse, scale: float, bounds: Bounds, margin: fl
         "preferred": preferred,
         "is_code": "```" in text or "\n    " in text or "\n\t" in text,  # indentation needs a monospaced font
         "tokens": [_token(response, index, scale) for index in range(len(response.pieces))],
+        "lowest": _lowest(response),
         "points": chart_points(response.running_reward, bounds),
     }
+
+
+def _lowest(response: ScoredResponse) -> str:
+    """Says whether the lowest reward is that of a wrong word; empty where the data mark nothing."""
+    if not any(response.wrong):
+        return ""
+    verdict = "which is wrong" if response.wrong[response.lowest] else "which is not among the wrong words"
+    return f"The lowest reward is that of {_quoted(response.pieces[response.lowest])}, {verdict}."
 
 
 def _turns(response: ScoredResponse, scale: float) -> list[dict[str, Any]]:
@@ -111,10 +123,12 @@ def _token(response: ScoredResponse, index: int, scale: float) -> dict[str, Any]
     }
     if len(set(response.turn)) > 1 and response.action_mask[index]:
         token["turn"] = response.turn[index]
+    if is_wrong := any(response.wrong[index : index + 1]):
+        token["in the data"] = "marked as wrong"
     text = Markup('<i class="mark">↵</i>\n').join(visible(piece).split("\n"))
     if not response.action_mask[index]:
         facts = _lines(token | {"no action": "written by the environment, or not learned"})
-        return {"text": text, "facts": facts, "low": False, "colours": ""}
+        return {"text": text, "facts": facts, "low": False, "wrong": False, "colours": ""}
     facts = token | {
         "log π": signed(response.logp[index]),
         "log π_ref": signed(response.ref_logp[index]),
@@ -127,6 +141,7 @@ def _token(response: ScoredResponse, index: int, scale: float) -> dict[str, Any]
         "text": text,
         "facts": "\n".join([_lines(facts), *_others(response, index)]),
         "low": strength(reward, scale) < _UNDERLINE_BELOW,
+        "wrong": is_wrong,
         "colours": _colours(reward, scale),
     }
 

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which stay apart for the colour-blind; each series 
 """
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ Theme = Literal["light", "dark"]
 
 WIDTH = 3.6  # inches: as wide as a phone's screen, so that nothing is scaled down
 _COLUMNS = 3
+_CAPTION = 46  # characters of a line of a caption at `WIDTH`
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class Panel:
         alt: What it says, for those who do not see it.
         draw: Puts it on axes.
         height: Inches at `WIDTH`, without the legend.
+        finding: What its numbers say, in a sentence: the caption. It also says so where they say nothing.
     """
 
     title: str
     alt: str
     draw: Callable[[Axes, Style], None]
     height: float = 2.3
+    finding: str = ""
 
 
 def panel_figure(panel: Panel, theme: Theme) -> Figure:
@@ -99,6 +103,8 @@ def _figure(panels: Sequence[Panel], theme: Theme, *, titles: bool) -> Figure:
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context(_settings(style)):
         heights = [max(p.height for p in panels[row * columns : (row + 1) * columns]) for row in range(rows)]
+        captions = [textwrap.fill(panel.finding or panel.title, _CAPTION) for panel in panels]
+        title_lines = max(caption.count("\n") + 1 for caption in captions) if titles else 0
         figure = Figure(figsize=(WIDTH * columns, 1), layout="constrained")
         grid = figure.add_gridspec(rows, columns, height_ratios=heights)
         shown: dict[str, Any] = {}
@@ -106,11 +112,11 @@ def _figure(panels: Sequence[Panel], theme: Theme, *, titles: bool) -> Figure:
             axes = figure.add_subplot(grid[number // columns, number % columns])
             panel.draw(axes, style)
             if titles:
-                axes.set_title(_shortened(panel.title))
+                axes.set_title(captions[number])
             handles, labels = axes.get_legend_handles_labels()
             shown = dict(zip(labels, handles, strict=True)) | shown  # the first panel's handle says most
         lines = _add_legend(figure, shown, columns)
-        figure.set_size_inches(WIDTH * columns, sum(heights) + 0.2 * lines + 0.3 * rows * titles)
+        figure.set_size_inches(WIDTH * columns, sum(heights) + 0.2 * lines + (0.1 + 0.2 * title_lines) * rows * titles)
     return figure
 
 

@@ -5,9 +5,10 @@ import re
 from qstar_jax.errors import InputError
 from qstar_jax.tasks.task import PREFIX, Task
 from qstar_jax.tasks.tiny_questions import TASK as TINY_QUESTIONS
+from qstar_jax.tasks.tiny_sums import TASK as TINY_SUMS
 from qstar_jax.tasks.tiny_tldr import TASK as TINY_TLDR
 
-TASKS = (TINY_TLDR, TINY_QUESTIONS)
+TASKS = (TINY_TLDR, TINY_QUESTIONS, TINY_SUMS)
 
 
 def find(source: str) -> tuple[Task, int | None] | None:

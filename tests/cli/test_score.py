@@ -205,6 +205,10 @@ def test_nothing_of_an_earlier_run_stays_beside_new_scores(dpo_run, eval_file, t
     assert score(out, *words, "--wrong", "oops") == 0
     measured = {name: (out / name).read_bytes() for name in ("credit.json", "scores.jsonl")}
     assert json.loads(measured["credit.json"])["scores"] == hashlib.sha256(measured["scores.jsonl"]).hexdigest()
+    # The first word of each rejected response is marked in the scores, and on the page.
+    wrong = {record["role"]: record["wrong"] for record in records(out)}
+    assert wrong["chosen"] == [] and wrong["rejected"][0] and not any(wrong["rejected"][1:])
+    assert "marked as wrong" in (out / "heatmap.html").read_text()
     identity = json.loads((out / "scores.identity.json").read_text())
     assert identity["beta"] == BETA and identity["data"]["rows"] == 11 and identity["options"]["wrong"] == "oops"
     assert identity["model"]["parameters"] != identity["reference"]["parameters"]

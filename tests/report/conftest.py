@@ -252,7 +252,7 @@ def heatmaps() -> list[ScoredResponse]:
     lower = [-0.6 if "croco" in piece else reward - 0.1 for piece, reward in zip(bad, rewards, strict=True)]
     return [
         scored(good, rewards, role="chosen", prompt=prompt),
-        scored(bad, lower, role="rejected", prompt=prompt, truncated=True),
+        scored(bad, lower, role="rejected", prompt=prompt, truncated=True, wrong=["croco" in piece for piece in bad]),
         scored([HOSTILE, "\n\n", "plain"], [0.2, -0.1, 0.3], row=1, prompt=HOSTILE),
     ]
 

@@ -130,5 +130,10 @@ def test_the_page_opens_with_the_pair_that_is_told_best_apart(findings, heatmaps
     assert rows == ["0", "2", "1"]  # the widest margin first, then the others in their order
     sections = [page.index(mark) for mark in ('id="opening"', 'id="credit"', 'id="heatmaps"')]
     assert sections == sorted(sections)
+    assert "lowest reward is a wrong one" in page
+    unmarked = [replace(response, wrong=()) for response in heatmaps]
+    assert "What the model sees in a response" in insights_page(findings, heatmaps=unmarked, title="t")
+    missed = [replace(r, wrong=r.wrong and (True, *[False] * (len(r.wrong) - 1))) for r in heatmaps]
+    assert "lowest reward is not a wrong one" in insights_page(findings, heatmaps=missed, title="t")
     alone = insights_page(findings, heatmaps=heatmaps[:2], title="t")
     assert 'id="opening"' in alone and 'id="heatmaps"' not in alone

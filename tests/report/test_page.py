@@ -1,6 +1,7 @@
 """Answers as a page."""
 
 import re
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
@@ -46,6 +47,19 @@ def test_hostile_text_shows_as_text(respond):
     assert [tag for tag, _ in parsed.tags].count("script") == 2  # our own: the theme, the tooltips
     assert "<script>alert" not in page and "\u202e" not in page and "<b></span>" not in page
     assert "{{ 7*7 }}" in page
+
+
+def test_words_that_the_data_mark_as_wrong_are_framed_and_told(respond):
+    right = respond([" a", " b"], [0.2, -0.1])
+    found = replace(respond([" a", " b", " c"], [0.1, -2.0, 0.3], row=1), wrong=(False, True, True))
+    missed = replace(respond([" d", " e"], [0.1, -0.2], row=2), wrong=(True, False))
+    page = heatmap_page([right, found, missed], "t")
+    framed = re.findall(r'class="t[^"]* wrong[^"]*".*?>([^<]*)</span>', page, re.DOTALL)
+    assert framed == [" b", " c", " d"] and page.count("in the data: marked as wrong") == 3
+    assert "The lowest reward is that of “ b”, which is wrong." in page
+    assert "The lowest reward is that of “ e”, which is not among the wrong words." in page
+    assert "1 of 2 responses with such words" in page
+    assert "Framed" not in heatmap_page([right], "t")
 
 
 def test_nothing_is_loaded(respond):

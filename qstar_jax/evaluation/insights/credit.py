@@ -133,11 +133,14 @@ class MarkedResponse:
         return np.array(self.scored.action_mask) & ~self.wrong
 
 
-def measure_credit(scored: ScoredFile) -> Credit:
+def measure_credit(scored: ScoredFile) -> tuple[Credit, ScoredFile]:
     """Measures how well low rewards find the tokens that a file marks as wrong, and writes credit.json.
 
     Args:
         scored: What `qstar score` has scored.
+
+    Returns:
+        The measurements, and the scores with the marks, which scores.jsonl now has too.
 
     Raises:
         InputError: If the marks do not fit the responses.
@@ -145,12 +148,16 @@ def measure_credit(scored: ScoredFile) -> Credit:
     config, data = scored.config, scored.config.data
     rows, records, _ = read_records(data.eval, data.eval_split, KINDS[config.answers], data, data.max_eval_rows)
     marked = mark_responses(scored.responses, rows, records, wrong=config.wrong, kind=config.kind, source=data.eval)
+    wrong = {m.scored.row: tuple(m.wrong.tolist()) for m in marked}
+    responses = [r if r.role == "chosen" else replace(r, wrong=wrong[r.row]) for r in scored.responses]
+    scored = replace(scored, responses=responses)
+    scored.write()
     if (built_in := find(data.eval)) and built_in[0].advantages:
         marked = _with_true_advantages(marked, rows, built_in[0], scored.tokenizer)
     credit = compute_credit(marked, model=config.model, reference=scored.reference)
     credit = replace(credit, scores=file_digest(scored.path))
     credit.write(scored.out)
-    return credit
+    return credit, scored
 
 
 def mark_responses(

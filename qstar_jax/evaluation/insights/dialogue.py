@@ -125,14 +125,15 @@ class Dialogue(Record):
             measured=f"Return {after.returns:.2f} after {before.returns:.2f}: {gain:+.2f} (optimum at this beta: "
             f"{self.optimum:.2f}); wasted questions {after.wasted:.2f} after {before.wasted:.2f}: {wasted:+.2f}. Turn "
             f"rewards find wasted questions with AUC {self.credit_of(REWARD, TURNS).wasted_auc:.2f}, log pi_ref with "
-            f"{self.credit_of(REFERENCE).wasted_auc:.2f}. {self._masks_in_words()} Margins of pairs correlate with "
+            f"{self.credit_of(REFERENCE).wasted_auc:.2f}. {self.compare_masks()} Margins of pairs correlate with "
             f"sums of advantages by {self.luck[0].with_advantages:.2f}, with returns, which have luck, by "
             f"{self.luck[0].with_returns:.2f}.",
             reproduced=reproduced,
             command=self.COMMAND,
         )
 
-    def _masks_in_words(self) -> str:
+    def compare_masks(self) -> str:
+        """Says whether training on turns alone beats training on the environment's replies too."""
         gain = self.differences[RETURN][f"{TURNS} - {ALL}"]
         if gain.low > 0:
             verdict = "Training on turns alone beats training on replies too"

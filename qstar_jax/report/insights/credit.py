@@ -5,10 +5,10 @@ from functools import partial
 from rich.console import Console
 
 from qstar_jax.console import one_line
-from qstar_jax.evaluation.insights.credit import Credit, Kind
+from qstar_jax.evaluation.insights.credit import REWARD, Credit, Kind
 from qstar_jax.report.dots import draw_dots
 from qstar_jax.report.insights.view import View
-from qstar_jax.report.numbers import with_interval
+from qstar_jax.report.numbers import signed_interval, with_interval
 from qstar_jax.report.panel import Panel
 from qstar_jax.report.tables import Table, cell, print_table
 
@@ -19,14 +19,37 @@ def panels(credit: Credit) -> list[Panel]:
     draw = partial(draw_dots, groups=groups, series=_detectors(credit), label="AUC", line=0.5, line_label="chance")
     words = "; ".join(f"{name} {with_interval(interval)}" for name, interval in credit.detectors.items())
     alt = f"Area under the curve of each detector of wrong tokens, over all errors: {words}. Chance is 0.50."
-    shown = [Panel("Finding the wrong tokens", alt, draw, 0.7 + 0.55 * len(groups))]
+    shown = [Panel("Finding the wrong tokens", alt, draw, 0.7 + 0.55 * len(groups), _finding(credit))]
     if credit.differences:
         gains = {f"over {one_line(name)}": {"gain": interval} for name, interval in credit.differences.items()}
         draw = partial(draw_dots, groups=gains, series=["gain"], line=0.0, label="gain in AUC")
         words = "; ".join(f"{name} {with_interval(group['gain'], 3)}" for name, group in gains.items())
         alt = f"Gain of the implicit reward in area under the curve: {words}."
-        shown.append(Panel("What the implicit reward gains", alt, draw, 0.7 + 0.5 * len(gains)))
+        shown.append(Panel("What the implicit reward gains", alt, draw, 0.7 + 0.5 * len(gains), _gains(credit)))
     return shown
+
+
+def _finding(credit: Credit) -> str:
+    reward = f"AUC {credit.detectors[REWARD].mean:.3f}"
+    rivals = {name: credit.detectors[name].mean for name in credit.differences}
+    if not rivals:
+        return f"The implicit reward finds wrong tokens with {reward}."
+    rival = max(rivals, key=rivals.get)
+    name, area = one_line(rival), f"{rivals[rival]:.3f}"
+    match credit.differences[rival].sign:
+        case 1:
+            return f"The implicit reward finds wrong tokens best: {reward}, {name} {area}."
+        case -1:
+            return f"The implicit reward finds wrong tokens less well ({reward}) than the {name} ({area})."
+    return f"The implicit reward ({reward}) and the {name} ({area}) find wrong tokens equally well, up to noise."
+
+
+def _gains(credit: Credit) -> str:
+    for sign, words in ((-1, "It is worse than the {}."), (0, "No gain over the {} can be told from noise.")):
+        if names := [one_line(name) for name, gain in credit.differences.items() if gain.sign == sign]:
+            return words.format(" and the ".join(names))
+    least = min(credit.differences.values(), key=lambda gain: gain.mean)
+    return f"It gains on every other detector, at least {signed_interval(least, 3)}."
 
 
 def tables(credit: Credit, *, brief: bool = False) -> list[Table]:

@@ -28,7 +28,20 @@ _STEPS, _TERMINAL_STEPS = 12, 6  # steps of a table at most
 def panels(decline: Decline) -> list[Panel]:
     """Shows the rewards of each run over its steps, in one panel per run, all on one scale."""
     limits = _limits(decline.runs)
-    return [Panel(_title(run), _alt(run), partial(_draw, run=run, limits=limits)) for run in decline.runs]
+    return [
+        Panel(_title(run), _alt(run), partial(_draw, run=run, limits=limits), finding=_finding(run))
+        for run in decline.runs
+    ]
+
+
+def _finding(run: DeclineRun) -> str:
+    end, error = run.last("chosen")
+    if error is None:
+        return f"Rewards of chosen responses end at {signed(end, 2)}."
+    number = f"{signed(end, 2)} ± {error:.2f}"
+    if abs(end) <= error:
+        return f"Rewards of chosen responses neither rise nor fall beyond noise: {number}."
+    return f"Rewards of chosen responses {'fall' if end < 0 else 'rise'} to {number}."
 
 
 def _title(run: DeclineRun) -> str:

@@ -4,7 +4,20 @@ from functools import partial
 
 from rich.console import Console
 
-from qstar_jax.evaluation.insights.dialogue import ALL, GREEDY, RETURN, SAMPLED, TURNS, Dialogue, Games, TurnCredit
+from qstar_jax.evaluation.insights.dialogue import (
+    ALL,
+    GREEDY,
+    PLAYER,
+    REFERENCE,
+    RETURN,
+    REWARD,
+    SAMPLED,
+    TURNS,
+    WASTED,
+    Dialogue,
+    Games,
+    TurnCredit,
+)
 from qstar_jax.report.dots import draw_dots
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.numbers import decimal, signed_interval, with_interval
@@ -41,7 +54,7 @@ def _masks_panel(dialogue: Dialogue) -> Panel:
     groups = {name: {"gain": gain} for name, gain in gains.items()}
     draw = partial(draw_dots, groups=groups, series=["gain"], label="gain in return", line=0.0)
     alt = f"Return after training on turns alone, minus that after training on replies too: {words}."
-    return Panel("Turns alone, minus replies too", alt, draw, 0.7 + 0.6 * len(groups))
+    return Panel("Turns alone, minus replies too", alt, draw, 0.7 + 0.6 * len(groups), dialogue.compare_masks())
 
 
 def _credit_panel(dialogue: Dialogue) -> Panel:
@@ -52,7 +65,13 @@ def _credit_panel(dialogue: Dialogue) -> Panel:
     words = "; ".join(f"{_score_name(c)} {with_interval(c.wasted_auc)}" for c in dialogue.credit if not c.noisy)
     draw = partial(draw_dots, groups=areas, series=_scores(dialogue), label="AUC", line=0.5, line_label="chance")
     alt = f"Area under the curve of low scores as detectors of wasted questions, honest answers: {words}."
-    return Panel("Finding wasted questions", alt, draw, 2.6)
+    reward, reference = dialogue.credit_of(REWARD, TURNS).wasted_auc, dialogue.credit_of(REFERENCE).wasted_auc
+    change = {1: "better than", 0: "no better than", -1: "less well than"}[reward.compare(reference)]
+    finding = (
+        f"Turn rewards find wasted questions {change} log pi_ref does: AUC {decimal(reward.mean)} and "
+        f"{decimal(reference.mean)}."
+    )
+    return Panel("Finding wasted questions", alt, draw, 2.6, finding)
 
 
 def _luck_panel(dialogue: Dialogue) -> Panel:
@@ -65,7 +84,13 @@ def _luck_panel(dialogue: Dialogue) -> Panel:
     )
     series = ["sums of advantages", "returns"]
     draw = partial(draw_dots, groups=groups, series=series, label="correlation of margins", line=0.0)
-    return Panel("What margins of pairs follow", f"Correlation of margins, {words}.", draw, 2.6)
+    advantages, returns = dialogue.luck[0].with_advantages, dialogue.luck[0].with_returns
+    change = {1: "more closely than", 0: "as closely as", -1: "less closely than"}[advantages.compare(returns)]
+    finding = (
+        f"Margins follow sums of advantages {change} returns, which have luck: correlation {decimal(advantages.mean)} "
+        f"and {decimal(returns.mean)}."
+    )
+    return Panel("What margins of pairs follow", f"Correlation of margins, {words}.", draw, 2.6, finding)
 
 
 def _answers(noisy: bool) -> str:
@@ -80,7 +105,15 @@ def _games_panel(dialogue: Dialogue, measure: str, title: str, line: float, line
     series = list(dict.fromkeys(games.decoder for games in honest))
     words = "; ".join(f"{_name(games)} {with_interval(getattr(games, measure))}" for games in honest)
     draw = partial(draw_dots, groups=groups, series=series, label=title.lower(), line=line, line_label=line_label)
-    return Panel(title, f"{title}: {words}.", draw, 0.7 + 0.6 * len(groups))
+    return Panel(title, f"{title}: {words}.", draw, 0.7 + 0.6 * len(groups), _games_finding(dialogue, measure))
+
+
+def _games_finding(dialogue: Dialogue, measure: str) -> str:
+    before, after = (decimal(getattr(dialogue.of(policy), measure).mean) for policy in (PLAYER, TURNS))
+    name, what = {"returns": (RETURN, "the return"), "wasted": (WASTED, "the share of wasted questions")}[measure]
+    change = dialogue.differences[name][f"{TURNS} - {PLAYER}"].sign
+    words = {1: f"raises {what}", 0: f"does not change {what} beyond noise", -1: f"lowers {what}"}[change]
+    return f"DPO on turns {words}: {after} after {before}."
 
 
 def tables(dialogue: Dialogue, *, brief: bool = False) -> list[Table]:

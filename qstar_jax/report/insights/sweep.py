@@ -11,7 +11,7 @@ from qstar_jax.evaluation.insights.sweep import Point, Sweep, SweepRun
 from qstar_jax.evaluation.intervals import Interval
 from qstar_jax.report.dots import draw_dots
 from qstar_jax.report.insights.view import View
-from qstar_jax.report.numbers import MINUS, NONE, with_interval
+from qstar_jax.report.numbers import MINUS, NONE, decimal, with_interval
 from qstar_jax.report.panel import Panel, Style
 from qstar_jax.report.tables import Table, cell, print_table
 
@@ -40,7 +40,7 @@ def panels(sweep: Sweep) -> list[Panel]:
         title, label, digits, line = MEASURES[measure]
         draw = partial(_draw_measure, runs=sweep.runs, places=places, measure=measure, label=label, line=line)
         alt = f"{title} over the width of the beam. {_in_words(sweep.runs, measure, digits)}"
-        shown.append(Panel(title, alt, draw))
+        shown.append(Panel(title, alt, draw, finding=_finding(sweep, measure, digits)))
     # The judge may have decided no prompt of a pair of decoders.
     decided = {
         name: {run: interval for run, interval in by_run.items() if interval is not None}
@@ -56,8 +56,55 @@ def panels(sweep: Sweep) -> list[Panel]:
             for run, interval in by_run.items()
         )
         height = max(2.3, 0.7 + 0.5 * len(groups))
-        shown.append(Panel("What width changes", f"Differences of win rates: {words}.", draw, height))
+        alt = f"Differences of win rates: {words}."
+        shown.append(Panel("What width changes", alt, draw, height, _differences_in_words(sweep)))
     return shown
+
+
+# Measure -> what responses do if it rises, falls, or stays within its intervals
+_CHANGES = {
+    "length": ("grow longer", "grow shorter", "keep their length"),
+    "logp": ("grow more likely", "grow less likely", "do not grow more likely"),
+    "implicit_reward": ("earn more implicit reward", "earn less implicit reward", "earn no more implicit reward"),
+    "true_reward": ("earn more true reward", "earn less true reward", "earn no more true reward"),
+}
+
+
+def _finding(sweep: Sweep, measure: str, digits: int) -> str:
+    """Says what width does to a measure of the first run; empty if two of its points are missing."""
+    run = sweep.runs[0]
+    points = sorted((p for p in run.points if getattr(p, measure) and p.decoder != "sampled"), key=lambda p: p.width)
+    if len(points) < 2:
+        return ""
+    if measure == "win_rate":
+        best = max(points, key=lambda point: point.win_rate.mean)
+        others = [point for point in (points[0], points[-1]) if point is not best]
+        shown = ", ".join(f"{_decoder(point)} {point.win_rate.mean:.2f}" for point in others)
+        return _sentence(sweep, f"{_decoder(best)} wins most often, {best.win_rate.mean:.2f} ({shown})")
+    first, last = (getattr(point, measure) for point in (points[0], points[-1]))
+    change = _CHANGES[measure][{1: 0, -1: 1, 0: 2}[last.compare(first)]]
+    ends = f"{decimal(first.mean, digits)} to {decimal(last.mean, digits)}"
+    return _sentence(sweep, f"from {_decoder(points[0])} to {_decoder(points[-1])}, responses {change}: {ends}")
+
+
+def _sentence(sweep: Sweep, text: str) -> str:
+    """Names the first run where there are several."""
+    whole = f"{sweep.runs[0].name}: {text}." if len(sweep.runs) > 1 else f"{text[:1].upper()}{text[1:]}."
+    return one_line(whole)
+
+
+def _decoder(point: Point) -> str:
+    return point.decoder if point.decoder in _CONTROLS else f"beam search of width {point.width}"
+
+
+def _differences_in_words(sweep: Sweep) -> str:
+    """Says which decoders of the first run beat which."""
+    run, sentences = sweep.runs[0], []
+    for sign, words in ((1, "beats"), (0, "cannot be told from"), (-1, "loses to")):
+        pairs = [name.split(" - ") for name, gain in run.differences.items() if gain is not None and gain.sign == sign]
+        for one in dict.fromkeys(one for one, _ in pairs):
+            sentences.append(f"{one} {words} {' and '.join(other for first, other in pairs if first == one)}")
+    return _sentence(sweep, "; ".join(sentences))
 
 
 def _measured(sweep: Sweep) -> list[str]:

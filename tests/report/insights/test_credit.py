@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from qstar_jax.evaluation.intervals import Interval
 from qstar_jax.report.insights.credit import panels, print_credit
 from qstar_jax.report.panel import sheet_figure
 
@@ -22,6 +23,21 @@ def test_no_ceiling_and_no_kinds_are_no_fault(credit):
     detectors = {name: area for name, area in credit.detectors.items() if name != "true advantage"}
     (axes,) = sheet_figure(panels(replace(credit, detectors=detectors, kinds={}, differences={})), "dark").axes
     assert len(axes.containers) == 3
+
+
+def test_captions_say_who_finds_more_or_that_nobody_knows(credit):
+    def captions(gain):
+        gains = {"reference log-probability": Interval(gain, gain - 0.02, gain + 0.02)}
+        return [panel.finding for panel in panels(replace(credit, differences=gains))]
+
+    assert captions(0.16) == [
+        "The implicit reward finds wrong tokens best: AUC 0.830, reference log-probability 0.670.",
+        "It gains on every other detector, at least +0.160 [+0.140, +0.180].",
+    ]
+    assert "equally well, up to noise" in captions(0.01)[0] and "can be told from noise" in captions(0.01)[1]
+    assert "less well (AUC 0.830) than" in captions(-0.1)[0] and captions(-0.1)[1].startswith("It is worse than")
+    (alone,) = panels(replace(credit, differences={}))
+    assert alone.finding == "The implicit reward finds wrong tokens with AUC 0.830."
 
 
 def test_bars_of_detectors_run_from_chance(credit, printed):

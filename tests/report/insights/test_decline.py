@@ -19,6 +19,18 @@ def test_runs_share_a_scale_and_bands_are_two_errors(decline):
     assert not axes[2].collections and len(axes[2].lines) == 4  # no errors, no samples of the reference
 
 
+def test_captions_say_whether_rewards_fall_beyond_noise(decline):
+    assert [panel.finding for panel in panels(decline)] == [
+        f"Rewards of chosen responses fall to {MINUS}0.85 ± 0.16.",
+        "Rewards of chosen responses rise to +0.42 ± 0.16.",
+        "Rewards of chosen responses end at +0.10.",  # no errors were logged
+    ]
+    run = decline.runs[0]
+    noisy = replace(run, stderr={"chosen": [0.5] * len(run.steps)})
+    (panel,) = panels(replace(decline, runs=(noisy,)))
+    assert panel.finding == f"Rewards of chosen responses neither rise nor fall beyond noise: {MINUS}0.85 ± 1.00."
+
+
 def test_gaps_are_left_where_nothing_was_measured(decline):
     run = decline.runs[0]
     reference = [*run.curves["reference"][:3], None, *run.curves["reference"][4:]]

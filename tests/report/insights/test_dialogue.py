@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from qstar_jax.evaluation.intervals import Interval
 from qstar_jax.report.insights.dialogue import facts, panels, print_dialogue, tables
 from qstar_jax.report.numbers import MINUS
 from qstar_jax.report.panel import sheet_figure
@@ -24,6 +25,24 @@ def test_panels_show_honest_games_and_both_kinds_of_credit(questions):
     assert optimum.get_label() == "optimum" and set(optimum.get_xdata()) == {0.762}
     assert len(axes[0].containers) == 3  # one series per decoder
     assert [text.get_text() for text in axes[2].get_yticklabels()] == ["honest answers", "noisy answers"]
+
+
+def test_captions_say_what_training_changed_or_that_it_changed_nothing(questions):
+    captions = [panel.finding for panel in panels(questions)]
+    assert captions == [
+        f"DPO on turns raises the return: 0.36 after {MINUS}0.10.",
+        "DPO on turns lowers the share of wasted questions: 0.16 after 0.21.",
+        "Training on turns alone is worse than training on replies too: -0.05 [-0.07, -0.03] in return.",
+        "Turn rewards find wasted questions better than log pi_ref does: AUC 0.88 and 0.77.",
+        "Margins follow sums of advantages more closely than returns, which have luck: correlation 0.82 and 0.45.",
+    ]
+    nothing = {"DPO on turns - fitted player": Interval(0.0, -0.1, 0.1)}
+    differences = {"return": questions.differences["return"] | nothing, "wasted questions": nothing}
+    same = tuple(replace(c, wasted_auc=questions.credit[1].wasted_auc) for c in questions.credit)
+    luck = (replace(questions.luck[0], with_advantages=questions.luck[0].with_returns),)
+    captions = [p.finding for p in panels(replace(questions, differences=differences, credit=same, luck=luck))]
+    assert "does not change the return beyond noise" in captions[0] and "beyond noise" in captions[1]
+    assert "no better than" in captions[3] and "as closely as" in captions[4]
 
 
 def test_tables_name_players_scores_luck_and_differences(questions):

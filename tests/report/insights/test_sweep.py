@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from qstar_jax.evaluation.intervals import Interval
 from qstar_jax.report.insights.sweep import facts, panels, print_sweep, tables
 from qstar_jax.report.numbers import MINUS, NONE
 from qstar_jax.report.panel import sheet_figure
@@ -12,7 +13,7 @@ from qstar_jax.report.panel import sheet_figure
 
 def test_widths_stand_in_order_and_controls_apart(sweep):
     axes = sheet_figure(panels(sweep), "light").axes
-    assert [a.get_title() for a in axes] == [
+    assert [panel.title for panel in panels(sweep)] == [
         "Win rate against the preferred response",
         "Length of responses",
         "Likelihood of responses",
@@ -27,6 +28,24 @@ def test_widths_stand_in_order_and_controls_apart(sweep):
     hollow = [line for line in axes[0].lines if line.get_markerfacecolor() == "none"]
     assert [len(line.get_xdata()) for line in hollow] == [2, 2, 2]
     assert all(line.get_linestyle() == "None" for line in hollow)
+
+
+def test_captions_say_what_width_does_or_that_it_does_nothing(sweep):
+    found = {panel.title: panel.finding for panel in panels(sweep)}
+    assert found["Win rate against the preferred response"] == (
+        "beta 0.05: beam search of width 5 wins most often, 0.54 (greedy 0.39, beam search of width 20 0.38)."
+    )
+    assert found["Length of responses"] == (
+        "beta 0.05: from greedy to beam search of width 20, responses grow shorter: 59.9 to 35.3."
+    )
+    assert found["What width changes"] == "beta 0.05: 5 beams beats sampled and greedy; 20 beams loses to 5 beams."
+    # One run needs no name; what lies within the intervals is no change.
+    points = tuple(replace(p, length=sweep.runs[0].points[0].length) for p in sweep.runs[0].points)
+    differences = {"5 beams - greedy": Interval(0.01, -0.02, 0.04)}
+    alone = replace(sweep, runs=(replace(sweep.runs[0], points=points, differences=differences),))
+    found = {panel.title: panel.finding for panel in panels(alone)}
+    assert found["Length of responses"].endswith("responses keep their length: 64.0 to 64.0.")
+    assert found["What width changes"] == "5 beams cannot be told from greedy."
 
 
 def test_what_nobody_measured_has_no_panel(sweep):
