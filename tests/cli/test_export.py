@@ -1,6 +1,10 @@
 """`qstar export`, beyond what tests/training/test_lora_runs.py has of adapters."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,3 +65,47 @@ def test_training_may_end_with_an_export(verb, tmp_path, hf_folder, train_file, 
     words[words.index(str(tmp_path / "run"))] = str(tmp_path / "other")
     assert main(words) == 2
     assert "already holds a model" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+TASK = """
+task: pairs
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{prompt}}"
+doc_to_choice: "{{[chosen, rejected]}}"
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed (extra `parity`)")
+def test_lm_evaluation_harness_reads_an_export(dpo_run, eval_file, tmp_path, one_device_only):
+    """Its log-likelihoods of both responses to each prompt are the sums of ours, without EOS, which it does not add."""
+    exported, task, results, scores = (tmp_path / name for name in ("exported", "task", "results", "scores"))
+    assert main(["export", "--model", str(dpo_run), "--out", str(exported)]) == 0
+    task.mkdir()
+    (task / "pairs.yaml").write_text(TASK.replace("DATA", str(eval_file)))
+    words = ["--model", "hf", "--model_args", f"pretrained={exported},dtype=float32", "--device", "cpu"]
+    words += ["--tasks", "pairs", "--include_path", task, "--batch_size", "4"]
+    words += ["--log_samples", "--output_path", results]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "lm_eval", *words], env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (samples,) = results.rglob("samples_pairs_*.jsonl")
+    theirs = {}
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        theirs[sample["doc_id"]] = [float(logp) for logp, _ in sample["filtered_resps"]]
+    words = ["--model", dpo_run, "--data.eval", eval_file, "--out", scores, "--alternatives", "0", "--show", "0"]
+    assert main(["score", *map(str, words)]) == 0
+    ours = {}
+    for record in map(json.loads, (scores / "scores.jsonl").read_text().splitlines()):
+        ours.setdefault(record["row"], {})[record["role"]] = sum(record["logp"][:-1])
+    assert len(theirs) == len(ours) == 11
+    for row, logps in theirs.items():
+        np.testing.assert_allclose([ours[row]["chosen"], ours[row]["rejected"]], logps, rtol=1e-5, atol=1e-5)
+    (result,) = (json.loads(path.read_text())["results"]["pairs"] for path in results.rglob("results_*.json"))
+    assert result["acc,none"] == pytest.approx(np.mean([logp["chosen"] > logp["rejected"] for logp in ours.values()]))
