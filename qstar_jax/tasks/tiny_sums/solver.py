@@ -1,7 +1,7 @@
-"""Somebody who works out sums and slips: often where a digit is carried or borrowed, and rarely elsewhere.
+"""Somebody who works out sums and slips: often where a digit is carried, and rarely elsewhere.
 
-Where the tens change, the slip is as likely as not, so its likelihood does not give it away; slips elsewhere are
-unlikely. Whoever has slipped goes on from the wrong result, and may by another slip come out right.
+At a carry the slip is as likely as not, so its likelihood does not give it away; slips elsewhere are unlikely. Whoever
+has slipped goes on from the wrong result, and now and then comes out right by another slip.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from random import Random
 
 from qstar_jax.tasks.tiny_sums.sums import Sum, step_text
 
-MISHANDLES = 0.5  # a carry, which is forgotten, or a borrow: the smaller digit is taken from the larger
+FORGETS = 0.5  # a carry
 OFF_BY_ONE = 0.02  # too high by one at any step, and as often too low
 
 
@@ -20,15 +20,12 @@ def chances(value: int, operand: int) -> dict[int, float]:
 
     Args:
         value: The number at which the step begins.
-        operand: What is added, or taken off where negative.
+        operand: What is added.
     """
-    right, slips = value + operand, {}
+    right = value + operand
+    slips = {right + 1: OFF_BY_ONE, right - 1: OFF_BY_ONE}
     if right // 10 > value // 10:
-        slips[right - 10] = MISHANDLES
-    elif right // 10 < value // 10:
-        slips[value // 10 * 10 + abs(value % 10 + operand)] = MISHANDLES
-    slips |= {right + 1: OFF_BY_ONE, right - 1: OFF_BY_ONE}
-    slips = {result: chance for result, chance in slips.items() if result >= 0}
+        slips[right - 10] = FORGETS
     return {right: 1 - sum(slips.values())} | slips
 
 

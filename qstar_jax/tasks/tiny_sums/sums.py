@@ -1,6 +1,7 @@
-"""Sums, and how they are worked out: `57 + 8 - 3 + 9 =`, then a step per operation, and the answer after a `#`.
+"""Sums, and how they are worked out: `27 + 8 + 3 + 9 =`, then a step per operand, and the answer after a `#`.
 
-A step ends with a semicolon and goes on from the number before it, right or wrong.
+A step ends with a semicolon and goes on from the number before it, right or wrong. All numbers but the operands have
+two digits, whatever slips.
 """
 
 import re
@@ -10,11 +11,10 @@ from functools import cached_property
 from random import Random
 from zlib import crc32
 
-OPERATIONS = (3, 4, 5)
+LENGTHS = (3, 4, 5)
 DELIMITER, MARK = ";", "#"  # what ends a step, and what comes before the answer
-_STARTS = range(10, 100)
-_OPERANDS = tuple(range(-9, 0)) + tuple(range(1, 10))
-_PROMPT = re.compile(r"\d+(?: [+-] \d)+ =")
+_STARTS, _OPERANDS = range(10, 50), range(1, 10)
+_PROMPT = re.compile(r"\d{1,9}(?: \+ \d)+ =")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Sum:
 
     Attributes:
         start: Its first number.
-        operands: What is added, or taken off where negative: one digit each.
+        operands: What is added: one digit each.
     """
 
     start: int
@@ -32,7 +32,7 @@ class Sum:
     @cached_property
     def prompt(self) -> str:
         """The sum as text."""
-        return f"{self.start}{''.join(f' {_signed(operand)}' for operand in self.operands)} ="
+        return f"{self.start}{''.join(f' + {operand}' for operand in self.operands)} ="
 
     @cached_property
     def results(self) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ class Sum:
 
 def step_text(value: int, operand: int, result: int) -> str:
     """Writes a step, its delimiter included."""
-    return f" {value} {_signed(operand)} = {result} {DELIMITER}"
+    return f" {value} + {operand} = {result} {DELIMITER}"
 
 
 def answer_text(value: int) -> str:
@@ -66,18 +66,15 @@ def answer_text(value: int) -> str:
 
 
 def draw_sum(rng: Random, *, held_out: bool) -> Sum:
-    """Draws a sum none of whose steps can fall below zero, even where each before it was 10 too low.
+    """Draws a sum.
 
     Args:
         rng: Where it is drawn from.
         held_out: Whether it is one of the tenth of all sums that is never trained on.
     """
     while True:
-        drawn = Sum(rng.choice(_STARTS), tuple(rng.choices(_OPERANDS, k=rng.choice(OPERATIONS))))
-        if any(result < 10 * n for n, result in enumerate(drawn.results, start=1)):
-            continue
-        is_held_out = crc32(drawn.prompt.encode()) % 10 == 0
-        if is_held_out == held_out:
+        drawn = Sum(rng.choice(_STARTS), tuple(rng.choices(_OPERANDS, k=rng.choice(LENGTHS))))
+        if (crc32(drawn.prompt.encode()) % 10 == 0) == held_out:
             return drawn
 
 
@@ -86,8 +83,8 @@ def read_sum(prompt: str) -> Sum | None:
     text = prompt.strip()
     if not _PROMPT.fullmatch(text):
         return None
-    start, *operands = text.removesuffix(" =").replace("+ ", "+").replace("- ", "-").split(" ")
-    return Sum(int(start), tuple(map(int, operands)))
+    start, *operands = map(int, text.removesuffix(" =").split(" + "))
+    return Sum(start, tuple(operands))
 
 
 def read_answer(response: str) -> int | None:
@@ -100,7 +97,3 @@ def true_reward(prompt: str, response: str) -> float | None:
     """Returns 1 for the right answer and 0 for any other, whatever the steps say; None if the prompt is not a sum."""
     known = read_sum(prompt)
     return None if known is None else float(read_answer(response) == known.answer)
-
-
-def _signed(operand: int) -> str:
-    return f"{'+' if operand > 0 else '-'} {abs(operand)}"

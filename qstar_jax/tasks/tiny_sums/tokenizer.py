@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<unk>", "<pad>", "<eos>")
-_PIECES = (*digits, *(f" {sign}" for sign in (*digits, *"+-=;#")))
+_PIECES = (*digits, *(f" {sign}" for sign in (*digits, *"+=;#")))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,7 +12,7 @@ from qstar_jax.tasks.tiny_sums.solver import chances
 from qstar_jax.tasks.tiny_sums.sums import Sum, read_answer
 from qstar_jax.tasks.tiny_sums.tokenizer import make_tokenizer
 
-SUM = Sum(37, (8, -7, 9, 4))
+SUM = Sum(27, (8, 2, 9, 4))
 BETAS = (0.05, 0.3, 1.0)
 
 
@@ -31,12 +31,12 @@ def solutions():
             probability *= chance
         if len(results) == 4:
             text = SUM.write(results)
-            found.append((text, probability, float(read_answer(text) == 41 + 10)))
+            found.append((text, probability, float(read_answer(text) == 50)))
     return found
 
 
 def test_the_enumeration_is_complete(solutions):
-    assert SUM.answer == 51 and sum(p for _, p, _ in solutions) == pytest.approx(1.0)
+    assert SUM.answer == 50 and sum(p for _, p, _ in solutions) == pytest.approx(1.0)
     assert len({text for text, *_ in solutions}) == len(solutions) > 100
 
 
@@ -73,7 +73,7 @@ def test_advantages_are_those_of_the_optimal_policy(solutions, beta):
         np.testing.assert_allclose(with_eos, [*expected, 0.0], atol=1e-9)
 
 
-@pytest.mark.parametrize("text", [" 37 + 8 = 99 ;", " 37 - 8", " 37 + 8 = 45 ; 44", " 37 + 8 = 45 ; # 45", "37"])
+@pytest.mark.parametrize("text", [" 27 + 8 = 99 ;", " 27 + 9", " 27 + 8 = 35 ; 34", " 27 + 8 = 35 ; # 35", "27"])
 def test_what_the_solver_would_not_write_has_no_value(text):
     assert np.isnan(prefix_success(SUM, text))
     done = SUM.write(SUM.results)

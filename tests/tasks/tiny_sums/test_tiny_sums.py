@@ -9,10 +9,10 @@ from qstar_jax.data.reading import read_rows
 from qstar_jax.errors import InputError
 from qstar_jax.tasks.tiny_sums.rows import SPLITS, split_rows
 from qstar_jax.tasks.tiny_sums.solver import Solution, chances, solve
-from qstar_jax.tasks.tiny_sums.sums import Sum, draw_sum, read_answer, read_sum, true_reward
+from qstar_jax.tasks.tiny_sums.sums import Sum, read_answer, read_sum, true_reward
 from qstar_jax.tasks.tiny_sums.tokenizer import make_tokenizer
 
-SUM = Sum(57, (8, -3, 9, -4))
+SUM = Sum(27, (8, 3, 9, 4))
 
 
 @pytest.fixture(scope="module")
@@ -26,58 +26,56 @@ def steps_of(text):
 
 def right(step):
     """What the left side of a step comes to."""
-    value, sign, operand, *_ = step.split()
-    return int(value) + int(sign + operand)
+    value, _, operand, *_ = step.split()
+    return int(value) + int(operand)
 
 
 def test_a_solution_by_hand():
-    assert SUM.prompt == "57 + 8 - 3 + 9 - 4 =" and read_sum(SUM.prompt) == SUM
-    assert SUM.results == (65, 62, 71, 67)
-    solution = Solution(SUM, (55, 52, 61, 57))
-    assert solution.text == " 57 + 8 = 55 ; 55 - 3 = 52 ; 52 + 9 = 61 ; 61 - 4 = 57 ; # 57"
+    assert SUM.prompt == "27 + 8 + 3 + 9 + 4 =" and read_sum(SUM.prompt) == SUM
+    assert SUM.results == (35, 38, 47, 51)
+    solution = Solution(SUM, (25, 28, 37, 41))
+    assert solution.text == " 27 + 8 = 25 ; 25 + 3 = 28 ; 28 + 9 = 37 ; 37 + 4 = 41 ; # 41"
     assert solution.slips == [True, False, False, False] and solution.first_error == 0 and not solution.is_right
     [[start, end]] = solution.marks
-    assert solution.text[start:end] == "55" and solution.text[:start] == " 57 + 8 = "
+    assert solution.text[start:end] == "25" and solution.text[:start] == " 27 + 8 = "
     assert Solution(SUM, SUM.results).first_error == -1 and Solution(SUM, SUM.results).marks == []
-    repaired = Solution(SUM, (66, 63, 71, 67))  # too high by one, then too low
+    repaired = Solution(SUM, (36, 39, 47, 51))  # too high by one, then too low
     assert repaired.is_right and repaired.slips == [True, False, True, False]
 
 
 def test_slips_by_hand():
-    assert chances(57, 8) == pytest.approx({65: 0.46, 55: 0.5, 66: 0.02, 64: 0.02})  # the carry is forgotten
-    assert chances(54, -5) == pytest.approx({49: 0.46, 51: 0.5, 50: 0.02, 48: 0.02})  # 5 - 4 instead of 14 - 5
-    assert chances(54, 5) == pytest.approx({59: 0.96, 60: 0.02, 58: 0.02})
-    assert chances(5, -5) == pytest.approx({0: 0.98, 1: 0.02})  # nothing is below zero
-    assert all(min(chances(value, n)) >= 0 for value in range(10, 190) for n in range(-9, 10) if n)
+    assert chances(27, 8) == pytest.approx({35: 0.46, 25: 0.5, 36: 0.02, 34: 0.02})  # the carry is forgotten
+    assert chances(25, 5) == pytest.approx({30: 0.46, 20: 0.5, 31: 0.02, 29: 0.02})
+    assert chances(24, 5) == pytest.approx({29: 0.96, 30: 0.02, 28: 0.02})
 
 
 def test_the_solver_slips_with_its_probabilities():
     rng, drawn = Random(0), Counter()
     for _ in range(4000):
         drawn[solve(SUM, rng).results[0]] += 1
-    for result, chance in chances(57, 8).items():
+    for result, chance in chances(27, 8).items():
         assert drawn[result] / 4000 == pytest.approx(chance, abs=0.04)
 
 
 @pytest.mark.parametrize(
     ("response", "reward"),
     [
-        (" 57 + 8 = 65 ; # 67", 1.0),
-        ("# 67 ", 1.0),
-        (" # 67 ; # 57", 0.0),
-        (" # 067", 1.0),
-        (" 67", 0.0),
+        (" 27 + 8 = 35 ; # 51", 1.0),
+        ("# 51 ", 1.0),
+        (" # 51 ; # 41", 0.0),
+        (" # 051", 1.0),
+        (" 51", 0.0),
         ("", 0.0),
         (" # ", 0.0),
-        (" # 67 ;", 0.0),
-        (" # 6 7", 0.0),
+        (" # 51 ;", 0.0),
+        (" # 5 1", 0.0),
         (f" # {'9' * 5000}", 0.0),
     ],
 )
 def test_only_the_answer_counts(response, reward):
     assert true_reward(SUM.prompt, response) == reward
     assert true_reward(f"{SUM.prompt} ", response) == reward
-    assert true_reward("What is 57 + 8?", response) is None
+    assert true_reward("What is 27 + 8?", response) is None
 
 
 def test_answers_of_solutions_are_read_back(rows):
@@ -114,8 +112,6 @@ def test_no_held_out_sum_is_trained_on(rows):
     trained = {row["prompt"] for split in ("train", "solutions", "outcomes") for row in rows[split]}
     assert held_out and not held_out & trained
     assert all(read_sum(prompt).prompt == prompt for prompt in held_out | trained)
-    rng = Random(3)
-    assert all(min(r - 10 * n for n, r in enumerate(draw_sum(rng, held_out=False).results, 1)) >= 0 for _ in range(99))
 
 
 def test_rows_are_functions_of_the_seed_and_of_the_split(rows):
@@ -130,6 +126,8 @@ def test_rows_are_functions_of_the_seed_and_of_the_split(rows):
 def test_a_token_is_a_digit_or_a_sign(rows):
     tokenizer = make_tokenizer()
     assert len(tokenizer) < 40
+    lengths = {len(tokenizer(step.rstrip()).input_ids) for row in rows["steps"] for step in steps_of(row["completion"])}
+    assert lengths == {7}  # so every number has two digits
     for row in rows["steps"]:
         text = row["prompt"] + row["completion"]
         ids = tokenizer(text).input_ids
