@@ -16,6 +16,7 @@ from qstar_jax.config.insights import SweepConfig as SweepConfig
 from qstar_jax.config.judge import JudgeOptions as JudgeOptions
 from qstar_jax.config.loss import LossOptions as LossOptions
 from qstar_jax.config.loss import ReferenceOptions as ReferenceOptions
+from qstar_jax.config.loss import WeightingOptions as WeightingOptions
 from qstar_jax.config.optimizer import OptimizerOptions as OptimizerOptions
 from qstar_jax.config.plan import PlanConfig as PlanConfig
 from qstar_jax.config.rl import RewardOptions as RewardOptions
@@ -42,4 +43,5 @@ VARIANT_BLOCKS = {
     "optimizer": OptimizerOptions,
     "reward": RewardOptions,
     "rl": RlOptions,
+    "weighting": WeightingOptions,
 }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from qstar_jax.config.variants import option, path
+from qstar_jax.config.variants import option, path, selector
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class LossOptions:
         name: sigmoid (DPO), sigmoid_norm, robust, hinge, ipo, ipo_sum, exo_pair, discopop, dpop, dpo_shift, nca_pair,
             bco_pair, sppo_hard, apo_zero, apo_down, aot, aot_unpaired; on rankings plackett_luce (on pairs the same as
             sigmoid); on single responses kto, implicit_prm (labels), a_star, qrpo (rewards); without a reference sft,
-            simpo, cpo, orpo, cpl; turn by turn dmpo; token by token tdpo1, tdpo2, tgdpo; or a list of them for a
-            weighted sum.
+            simpo, cpo, orpo, cpl; turn by turn dmpo; token by token tdpo1, tdpo2, tgdpo,
+            weighted_sigmoid; or a list of them for a weighted sum.
         weights: Weight of each loss in a list; null: 1 each.
         beta: Temperature: reward per nat of log-ratio; each loss's formula says what it scales.
         label_smoothing: Probability that a label is flipped (sigmoid: conservative DPO).
@@ -75,7 +75,8 @@ class ReferenceOptions:
             policy without its adapter (`lora.rank`); `none` is for losses without a reference. `auto` is none for
             those, adapter if there is one, else live.
         cache: Folder of the caches; null: below the user's cache folder.
-        guide: Folder of a DPO run whose token rewards guide `tgdpo`; they are computed once and cached as well.
+        guide: Folder of a DPO run whose token rewards guide `tgdpo`, or weigh the tokens of `weighted_sigmoid`; they
+            are computed once and cached as well.
         sync_every: Steps after which a live reference moves towards the policy (TR-DPO, arXiv 2404.09656); 0: never.
         sync_mix: Weight of the policy in the moved reference; 1 replaces it.
     """
@@ -85,3 +86,37 @@ class ReferenceOptions:
     guide: str | None = path(None)
     sync_every: int = 0
     sync_mix: float = 1.0
+
+
+@dataclass(frozen=True)
+class WeightingOptions:
+    """Weights of tokens for weighted_sigmoid, from the log-ratios of `reference.guide` (see `losses.token_weights`).
+
+    Brackets name the transforms that read an option; others refuse it.
+
+    Args:
+        transform: exponential (TIS-DPO), threshold, threshold_and_scale, rank_based (its code), select (SePO), or the
+            control random; none: other losses.
+        low: Lower limit of the guide's log-ratio of a token, in nats.
+        high: Upper limit.
+        sharpness: What the log-ratio is multiplied by before it is exponentiated.
+        min_weight: Smallest weight.
+        max_weight: Largest weight.
+        top: Share of a response's tokens that count.
+        seed: Seed of random weights.
+    """
+
+    transform: Literal["none", "exponential", "threshold", "threshold_and_scale", "rank_based", "select", "random"] = (
+        selector("none")
+    )
+    low: float | None = option(
+        {"exponential": -0.5, "threshold": -1.0, "threshold_and_scale": -1.5}, bounds="(-inf, inf)"
+    )
+    high: float | None = option(
+        {"exponential": 1.5, "threshold": 1.0, "threshold_and_scale": 1.5}, bounds="(-inf, inf)"
+    )
+    sharpness: float | None = option(["exponential"], 1.0, bounds="(-inf, inf)")
+    min_weight: float | None = option(["threshold_and_scale", "rank_based", "random"], 0.7, bounds="(-inf, inf)")
+    max_weight: float | None = option(["threshold_and_scale", "rank_based", "random"], 1.3, bounds="(-inf, inf)")
+    top: float | None = option(["select"], 0.3, bounds="(0, 1]")
+    seed: int | None = option(["random"], 0, bounds="[0, inf)")

@@ -5,7 +5,7 @@ from typing import Literal
 
 from qstar_jax.config.compute import ComputeOptions, MeshOptions
 from qstar_jax.config.data import DataOptions
-from qstar_jax.config.loss import LossOptions, ReferenceOptions
+from qstar_jax.config.loss import LossOptions, ReferenceOptions, WeightingOptions
 from qstar_jax.config.optimizer import OptimizerOptions
 from qstar_jax.config.variants import path
 
@@ -118,6 +118,7 @@ class DpoConfig:
     data: DataOptions = field(default_factory=DataOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     reference: ReferenceOptions = field(default_factory=ReferenceOptions)
+    weighting: WeightingOptions = field(default_factory=WeightingOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)

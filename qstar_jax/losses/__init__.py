@@ -54,6 +54,8 @@ from qstar_jax.losses.token_level import dmpo as dmpo
 from qstar_jax.losses.token_level import tdpo1 as tdpo1
 from qstar_jax.losses.token_level import tdpo2 as tdpo2
 from qstar_jax.losses.token_level import tgdpo as tgdpo
+from qstar_jax.losses.token_level import weighted_sigmoid as weighted_sigmoid
+from qstar_jax.losses.token_weights import TOKEN_WEIGHTS as TOKEN_WEIGHTS
 from qstar_jax.losses.transport import aot as aot
 from qstar_jax.losses.transport import aot_unpaired as aot_unpaired
 from qstar_jax.losses.weighting import desensitize_length as desensitize_length

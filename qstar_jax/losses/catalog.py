@@ -43,6 +43,7 @@ LOSSES: dict[str, LossFunction] = {
         token_level.tdpo1,
         token_level.tdpo2,
         token_level.tgdpo,
+        token_level.weighted_sigmoid,
         rankings.plackett_luce,
     )
 }

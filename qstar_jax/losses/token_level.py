@@ -1,4 +1,4 @@
-"""Losses that read more than the log-ratio of each token: its turn, a divergence, or the rewards of another model.
+"""Losses that read more than the log-ratio of each token: its turn, a weight, a divergence, another model's reward.
 
 Shapes: [..., 2, T] throughout, the chosen response first; c and r are sums of log-ratios over the chosen and the
 rejected response, sigma is the logistic function.
@@ -148,3 +148,35 @@ def tgdpo(
     guided_chosen, guided_rejected = pair(guided)
     margin = beta * (chosen + alpha * guided_chosen - rejected + alpha * guided_rejected)
     return -jax.nn.log_sigmoid(margin), record(beta * sums)
+
+
+def weighted_sigmoid(
+    log_ratios: Float[Array, "*B 2 T"],
+    mask: Bool[Array, "*B 2 T"],
+    weights: Float[Array, "*B 2 T"],
+    *,
+    beta: ScalarLike = 0.1,
+) -> tuple[Float[Array, "*B"], LossMetrics]:
+    """DPO in which every token has a weight: -log sigma(beta (sum_t w_t rho_t^w - sum_t w_t rho_t^l)).
+
+    With weights of 1 it is `sigmoid`; `token_weights` has those of TIS-DPO and SePO. Elsewhere: TIS-DPO also subtracts
+    a weighted divergence of the whole distributions, as its code does by default.
+
+    Args:
+        log_ratios: Token log-ratios rho, in nats. Shape [..., 2, T].
+        mask: True at actions. Shape [..., 2, T].
+        weights: Weight of each token; no gradient flows through them. Shape [..., 2, T].
+        beta: Temperature: reward per nat.
+
+    Returns:
+        Loss of each pair, in nats, shape [...], and its metrics, whose rewards are not weighted.
+
+    References:
+        Liu et al., "TIS-DPO: token-level importance sampling for direct preference optimization with estimated
+        weights", arXiv 2410.04350.
+    """
+    chex.assert_equal_shape([weights, mask])
+    # Masked before the product: 0 * NaN under the mask would reach the gradient.
+    weights = jnp.where(mask, jax.lax.stop_gradient(weights), 0.0)
+    chosen, rejected = pair(response_sums(weights * jnp.where(mask, log_ratios, 0.0), mask))
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected)), record(beta * response_sums(log_ratios, mask))

@@ -1,4 +1,4 @@
-"""Token rewards of another DPO run, which guide `tgdpo`; its log-probabilities are cached like a reference's."""
+"""Token rewards of another DPO run, which guide a loss; its log-probabilities are cached like a reference's."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -51,6 +51,8 @@ def with_guide(
     guide = load(name)
     check_guide(guide, start, name, "reference.guide")
     beta, identity = find_beta(guide, None, name, "reference.guide to a run that does"), _identity(guide)
+    if plan.objective.guide_beta is not None:
+        beta = plan.objective.guide_beta
     logps = score(guide, identity)
     guide = replace(guide, params=None)  # frees them before others are loaded
     reference = open_reference(guide, None, name, load)

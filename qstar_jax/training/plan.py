@@ -2,13 +2,15 @@
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from qstar_jax.config import DpoConfig, ReferenceOptions, RlConfig, SftConfig
+from qstar_jax.config import DpoConfig, ReferenceOptions, RlConfig, SftConfig, WeightingOptions
 from qstar_jax.config.paths import check_paths
+from qstar_jax.config.variants import check_variant, declarations, fill_in
 from qstar_jax.errors import InputError
-from qstar_jax.losses import make_loss
-from qstar_jax.training.objectives import Objective, preference_objective, sft_objective, single_objective
+from qstar_jax.losses import TOKEN_WEIGHTS, make_loss
+from qstar_jax.training.objectives import Objective, Weigh, preference_objective, sft_objective, single_objective
 from qstar_jax.training.reference import resolve_reference
 
 
@@ -67,7 +69,10 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     if is_sft:
         return RunPlan("sft", config, sft_objective())
     loss = make_loss(**asdict(config.loss))
-    objective = single_objective(loss) if loss.reads_single else preference_objective(loss)
+    weigh = _weigh(config.weighting)
+    if weigh is not None and loss.reads_single:
+        raise InputError(f"weighting.transform has no effect with loss.name {loss}; weighted_sigmoid reads it")
+    objective = single_objective(loss) if loss.reads_single else preference_objective(loss, weigh)
     reference = resolve_reference(config.reference, objective, config.lora.rank)
     if config.train.accumulate > 1 and objective.couples_examples and objective.prepare is None:
         raise InputError(
@@ -77,6 +82,18 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     # Each loss of a list has defaults of its own, so only those of a single loss are filled in.
     options = config.loss if isinstance(config.loss.name, list) else replace(config.loss, **loss.options[0])
     return RunPlan("dpo", replace(config, loss=options, reference=reference), objective, reference)
+
+
+def _weigh(options: WeightingOptions) -> Weigh | None:
+    """Binds the options of the transform that makes weights of tokens; None if there is none."""
+    check_variant(options, "weighting")
+    if options.transform == "none":
+        return None
+    read = {name for name, option in declarations(WeightingOptions).items() if options.transform in option.defaults}
+    bound = {name: value for name, value in asdict(fill_in(options)).items() if name in read}
+    if "low" in bound and not bound["low"] < bound["high"]:
+        raise InputError(f"weighting.low {bound['low']} must be below weighting.high {bound['high']}")
+    return partial(TOKEN_WEIGHTS[options.transform], **bound)
 
 
 def check_train(config: SftConfig | DpoConfig | RlConfig, metrics: Collection[str]):

@@ -47,7 +47,7 @@ def resolve_reference(options: ReferenceOptions, objective: Objective, lora_rank
         )
     if objective.guided != (options.guide is not None):
         needs = "needs the folder of a DPO run whose token rewards guide it; set reference.guide"
-        unread = f"does not read reference.guide {options.guide} (tgdpo does); leave it out"
+        unread = f"does not read reference.guide {options.guide} (tgdpo and weighted_sigmoid do); leave it out"
         raise InputError(f"loss.name {loss} {needs if objective.guided else unread}")
     if mode == "adapter" and not has_adapter:
         raise InputError("reference.mode adapter takes the policy without its adapter, and it has none; set lora.rank")

@@ -37,9 +37,15 @@ NEEDS = {"bc_data": {"bc_weight": 0.3}}
 # A batch's tokens weigh its rows, so rows alone give another number.
 UNCOUPLED = {name: {"normalize": "answer_tokens"} for name in ("sft", "cpo", "orpo")}
 TRANSPORT = ("aot", "aot_unpaired")
-TOKENS = {"log_ratios", "logp", "ref_logp", "kl", "guide_rewards", "turns", "mask"}  # arrays [..., T]
+TOKENS = {"log_ratios", "logp", "ref_logp", "kl", "guide_rewards", "weights", "turns", "mask"}  # arrays [..., T]
 RETURNS = ["rewards", "reference_rewards"]
-STOPPED = {"kto": ["baseline"], "tgdpo": ["guide_rewards"], "a_star": RETURNS, "qrpo": RETURNS}
+STOPPED = {
+    "kto": ["baseline"],
+    "tgdpo": ["guide_rewards"],
+    "weighted_sigmoid": ["weights"],
+    "a_star": RETURNS,
+    "qrpo": RETURNS,
+}
 GARBAGE = [np.nan, np.inf, -np.inf, 1e30, np.nan]
 NAMES = list(losses.LOSSES)
 
@@ -58,6 +64,7 @@ def make_arrays(seed, rows=4, responses=2, length=4, empty=False):
         "ref_logp": -0.05 - rng.exponential(size=shape),
         "kl": rng.exponential(size=shape),
         "guide_rewards": rng.normal(size=shape),
+        "weights": rng.normal(1.0, 0.5, size=shape),
         "turns": np.cumsum(rng.random(shape) < 0.5, axis=-1),
         "mask": mask,
         "labels": rng.permuted(np.arange(rows * responses) % 2 == 0).reshape(rows, responses),
@@ -280,6 +287,11 @@ def tgdpo(a, beta=0.1, alpha=0.5):
     return logistic(chosen - rejected), beta * sums(a.log_ratios, a.mask)
 
 
+def weighted_sigmoid(a, beta=0.1):
+    weighted = sums(a.weights * a.log_ratios, a.mask)
+    return logistic(beta * (weighted[:, 0] - weighted[:, 1])), beta * sums(a.log_ratios, a.mask)
+
+
 def dmpo(a, beta=0.1, discount=0.7):
     """Turn by turn: phi is the share of turn j and those after it in the sum of gamma^j; gamma = 1 is no exception."""
     total = np.zeros(a.mask.shape[:-1])
@@ -336,6 +348,7 @@ RESTATED = {
     "tdpo1": tdpo,
     "tdpo2": partial(tdpo, alpha=0.5),
     "tgdpo": tgdpo,
+    "weighted_sigmoid": weighted_sigmoid,
     "plackett_luce": plackett_luce,
 }
 
@@ -523,6 +536,7 @@ def huge(name, size):
         "ref_logp": np.minimum(-signs, 0) * size,
         "kl": np.abs(signs) * size,
         "guide_rewards": signs,
+        "weights": np.abs(signs),
         "turns": np.broadcast_to(np.arange(4), signs.shape),
         "mask": np.ones(signs.shape, bool),
         "labels": signs[..., 0] > 0,

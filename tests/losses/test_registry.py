@@ -27,6 +27,7 @@ READS = {
     "sft simpo cpo orpo cpl": "logp",
     "tdpo1 tdpo2": "log_ratios kl",
     "tgdpo": "log_ratios guide_rewards",
+    "weighted_sigmoid": "log_ratios weights",
     "dmpo": "log_ratios turns",
 }
 ARRAYS = {name: {"mask", *arrays.split()} for names, arrays in READS.items() for name in names.split()}
@@ -42,6 +43,7 @@ EVERYTHING = {
     "log_sum_sq": LOG_SUM_SQ,
     "kl": -KL,
     "guide_rewards": jax.random.normal(KEYS[4], SHAPE),
+    "weights": jnp.abs(KL) + 0.5,
     "turns": jnp.broadcast_to(jnp.array([0, 1, 1, 2]), SHAPE),
     "mask": jax.random.bernoulli(KEYS[5], 0.6, SHAPE).at[..., 0].set(True),
     "labels": jax.random.bernoulli(KEYS[6], 0.5, SHAPE[:2]).at[0].set(jnp.array([True, False])),

@@ -33,6 +33,7 @@ class Objective:
         reads_logits: Whether the loss compares whole distributions, so that log-probabilities of a reference do not
             replace it.
         guided: Whether it reads token rewards of another run.
+        guide_beta: Reward per nat in them; None: that of the other run.
         by_turns: Whether turns of a response count differently.
         mismatches: Whether each example needs a second response, to the prompt of another example.
         prepare: Makes, for a model, what adds to micro-batches that which couples their examples; None if nothing can.
@@ -48,6 +49,7 @@ class Objective:
     beta: float | None = None
     reads_logits: bool = False
     guided: bool = False
+    guide_beta: float | None = None
     by_turns: bool = False
     mismatches: bool = False
     prepare: Callable[[Any], PrepareFn] | None = None

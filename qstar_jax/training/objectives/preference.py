@@ -3,6 +3,7 @@
 One file serves both: a pair is a ranking of two, and batches, scores, losses and metrics are the same for any R.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -19,14 +20,21 @@ from qstar_jax.training.metrics import SQUARES
 from qstar_jax.training.objectives.base import LossFn, Objective
 from qstar_jax.training.objectives.responses import response_metrics, token_counts
 
+Weigh = Callable[[Float[Array, "B R T"], Bool[Array, "B R T"]], Float[Array, "B R T"]]
 
-def preference_objective(loss: losses.PreferenceLoss) -> Objective:
+
+def preference_objective(loss: losses.PreferenceLoss, weigh: Weigh | None = None) -> Objective:
     """The objective of a preference loss (see `losses.make_loss`) on pairs, or of `plackett_luce` on rankings.
+
+    Args:
+        loss: The loss.
+        weigh: `(log-ratios of a guide, mask) -> weights` of tokens, if the loss reads weights.
 
     Raises:
         InputError: If the loss reads arrays that a training batch does not have.
     """
-    if missing := loss.extra_arrays - {"kl", "guide_rewards", "turns"}:
+    _check_weights(loss, weigh)
+    if missing := loss.extra_arrays - {"kl", "guide_rewards", "turns", "weights"}:
         raise InputError(
             f"loss.name {loss} needs {', '.join(sorted(missing))}, which a batch of pairs does not have; "
             "call it from a training loop of your own (qstar_jax.losses), or choose another loss"
@@ -35,7 +43,7 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
     names = ("chosen", "place_1", "reference_samples", "margins", "accuracies")
     on_pairs = " (plackett_luce is sigmoid on pairs)" if "plackett_luce" in loss.terms else ""
     return Objective(
-        lambda model: preference_loss_fn(model, loss),
+        lambda model: preference_loss_fn(model, loss, weigh),
         kind="rankings" if rankings else "preferences",
         headline=("loss", *(f"rewards/{name}" for name in names)),
         description=f"{loss}{on_pairs}",
@@ -44,12 +52,13 @@ def preference_objective(loss: losses.PreferenceLoss) -> Objective:
         loss_at_reference=None if rankings else loss.loss_at_reference,
         beta=loss.beta,
         reads_logits="kl" in loss.arrays,
-        guided="guide_rewards" in loss.arrays,
+        guided=bool({"guide_rewards", "weights"} & loss.arrays),
+        guide_beta=1.0 if "weights" in loss.arrays else None,
         by_turns="turns" in loss.arrays,
     )
 
 
-def preference_loss_fn(model: LanguageModel, loss: losses.PreferenceLoss) -> LossFn:
+def preference_loss_fn(model: LanguageModel, loss: losses.PreferenceLoss, weigh: Weigh | None = None) -> LossFn:
     """Makes the mean of a preference loss over examples; policy and reference have the shape of `model`.
 
     Returns:
@@ -73,6 +82,8 @@ def preference_loss_fn(model: LanguageModel, loss: losses.PreferenceLoss) -> Los
             arrays["present"] = present
         if "guide_rewards" in loss.arrays:
             arrays["guide_rewards"] = batch.guide_rewards
+        if "weights" in loss.arrays:
+            arrays["weights"] = weigh(batch.guide_rewards, scores.mask)
         if "turns" in loss.arrays:
             arrays["turns"] = batch.turns
         values, record = loss(scores, **arrays)
@@ -85,6 +96,21 @@ def preference_loss_fn(model: LanguageModel, loss: losses.PreferenceLoss) -> Los
         return metrics["loss"][0] / jnp.maximum(examples, 1), metrics
 
     return loss_fn
+
+
+def _check_weights(loss: losses.PreferenceLoss, weigh: Weigh | None):
+    reads = "weights" in loss.arrays
+    if reads and weigh is None:
+        raise InputError(
+            f"loss.name {loss} needs weights of tokens; set weighting.transform, to {', '.join(losses.TOKEN_WEIGHTS)}"
+        )
+    if weigh is not None and not reads:
+        raise InputError(f"weighting.transform has no effect with loss.name {loss}; weighted_sigmoid reads it")
+    if reads and "guide_rewards" in loss.arrays:
+        raise InputError(
+            f"loss.name {loss}: tgdpo reads the guide's rewards and weighted_sigmoid its log-ratios, and a batch holds "
+            "one of them; choose one of the two"
+        )
 
 
 def _names(responses: int) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 import io
 import math
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from qstar_jax import losses
-from qstar_jax.config import LoraOptions, LossOptions, ReferenceOptions
+from qstar_jax.config import LoraOptions, LossOptions, ReferenceOptions, WeightingOptions
 from qstar_jax.errors import InputError
 from qstar_jax.scoring import response_alternatives, score_divergence, score_tokens
-from qstar_jax.training.objectives import preference_loss_fn
+from qstar_jax.training.objectives import preference_loss_fn, preference_objective
 from qstar_jax.training.plan import make_plan
 
 
@@ -103,7 +105,7 @@ def test_guides_are_refused_by_name(make_config, tiny_train, tmp_path, hf_folder
         return str(caught.value)
 
     assert "needs the folder of a DPO run whose token rewards guide it; set reference.guide" in refusal("tgdpo", None)
-    assert "does not read reference.guide x (tgdpo does)" in refusal("sigmoid", "x")
+    assert "does not read reference.guide x (tgdpo and weighted_sigmoid do)" in refusal("sigmoid", "x")
     assert "has no reference, so it gives no token rewards" in refusal("tgdpo", str(hf_folder))
 
 
@@ -119,3 +121,79 @@ def test_a_run_resumes_with_its_guide_only(guide, make_config, tiny_train, tmp_p
     config = make_config(out, loss=LossOptions(name="tgdpo"), reference=settings, resume=True)
     with pytest.raises(InputError, match=r"reference.guide .* are not those with which the run in .* began"):
         tiny_train(config)
+
+
+@pytest.fixture(scope="module")
+def weighted(guide, make_config, tiny_train, tmp_path_factory):
+    """Trains with weights of tokens: `(folder, **weighting) -> summary`; all share one cache of the guide."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(out, loss="weighted_sigmoid", **weighting):
+        settings = ReferenceOptions(guide=str(guide[0]), cache=str(cache), mode="cached")
+        block = WeightingOptions(**weighting)
+        return tiny_train(make_config(out, loss=LossOptions(name=loss), reference=settings, weighting=block))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"transform": "select"},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"transform": "select", "top": 0.7},
+                {"transform": "exponential"},
+                {"transform": "exponential", "sharpness": 5.0},
+                {"transform": "threshold_and_scale"},
+                {"transform": "rank_based"},
+                {"transform": "random"},
+                {"transform": "random", "seed": 1},
+            )
+        ),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_weighted_tokens_train_from_the_command_line(options, weighted, guide, tmp_path):
+    """The losses are DPO's for weights of 1, and others for any other weights."""
+    same = weighted(tmp_path / "same", transform="select", top=1.0)
+    assert same["loss"] == pytest.approx(guide[1]["loss"], rel=1e-4)
+    assert abs(weighted(tmp_path / "run", **options)["loss"] - same["loss"]) > 1e-6
+
+
+def test_weights_are_those_of_the_guides_log_ratios_in_nats(tiny_model, tiny_params, reference, pair_batch):
+    batch = pair_batch(4)
+    guide = jax.random.normal(jax.random.key(5), batch.action_mask.shape)
+    batch = replace(batch, guide_rewards=guide)
+    loss = losses.make_loss("weighted_sigmoid", beta=0.5)
+    weigh = partial(losses.TOKEN_WEIGHTS["exponential"], sharpness=2.0)
+    found, _ = jax.jit(preference_loss_fn(tiny_model, loss, weigh))(tiny_params, reference, batch)
+    scores = score_tokens(tiny_model, tiny_params, reference, batch)
+    expected = losses.weighted_sigmoid(scores.log_ratios(), scores.mask, weigh(guide, scores.mask), beta=0.5)[0].mean()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert preference_objective(loss, weigh).guide_beta == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "weighting", "message"),
+    [
+        ("weighted_sigmoid", {}, "needs weights of tokens; set weighting.transform, to exponential, threshold,"),
+        ("sigmoid", {"transform": "select"}, "weighting.transform has no effect with loss.name sigmoid"),
+        ("kto", {"transform": "select"}, "weighting.transform has no effect with loss.name kto"),
+        (
+            ["weighted_sigmoid", "tgdpo"],
+            {"transform": "select"},
+            "tgdpo reads the guide's rewards and weighted_sigmoid",
+        ),
+        ("weighted_sigmoid", {"transform": "select", "low": 1.0}, "low 1.0 has no effect with transform select"),
+        ("weighted_sigmoid", {"top": 0.5}, "top 0.5 has no effect with transform none"),
+        ("weighted_sigmoid", {"transform": "select", "top": 0.0}, r"expected a number in \(0, 1\]"),
+        ("weighted_sigmoid", {"transform": "threshold", "low": 2.0}, "low 2.0 must be below weighting.high 1.0"),
+        ("weighted_sigmoid", {"transform": "binary"}, "'binary' is unknown; choose from"),
+        ("weighted_sigmoid", {"transform": "select"}, "needs the folder of a DPO run"),
+    ],
+)
+def test_weightings_that_have_no_effect_are_refused(name, weighting, message, make_config, tmp_path):
+    with pytest.raises(InputError, match=message):
+        make_plan(make_config(tmp_path, loss=LossOptions(name=name), weighting=WeightingOptions(**weighting)))
