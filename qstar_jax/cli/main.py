@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "rl": (config.RlConfig, "train on a reward, by reinforcement learning on the policy's own samples"),
     "plan": (config.PlanConfig, "compile a run's step for hardware that is not there, and say what it needs"),
     "score": (config.ScoreConfig, "score every token of every response by its reward"),
+    "pairs": (config.PairsConfig, "make preference pairs of scored samples, or of their steps (Step-DPO)"),
     "generate": (config.GenerateConfig, "generate responses: greedy, sampled, searched for, or chosen by reward"),
     "view": (config.ViewConfig, "open a page where what you type is scored and searched for"),
     "chat": (config.ChatConfig, "talk to a model in the terminal, and see the rewards of its tokens"),

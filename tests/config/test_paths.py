@@ -12,13 +12,13 @@ PATHS = {
     "file", "model", "out", "reference", "base", "pairs.tuned", "pairs.untuned", "data.train", "data.eval",
     "data.chat_template", "reference.cache", "reference.guide", "judge.model", "judge.reference", "judge.prompt",
     "judge.cache", "export", "credit", "reward.model", "reward.reference", "reward.guide",
-    "sweep", "decline", "dialogue", "with_sft", "without_sft",
+    "sweep", "decline", "dialogue", "with_sft", "without_sft", "samples",
 }  # fmt: skip
 # Options that are text and no path.
 WORDS = {
     "prompt", "system", "split", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url",
     "loss.name", "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies", "game",
-    "reward.answer", "reward.extract",
+    "reward.answer", "reward.extract", "completion", "label", "reward", "wrong_step", "step_delimiter",
 }  # fmt: skip
 COLUMNS = """name train_split eval_split prompt chosen rejected completion label reward reference_rewards tools system
     date""".split()

@@ -1,0 +1,161 @@
+"""Samples to make pairs of, from scores.jsonl or from rows of a file."""
+
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from qstar_jax.config import PairsConfig
+from qstar_jax.data.dropped import BadRow
+from qstar_jax.data.reading import read_rows
+from qstar_jax.data.steps import StepDelimiter, delimited_ends, listed_ends, parse_delimiter
+from qstar_jax.errors import InputError
+from qstar_jax.evaluation.pairs import Sample
+
+SCORES = "scores.jsonl"
+
+
+def read_samples(config: PairsConfig) -> tuple[list[Sample], Counter[str]]:
+    """Reads samples, with their steps if pairs of steps are asked for.
+
+    Returns:
+        The samples, and reason -> number of those that cannot be used.
+
+    Raises:
+        InputError: If the file cannot be read, has no steps, rewards or labels where they are needed, or an option has
+            no effect on it.
+    """
+    place = Path(config.samples).expanduser()
+    scores = place / SCORES if (place / SCORES).is_file() else place
+    is_scored = scores.name == SCORES and scores.is_file()
+    _check_options(config, is_scored)
+    samples, dropped = _scored(scores, config) if is_scored else _rows(config)
+    if not samples:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise InputError(f"{config.samples}: no sample can be used ({reasons})")
+    return samples, dropped
+
+
+def _check_options(config: PairsConfig, is_scored: bool):
+    def refuse(option: str, value: Any, why: str):
+        raise InputError(f"--{option} {value} has no effect: {why}; leave it out")
+
+    if config.threshold is not None and not (config.steps and is_scored):
+        refuse("threshold", config.threshold, "it judges rewards of steps, in scores.jsonl, with --steps")
+    if config.wrong_step is not None and (is_scored or not config.steps):
+        refuse("wrong_step", config.wrong_step, "it is a column of rows whose steps are paired, with --steps")
+    if is_scored and config.reward is not None:
+        refuse("reward", config.reward, "samples of scores.jsonl earn their total reward")
+    if config.margin < 0:
+        raise InputError(f"--margin {config.margin}: expected at least 0")
+    if config.margin and not is_scored and (config.steps or config.reward is None):
+        refuse("margin", config.margin, "these samples have no rewards to differ by")
+    if config.steps and not is_scored and config.wrong_step is None:
+        raise InputError(
+            f"--steps: {config.samples} is no scores.jsonl, so it must say which steps are wrong; name the column with "
+            "--wrong_step, or score the file first (qstar score --steps)"
+        )
+
+
+def _scored(path: Path, config: PairsConfig) -> tuple[list[Sample], Counter[str]]:
+    samples, dropped = [], Counter()
+    with path.open(encoding="utf-8") as file:  # texts may hold what `splitlines` splits at
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                unusable = _unusable(record)
+                sample = None if unusable else _scored_sample(record, config.steps, f"{path} line {number}")
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{path} line {number}: no line of qstar score ({error!r})") from error
+            if unusable:
+                dropped[unusable] += 1
+            else:
+                samples.append(sample)
+    return samples, dropped
+
+
+def _unusable(record: dict) -> str | None:
+    if record["reason"] is not None:
+        return "not scored"
+    if record["truncated"]:
+        return "truncated, so that its end is missing"
+    if record["prompt_truncated"]:
+        return "without the beginning of its prompt"
+    if not all(record["action_mask"]):
+        return "a dialogue, with words of others between its actions"
+    return None
+
+
+def _scored_sample(record: dict, in_steps: bool, where: str) -> Sample:
+    # The last token is EOS, which training adds itself.
+    pieces, total = record["pieces"][:-1], float(record["total_reward"])
+    if not in_steps:
+        return Sample(record["row"], record["prompt"], ("".join(pieces),), total=total)
+    if not record.get("steps"):
+        raise InputError(f"{where}: it has no steps; score the file with --steps")
+    of_token = record["step"][: len(pieces)]
+    texts = [
+        "".join(piece for piece, step in zip(pieces, of_token, strict=True) if step == part["step"])
+        for part in record["steps"]
+    ]
+    rewards = [float(part["reward"]) for part in record["steps"]]
+    return Sample(record["row"], record["prompt"], tuple(texts), tuple(rewards), total=total)
+
+
+def _rows(config: PairsConfig) -> tuple[list[Sample], Counter[str]]:
+    samples, dropped = [], Counter()
+    delimiter = parse_delimiter(config.step_delimiter) if config.steps else None
+    for index, row in enumerate(read_rows(config.samples, config.split)):
+        if isinstance(row, BadRow):
+            dropped[f"not readable ({row.reason})"] += 1
+            continue
+        where = f"{config.samples} row {index + 1}"
+        prompt, text = (_text(row, column, where) for column in (config.prompt, config.completion))
+        if config.steps:
+            steps = _steps(row, text, delimiter, where)
+            first = _first_wrong(row, config.wrong_step, len(steps), where)
+            samples.append(Sample(index, prompt, steps, first_wrong=first))
+        else:
+            samples.append(Sample(index, prompt, (text,), total=_total(row, config, where)))
+    return samples, dropped
+
+
+def _value(row: dict, column: str, where: str) -> Any:
+    if column not in row:
+        raise InputError(f"{where}: no column {column!r} (found: {', '.join(map(repr, row))})")
+    return row[column]
+
+
+def _text(row: dict, column: str, where: str) -> str:
+    if isinstance(value := _value(row, column, where), str):
+        return value
+    raise InputError(f"{where}, column {column!r}: found {type(value).__name__}; expected a text")
+
+
+def _steps(row: dict, text: str, delimiter: StepDelimiter, where: str) -> tuple[str, ...]:
+    if delimiter.pattern is None:
+        ends = listed_ends(text, _value(row, delimiter.column, where), f"{where}, column {delimiter.column!r}")
+    else:
+        ends = delimited_ends(text, delimiter.pattern)
+    return tuple(text[begin:end] for begin, end in pairwise([0, *ends]))
+
+
+def _first_wrong(row: dict, column: str, count: int, where: str) -> int:
+    value = _value(row, column, where)
+    if type(value) is int and -1 <= value < count:
+        return value
+    raise InputError(
+        f"{where}, column {column!r}: found {value!r}; expected the number of the first wrong of {count} steps, from "
+        "0, or -1 if all are right (does --step_delimiter find the same steps?)"
+    )
+
+
+def _total(row: dict, config: PairsConfig, where: str) -> float:
+    column = config.label if config.reward is None else config.reward
+    value = _value(row, column, where)
+    if config.reward is None and not (isinstance(value, bool) or value in (0, 1)):
+        raise InputError(f"{where}, column {column!r}: found {value!r}; expected true or false, or name --reward")
+    if not isinstance(value, int | float):
+        raise InputError(f"{where}, column {column!r}: found {value!r}; expected a number")
+    return float(value)
