@@ -9,6 +9,7 @@
 #       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
+#     language: python
 #     name: python3
 # ---
 
@@ -30,7 +31,7 @@ import subprocess
 import sys
 
 SOURCE = "qstar_jax"  # a release, or "git+https://..." of a repository, or the folder of a clone
-if importlib.util.find_spec("qstar_jax") is None:
+if getattr(importlib.util.find_spec("qstar_jax"), "origin", None) is None:  # a folder of that name has no origin
     plugins = {"jax_cuda12_plugin": "[cuda12]", "jax_cuda13_plugin": "[cuda13]", "libtpu": "[tpu]"}
     extra = next((extra for plugin, extra in plugins.items() if importlib.util.find_spec(plugin)), "")
     wanted = f"qstar_jax{extra} @ {SOURCE}" if "://" in SOURCE else f"{SOURCE}{extra}"

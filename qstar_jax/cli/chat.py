@@ -21,6 +21,7 @@ def run(config: ChatConfig):
     if not config.rewards and (config.reference, config.beta) != (None, None):
         raise InputError("--reference and --beta have no effect without --rewards")
     console = Console()
+    say(console, f"loading {config.model}")
     model = load(config.model, reference=config.reference, beta=config.beta, compute=config.compute, mesh=config.mesh)
     begin: Messages = [] if config.system is None else [{"role": "system", "content": config.system}]
     messages = list(begin)

@@ -26,8 +26,9 @@ def run(config: ViewConfig):
     try:
         import uvicorn
     except ImportError as error:
-        raise InputError("qstar view needs a web server: pip install 'qstar_jax[view]'") from error
+        raise InputError("it needs a web server: pip install 'qstar_jax[view]'") from error
     console = Console()
+    say(console, f"loading {config.model}")
     model = load(config.model, reference=config.reference, beta=config.beta, compute=config.compute, mesh=config.mesh)
     server = socket.socket()
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

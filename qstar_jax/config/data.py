@@ -55,7 +55,7 @@ class DataOptions:
             messages that the chat template refuses, and the like. `drop` drops and reports them, but stops if they are
             more than a tenth of the file; `stop` stops at the first. Pairs of equal responses are always dropped.
         max_length: Longest prompt and response together; a longer response is truncated and loses its EOS.
-        max_prompt_length: Longest prompt; a longer one loses its beginning.
+        max_prompt_length: Longest prompt; a longer one loses its beginning. null: half of `max_length`.
         layout: How prompts and responses share sequences in training: `packed` computes a prompt once for all its
             responses, and packs several prompts into a sequence; `shared` gives each prompt a sequence; `plain` repeats
             the prompt for every response.
@@ -90,9 +90,14 @@ class DataOptions:
     repeated_prompt: Literal["remove", "keep"] = "remove"
     bad_rows: Literal["drop", "stop"] = "drop"
     max_length: int = 1024
-    max_prompt_length: int = 512
+    max_prompt_length: int | None = None
     layout: Literal["packed", "shared", "plain"] = "packed"
     row_length: int = 0
     cache: bool = True
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
+
+    @property
+    def prompt_limit(self) -> int:
+        """Longest prompt, in tokens: `max_prompt_length`, or its default."""
+        return self.max_length // 2 if self.max_prompt_length is None else self.max_prompt_length

@@ -179,8 +179,8 @@ def _advice_on_lengths(dataset: Dataset, whole: Dataset, options: DataOptions) -
     untruncated, lines = Lengths.of(whole.examples), []
     prompts = untruncated.prompts
     texts = prompts + untruncated.responses.max(1, initial=0)
-    for name, lengths in (("max_prompt_length", prompts), ("max_length", texts)):
-        limit = getattr(options, name)
+    limits = (("max_prompt_length", options.prompt_limit, prompts), ("max_length", options.max_length, texts))
+    for name, limit, lengths in limits:
         if (share := (lengths > limit).mean()) > _FEW:
             lines.append(
                 f"{share:.1%} exceed --data.{name} {limit}; {int(np.percentile(lengths, 99))} holds 99%, "

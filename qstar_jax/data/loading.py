@@ -54,7 +54,8 @@ class Dataset:
         """
         lengths = Lengths.of(self.examples)
         unused, used = np.array([entry.row for entry in self.dropped], np.int64), np.unique(lengths.rows)
-        parts = [f"{self.source}: {len(np.union1d(used, unused)):,} rows read, {len(used):,} used"]
+        read = len(np.union1d(used, unused))
+        parts = [f"{self.source}: {read:,} row{'s' * (read != 1)} read, {len(used):,} used"]
         if len(lengths.rows) > len(used):
             parts[0] += f" for {len(lengths.rows):,} examples"
         if len(unused):
@@ -100,12 +101,12 @@ def _turns_note(lengths: Lengths) -> str:
 
 
 def _lengths(name: str, rows: np.ndarray, lengths: np.ndarray, truncated: np.ndarray, end: str) -> str:
-    """Summarizes the tokens of prompts or responses, and which lost their beginning or end."""
+    """Summarizes the tokens of prompts or responses, and which were truncated."""
     text = f"{name} have {lengths.mean():.1f} tokens on average, {lengths.max():,} at most"
     if not truncated.any():
         return f"{text}, none truncated"
     share = f"{truncated.sum():,} ({truncated.mean():.1%})"
-    return f"{text}, {share} lost their {end} ({first_rows(np.unique(rows[truncated]).tolist())})"
+    return f"{text}, {share} truncated at the {end} ({first_rows(np.unique(rows[truncated]).tolist())})"
 
 
 def read_records(

@@ -25,7 +25,7 @@ def preview(example: Example, tokenizer: Any) -> Text:
     """
     note = "; truncated at the beginning" if example.prompt_truncated else ""
     text = Text()
-    text.append(f"prompt ({len(example.prompt)} tokens, not in the loss{note})\n", style="bold")
+    text.append(f"prompt ({_tokens(len(example.prompt))}, not in the loss{note})\n", style="bold")
     text.append(_decode(example.prompt, tokenizer), style="dim")
     responses = [response for response in example.responses if len(response.ids)]
     places = [(f"place {place + 1}", _COLORS[min(place, 3)]) for place in range(len(responses))]
@@ -45,9 +45,13 @@ def preview(example: Example, tokenizer: Any) -> Text:
 def _size(response: Response) -> str:
     actions, total = response.num_actions, len(response.ids)
     if actions == total:
-        return f"{total} tokens"
+        return _tokens(total)
     turns = f"{response.num_turns} turn{'s' * (response.num_turns != 1)}"
     return f"{actions} actions of {total} tokens in {turns}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count != 1)}"
 
 
 def _stretches(response: Response, color: str) -> Iterator[tuple[int, int, str]]:

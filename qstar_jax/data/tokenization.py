@@ -212,11 +212,13 @@ def check_vocabulary(ids: ArrayLike, vocabulary: int, tokenizer: Any, where: str
 
 
 def _check_lengths(options: DataOptions) -> None:
-    if options.max_prompt_length < 1:
-        raise InputError(f"data.max_prompt_length is {options.max_prompt_length}; expected at least 1 token")
-    if options.max_prompt_length >= options.max_length:
+    if options.max_length < 2:
+        raise InputError(f"data.max_length is {options.max_length}; expected at least 2 tokens, of prompt and response")
+    if options.prompt_limit < 1:
+        raise InputError(f"data.max_prompt_length is {options.prompt_limit}; expected at least 1 token")
+    if options.prompt_limit >= options.max_length:
         raise InputError(
-            f"data.max_prompt_length ({options.max_prompt_length}) leaves no room for a response within "
+            f"data.max_prompt_length ({options.prompt_limit}) leaves no room for a response within "
             f"data.max_length ({options.max_length} tokens, prompt and response together); lower the former or raise "
             "the latter"
         )
@@ -249,7 +251,7 @@ def _make_example(
             raise BadRow("empty prompt", ", and the tokenizer has no BOS token to use instead")
         prompt = [tokenizer.bos_token_id]
     # Truncate the prompt first, then the responses to the remaining room.
-    truncated_prompt = _truncate_prompt(prompt, options.max_prompt_length, tokenizer.bos_token_id)
+    truncated_prompt = _truncate_prompt(prompt, options.prompt_limit, tokenizer.bos_token_id)
     room = options.max_length - len(truncated_prompt)
     end = [] if record.open_end else [tokenizer.eos_token_id]
     responses = tuple(_make_response(continuation, end, eos_ids, room) for continuation in continuations)

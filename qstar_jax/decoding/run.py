@@ -84,7 +84,7 @@ def _prompts(config: GenerateConfig, policy: LoadedModel, console: Console) -> D
     records, bad = prompt_records([{data.prompt: config.prompt}], data, "--prompt")
     dataset = make_dataset(records, bad, "--prompt", policy.tokenizer, data, **vocab)
     if dataset.examples[0].prompt_truncated:
-        limit = f"{data.max_prompt_length} tokens (data.max_prompt_length)"
+        limit = f"{data.prompt_limit} tokens (data.max_prompt_length)"
         say(console, f"--prompt is longer than {limit}, and lost its beginning")
     new_tokens = config.decode.max_new_tokens
     if warning := policy.model.check_length(dataset.longest(new_tokens), f"--prompt and {new_tokens} new tokens"):

@@ -171,7 +171,7 @@ def prompt_length_of(config: PlanConfig) -> int:
     Raises:
         InputError: If it is not positive.
     """
-    length = config.data.max_prompt_length if config.prompt_length is None else config.prompt_length
+    length = config.data.prompt_limit if config.prompt_length is None else config.prompt_length
     if length < 1:
         raise InputError(f"a prompt of {length} tokens: expected at least 1; set --prompt_length")
     return length

@@ -48,8 +48,8 @@ def test_the_summary_counts_rows_and_tokens(tmp_path, plain_tokenizer):
     source = write(tmp_path, *rows)
     assert load_examples(source, "train", "preferences", plain_tokenizer, OPTIONS).summary == (
         f"{source}: 3 rows read, 2 used; 1 dropped: 1 chosen equals rejected (row 3); "
-        "prompts have 2.5 tokens on average, 4 at most, 1 (50.0%) lost their beginning (row 1); "
-        "responses have 3.0 tokens on average, 4 at most, 1 (25.0%) lost their end (row 1)."
+        "prompts have 2.5 tokens on average, 4 at most, 1 (50.0%) truncated at the beginning (row 1); "
+        "responses have 3.0 tokens on average, 4 at most, 1 (25.0%) truncated at the end (row 1)."
     )
 
 
@@ -108,8 +108,8 @@ def test_a_bad_row_among_many(tmp_path, plain_tokenizer, bad):
 def test_the_summary_names_the_first_truncated_rows(tmp_path, plain_tokenizer):
     rows = [pair("a", "b", "c"), *[pair("abcde", "bcdefgh", "cdefghi")] * 4]
     summary = load_examples(write(tmp_path, *rows), "train", "preferences", plain_tokenizer, OPTIONS).summary
-    assert "4 (80.0%) lost their beginning (row 2, 3, 4, ...)" in summary
-    assert "8 (80.0%) lost their end (row 2, 3, 4, ...)" in summary
+    assert "4 (80.0%) truncated at the beginning (row 2, 3, 4, ...)" in summary
+    assert "8 (80.0%) truncated at the end (row 2, 3, 4, ...)" in summary
 
 
 def test_the_summary_reports_removed_prompts(tmp_path, plain_tokenizer):

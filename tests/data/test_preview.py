@@ -64,10 +64,10 @@ def test_rankings_and_outcomes(plain_tokenizer):
     ids = [np.array(plain_tokenizer(text).input_ids, np.int32) for text in "abc"]
     ranking = Example(ids[0], False, tuple(Response(x, True) for x in (*ids, ids[0][:0])), 0)
     plain = preview(ranking, plain_tokenizer).plain
-    assert "place 1 (1 tokens" in plain and "place 3 (1 tokens" in plain and "place 4" not in plain
+    assert "place 1 (1 token," in plain and "place 3 (1 token," in plain and "place 4" not in plain
     single = Example(ids[0], False, (Response(ids[1], True),) * 2, 0, {"labels": np.asarray(True)})
     plain = preview(single, plain_tokenizer).plain
-    assert "response to another prompt (1 tokens" in plain and plain.endswith("labels: True")
+    assert "response to another prompt (1 token," in plain and plain.endswith("labels: True")
 
 
 def test_spaces_between_turns_are_kept(plain_tokenizer):

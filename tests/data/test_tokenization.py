@@ -124,6 +124,12 @@ def test_prompt_limit_must_be_below_the_whole(plain_tokenizer):
     assert tokenize([], plain_tokenizer, DataOptions(max_prompt_length=5, max_length=6)) == ([], [])
 
 
+def test_prompts_take_half_of_the_length_unless_told_otherwise(plain_tokenizer):
+    assert one(plain_tokenizer, "abcdef", "ghijkl", max_length=6, max_prompt_length=None)[1] == ["def", "ghi"]
+    with pytest.raises(InputError, match="max_length is 1; expected at least 2 tokens"):
+        tokenize([], plain_tokenizer, DataOptions(max_length=1))
+
+
 def test_long_prompt_loses_its_beginning(plain_tokenizer):
     example, texts = one(plain_tokenizer, "abcdef", "g", max_prompt_length=4)
     assert texts[0] == "cdef" and example.prompt_truncated

@@ -34,6 +34,7 @@ from qstar_jax.training.setup import Start
 
 FILE = "reference_samples.jsonl"
 LONGEST = 128  # tokens per sample: a prefix serves as well, and costs less
+_DECODED = 8  # samples at once: a token of eight takes hardly longer than one of two
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
@@ -130,6 +131,7 @@ def make_probe(
         samples = read_samples(path)
         logps = _scorer(samples.examples, plan.config.data, start.model, feeder, mesh)
     else:
+        say(console, f"reference: sampling {count} responses (train.reference_samples), whose rewards the log shows")
         examples = _draw_examples(plan.config.train.seed, start, params, feeder, mesh, count)
         logps = _scorer(examples, plan.config.data, start.model, feeder, mesh)
         # The program that scores gives ref_logps too, so the first rewards are exactly 0.
@@ -145,10 +147,10 @@ def make_probe(
     return Probe(samples, plan.objective.beta, logps, plan.objective.kind)
 
 
-def _rows(count: int, feeder: Feeder, mesh: Mesh) -> int:
-    """Prompts decoded at once: as many as a micro-batch has, and a multiple of the devices."""
+def _rows(count: int, feeder: Feeder, mesh: Mesh, *, least: int = 1) -> int:
+    """Samples at once: as many as a micro-batch has, but not fewer than `least`, and a multiple of the devices."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-min(count, feeder.batch_size // feeder.accumulate) // shards) * shards
+    return -(-min(count, max(least, feeder.batch_size // feeder.accumulate)) // shards) * shards
 
 
 def _draw_examples(seed: int, start: Start, params: Params, feeder: Feeder, mesh: Mesh, count: int) -> list[Example]:
@@ -161,7 +163,7 @@ def _draw_examples(seed: int, start: Start, params: Params, feeder: Feeder, mesh
         [example.prompt for example in chosen],
         mesh,
         seed=seed,
-        rows=_rows(count, feeder, mesh),
+        rows=_rows(count, feeder, mesh, least=_DECODED),
         max_new_tokens=min(LONGEST, int(Lengths.of(examples).actions.max())),
         eos_ids=eos_token_ids(start),
     )
