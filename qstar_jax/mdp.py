@@ -216,6 +216,21 @@ def kl_divergence(
     return jnp.where(possible, jnp.maximum(terms, 0.0), q).sum(-1)
 
 
+def entropy(logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T"]:
+    """Entropy of softmax(logits) in each state: how undecided a model is about the next token.
+
+    Args:
+        logits: Logits; -inf rules a token out. Shape [..., T, V].
+        mask: True at actions. Shape [..., T].
+
+    Returns:
+        Entropies in nats, 0 to log V. Shape [..., T].
+    """
+    logp = jax.nn.log_softmax(_masked_logits(logits, mask))
+    finite = jnp.where(jnp.isfinite(logp), logp, 0.0)  # 0 log 0 is 0
+    return masked(-(jnp.exp(logp) * finite).sum(-1), mask)
+
+
 def step_rewards(
     rewards: Float[Array, "*B T"], mask: Bool[Array, "*B T"], step_ids: Int[Array, "*B T"], *, num_steps: int
 ) -> Float[Array, "*B N"]:

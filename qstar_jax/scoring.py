@@ -11,7 +11,7 @@ from qstar_jax.data.batches import Batch
 from qstar_jax.mdp import TokenScores
 from qstar_jax.models import LanguageModel
 from qstar_jax.models.head import Head
-from qstar_jax.models.logprobs import reference_kl, token_logprobs, top_logprobs
+from qstar_jax.models.logprobs import reference_kl, token_entropies, token_logprobs, top_logprobs
 from qstar_jax.models.lora import split_adapter
 from qstar_jax.models.masks import PackedMask
 from qstar_jax.sharding import batch_shards, map_batch
@@ -86,6 +86,23 @@ def score_divergence(
     scores, ref_scores = _scores(hidden, head, batch), _scores(ref_hidden, ref_head, batch)
     kl = _of_responses(reference_kl(hidden, head, ref_hidden, ref_head), batch)
     return replace(scores, ref_logp=ref_scores.logp), jnp.where(batch.action_mask, kl, 0.0)
+
+
+def reference_entropies(model: LanguageModel, params: Any, ref_params: Any, batch: Batch) -> Float[Array, "B R T"]:
+    """Entropy of the reference's next token in the state of each action: where it is undecided.
+
+    Args:
+        model: The model.
+        params: The policy's parameters.
+        ref_params: The reference's parameters, without an adapter; None where it is the policy without its adapter.
+        batch: B prompts with R responses each.
+
+    Returns:
+        Entropies in nats; 0 where there is no action. Shape [B, R, T].
+    """
+    base = split_adapter(params)[0] if ref_params is None else ref_params
+    entropies = token_entropies(_scored_states(model.base, base, batch), model.base.head(base))
+    return jnp.where(batch.action_mask, _of_responses(entropies, batch), 0.0)
 
 
 def response_alternatives(

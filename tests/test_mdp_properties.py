@@ -112,6 +112,7 @@ CASES = [
     Case("preference_log_prob", {"returns": 3 * normal(14, 5, 4)}),
     Case("preference_log_prob", {"returns": 3 * normal(14, 5, 4), "present": MASKS}, tag="present"),
     Case("kl_divergence", {"logits": LOGITS["logits"], "other_logits": LOGITS["ref_logits"], "mask": MASKS}),
+    Case("entropy", {"logits": LOGITS["logits"], "mask": MASKS}),
     Case("prefix_values", tokens("rewards")),
     Case("step_rewards", tokens("rewards") | {"step_ids": STEP_IDS}, {"num_steps": 3}),
 ]

@@ -8,7 +8,7 @@ from qstar_jax.config.variants import path
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where examples come from and how they become tokens.
+    r"""Where examples come from and how they become tokens.
 
     Args:
         train: A file: JSONL or a JSON array (.jsonl, .json), CSV (.csv, .tsv), each also .gz, Parquet or Arrow; a
@@ -49,6 +49,9 @@ class DataOptions:
         chat_template_kwargs: Further variables that the chat template reads, such as {"enable_thinking": false}.
         date: Day (such as 2026-01-31) that chat templates print as today's; null: the day on which the run or folder
             was begun, which is stored with it.
+        step_delimiter: What ends a step of a response (`qstar score --steps`) and belongs to it: a text, in which \n
+            and \t stand for a line break and a tab; `re:` and a regular expression, such as `re:(?=Step [0-9]+:)`; or
+            `column:` and the name of a column that lists the texts of the steps.
         repeated_prompt: What to do if most responses of a file begin with their prompt: `remove` removes it, `keep`
             keeps it, to be learned and scored with the rest.
         bad_rows: What to do with rows that cannot be used: a missing column, a null, broken JSON, an empty response,
@@ -87,6 +90,7 @@ class DataOptions:
     chat_template: str | None = path(None)
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     date: str | None = None
+    step_delimiter: str = "\\n"
     repeated_prompt: Literal["remove", "keep"] = "remove"
     bad_rows: Literal["drop", "stop"] = "drop"
     max_length: int = 1024

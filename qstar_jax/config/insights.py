@@ -73,9 +73,9 @@ class DeclineConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One page of what `score --wrong`, `sweep`, `decline` and `demo --insight dialogue` have measured.
+    """One page of what `score`, `sweep`, `decline` and `demo --insight dialogue` have measured.
 
-    Any of the four may be left out.
+    Any of them may be left out.
 
     Args:
         out: Folder for report.html, summary.json and the figures.
@@ -83,6 +83,7 @@ class ReportConfig:
         sweep: Folder that `qstar sweep` wrote.
         decline: Folder that `qstar decline` wrote.
         dialogue: Folder `dialogue` that `qstar demo --insight dialogue` wrote.
+        steps: Folder that `qstar score --steps --wrong_step COLUMN` wrote.
         title: Heading of the page.
         show: Number of rows of `credit` to colour on the page.
     """
@@ -92,6 +93,7 @@ class ReportConfig:
     sweep: str | None = path(None)
     decline: str | None = path(None)
     dialogue: str | None = path(None)
+    steps: str | None = path(None)
     title: str = "Your language model is a Q-function"
     show: int = 6
 

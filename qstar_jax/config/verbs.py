@@ -102,6 +102,14 @@ class ScoreConfig:
             character ranges, or of texts that occur in it once. How well low rewards find these tokens is written to
             credit.json.
         kind: Column that names the kind of each mistake, if there are several.
+        steps: Also find the steps of the responses (`data.step_delimiter`), with the reward of each and the value after
+            it, and the first that is suspected to be wrong.
+        wrong_step: Column that says which steps of a single response are wrong: the number of the first one, from 0, or
+            -1 if all are right; or a list of numbers, or of marks as for `wrong`, empty if all are right. How well low
+            rewards find the first error is written to steps.json.
+        threshold: A step whose reward is below it is suspected; null: the threshold with the highest F1 on the
+            calibration split where `wrong_step` tells the truth, else 0: steps that lower the value.
+        calibration: Share of the prompts that calibrate thresholds; the others are measured.
         data: `data.eval` is the file to score.
     """
 
@@ -115,6 +123,10 @@ class ScoreConfig:
     alternatives: int = 5
     wrong: str | None = None
     kind: str = "kind"
+    steps: bool = False
+    wrong_step: str | None = None
+    threshold: float | None = None
+    calibration: float = 0.5
     data: DataOptions = field(default_factory=DataOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)

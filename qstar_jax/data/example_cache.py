@@ -31,7 +31,7 @@ _FORMAT = 1  # of the files
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")  # what rows, texts and tokens come from
 # Options on which no example depends.
 _UNREAD = ("train", "eval", "train_split", "eval_split", "max_train_rows", "max_eval_rows")
-_UNREAD += ("layout", "row_length", "cache")
+_UNREAD += ("layout", "row_length", "cache", "step_delimiter")
 _TABLE, _SEAL = "examples.arrow", "complete.json"
 _PIECE = 2**22  # bytes that a thread digests at once
 

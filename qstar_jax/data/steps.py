@@ -6,7 +6,8 @@ r"""Steps of a response: where its text ends each of them, and which tokens belo
 - `re:` and a regular expression: `re:\n(?=Step \d)` ends a step before the next heading;
 - `column:` and the name of a column that lists the texts of the steps, in order.
 
-A step ends with its delimiter, and a token that straddles the end belongs to the earlier step. A step holds more than
+A step ends with its delimiter, and a token that straddles the end belongs to the earlier step; the space with which the
+token of a word begins does not count. A step holds more than
 spaces and delimiters: what is empty joins the step before it, or, at the beginning, the one after it. A turn of a
 dialogue ends a step too.
 """
@@ -118,7 +119,7 @@ def listed_ends(text: str, steps: Any, where: str) -> list[int]:
 
 
 def steps_of_tokens(pieces: Sequence[str], ends: Sequence[int]) -> list[int]:
-    """Finds the step of each token: that in which its first character stands.
+    """Finds the step of each token: that in which its first character stands, spaces before a word aside.
 
     Args:
         pieces: Text of each token; a token that holds only a part of a character has none.
@@ -128,7 +129,8 @@ def steps_of_tokens(pieces: Sequence[str], ends: Sequence[int]) -> list[int]:
         Step of each token, from 0. A step all of whose characters belong to a token that began earlier has no tokens.
     """
     begins = np.cumsum([0, *map(len, pieces)])[:-1]
-    return np.searchsorted(ends[:-1], begins, side="right").tolist()
+    spaces = np.array([len(piece) - len(piece.lstrip(" ")) if piece.strip(" ") else 0 for piece in pieces], int)
+    return np.searchsorted(ends[:-1], begins + spaces, side="right").tolist()
 
 
 def find_steps(

@@ -1,22 +1,27 @@
 """Scores every response of a file: scores.jsonl, from which pages are drawn and credit is measured."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qstar_jax.config import ScoreConfig
+from qstar_jax.config import DataOptions, ScoreConfig
 from qstar_jax.console import say
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.identity import examples_identity
-from qstar_jax.data.loading import load_examples
+from qstar_jax.data.loading import load_examples, read_records
+from qstar_jax.data.steps import parse_delimiter
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
+from qstar_jax.evaluation.insights.steps import StepErrors, compute_step_errors
 from qstar_jax.evaluation.scored import ScoredResponse, unscored_line
+from qstar_jax.evaluation.step_marks import REWARD, judge_steps, with_steps
+from qstar_jax.evaluation.steps import ALL_RIGHT, first_error
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.identity import write_identity
@@ -24,18 +29,28 @@ from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta, open_reference
 
 SCORES = "scores.jsonl"
+_BESIDE = ("scores.identity.json", "heatmap.html", "credit.json", "credit.png", "steps.json", "steps.png")
 KINDS = {"pairs": "preferences", "single": "completions"}  # option `answers` -> kind of records
 
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """The scored responses of a file, in its order, with the policy's tokenizer and the name of its reference."""
+    """The scored responses of a file, with what was measured on them.
+
+    Attributes:
+        config: What was asked for.
+        responses: In the order of the file.
+        tokenizer: The policy's.
+        reference: Name of its reference.
+        step_errors: How well step rewards find first errors; None where the file does not tell these.
+    """
 
     config: ScoreConfig
     responses: list[ScoredResponse]
     tokenizer: Any
     reference: str
     dropped: Sequence[Dropped] = ()
+    step_errors: StepErrors | None = None
 
     @property
     def out(self) -> Path:
@@ -62,8 +77,7 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
     Raises:
         InputError: If the file, the model or its reference cannot be used.
     """
-    if config.data.eval is None:
-        raise InputError("--data.eval is missing: name the file whose responses are to be scored")
+    _check_options(config)
     mesh, data = make_mesh(config.mesh), config.data
     with use_mesh(mesh, config.compute.dtype):
         load = partial(load_model, compute=config.compute, mesh=mesh, mesh_options=config.mesh)
@@ -87,11 +101,14 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
             mesh=mesh,
             alternatives=config.alternatives,
             first=config.show,
+            entropies=config.wrong_step is not None,
             console=console,
         )
         identity = {"model": policy.identity(), "reference": reference.identity(), "beta": beta}
     name = str(config.reference or reference.source)
     scored = ScoredFile(config, responses, policy.tokenizer, name, dataset.dropped)
+    if config.steps:
+        scored = _find_steps(scored, beta)
     settled = replace(config, data=replace(data, date=dataset.date))
     identity |= {"data": examples_identity(dataset.examples), "options": asdict(settled)}
     scored.out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +118,52 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
     return scored
 
 
+def _check_options(config: ScoreConfig):
+    if config.data.eval is None:
+        raise InputError("--data.eval is missing: name the file whose responses are to be scored")
+    defaults = {option.name: option.default for option in fields(ScoreConfig)}
+    for name in ("wrong_step", "threshold", "calibration"):
+        if not config.steps and getattr(config, name) != defaults[name]:
+            raise InputError(f"--{name} {getattr(config, name)} has no effect without --steps")
+    if not config.steps and config.data.step_delimiter != DataOptions().step_delimiter:
+        raise InputError(f"--data.step_delimiter {config.data.step_delimiter!r} has no effect without --steps")
+    if config.calibration != defaults["calibration"] and config.wrong_step is None:
+        raise InputError(f"--calibration {config.calibration:g} has no effect without --wrong_step")
+    if not 0 < config.calibration < 1:
+        raise InputError(f"--calibration {config.calibration:g}: expected a share in (0, 1)")
+    if config.threshold is not None and not math.isfinite(config.threshold):
+        raise InputError(f"--threshold {config.threshold}: expected a finite number")
+    parse_delimiter(config.data.step_delimiter)
+    if config.wrong_step is not None and config.answers != "single":
+        raise InputError("--wrong_step tells of the steps of one response; expected --answers single")
+
+
+def _find_steps(scored: ScoredFile, beta: float) -> ScoredFile:
+    """Finds the steps of all responses, how well their rewards find errors, and the first suspected one of each."""
+    config, data = scored.config, scored.config.data
+    rows, records, _ = read_records(data.eval, data.eval_split, KINDS[config.answers], data, data.max_eval_rows)
+    responses = with_steps(scored.responses, rows, data, scored.tokenizer.all_special_ids)
+    threshold, errors = config.threshold or 0.0, None
+    if config.wrong_step is not None:
+        errors = compute_step_errors(
+            judge_steps(responses, rows, records, column=config.wrong_step, source=data.eval),
+            model=config.model,
+            reference=scored.reference,
+            beta=beta,
+            calibration=config.calibration,
+            threshold=config.threshold,
+        )
+        threshold = errors.detectors[REWARD].threshold
+    suspected = [replace(response, first_error=_first_error(response, threshold)) for response in responses]
+    return replace(scored, responses=suspected, step_errors=errors)
+
+
+def _first_error(response: ScoredResponse, threshold: float) -> int:
+    suspect = first_error([step.reward for step in response.steps], threshold)
+    return suspect if suspect == ALL_RIGHT else response.steps[suspect].step
+
+
 def _remove_earlier(out: Path):
     """Removes the files of an earlier run, so that none of them stands beside the new ones."""
-    for name in (SCORES, "scores.identity.json", "heatmap.html", "credit.json", "credit.png"):
+    for name in (SCORES, *_BESIDE):
         (out / name).unlink(missing_ok=True)

@@ -3,14 +3,20 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from itertools import accumulate, compress
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
+
+from qstar_jax.evaluation.steps import StepTotals, step_totals
 
 _PER_TOKEN = ("logp", "ref_logp", "reward", "q", "v")
-_UNFINISHED = "\ufffd"
-_LONGEST_CHARACTER = 4  # bytes of UTF-8, so no character takes more tokens
+_IF_KNOWN = (
+    "wrong",
+    "endogenous",
+    "entropy",
+    "step",
+    "alternatives",
+)  # empty where they were not computed or asked for
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,25 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Step:
+    """What the actions of one step of reasoning earned together: the scores of an implicit process reward model.
+
+    Args:
+        step: Its number, from 0.
+        text: Its actions, spelled.
+        actions: How many they are.
+        reward: Sum of their rewards: how much the step raised or lowered the value.
+        value: Sum of the rewards up to its end, as of a turn: q after the step in arXiv 2412.01981.
+    """
+
+    step: int
+    text: str
+    actions: int
+    reward: float
+    value: float
+
+
+@dataclass(frozen=True)
 class ScoredResponse:
     """A response, its tokens, and five numbers for each of its actions; log-probabilities in nats.
 
@@ -72,6 +97,12 @@ class ScoredResponse:
         action_mask: Whether the policy chose each token (see `Response`); all if empty.
         turn: Turn of the assistant to which each token belongs, from 0; -1 where the environment speaks; 0 if empty.
         wrong: Whether the data mark each token as wrong; empty where nothing is marked.
+        endogenous: Reward of each token by the policy's logits alone (`mdp.endogenous_rewards`); None at the last
+            action of a truncated response, whose next value is not known.
+        entropy: Entropy of the reference's next token before each token, in nats; empty where it was not asked for.
+        step: Step of reasoning to which each token belongs, from 0; -1 where it is no action; empty where steps were
+            not asked for.
+        first_error: First step that is suspected to be wrong; -1: none; None where steps were not asked for.
     """
 
     row: int
@@ -91,6 +122,10 @@ class ScoredResponse:
     action_mask: tuple[bool, ...] = ()
     turn: tuple[int, ...] = ()
     wrong: tuple[bool, ...] = ()
+    endogenous: tuple[float | None, ...] = ()
+    entropy: tuple[float, ...] = ()
+    step: tuple[int, ...] = ()
+    first_error: int | None = None
 
     def __post_init__(self) -> None:
         """Fills in the mask and the turns of a single turn, and checks that every token has every number."""
@@ -98,7 +133,7 @@ class ScoredResponse:
         object.__setattr__(self, "action_mask", self.action_mask or (True,) * count)
         object.__setattr__(self, "turn", self.turn or (0,) * count)
         names = ("pieces", "token_ids", *_PER_TOKEN, "action_mask", "turn")
-        names += tuple(name for name in ("alternatives", "wrong") if getattr(self, name))
+        names += tuple(name for name in _IF_KNOWN if getattr(self, name))
         lengths = {name: len(getattr(self, name)) for name in names}
         if len(set(lengths.values())) > 1:
             raise ValueError(
@@ -128,36 +163,58 @@ class ScoredResponse:
     @property
     def turns(self) -> tuple[Turn, ...]:
         """Its turns that have actions, in order."""
-        numbers = sorted(set(compress(self.turn, self.action_mask)))
-        found, value = [], 0.0
+        return tuple(Turn(*part) for part in self._parts(self.turn))
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Its steps that have tokens, in order; none where steps were not asked for."""
+        return tuple(Step(*part) for part in self._parts(self.step))
+
+    @property
+    def step_totals(self) -> StepTotals | None:
+        """Sum (which is `total_reward`), minimum and mean of the rewards of its steps, and that of the last."""
+        return step_totals([step.reward for step in self.steps]) if self.step else None
+
+    def _parts(self, part_of: Sequence[int]) -> list[tuple[int, str, int, float, float]]:
+        """Number, text, number of actions, reward, and reward so far of each part of the response, in order."""
+        numbers = sorted(set(compress(part_of, self.action_mask)))
+        parts, value = [], 0.0
         for number in numbers:
-            own = [t for t, turn in enumerate(self.turn) if turn == number and self.action_mask[t]]
-            reward = float(sum(self.reward[t] for t in own))
+            places = [t for t, part in enumerate(part_of) if part == number and self.action_mask[t]]
+            reward = float(sum(self.reward[t] for t in places))
             value += reward
-            found.append(Turn(number, "".join(self.pieces[t] for t in own), len(own), reward, value))
-        return tuple(found)
+            parts.append((number, "".join(self.pieces[t] for t in places), len(places), reward, value))
+        return parts
 
     def to_json(self) -> dict[str, Any]:
         """Turns the record into what `json.dumps` takes: one line of scores.jsonl.
 
         Returns:
             The fields by name, tuples as lists of plain numbers; `total_reward`; `turns`, a record of each turn (see
-            `Turn`) without its text; and `reason`, which is None here.
+            `Turn`) without its text; `steps` and `step_totals`, the same of each step with its text (see `Step`,
+            `StepTotals`), None where steps were not asked for; and `reason`, which is None here.
         """
         record = asdict(self)
         record |= {"alternatives": [list(place) for place in record["alternatives"]]}
         record |= {"pieces": list(self.pieces), "token_ids": [int(token) for token in self.token_ids]}
         record |= {name: list(map(bool, getattr(self, name))) for name in ("action_mask", "wrong")}
         record |= {"turn": list(map(int, self.turn))}
+        record |= {name: list(getattr(self, name)) for name in ("endogenous", "entropy", "step")}
         record |= {name: [float(value) for value in getattr(self, name)] for name in _PER_TOKEN}
         turns = [{name: value for name, value in asdict(turn).items() if name != "text"} for turn in self.turns]
-        return record | {"total_reward": self.total_reward, "turns": turns, "reason": None}
+        totals = self.step_totals
+        steps = (
+            {"steps": None, "step_totals": None}
+            if totals is None
+            else {"steps": list(map(asdict, self.steps)), "step_totals": asdict(totals)}
+        )
+        return record | {"total_reward": self.total_reward, "turns": turns, **steps, "reason": None}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
         """Reads back what `to_json` wrote, so that views can be drawn from scores.jsonl.
 
-        Keys that are no field (`total_reward`, `turns`) are ignored, and fields with a default may be missing.
+        Keys that are no field (`total_reward`, `turns`, `steps`) are ignored, and fields with a default may be missing.
         """
         values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         values["alternatives"] = [
@@ -169,7 +226,14 @@ class ScoredResponse:
 def unscored_line(row: int, reason: str) -> dict[str, Any]:
     """The line of scores.jsonl for a row that could not be scored: it has all keys, and the reason."""
     empty = dict.fromkeys(field.name for field in fields(ScoredResponse))
-    return empty | {"row": row, "total_reward": None, "turns": None, "reason": reason}
+    return empty | {
+        "row": row,
+        "total_reward": None,
+        "turns": None,
+        "steps": None,
+        "step_totals": None,
+        "reason": reason,
+    }
 
 
 def read_scores(path: Path) -> list[ScoredResponse]:
@@ -193,51 +257,3 @@ def pair_margin(responses: Sequence[ScoredResponse]) -> float | None:
     if len(responses) != 2 or set(totals) != {"chosen", "rejected"}:
         return None
     return totals["chosen"] - totals["rejected"]
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
-
-    def decode(self, token_ids: list[int], **options: bool) -> str:
-        """Spells token ids as text."""
-        ...
-
-
-def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Finds the text of each token, special tokens included.
-
-    A token may hold only part of a character; the token that completes the character then carries all of it. Short
-    windows are decoded: a token alone would lose its leading space in some tokenizers, and decoding every prefix would
-    take quadratic time.
-
-    Returns:
-        One piece per id; joined, they are exactly the decoded text.
-    """
-    spell = partial(_spell, tokenizer)
-    ends: list[int] = []
-    window = fresh = 0  # the window begins with tokens before `fresh`, already spelled, as context
-    offset = 0  # where the window's text begins in the whole text
-    for position in range(len(ids)):
-        spelled = spell(ids[window : position + 1])
-        settled = spelled.rstrip(_UNFINISHED)
-        ends.append(max(offset + len(settled), ends[-1] if ends else 0))
-        # Bytes that never complete a character must not let the window grow forever.
-        if settled == spelled or position - fresh >= _LONGEST_CHARACTER:
-            window, fresh = fresh, position + 1
-            offset += len(spelled) - len(spell(ids[window:fresh]))
-    text = spell(ids)
-    starts = [0, *ends[:-1]] if ends else []
-    return tuple(text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=False))
-
-
-def lone_piece(token_id: int, tokenizer: Tokenizer) -> str:
-    """Finds the text of a token on its own, with its leading space.
-
-    It is read after another token, here itself: some tokenizers strip the space from the first token of a text.
-    """
-    return _spell(tokenizer, [token_id, token_id])[len(_spell(tokenizer, [token_id])) :]
-
-
-def _spell(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return tokenizer.decode([int(token) for token in tokens], **options)

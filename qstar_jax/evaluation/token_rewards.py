@@ -15,10 +15,12 @@ from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.scored import Alternative, ScoredResponse, lone_piece, token_pieces
-from qstar_jax.mdp import TokenScores, implicit_rewards
+from qstar_jax.evaluation.pieces import lone_piece, token_pieces
+from qstar_jax.evaluation.scored import Alternative, ScoredResponse
+from qstar_jax.mdp import TokenScores, endogenous_rewards, implicit_rewards
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.scoring import response_alternatives, score_tokens
+from qstar_jax.scoring import reference_entropies, response_alternatives, score_tokens
+from qstar_jax.shaping import successor_values
 from qstar_jax.store.open import LoadedModel
 
 ROLES = {1: ("answer",), 2: ("chosen", "rejected")}
@@ -34,6 +36,7 @@ def score_dataset(
     mesh: Mesh,
     alternatives: int = 0,
     first: int | None = None,
+    entropies: bool = False,
     console: Console | None = None,
     description: str = "scoring",
 ) -> list[ScoredResponse]:
@@ -48,6 +51,7 @@ def score_dataset(
         mesh: Devices of the models.
         alternatives: How many of the policy's most likely tokens to keep at each position.
         first: Keep them for the first N examples only; for all by default.
+        entropies: Also compute the entropy of the reference before each token, in another pass of the reference.
         console: Where to show progress; None: nowhere.
         description: Label of the progress bar.
 
@@ -66,6 +70,7 @@ def score_dataset(
     replicated = NamedSharding(mesh, PartitionSpec())  # so that every host can read the result
     score = jax.jit(partial(score_tokens, policy.model), out_shardings=replicated)
     rank = jax.jit(partial(response_alternatives, policy.model, count=alternatives), out_shardings=replicated)
+    undecided = jax.jit(partial(reference_entropies, policy.model), out_shardings=replicated)
     piece = cache(partial(lone_piece, tokenizer=policy.tokenizer))
     with_alternatives = 0 if alternatives == 0 else len(dataset.examples) if first is None else first
     examples = iter(enumerate(dataset.examples))
@@ -73,6 +78,8 @@ def score_dataset(
     for number, batch in enumerate(track(console, feeder.in_order(), description, feeder.batches)):
         # One pass over the batch, and a second for alternatives where some of its examples keep them.
         scores = _columns(jax.device_get(score(policy.params, ref_params, batch)), beta)
+        if entropies:
+            scores["entropy"] = np.asarray(jax.device_get(undecided(policy.params, ref_params, batch)))
         ranked = None
         if number * batch_size < with_alternatives:
             ranked = jax.device_get(rank(policy.params, ref_params, batch))
@@ -85,6 +92,8 @@ def score_dataset(
                     others = _alternatives([x[tokens] for x in ranked], response.action_mask, piece, beta)
                 columns = {name: tuple(values[tokens].tolist()) for name, values in scores.items()}
                 _check_finite(example, columns)
+                if response.truncated:  # the state after it has a value, which nobody has computed
+                    columns["endogenous"] = _without_last_action(columns["endogenous"], response.action_mask)
                 records.append(_record(policy, example, r, beta, alternatives=others, **columns))
     return records
 
@@ -106,6 +115,11 @@ def _record(policy: LoadedModel, example: Example, r: int, beta: float, **column
     )
 
 
+def _without_last_action(values: tuple[float, ...], action_mask: np.ndarray) -> tuple[float | None, ...]:
+    last = np.flatnonzero(action_mask)[-1:]
+    return tuple(None if place in last else value for place, value in enumerate(values))
+
+
 def _check_finite(example: Example, scores: dict[str, tuple[float, ...]]):
     for name, values in scores.items():
         if not np.isfinite(values).all():
@@ -117,13 +131,18 @@ def _check_finite(example: Example, scores: dict[str, tuple[float, ...]]):
 
 
 def _columns(scores: TokenScores, beta: float) -> dict[str, np.ndarray]:
-    """The columns of scores.jsonl for each action of a batch, 0 at other tokens. Shape [B, R, T] each."""
+    """The columns of scores.jsonl for each action of a batch, 0 at other tokens. Shape [B, R, T] each.
+
+    Endogenous rewards are those of responses that ended.
+    """
+    q, v = scores.q(beta), scores.v(beta)
     arrays = {
         "logp": scores.logp,
         "ref_logp": scores.ref_logp,
         "reward": scores.rewards(beta),
-        "q": scores.q(beta),
-        "v": scores.v(beta),
+        "q": q,
+        "v": v,
+        "endogenous": endogenous_rewards(q, successor_values(v, scores.mask), scores.mask),
     }
     return {name: np.asarray(values) for name, values in arrays.items()}
 

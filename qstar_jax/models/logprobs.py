@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qstar_jax.mdp import kl_divergence
+from qstar_jax.mdp import entropy, kl_divergence
 from qstar_jax.models.head import Head
 from qstar_jax.sharding import map_batch
 
@@ -124,6 +124,27 @@ def reference_kl(
         return _from_chunks(chunks, *hidden.shape[:2])
 
     return map_batch(kernel, (head, ref_head), hidden, ref_hidden)
+
+
+def token_entropies(hidden: Float[Array, "B T D"], head: Head, *, chunk_size: int = CHUNK) -> Float[Array, "B T"]:
+    """Computes the entropy of the next token at each position.
+
+    Args:
+        hidden: Last hidden states. Shape [B, T, D].
+        head: Maps them to logits over V tokens.
+        chunk_size: Tokens per chunk of logits, on each device.
+
+    Returns:
+        Entropies in nats, float32. Shape [B, T].
+    """
+
+    def kernel(head: Head, hidden: Array) -> Array:
+        def one_chunk(hidden):
+            return entropy(head.logits(hidden), jnp.ones(hidden.shape[:-1], bool))
+
+        return _from_chunks(jax.lax.map(one_chunk, _to_chunks(hidden, chunk_size)), *hidden.shape[:2])
+
+    return map_batch(kernel, head, hidden)
 
 
 def _to_chunks(x: Array, chunk_size: int) -> Array:

@@ -5,6 +5,8 @@ The page loads nothing (a content security policy forbids it), and every text of
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from markupsafe import Markup
@@ -34,6 +36,7 @@ def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
     """Prepares responses for the macros of `_heatmaps.html.j2`: texts, colours and points, as plain values."""
     scale = reward_scale(reward for response in responses for reward in response.action_rewards)
     turn_scale = reward_scale(turn.reward for response in responses for turn in response.turns)
+    step_scale = reward_scale(step.reward for response in responses for step in response.steps)
     rows = by_row(responses)
     margins = [margin for row in rows if (margin := pair_margin(row)) is not None]
     marked = [response for response in responses if any(response.wrong)]
@@ -41,7 +44,7 @@ def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
         "betas": sorted({response.beta for response in responses}),
         "scale": scale,
         "legend": [_colours(scale * step / _LEGEND_STEPS, scale) for step in range(-_LEGEND_STEPS, _LEGEND_STEPS + 1)],
-        "rows": [_row(row, scale, turn_scale) for row in rows],
+        "rows": [_row(row, scale, turn_scale, step_scale) for row in rows],
         "environment": not all(all(response.action_mask) for response in responses),
         "pairs": len(margins),
         "agreements": sum(margin > 0 for margin in margins),
@@ -50,7 +53,7 @@ def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
     }
 
 
-def _row(responses: list[ScoredResponse], scale: float, turn_scale: float) -> dict[str, Any]:
+def _row(responses: list[ScoredResponse], scale: float, turn_scale: float, step_scale: float) -> dict[str, Any]:
     bounds = chart_bounds([response.running_reward for response in responses])
     margin = pair_margin(responses)
     return {
@@ -58,7 +61,8 @@ def _row(responses: list[ScoredResponse], scale: float, turn_scale: float) -> di
         "prompt": visible(responses[0].prompt),
         "verdict": None if margin is None else _verdict(margin),
         "responses": [
-            _response(response, scale, bounds, margin) | {"turns": _turns(response, turn_scale)}
+            _response(response, scale, bounds, margin)
+            | {"turns": _turns(response, turn_scale), "steps": _steps(response, scale, step_scale)}
             for response in responses
         ],
         "bounds": bounds,
@@ -115,6 +119,27 @@ def _turns(response: ScoredResponse, scale: float) -> list[dict[str, Any]]:
     ]
 
 
+def _steps(response: ScoredResponse, scale: float, step_scale: float) -> dict[str, Any] | None:
+    """One line per step, and one for what the environment says between steps; None where steps were not asked for."""
+    if not response.step:
+        return None
+    steps, lines = {step.step: step for step in response.steps}, []
+    for number, places in groupby(range(len(response.step)), key=response.step.__getitem__):
+        line = {"tokens": [_token(response, place, scale) for place in places], "step": None}
+        if number in steps:
+            step = steps[number]
+            line |= {
+                "step": number,
+                "reward": signed(step.reward),
+                "value": signed(step.value),
+                "colours": _colours(step.reward, step_scale),
+                "suspected": number == response.first_error,
+            }
+        lines.append(line)
+    totals = {name: signed(value) for name, value in asdict(response.step_totals).items()}
+    return {"lines": lines, "totals": totals}
+
+
 def _token(response: ScoredResponse, index: int, scale: float) -> dict[str, Any]:
     piece, reward = response.pieces[index], response.reward[index]
     token = {
@@ -137,6 +162,10 @@ def _token(response: ScoredResponse, index: int, scale: float) -> dict[str, Any]
         "V": signed(response.v[index]),
         "reward so far": signed(response.running_reward[index]),
     }
+    if response.endogenous and (endogenous := response.endogenous[index]) is not None:
+        facts["endogenous reward"] = signed(endogenous)
+    if response.entropy:
+        facts["entropy of π_ref"] = signed(response.entropy[index])
     return {
         "text": text,
         "facts": "\n".join([_lines(facts), *_others(response, index)]),

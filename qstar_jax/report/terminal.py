@@ -18,13 +18,17 @@ _TURN_CHARACTERS = 60
 _PLAIN_BELOW = 0.15  # share of the scale that stays uncoloured: rewards close to zero should not draw the eye
 
 
-def heatmap_text(response: ScoredResponse, scale: float) -> Text:
+def heatmap_text(response: ScoredResponse, scale: float, step: int | None = None) -> Text:
     """Colours the actions of a response, where `scale` is the reward of the full colour (nats).
 
-    The text is never read as markup, and control characters show as signs.
+    The text is never read as markup, and control characters show as signs. With a `step`, only its tokens are shown.
     """
     text = Text(overflow="fold")
-    for piece, reward, is_action in zip(response.pieces, response.reward, response.action_mask, strict=True):
+    for place, (piece, reward, is_action) in enumerate(
+        zip(response.pieces, response.reward, response.action_mask, strict=True)
+    ):
+        if step is not None and response.step[place] != step:
+            continue
         style = _style(reward, scale) if is_action else _NO_ACTION
         part = "·" if style else ""  # a token that holds a part of a character has no text, but may have a colour
         text.append(visible(piece).replace("\n", "↵\n") or part, style)
@@ -46,7 +50,11 @@ def print_heatmaps(responses: Sequence[ScoredResponse], console: Console | None 
         for response in row:
             console.print()
             console.print(_heading(response))
-            console.print(heatmap_text(response, scale) if coloured else _plain(response), soft_wrap=not coloured)
+            if response.step:
+                console.print(_steps(response, scale if coloured else None))
+                console.print(_totals(response))
+            else:
+                console.print(heatmap_text(response, scale) if coloured else _plain(response), soft_wrap=not coloured)
             if len(response.turns) > 1:
                 console.print(_turns(response))
         if (margin := pair_margin(row)) is not None:
@@ -54,6 +62,26 @@ def print_heatmaps(responses: Sequence[ScoredResponse], console: Console | None 
         console.print()
     if coloured:
         console.print(_legend(scale))
+
+
+def _steps(response: ScoredResponse, scale: float | None) -> Table:
+    """A step a line, its tokens on the colours of their rewards if there is a scale."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("step", "text", "reward", "value after"):
+        table.add_column(name, justify="left" if name == "text" else "right", overflow="fold")
+    for step in response.steps:
+        text = Text(one_line(step.text.strip())) if scale is None else heatmap_text(response, scale, step.step)
+        text.rstrip()
+        if step.step == response.first_error:
+            text.append("  < first suspected error", style="bold")
+        table.add_row(str(step.step), text, f"{step.reward:+.3f}", f"{step.value:+.3f}")
+    return table
+
+
+def _totals(response: ScoredResponse) -> Text:
+    totals = response.step_totals
+    numbers = ", ".join(f"{name} {getattr(totals, name):+.3f}" for name in ("min", "mean", "last"))
+    return Text(f"steps: sum {totals.sum:+.3f} (the outcome reward), {numbers}", style="dim")
 
 
 def _turns(response: ScoredResponse) -> Table:

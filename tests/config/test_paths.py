@@ -12,7 +12,7 @@ PATHS = {
     "file", "model", "out", "reference", "base", "pairs.tuned", "pairs.untuned", "data.train", "data.eval",
     "data.chat_template", "reference.cache", "reference.guide", "judge.model", "judge.reference", "judge.prompt",
     "judge.cache", "export", "credit", "reward.model", "reward.reference", "reward.guide",
-    "sweep", "decline", "dialogue", "with_sft", "without_sft", "samples",
+    "sweep", "decline", "dialogue", "steps", "with_sft", "without_sft", "samples",
 }  # fmt: skip
 # Options that are text and no path.
 WORDS = {
@@ -21,7 +21,7 @@ WORDS = {
     "reward.answer", "reward.extract", "completion", "label", "reward", "wrong_step", "step_delimiter",
 }  # fmt: skip
 COLUMNS = """name train_split eval_split prompt chosen rejected completion label reward reference_rewards tools system
-    date""".split()
+    date step_delimiter""".split()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qstar_jax.data.steps import delimited_ends, find_steps, listed_ends, parse_delimiter, steps_of_tokens
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.scored import token_pieces
+from qstar_jax.evaluation.pieces import token_pieces
 
 
 def texts(option, text):
@@ -84,6 +84,8 @@ def test_a_token_that_straddles_belongs_to_the_earlier_step():
     assert steps_of_tokens(["a", ".\nb", "c"], [3, 5]) == [0, 0, 1]
     assert steps_of_tokens(["a;b;", "c"], [2, 4, 5]) == [0, 2]  # a step without tokens keeps its number
     assert steps_of_tokens(["a;", "", "é", "b"], [2, 4]) == [0, 1, 1, 1]  # parts of a character
+    # The space of a word's token does not count, even where it is a part of the delimiter.
+    assert steps_of_tokens(["One.", " Two.", "\n", "\n3", " ", "4"], [5, 11, 14]) == [0, 1, 1, 1, 2, 2]
     assert steps_of_tokens([], [0]) == []
 
 

@@ -8,14 +8,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qstar_jax.evaluation.pieces import lone_piece, token_pieces
 from qstar_jax.evaluation.scored import (
     Alternative,
     ScoredResponse,
     by_row,
-    lone_piece,
     pair_margin,
     read_scores,
-    token_pieces,
     unscored_line,
 )
 from qstar_jax.mdp import step_rewards

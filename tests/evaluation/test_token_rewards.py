@@ -9,7 +9,7 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.loading import load_examples
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation import token_rewards
-from qstar_jax.evaluation.scored import lone_piece
+from qstar_jax.evaluation.pieces import lone_piece
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.models.head import Head
 from qstar_jax.models.logprobs import top_logprobs

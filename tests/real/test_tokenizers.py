@@ -14,7 +14,7 @@ from qstar_jax.data.loading import load_examples
 from qstar_jax.data.packing import Shapes
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.scored import token_pieces
+from qstar_jax.evaluation.pieces import token_pieces
 from qstar_jax.store import hub
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

@@ -47,9 +47,13 @@ function show(token) {
   mark(token);
 }
 
+function tokensAround(token) {
+  return [...token.closest(".tokens").querySelectorAll(".t")];
+}
+
 function mark(token) {
   const chart = chartOf(token), svg = chart.querySelector("svg"), cursor = chart.querySelector(".cursor");
-  const place = [...token.parentElement.children].indexOf(token) + 1;
+  const place = tokensAround(token).indexOf(token) + 1;
   cursor.style.left = svg.getBoundingClientRect().width * place / chart.dataset.length + "px";
   cursor.style.display = "block";
 }
@@ -67,7 +71,8 @@ function step(event) {
   const token = event.target.closest(".t");
   if (event.key === "Escape") hide();
   if (!token) return;
-  const next = { ArrowRight: token.nextElementSibling, ArrowLeft: token.previousElementSibling }[event.key];
+  const tokens = tokensAround(token), move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  const next = move && tokens[tokens.indexOf(token) + move];
   if (!next) return;
   event.preventDefault();
   token.tabIndex = -1;
