@@ -17,6 +17,7 @@ _PUBLIC = {
     "Scores": "api",
     # Training.
     "dpo": "api",
+    "rl": "api",
     "sft": "api",
     "Run": "api",
     # Research code: models of any library, their scores, losses, steps and searches.
@@ -54,6 +55,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from qstar_jax.api import Scores as Scores
     from qstar_jax.api import dpo as dpo
     from qstar_jax.api import load as load
+    from qstar_jax.api import rl as rl
     from qstar_jax.api import sft as sft
     from qstar_jax.api import token_batch as token_batch
     from qstar_jax.decoding.search.beam import beam_search as beam_search

@@ -7,4 +7,5 @@ from qstar_jax.api.results import Scores as Scores
 from qstar_jax.api.token_batch import token_batch as token_batch
 from qstar_jax.api.training import Run as Run
 from qstar_jax.api.training import dpo as dpo
+from qstar_jax.api.training import rl as rl
 from qstar_jax.api.training import sft as sft

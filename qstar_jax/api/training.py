@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from qstar_jax.api.model import Model, load
-from qstar_jax.config import DpoConfig, SftConfig
+from qstar_jax.config import DpoConfig, RlConfig, SftConfig
 from qstar_jax.errors import InputError
+from qstar_jax.evaluation.rewards import reward_maker
 from qstar_jax.report.curves import curves_png, write_curves
+from qstar_jax.training.rl.rewards import Reward
+from qstar_jax.training.rl.run import train_rl
 from qstar_jax.training.run import train
 from qstar_jax.training.run_log import read_metrics
 
@@ -87,14 +90,60 @@ def sft(
     return _train(SftConfig, config, model, rows, eval_rows, out, options)
 
 
+def rl(
+    model: Model | str | Path,
+    prompts: Rows,
+    *,
+    reward: Reward | None = None,
+    eval_prompts: Rows | None = None,
+    out: str | Path | None = None,
+    config: RlConfig | None = None,
+    **options: Any,
+) -> Run:
+    """Trains a model on a reward of its own samples, by RLOO unless PPO is named.
+
+    Args:
+        model: A model, or what `load` opens.
+        prompts: Rows with a prompt, or whatever else `qstar rl --data.train` reads; or a file.
+        reward: A function of a list of (prompt, response) texts that returns a number for each; None: what
+            `config.reward` names.
+        eval_prompts: Held-out rows.
+        out: Folder of the run; None: a new temporary folder. Rows that are given in Python are kept in it.
+        config: All options of `qstar rl`; its model, out and files are replaced.
+        **options: Options by their last names, as for `dpo`: samples_per_prompt, kl_coef, guide, learning_rate, steps
+            and so on.
+
+    Returns:
+        The run.
+
+    Raises:
+        InputError: An option is unknown or ambiguous, the model or the data cannot be used, or a response has no
+            reward.
+    """
+    config = config or RlConfig(model="", out="")
+    if reward is not None:
+        config = replace(config, reward=replace(config.reward, kind="function"))
+
+    def train_on_samples(config: RlConfig, watch: Callable[[], None] | None) -> dict[str, Any]:
+        make_reward = reward_maker(config) if reward is None else lambda prompts: reward
+        return train_rl(config, make_reward, watch=watch)
+
+    return _train(RlConfig, config, model, prompts, eval_prompts, out, options, train_on_samples)
+
+
+def _train_on_rows(config: DpoConfig | SftConfig, watch: Callable[[], None] | None) -> dict[str, Any]:
+    return train(config, watch=watch)
+
+
 def _train(
-    kind: type[DpoConfig | SftConfig],
-    config: DpoConfig | SftConfig | None,
+    kind: type[DpoConfig | SftConfig | RlConfig],
+    config: DpoConfig | SftConfig | RlConfig | None,
     model: Model | str | Path,
     rows: Rows,
     eval_rows: Rows | None,
     out: str | Path | None,
     options: dict[str, Any],
+    run_training: Callable[[Any, Callable[[], None] | None], dict[str, Any]] = _train_on_rows,
 ) -> Run:
     folder = Path(tempfile.mkdtemp(prefix="qstar-") if out is None else out)
     source = model.source if isinstance(model, Model) else str(model)
@@ -102,7 +151,7 @@ def _train(
     config = with_options(config, options)
     data = replace(config.data, train=_file(rows, folder, "train"), eval=_file(eval_rows, folder, "eval"))
     display = notebook_display(folder)
-    summary = train(replace(config, data=data), watch=display)
+    summary = run_training(replace(config, data=data), display)
     write_curves(folder)
     run = Run(folder, summary)
     if config.export is not None:

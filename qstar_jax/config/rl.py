@@ -50,7 +50,8 @@ class RewardOptions:
 
     Args:
         kind: What gives the score: `true_reward`, the built-in task whose prompts are read; `reward_model`, a DPO run
-            or a classifier; `verifier`, 1 if the final answer is that of the row and 0 if not; `none`, no score.
+            or a classifier; `verifier`, 1 if the final answer is that of the row and 0 if not; `function`, a
+            function of yours (`qstar_jax.rl` in Python); `none`, no score.
         weight: Multiplies the score; 0 only measures it.
         model: Folder of a DPO run, whose implicit reward is summed over the response, or folder or hub name of a
             classifier with one label.
@@ -68,8 +69,8 @@ class RewardOptions:
         guide_clip: The weighted token rewards are clipped to this magnitude; null: they are not.
     """
 
-    kind: Literal["true_reward", "reward_model", "verifier", "none"] = selector("true_reward")
-    weight: float | None = option(["true_reward", "reward_model", "verifier"], 1.0, bounds="[0, inf)")
+    kind: Literal["true_reward", "reward_model", "verifier", "function", "none"] = selector("true_reward")
+    weight: float | None = option(["true_reward", "reward_model", "verifier", "function"], 1.0, bounds="[0, inf)")
     model: str | None = option(["reward_model"], path=True)
     reference: str | None = option(["reward_model"], path=True)
     beta: float | None = option(["reward_model"])

@@ -23,6 +23,8 @@ def reward_maker(config: RlConfig) -> RewardMaker:
         InputError: If an option does not fit the others.
     """
     options = config.reward
+    if options.kind == "function":
+        raise InputError("reward.kind function is for `qstar_jax.rl` in Python, which takes one; choose another kind")
     if options.kind == "verifier" and options.extract is not None and options.extract not in EXTRACTORS:
         raise InputError(f"reward.extract {options.extract!r} is unknown; choose from {', '.join(EXTRACTORS)}")
 

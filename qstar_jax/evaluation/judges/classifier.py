@@ -1,9 +1,9 @@
 """Reward models in Hugging Face's form: a language model whose last hidden state is multiplied by one vector."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,8 +101,9 @@ class ClassifierReward:
         rewards = [math.nan] * len(pairs)
         order = sorted(ids, key=lambda row: len(ids[row]))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        replicated = NamedSharding(self.mesh, PartitionSpec())  # so that every host can read the result
-        score = jax.jit(partial(_scores, self.model), out_shardings=replicated)
+        score = _compiled(
+            self.model, NamedSharding(self.mesh, PartitionSpec())
+        )  # so that every host can read the result
         with use_mesh(self.mesh, self.model.compute.dtype):
             for rows in track(self.console, batches, "judging", len(batches)):
                 arrays = jax.device_put(self._arrays([ids[row] for row in rows]), NamedSharding(self.mesh, BATCH))
@@ -169,6 +170,12 @@ def is_classifier(folder: Path) -> bool:
 def as_messages(prompt: str, answer: str) -> tuple[Messages, Messages]:
     """Wraps a prompt as a user's message and a response as the assistant's."""
     return [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
+
+
+@cache
+def _compiled(model: CausalLM, sharding: NamedSharding) -> Callable[..., Array]:
+    """The program that scores, kept for further calls."""
+    return jax.jit(partial(_scores, model), out_shardings=sharding)
 
 
 def _scores(

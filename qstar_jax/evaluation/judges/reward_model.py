@@ -1,38 +1,46 @@
 """Rewards of whole responses by a model: the implicit reward of a DPO run of ours, or the score of a classifier."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-from jax.sharding import Mesh
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 from rich.console import Console
 
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
-from qstar_jax.console import say
+from qstar_jax.console import say, track
+from qstar_jax.data.batches import Batch
 from qstar_jax.data.dropped import counted_reasons
 from qstar_jax.data.loading import Dataset
+from qstar_jax.data.ragged import Lengths
 from qstar_jax.data.records import Record
-from qstar_jax.data.tokenization import tokenize
+from qstar_jax.data.tokenization import Example, tokenize
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.judges.classifier import ClassifierReward, as_messages, is_classifier
 from qstar_jax.evaluation.judges.rewards import Reward
-from qstar_jax.evaluation.token_rewards import score_dataset
+from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
+from qstar_jax.scoring import score_tokens
 from qstar_jax.sharding import use_mesh
 from qstar_jax.store import hub
 from qstar_jax.store.checkpoints import find_checkpoint
 from qstar_jax.store.open import LoadedModel, load_model
 from qstar_jax.store.references import find_beta, open_reference
+from qstar_jax.training.rl.batches import Batcher
+
+_MULTIPLE = 64  # tokens
 
 
 @dataclass(frozen=True)
 class SummedReward:
     """beta * log(pi / pi_ref), summed over the tokens of a response, its EOS included.
 
-    Programs are compiled for the lengths of the responses, so one call with many of them is faster than many calls.
+    Lengths are rounded up to multiples of 64 tokens, so that few programs are compiled.
 
     Args:
         policy: The preference-trained model.
@@ -70,19 +78,37 @@ class SummedReward:
         if warning := self.policy.model.check_length(dataset.longest(), "the longest text for judge.model"):
             say(self.console, warning)
         with use_mesh(self.mesh, self.policy.model.compute.dtype):
-            scored = score_dataset(
-                self.policy,
-                self.ref_params,
-                dataset,
-                beta=self.beta,
-                batch_size=self.batch_size,
-                mesh=self.mesh,
-                console=self.console,
-                description="judging",
-            )
-        for response in scored:
-            rewards[response.row] = response.total_reward
+            for example, value in zip(examples, self._sums(examples), strict=True):
+                rewards[example.row] = value
         return rewards
+
+    def _sums(self, examples: Sequence[Example]) -> list[float]:
+        lengths = Lengths.of(examples)
+        prompts, responses = (-(-int(x.max()) // _MULTIPLE) * _MULTIPLE for x in (lengths.prompts, lengths.responses))
+        size, common = self.batch_size, {"samples": 1, "max_new_tokens": responses}
+        batcher = Batcher.of([prompts], "plain", self.mesh, prompts_per_part=size, **common)
+        score = _compiled(self.policy.model, NamedSharding(self.mesh, PartitionSpec()))
+        sums: list[float] = []
+        firsts = range(0, len(examples), size)
+        for first in track(self.console, firsts, "judging", len(firsts)):
+            batch = batcher(part := examples[first : first + size], [e.responses for e in part], fill_to=size)
+            sums += jax.device_get(score(self.policy.params, self.ref_params, batch))[: len(part), 0].tolist()
+        sums = [self.beta * value for value in sums]
+        if bad := [e.row for e, value in zip(examples, sums, strict=True) if not math.isfinite(value)]:
+            raise InputError(
+                f"judge.model: the reward of text {bad[0] + 1} is not finite: check the model's weights, or compute in "
+                "float32"
+            )
+        return sums
+
+
+@cache
+def _compiled(model: CausalLM, sharding: NamedSharding) -> Callable[[Params, Params, Batch], Array]:
+    """The program that sums log(pi / pi_ref) over each response, kept for further calls; every host gets its result."""
+    return jax.jit(
+        lambda params, ref_params, batch: score_tokens(model, params, ref_params, batch).log_ratios().sum(-1),
+        out_shardings=sharding,
+    )
 
 
 def load_reward(
