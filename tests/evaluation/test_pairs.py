@@ -12,6 +12,7 @@ from qstar_jax.data.loading import make_dataset, read_records
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.pairs import Sample, below, marked_wrong, response_pairs, step_pairs, worst
 from qstar_jax.evaluation.samples import read_samples
+from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.tasks.tiny_sums.solver import solve
 from qstar_jax.tasks.tiny_sums.sums import draw_sum, true_reward
 from qstar_jax.tasks.tiny_sums.tokenizer import make_tokenizer
@@ -206,12 +207,12 @@ def scored_line(row, prompt, texts, rewards, **more):
     """A line of `qstar score --steps`: two tokens a step, EOS in the last."""
     pieces = [piece for text in texts for piece in (f" {text}", " ;")] + ["</s>"]
     step = [n for n in range(len(texts)) for _ in range(2)] + [len(texts) - 1]
-    parts = [{"step": n, "text": "", "actions": 2, "reward": reward} for n, reward in enumerate(rewards)]
-    line = {
-        "row": row, "prompt": prompt, "pieces": pieces, "step": step, "steps": parts, "total_reward": sum(rewards),
-        "action_mask": [True] * len(pieces), "truncated": False, "prompt_truncated": False, "reason": None,
-    }  # fmt: skip
-    return line | more
+    earned = [part for reward in rewards for part in (reward, 0.0)] + [0.0]
+    numbers = {name: tuple(earned) for name in ("logp", "ref_logp", "reward", "q", "v")}
+    scored = ScoredResponse(
+        row, "answer", prompt, tuple(pieces), (1,) * len(pieces), **numbers, truncated=False, beta=1.0, step=tuple(step)
+    )
+    return scored.to_json() | more
 
 
 @pytest.fixture
