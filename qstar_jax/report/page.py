@@ -98,7 +98,7 @@ def _lowest(response: ScoredResponse) -> str:
     if not any(response.wrong):
         return ""
     verdict = "which is wrong" if response.wrong[response.lowest] else "which is not among the wrong words"
-    return f"The lowest reward is that of {_quoted(response.pieces[response.lowest])}, {verdict}."
+    return f"The lowest reward is that of {_quoted(response.pieces[response.lowest].strip())}, {verdict}."
 
 
 def _turns(response: ScoredResponse, scale: float) -> list[dict[str, Any]]:

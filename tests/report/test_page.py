@@ -56,8 +56,8 @@ def test_words_that_the_data_mark_as_wrong_are_framed_and_told(respond):
     page = heatmap_page([right, found, missed], "t")
     framed = re.findall(r'class="t[^"]* wrong[^"]*".*?>([^<]*)</span>', page, re.DOTALL)
     assert framed == [" b", " c", " d"] and page.count("in the data: marked as wrong") == 3
-    assert "The lowest reward is that of “ b”, which is wrong." in page
-    assert "The lowest reward is that of “ e”, which is not among the wrong words." in page
+    assert "The lowest reward is that of “b”, which is wrong." in page
+    assert "The lowest reward is that of “e”, which is not among the wrong words." in page
     assert "1 of 2 responses with such words" in page
     assert "Framed" not in heatmap_page([right], "t")
 

@@ -38,7 +38,7 @@ def _finding(credit: Credit) -> str:
     name, area = one_line(rival), f"{rivals[rival]:.3f}"
     match credit.differences[rival].sign:
         case 1:
-            return f"The implicit reward finds wrong tokens best: {reward}, {name} {area}."
+            return f"The implicit reward finds wrong tokens better ({reward}) than the {name} ({area})."
         case -1:
             return f"The implicit reward finds wrong tokens less well ({reward}) than the {name} ({area})."
     return f"The implicit reward ({reward}) and the {name} ({area}) find wrong tokens equally well, up to noise."
@@ -49,7 +49,7 @@ def _gains(credit: Credit) -> str:
         if names := [one_line(name) for name, gain in credit.differences.items() if gain.sign == sign]:
             return words.format(" and the ".join(names))
     least = min(credit.differences.values(), key=lambda gain: gain.mean)
-    return f"It gains on every other detector, at least {signed_interval(least, 3)}."
+    return f"It gains on every control, at least {signed_interval(least, 3)}."
 
 
 def tables(credit: Credit, *, brief: bool = False) -> list[Table]:

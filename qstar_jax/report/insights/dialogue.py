@@ -20,7 +20,7 @@ from qstar_jax.evaluation.insights.dialogue import (
 )
 from qstar_jax.report.dots import draw_dots
 from qstar_jax.report.insights.view import View
-from qstar_jax.report.numbers import decimal, signed_interval, with_interval
+from qstar_jax.report.numbers import MINUS, decimal, signed_interval, with_interval
 from qstar_jax.report.panel import Panel
 from qstar_jax.report.tables import Table, cell, print_table
 
@@ -54,7 +54,8 @@ def _masks_panel(dialogue: Dialogue) -> Panel:
     groups = {name: {"gain": gain} for name, gain in gains.items()}
     draw = partial(draw_dots, groups=groups, series=["gain"], label="gain in return", line=0.0)
     alt = f"Return after training on turns alone, minus that after training on replies too: {words}."
-    return Panel("Turns alone, minus replies too", alt, draw, 0.7 + 0.6 * len(groups), dialogue.compare_masks())
+    finding = dialogue.compare_masks().replace("-", MINUS)
+    return Panel("Turns alone, minus replies too", alt, draw, 0.7 + 0.6 * len(groups), finding)
 
 
 def _credit_panel(dialogue: Dialogue) -> Panel:

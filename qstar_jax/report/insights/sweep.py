@@ -80,7 +80,7 @@ def _finding(sweep: Sweep, measure: str, digits: int) -> str:
         best = max(points, key=lambda point: point.win_rate.mean)
         others = [point for point in (points[0], points[-1]) if point is not best]
         shown = ", ".join(f"{_decoder(point)} {point.win_rate.mean:.2f}" for point in others)
-        return _sentence(sweep, f"{_decoder(best)} wins most often, {best.win_rate.mean:.2f} ({shown})")
+        return _sentence(sweep, f"most wins with {_decoder(best)}: {best.win_rate.mean:.2f} ({shown})")
     first, last = (getattr(point, measure) for point in (points[0], points[-1]))
     change = _CHANGES[measure][{1: 0, -1: 1, 0: 2}[last.compare(first)]]
     ends = f"{decimal(first.mean, digits)} to {decimal(last.mean, digits)}"
@@ -94,13 +94,13 @@ def _sentence(sweep: Sweep, text: str) -> str:
 
 
 def _decoder(point: Point) -> str:
-    return point.decoder if point.decoder in _CONTROLS else f"beam search of width {point.width}"
+    return point.decoder if point.decoder in _CONTROLS else f"{point.width} beams"
 
 
 def _differences_in_words(sweep: Sweep) -> str:
     """Says which decoders of the first run beat which."""
     run, sentences = sweep.runs[0], []
-    for sign, words in ((1, "beats"), (0, "cannot be told from"), (-1, "loses to")):
+    for sign, words in ((1, "beat"), (0, "cannot be told from"), (-1, "lose to")):
         pairs = [name.split(" - ") for name, gain in run.differences.items() if gain is not None and gain.sign == sign]
         for one in dict.fromkeys(one for one, _ in pairs):
             sentences.append(f"{one} {words} {' and '.join(other for first, other in pairs if first == one)}")

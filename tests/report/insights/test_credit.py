@@ -31,8 +31,8 @@ def test_captions_say_who_finds_more_or_that_nobody_knows(credit):
         return [panel.finding for panel in panels(replace(credit, differences=gains))]
 
     assert captions(0.16) == [
-        "The implicit reward finds wrong tokens best: AUC 0.830, reference log-probability 0.670.",
-        "It gains on every other detector, at least +0.160 [+0.140, +0.180].",
+        "The implicit reward finds wrong tokens better (AUC 0.830) than the reference log-probability (0.670).",
+        "It gains on every control, at least +0.160 [+0.140, +0.180].",
     ]
     assert "equally well, up to noise" in captions(0.01)[0] and "can be told from noise" in captions(0.01)[1]
     assert "less well (AUC 0.830) than" in captions(-0.1)[0] and captions(-0.1)[1].startswith("It is worse than")

@@ -32,7 +32,9 @@ def test_captions_say_what_training_changed_or_that_it_changed_nothing(questions
     assert captions == [
         f"DPO on turns raises the return: 0.36 after {MINUS}0.10.",
         "DPO on turns lowers the share of wasted questions: 0.16 after 0.21.",
-        "Training on turns alone is worse than training on replies too: -0.05 [-0.07, -0.03] in return.",
+        "Training on turns alone is worse than training on replies too: -0.05 [-0.07, -0.03] in return.".replace(
+            "-", MINUS
+        ),
         "Turn rewards find wasted questions better than log pi_ref does: AUC 0.88 and 0.77.",
         "Margins follow sums of advantages more closely than returns, which have luck: correlation 0.82 and 0.45.",
     ]

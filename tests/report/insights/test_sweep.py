@@ -33,12 +33,10 @@ def test_widths_stand_in_order_and_controls_apart(sweep):
 def test_captions_say_what_width_does_or_that_it_does_nothing(sweep):
     found = {panel.title: panel.finding for panel in panels(sweep)}
     assert found["Win rate against the preferred response"] == (
-        "beta 0.05: beam search of width 5 wins most often, 0.54 (greedy 0.39, beam search of width 20 0.38)."
+        "beta 0.05: most wins with 5 beams: 0.54 (greedy 0.39, 20 beams 0.38)."
     )
-    assert found["Length of responses"] == (
-        "beta 0.05: from greedy to beam search of width 20, responses grow shorter: 59.9 to 35.3."
-    )
-    assert found["What width changes"] == "beta 0.05: 5 beams beats sampled and greedy; 20 beams loses to 5 beams."
+    assert found["Length of responses"] == ("beta 0.05: from greedy to 20 beams, responses grow shorter: 59.9 to 35.3.")
+    assert found["What width changes"] == "beta 0.05: 5 beams beat sampled and greedy; 20 beams lose to 5 beams."
     # One run needs no name; what lies within the intervals is no change.
     points = tuple(replace(p, length=sweep.runs[0].points[0].length) for p in sweep.runs[0].points)
     differences = {"5 beams - greedy": Interval(0.01, -0.02, 0.04)}
