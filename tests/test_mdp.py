@@ -364,6 +364,12 @@ def test_divergences_are_at_least_zero_near_the_reference():
     assert (mdp.kl_divergence(ref + 1e-4 * normal(1, 500, 100), ref, jnp.ones(500, bool)) >= 0).all()
 
 
+def test_entropies_by_hand():
+    logits = jnp.array([[0.0, 0.0, 0.0, 0.0], [jnp.log(3.0), 0.0, -jnp.inf, -jnp.inf], [jnp.nan] * 4])
+    found = mdp.entropy(logits, jnp.array([True, True, False]))
+    np.testing.assert_allclose(found, [np.log(4), 0.75 * np.log(4 / 3) + 0.25 * np.log(4), 0.0], rtol=1e-6)
+
+
 # Steps.
 
 

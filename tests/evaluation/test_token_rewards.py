@@ -13,7 +13,7 @@ from qstar_jax.evaluation.pieces import lone_piece
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.models.head import Head
 from qstar_jax.models.logprobs import top_logprobs
-from qstar_jax.scoring import response_alternatives
+from qstar_jax.scoring import reference_entropies, response_alternatives
 from qstar_jax.store.open import LoadedModel
 
 BETA = 0.2
@@ -119,3 +119,15 @@ def test_numbers_that_are_not_finite_are_refused(scoring, tiny_params, monkeypat
 def test_more_than_the_vocabulary_is_refused(scoring):
     with pytest.raises(InputError, match=r"--alternatives 61.*0 to 60"):
         scoring[1](alternatives=61)
+
+
+def test_entropies_are_those_of_the_reference(
+    tiny_model, tiny_params, policy_params, pair_batch, random_examples, full_logprobs
+):
+    batch = pair_batch(5)
+    found = np.asarray(jax.jit(lambda *x: reference_entropies(tiny_model, *x))(policy_params, tiny_params, batch))
+    for b, example in enumerate(random_examples(5)):
+        for r, response in enumerate(example.responses):
+            logp, n = full_logprobs(tiny_params, example, r), len(response.ids)
+            np.testing.assert_allclose(found[b, r, :n], -(np.exp(logp) * logp).sum(-1), atol=3e-5)
+            assert not found[b, r, n:].any()

@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 
 from qstar_jax.mdp import kl_divergence
 from qstar_jax.models.head import Head
-from qstar_jax.models.logprobs import reference_kl, token_logprobs, top_logprobs
+from qstar_jax.models.logprobs import reference_kl, token_entropies, token_logprobs, top_logprobs
 
 B, T, D, V = 3, 10, 8, 97
 PARTS = {"bias": np.linspace(-2.0, 2.0, V, dtype=np.float32), "softcap": 3.0, "scale": 0.4}
@@ -208,3 +208,10 @@ def test_the_divergence_from_a_reference_in_chunks():
         np.testing.assert_allclose(chunked(hidden, chunk_size), whole(hidden), rtol=1e-5)
         found = jax.grad(lambda hidden, size: (chunked(hidden, size) ** 2).sum())(hidden, chunk_size)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [3, 30, 1024])
+def test_entropies_in_chunks_are_those_of_whole_logits(chunk_size, inputs, head):
+    p = np.asarray(jax.nn.softmax(plain_logits(inputs[0], head)), np.float64)
+    expected = -(p * np.log(p)).sum(-1)
+    np.testing.assert_allclose(token_entropies(inputs[0], head, chunk_size=chunk_size), expected, rtol=1e-4, atol=1e-5)

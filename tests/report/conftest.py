@@ -9,6 +9,7 @@ from qstar_jax.evaluation.insights.credit import Credit
 from qstar_jax.evaluation.insights.decline import Decline
 from qstar_jax.evaluation.insights.dialogue import Dialogue
 from qstar_jax.evaluation.insights.record import Finding
+from qstar_jax.evaluation.insights.steps import StepErrors
 from qstar_jax.evaluation.insights.sweep import Sweep
 from qstar_jax.evaluation.scored import Alternative, ScoredResponse
 from qstar_jax.report.insights_page import insights_page
@@ -179,6 +180,34 @@ def questions() -> Dialogue:
 
 
 @pytest.fixture(scope="session")
+def step_errors() -> StepErrors:
+    def detector(f1, auc):
+        shares = {"f1": f1, "erroneous": f1 - 0.05, "correct": f1 + 0.06, "auc": auc}
+        return {name: interval(mean, 0.04) for name, mean in shares.items()} | {"threshold": -0.125}
+
+    controls = {"outcome reward": (0.22, 0.61), "lowest reference log-probability": (0.48, 0.74), HOSTILE: (0.3, 0.6)}
+    detectors = {"step reward": (0.66, 0.88), "value after the step": (0.5, 0.8), **controls}
+    record = {
+        "model": LONG,
+        "reference": HOSTILE,
+        "beta": 0.05,
+        "questions": 128,
+        "calibration_questions": 127,
+        "responses": 512,
+        "erroneous": 300,
+        "steps": 2048,
+        "wrong_steps": 300,
+        "right_steps": 1400,
+        "detectors": {name: detector(*numbers) for name, numbers in detectors.items()},
+        "gains": {
+            name: {"f1": interval(0.66 - f1, 0.05), "auc": interval(0.88 - auc, 0.03)}
+            for name, (f1, auc) in controls.items()
+        },
+    }
+    return StepErrors.from_json(record, "steps.json")
+
+
+@pytest.fixture(scope="session")
 def findings() -> list[Finding]:
     return [
         Finding(
@@ -258,10 +287,22 @@ def heatmaps() -> list[ScoredResponse]:
 
 
 @pytest.fixture(scope="session")
-def whole_page(findings, credit, sweep, decline, questions, heatmaps) -> str:
+def solution() -> ScoredResponse:
+    """A response of four steps, hostile words in one of them; the third is suspected."""
+    texts = ["She eats 3 eggs + bakes 4, so 3 + 4 = 7.", "16 - 7 = 9 are left.", HOSTILE, "9 * 3 = 27, so # 27"]
+    steps = [[*(f" {word}" for word in text.split()), end] for text, end in zip(texts, "\n\n\n#", strict=True)]
+    pieces = [piece for step in steps for piece in step]
+    step = [number for number, of_step in enumerate(steps) for _ in of_step]
+    rewards = [0.02 * (-1) ** n - 0.3 * (number == 2) for n, number in enumerate(step)]
+    known = {"step": tuple(step), "endogenous": (*rewards[:-1], None), "entropy": (0.5,) * len(step)}
+    return scored(pieces, rewards, prompt="How much does she make?", first_error=2, **known)
+
+
+@pytest.fixture(scope="session")
+def whole_page(findings, credit, sweep, decline, questions, step_errors, heatmaps) -> str:
     """The page with everything."""
-    records, title = [credit, sweep, decline, questions], f"Three insights of {LONG}"
-    all_findings = [*findings, questions.finding()]
+    records, title = [credit, sweep, decline, questions, step_errors], f"Three insights of {LONG}"
+    all_findings = [*findings, questions.finding(), step_errors.finding()]
     return insights_page(all_findings, records, heatmaps=heatmaps, title=title, notes=["<i>\u202e"])
 
 

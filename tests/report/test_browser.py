@@ -209,3 +209,19 @@ def test_the_page_of_heatmaps_alone(visit, heatmaps, tmp_path):
     page.locator("#theme").click()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(247, 246, 243)"
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@SIZES
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_steps_stand_one_below_the_other(visit, solution, tmp_path, width, scheme):
+    path = tmp_path / "heatmap.html"
+    path.write_text(heatmap_page([solution], "Steps"), encoding="utf-8")
+    page = visit(path, width=width, scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width and page.evaluate(CLIPPED) == []
+    tops = [box.bounding_box()["y"] for box in page.locator(".step").all()]
+    assert len(tops) == 4 and tops == sorted(set(tops))
+    # The arrow keys walk from step to step.
+    last = page.locator(".step").first.locator(".t").last
+    last.focus()
+    page.keyboard.press("ArrowRight")
+    assert tip_of(page)[0]["token"] == "“ 16”"

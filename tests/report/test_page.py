@@ -181,3 +181,19 @@ def test_the_environment_is_dim_and_tells_no_numbers(dialogue, respond):
     assert "turn: 1" in tokens[3]["title"].split("\n")
     note = "Grey tokens without a colour"
     assert note in page and note not in heatmap_page([respond(["a"], [0.5])], "t")
+
+
+def test_steps_are_lines_with_their_rewards(solution):
+    page = heatmap_page([solution], "t")
+    parsed = _Tokens(page)
+    assert "".join(text for text, _ in parsed.tokens).replace("↵", "") == "".join(solution.pieces).replace(
+        "\u202e", "⟨U+202E⟩"
+    )
+    lines = re.findall(r'<div class="step.*?(?=<div class="step|<p class="quiet note">)', page, re.DOTALL)
+    assert ["first suspected error" in line for line in lines] == [False, False, True, False]
+    for line, step in zip(lines, solution.steps, strict=True):
+        assert signed(step.reward) in line and signed(step.value) in line
+    assert f"sum {signed(solution.total_reward)} (the outcome reward), min {signed(solution.step_totals.min)}" in page
+    assert "endogenous reward: +0.020" in parsed.tokens[0][1] and "entropy of π_ref: +0.500" in parsed.tokens[0][1]
+    assert "endogenous" not in parsed.tokens[-1][1]  # not known where a response was truncated
+    assert 'role="list"' not in heatmap_page([replace(solution, step=())], "t")

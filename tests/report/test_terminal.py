@@ -2,7 +2,9 @@
 
 import io
 
+import pytest
 from rich.console import Console
+from rich.text import Text
 
 from qstar_jax.report.terminal import heatmap_text, print_heatmaps
 
@@ -66,3 +68,16 @@ def test_turns_of_a_dialogue_are_a_table(dialogue, respond):
         assert "0 Red?<eos> 2 +0.750 +0.750" in rows
         assert "1 Red{{ 7*7 }}<b><eos> 3 -1.125 -0.375" in rows
     assert "value after" not in _printed([respond(["a", "b"], [0.5, 0.5])])
+
+
+@pytest.mark.parametrize("colour", [None, "truecolor"])
+def test_steps_are_lines_of_a_table(solution, colour):
+    console = Console(file=io.StringIO(), width=100, color_system=colour, force_terminal=colour is not None)
+    print_heatmaps([solution], console)
+    text = Text.from_ansi(console.file.getvalue()).plain
+    assert "\u202e" not in text
+    lines = text.splitlines()
+    for step in solution.steps:
+        assert any(f"{step.reward:+.3f}" in line and f"{step.value:+.3f}" in line for line in lines)
+    assert text.count("< first suspected error") == 1
+    assert f"sum {solution.total_reward:+.3f} (the outcome reward)" in text

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from qstar_jax.console import one_line
 from qstar_jax.evaluation.insights.steps import StepErrors
+from qstar_jax.evaluation.step_marks import REWARD
 from qstar_jax.report.dots import draw_dots
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.numbers import decimal, signed, signed_interval, with_interval
@@ -21,25 +22,38 @@ def panels(errors: StepErrors) -> list[Panel]:
     for measure, title in _MEASURES.items():
         groups = {one_line(name): {measure: getattr(found, measure)} for name, found in errors.detectors.items()}
         words = "; ".join(f"{name} {with_interval(group[measure])}" for name, group in groups.items())
-        no_effect = (0.5, "chance") if measure == "auc" else (0.0, None)
-        draw = partial(
-            draw_dots, groups=groups, series=[measure], label=title, line=no_effect[0], line_label=no_effect[1]
-        )
-        shown.append(Panel(title, f"{title}: {words}.", draw, 0.7 + 0.45 * len(groups)))
+        line = {"line": 0.5, "line_label": "chance"} if measure == "auc" else {"line": 0.0}
+        draw = partial(draw_dots, groups=groups, series=[measure], label=title, **line)
+        shown.append(Panel(title, f"{title}: {words}.", draw, 0.7 + 0.45 * len(groups), _finding(errors, measure)))
     gains = {
         f"over {one_line(name)}": {title: getattr(gain, measure) for measure, title in _MEASURES.items()}
         for name, gain in errors.gains.items()
     }
-    words = "; ".join(
-        f"{name}, {title} {signed_interval(interval)}"
-        for name, group in gains.items()
-        for title, interval in group.items()
-    )
+    words = "; ".join(f"{name}, {t} {signed_interval(i)}" for name, group in gains.items() for t, i in group.items())
     draw = partial(draw_dots, groups=gains, series=list(_MEASURES.values()), label="gain of the step reward", line=0.0)
-    return [
-        *shown,
-        Panel("What the step reward gains", f"Gain of the step reward: {words}.", draw, 0.7 + 0.5 * len(gains)),
-    ]
+    alt, height = f"Gain of the step reward: {words}.", 0.7 + 0.5 * len(gains)
+    return [*shown, Panel("What the step reward gains", alt, draw, height, _gains(errors))]
+
+
+def _finding(errors: StepErrors, measure: str) -> str:
+    """What a figure shows, from the strongest control."""
+    name = max(errors.gains, key=lambda name: getattr(errors.detectors[name], measure).mean)
+    own, other = (decimal(getattr(errors.detectors[d], measure).mean) for d in (REWARD, name))
+    numbers = f"{measure.upper()} {own}, {one_line(name)} {other}"
+    match getattr(errors.gains[name], measure).sign:
+        case 1:
+            return f"The step reward finds errors best: {numbers}."
+        case -1:
+            return f"The step reward finds errors less well than the best control: {numbers}."
+    return f"The step reward and the best control find errors equally well, up to noise: {numbers}."
+
+
+def _gains(errors: StepErrors) -> str:
+    for sign, words in ((-1, "Its F1 is lower than that of {}."), (0, "Its gain in F1 over {} may be noise.")):
+        if names := [one_line(name) for name, gain in errors.gains.items() if gain.f1.sign == sign]:
+            return words.format(" and ".join(names))
+    least = min((gain.f1 for gain in errors.gains.values()), key=lambda gain: gain.mean)
+    return f"It gains on every control, at least {signed_interval(least)} in F1."
 
 
 def tables(errors: StepErrors, *, brief: bool = False) -> list[Table]:
