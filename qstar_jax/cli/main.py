@@ -174,6 +174,10 @@ def _translated(words: Sequence[str]) -> list[str]:
     if not isinstance(given, dict):
         raise InputError(f"{flag} {words[at + 1]}: expected options by name, as `trl dpo --config` reads them")
     options, notes = translate(given)
+    # What the command line says of the length of the run replaces what the file says.
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if any(word.partition("=")[0] == f"--train.{one}" for word in words):
+            options["train"].pop(other, None)
     for note in notes:
         print(f"{flag}: {note}", file=sys.stderr)
     return [*words[:at], "--config", yaml.safe_dump(options), *words[at + 2 :]]

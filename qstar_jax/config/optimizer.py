@@ -13,7 +13,7 @@ class OptimizerOptions:
     Args:
         name: adamw, lion, adafactor, or rmsprop (the paper's code base).
         learning_rate: Peak learning rate.
-        warmup_steps: Steps of linear warm-up.
+        warmup_steps: Steps of linear warm-up; below 1: a share of all steps.
         schedule: Schedule after the warm-up.
         weight_decay: Decoupled weight decay of matrices; norms and biases do not decay.
         beta1: Decay of the first moment.
@@ -25,7 +25,7 @@ class OptimizerOptions:
 
     name: Literal["adamw", "lion", "adafactor", "rmsprop"] = selector("adamw")
     learning_rate: float = 1e-6
-    warmup_steps: int = 0
+    warmup_steps: int | float = 0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     weight_decay: float = 0.0
     beta1: float | None = option({"adamw": 0.9, "lion": 0.9}, bounds="[0, 1)")

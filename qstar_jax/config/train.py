@@ -38,7 +38,7 @@ class TrainOptions:
         accumulate: Micro-batches per step, computed one after the other; the gradient is that of the whole batch.
         eval_batch_size: Rows per batch of an evaluation; 0: `batch_size`.
         seed: Seed of the order of the rows.
-        log_every: Steps between lines of metrics.
+        log_every: Steps between lines of metrics; below 1: a share of all steps, here and in the next two.
         eval_every: Steps between evaluations; 0: only at the start and at the end.
         save_every: Steps between checkpoints; 0: only at the end.
         keep_checkpoints: Number of the newest checkpoints to keep.
@@ -58,9 +58,9 @@ class TrainOptions:
     accumulate: int = 1
     eval_batch_size: int = 0
     seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
+    log_every: int | float = 10
+    eval_every: int | float = 0
+    save_every: int | float = 0
     keep_checkpoints: int = 2
     keep_best: (
         Literal["loss", "rewards/margins", "rewards/accuracies", "objective/scores", "objective/rlhf_reward"] | None

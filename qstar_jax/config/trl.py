@@ -3,7 +3,9 @@
 Defaults are TRL's where a file leaves an option out, so that the same file describes the same run.
 """
 
+import difflib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qstar_jax.errors import InputError
@@ -31,7 +33,7 @@ _SAME: dict[str, tuple[str, Any]] = {
     "resume_from_checkpoint": ("resume", None),
 }
 _OPTIMIZERS = {"adamw": "adamw", "adafactor": "adafactor", "rmsprop": "rmsprop", "lion": "lion"}
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant"}
 _METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 # Read by the functions below, with TRL's defaults.
 _CONVERTED: Options = {
@@ -51,6 +53,7 @@ _CONVERTED: Options = {
     "f_alpha_divergence_coef": 0.5,
     "discopop_tau": 0.05,
     "bf16": None,
+    "fp16": False,
     "dtype": "float32",
     "gradient_checkpointing": True,
     "activation_checkpointing": None,
@@ -90,7 +93,6 @@ _MISSING: Options = {
     "use_dora": False,
     "load_in_8bit": False,
     "load_in_4bit": False,
-    "fp16": False,
     "neftune_noise_alpha": None,
     "label_smoothing_factor": 0.0,
     "lr_scheduler_kwargs": None,
@@ -121,7 +123,35 @@ _ELSEWHERE = """
     torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_bnb_nested_quant
     use_cache use_cpu use_liger_kernel
 """.split()
+_INSTEAD: Options = {
+    "truncation_mode": "a longer response loses its end",
+    "load_in_8bit": "parameters are stored as compute.param_dtype says, which takes more memory",
+    "load_in_4bit": "parameters are stored as compute.param_dtype says, which takes more memory",
+    "use_dora": "adapters are plain LoRA",
+    "use_rslora": "the adapter's scale is lora.alpha / lora.rank",
+    "lora_dropout": "adapters have none",
+    "report_to": "metrics.jsonl, TensorBoard's files and curves.png are written always, and nothing else",
+    "fsdp": "mesh.fsdp is the number of devices that share parameters",
+    "fsdp_config": "mesh.fsdp is the number of devices that share parameters",
+    "deepspeed": "mesh.fsdp is the number of devices that share parameters",
+    "attn_implementation": "compute.attention chooses the kernel",
+}
 KNOWN = frozenset([*_SAME, *_CONVERTED, *_MISSING, *_ELSEWHERE])  # and warmup_ratio, of older versions
+# Of versions of TRL before 1.0: without effect on the numbers here.
+_OLDER = frozenset(
+    "force_use_ref_model generate_during_eval is_encoder_decoder label_pad_token_id model_adapter_name "
+    "padding_value ref_adapter_name use_logits_to_keep use_num_logits_to_keep".split()
+)
+# What would change the run, and how to say it here.
+_REFUSED = {
+    "datasets": "name one dataset, with dataset_name",
+    "env": "set the variables before the command",
+    "max_completion_length": "max_length limits prompt and response together",
+    "max_target_length": "max_length limits prompt and response together",
+    "ref_model_name_or_path": "the reference is the model with which the run begins (model_name_or_path)",
+    "reference_free": "choose a loss without a reference, such as simpo (loss_type)",
+    "rpo_alpha": "loss_type [sigmoid, sft] with loss_weights [1, ALPHA]",
+}
 
 
 def translate(given: Options) -> tuple[Options, list[str]]:
@@ -135,10 +165,9 @@ def translate(given: Options) -> tuple[Options, list[str]]:
         it is.
 
     Raises:
-        InputError: TRL 1.16 has no such option, or a value is none that it takes.
+        InputError: Options are unknown, or cannot be left out without changing the run.
     """
-    if unknown := sorted(given.keys() - KNOWN):
-        raise InputError(f"--from_trl: `trl dpo` has no option {unknown[0]!r} (TRL 1.16)")
+    _check_names(given)
     trl = {name: default for name, (_, default) in _SAME.items()} | _CONVERTED | given
     options, notes = {}, []
     for name, (ours, default) in _SAME.items():
@@ -152,9 +181,22 @@ def translate(given: Options) -> tuple[Options, list[str]]:
         options |= convert(trl, notes.append)
     for name, harmless in _MISSING.items():
         if given.get(name, harmless) != harmless:
-            notes.append(f"{name} {given[name]}: not supported")
-    notes += [f"{name}: left to other options" for name in sorted(given.keys() & set(_ELSEWHERE))]
+            notes.append(f"{name} {given[name]}: not supported" + (f"; {_INSTEAD[name]}" if name in _INSTEAD else ""))
+    for name in sorted(given.keys() & {*_ELSEWHERE, *_OLDER}):
+        notes.append(f"{name}: {_INSTEAD.get(name, 'not read, as it does not change the numbers')}")
     return _nested(options), notes
+
+
+def _check_names(given: Options):
+    """Refuses names that are not TRL's, all at once."""
+    known = KNOWN | _OLDER | {"max_prompt_length"}
+    faults = [f"{name} is not supported: {_REFUSED[name]}" for name in sorted(given.keys() & _REFUSED.keys())]
+    for name in sorted(given.keys() - known - _REFUSED.keys(), key=str):
+        nearest = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; the nearest is {nearest[0]}" if nearest else ""
+        faults.append(f"`trl dpo` has no option {name!r} (TRL 1.16){hint}")
+    if faults:
+        raise InputError("--from_trl: " + "\n--from_trl: ".join(faults))
 
 
 Note = Callable[[str], None]
@@ -171,7 +213,7 @@ def _batches(trl: Options, note: Note) -> Options:
         "train.batch_size": size,
         "train.eval_batch_size": trl["per_device_eval_batch_size"],
         "data.max_length": length,
-        "data.max_prompt_length": length - 1,
+        "data.max_prompt_length": trl.get("max_prompt_length") or length - 1,
         "train.seed": trl["seed"] if trl["data_seed"] is None else trl["data_seed"],
     }
     steps = trl["max_steps"]
@@ -189,17 +231,14 @@ def _optimizer(trl: Options, note: Note) -> Options:
         options |= {"optimizer.eps": trl["adam_epsilon"]}
     schedule = str(trl["lr_scheduler_type"])
     if schedule not in _SCHEDULES:
-        note(f"lr_scheduler_type {schedule}: not supported; linear instead")
-    options["optimizer.schedule"] = _SCHEDULES.get(schedule, "linear")
-    # Warm-up in steps, or as a share of all steps, where their number is known.
-    warmup = trl["warmup_steps"] or trl["warmup_ratio"]
-    if 0 < warmup < 1:
-        if trl["max_steps"] <= 0:
-            note(
-                f"a warm-up of {warmup:.0%} of all steps: set optimizer.warmup_steps, as their number is not known yet"
-            )
-        warmup = round(warmup * max(trl["max_steps"], 0))
-    return options | {"optimizer.warmup_steps": int(warmup)}
+        nearest = next((name for name in _SCHEDULES if schedule.startswith(name)), "linear")
+        if schedule != "constant_with_warmup":
+            note(f"lr_scheduler_type {schedule}: not supported; {nearest} instead")
+        schedule = nearest
+    return options | {
+        "optimizer.schedule": schedule,
+        "optimizer.warmup_steps": trl["warmup_steps"] or trl["warmup_ratio"],
+    }
 
 
 def _loss(trl: Options, note: Note) -> Options:
@@ -213,7 +252,7 @@ def _loss(trl: Options, note: Note) -> Options:
 
 
 def _numbers(trl: Options, note: Note) -> Options:
-    if trl.get("fp16"):
+    if trl["fp16"]:
         note("fp16: bfloat16 instead")
     half = trl["bf16"] is not False
     checkpointing = trl["activation_checkpointing"]  # the newer name
@@ -229,19 +268,19 @@ def _numbers(trl: Options, note: Note) -> Options:
 
 
 def _intervals(trl: Options, note: Note) -> Options:
-    options: Options = {"train.save_every": trl["save_steps"] if trl["save_strategy"] == "steps" else 0}
-    if trl["save_strategy"] in ("epoch", "best"):
-        note(f"save_strategy {trl['save_strategy']}: saved at the end; set train.save_every or train.keep_best")
+    options: Options = {"train.save_every": _interval("save", trl, trl["save_steps"], note)}
+    if trl["save_strategy"] == "best":
+        note("save_strategy best: saved at the end; set train.keep_best")
     if trl["save_total_limit"] is None:
         note("save_total_limit: TRL keeps all checkpoints, and train.keep_checkpoints the newest 2")
     else:
         options["train.keep_checkpoints"] = trl["save_total_limit"]
     if trl["eval_strategy"] != "no":
-        options |= {"data.eval": trl["dataset_name"]}
-    if trl["eval_strategy"] == "steps":
-        options["train.eval_every"] = trl["eval_steps"] or trl["logging_steps"]
-    if trl["eval_strategy"] == "epoch":
-        note("eval_strategy epoch: evaluated before and after training; set train.eval_every")
+        options["train.eval_every"] = _interval("eval", trl, trl["eval_steps"] or trl["logging_steps"], note)
+        if trl["dataset_name"] and Path(trl["dataset_name"]).expanduser().is_file():
+            note(f"{trl['dataset_name']} is a file without splits: set data.eval to one of held-out rows")
+        else:
+            options["data.eval"] = trl["dataset_name"]
     if trl["load_best_model_at_end"]:
         metric = (trl["metric_for_best_model"] or "loss").removeprefix("eval_")
         if metric in _METRICS:
@@ -249,6 +288,16 @@ def _intervals(trl: Options, note: Note) -> Options:
         else:
             note(f"metric_for_best_model {metric}: not supported; train.keep_best takes {', '.join(_METRICS)}")
     return options
+
+
+def _interval(what: str, trl: Options, steps: float, note: Note) -> float:
+    """Steps between evaluations or checkpoints; below 1: their share of all steps."""
+    strategy = trl[f"{what}_strategy"]
+    if strategy == "epoch" and trl["max_steps"] > 0:
+        note(f"{what}_strategy epoch with max_steps: at the end only; set train.{what}_every, in steps")
+    elif strategy == "epoch" and trl["num_train_epochs"] > 1:
+        return 1 / trl["num_train_epochs"]
+    return steps if strategy == "steps" else 0
 
 
 def _reference(trl: Options, note: Note) -> Options:

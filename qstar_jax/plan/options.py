@@ -79,7 +79,7 @@ def run_plan(config: PlanConfig) -> RunPlan:
     """
     # No file is read, so none need be named; without data, the length of an epoch is unknown.
     data = replace(config.data, train=config.data.train or "examples of one length")
-    train = replace(config.train, steps=config.train.steps or config.optimizer.warmup_steps + 1)
+    train = replace(config.train, steps=config.train.steps or int(config.optimizer.warmup_steps) + 1)
     kind = _VERBS[config.verb]
     options = {field.name: getattr(config, field.name) for field in fields(kind)}
     return make_plan(kind(**options | {"data": data, "train": train, "mesh": mesh_options(config)}))

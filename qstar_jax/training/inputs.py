@@ -83,6 +83,8 @@ def load_inputs(
     if data.eval is not None:
         examples = load(data.eval, data.eval_split, limit=data.max_eval_rows)
         say(console, examples.report(start.model))
+        if data.eval == data.train and (data.eval_split == data.train_split or Path(data.eval).expanduser().is_file()):
+            say(console, "warning: data.eval is data.train, so no metric of this run is one of held-out rows")
         batch_size = options.eval_batch_size or options.batch_size
         held_out = Feeder(examples, batch_size, mesh, data, "train.eval_batch_size")
     identity = data_identity(train.dataset.examples, held_out and held_out.dataset.examples)

@@ -15,6 +15,7 @@ from qstar_jax.config import TrainOptions
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.training.best import BestEvaluation
 from qstar_jax.training.metrics import COUNT, mean_metrics
+from qstar_jax.training.optimizers import count_steps
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.source import Source
 from qstar_jax.training.step import TrainState, TrainStep, first_nonfinite
@@ -80,8 +81,9 @@ class Loop:
             batch = None
             window.append(metrics)
             done, last = step + 1, step + 1 == self.steps
-            saves, evaluates = last or _due(done, self.options.save_every), last or _due(done, self.options.eval_every)
-            if step == start or saves or evaluates or _due(step, self.options.log_every):
+            saves = last or self._is_due(done, self.options.save_every)
+            evaluates = last or self._is_due(done, self.options.eval_every)
+            if step == start or saves or evaluates or self._is_due(step, self.options.log_every):
                 # Log the means since the last line. They wait for the devices, so the clock is read after them.
                 means = mean_metrics(window)
                 self._stop_if_not_finite(state, step - len(window) + 1, means)
@@ -103,6 +105,10 @@ class Loop:
                 summary["steps"] = done
                 break
         return state, summary
+
+    def _is_due(self, step: int, interval: float) -> bool:
+        every = count_steps(interval, self.steps)
+        return every > 0 and step % every == 0
 
     def _report(self, step: int, means: dict[str, float], seconds: float | None) -> dict[str, float]:
         """Adds what follows from the step and its time, in seconds, and writes the line."""
@@ -132,7 +138,7 @@ class Loop:
             cause = f": {self.find_cause(state, batch, partial(self.source.locate, step))}"
         kept = "earlier checkpoints are untouched"
         if self.save and step > 0 and first_nonfinite(state.params) is None:
-            if step > since or not _due(step, self.options.save_every):
+            if step > since or not self._is_due(step, self.options.save_every):
                 self.save(state, step)
             kept = f"the state before it is kept as checkpoint {step}, from which another run can begin (--model)"
         raise FloatingPointError(
@@ -150,7 +156,3 @@ class Loop:
         if self.respond:
             self.respond(state.policy, step)
         return means
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -1,5 +1,7 @@
 """Optimizers by name, after global-norm clipping, with a warm-up and a schedule."""
 
+import math
+
 import jax
 import optax
 
@@ -8,9 +10,14 @@ from qstar_jax.config.variants import check_variant, fill_in
 from qstar_jax.models.causal_lm import Params
 
 
+def count_steps(option: float, steps: int) -> int:
+    """The value of an option in steps or, below 1, in shares of all `steps`; rounded up, as TRL does."""
+    return math.ceil(option * steps - 1e-6) if option < 1 else int(option)
+
+
 def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
     """Makes the schedule: linear warm-up, then the chosen schedule down to 0 at the end of the run."""
-    peak, warmup = options.learning_rate, options.warmup_steps
+    peak, warmup = options.learning_rate, count_steps(options.warmup_steps, steps)
     after = max(steps - warmup, 1)
     decay = {
         "constant": optax.constant_schedule(peak),

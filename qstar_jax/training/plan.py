@@ -103,6 +103,10 @@ def check_train(config: SftConfig | DpoConfig | RlConfig, metrics: Collection[st
         raise InputError(f"train.steps {train.steps} and train.epochs {train.epochs} contradict each other; set one")
     if train.epochs is not None and train.epochs <= 0:
         raise InputError(f"train.epochs {train.epochs}: expected more than 0 passes over the rows")
+    intervals = {f"train.{name}": getattr(train, name) for name in ("log_every", "eval_every", "save_every")}
+    for name, value in (intervals | {"optimizer.warmup_steps": config.optimizer.warmup_steps}).items():
+        if value < 0 or value != int(value) > 0:
+            raise InputError(f"{name} {value}: expected a number of steps, or a share of all steps below 1")
     if train.patience < 0 or (train.patience and train.keep_best is None):
         raise InputError(
             f"train.patience {train.patience}: expected 0, or a number of evaluations of train.keep_best, the metric "

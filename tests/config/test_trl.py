@@ -58,7 +58,14 @@ def test_defaults_are_those_of_trl():
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8},
             {"train.batch_size": 32, "train.accumulate": 8},
         ),
-        ({"max_steps": 100, "warmup_steps": 0.1}, {"train.steps": 100, "optimizer.warmup_steps": 10}),
+        ({"max_steps": 100, "warmup_steps": 0.1}, {"train.steps": 100, "optimizer.warmup_steps": 0.1}),
+        ({"warmup_ratio": 0.1, "num_train_epochs": 1}, {"train.epochs": 1.0, "optimizer.warmup_steps": 0.1}),
+        ({"max_prompt_length": 256}, {"data.max_prompt_length": 256, "data.max_length": 1024}),
+        ({"save_strategy": "epoch", "num_train_epochs": 4}, {"train.save_every": 0.25}),
+        ({"dataset_name": "d", "eval_strategy": "epoch"}, {"data.eval": "d", "train.eval_every": 1 / 3}),
+        ({"dataset_name": "d", "eval_strategy": "steps", "eval_steps": 0.1}, {"train.eval_every": 0.1}),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, {"optimizer.schedule": "cosine"}),
+        ({"lr_scheduler_type": "constant_with_warmup"}, {"optimizer.schedule": "constant"}),
         (
             {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
             {"loss.name": ["sigmoid", "sft"], "loss.weights": [1.0, 0.2]},
@@ -92,16 +99,18 @@ def test_options_become_ours(given, expected):
 @pytest.mark.parametrize(
     ("given", "note"),
     [
-        ({"load_in_4bit": True}, "load_in_4bit True: not supported"),
+        ({"load_in_4bit": True}, "load_in_4bit True: not supported; parameters are stored as compute.param_dtype says"),
         ({"use_weighting": True}, "use_weighting True: not supported"),
         ({"trust_remote_code": True}, "trust_remote_code True: not supported"),
         ({"optim": "sgd"}, "optim sgd: not supported; adamw instead"),
-        ({"warmup_ratio": 0.1}, "a warm-up of 10% of all steps: set optimizer.warmup_steps"),
-        ({"deepspeed": "zero3.json"}, "deepspeed: left to other options"),
+        ({"deepspeed": "zero3.json"}, "deepspeed: mesh.fsdp is the number of devices that share parameters"),
+        ({"label_pad_token_id": -100}, "label_pad_token_id: not read, as it does not change the numbers"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type cosine_with_min_lr: not supported; cosine"),
         ({"use_peft": True}, "lora_dropout: TRL's default is 0.05"),
         ({"fp16": True}, "fp16: bfloat16 instead"),
         ({"resume_from_checkpoint": "a/b"}, "resume_from_checkpoint a/b: --resume continues the run in --out"),
-        ({"eval_strategy": "epoch"}, "eval_strategy epoch: evaluated before and after training"),
+        ({"eval_strategy": "epoch", "max_steps": 9}, "eval_strategy epoch with max_steps: at the end only"),
+        ({"eval_strategy": "steps", "dataset_name": __file__}, "is a file without splits: set data.eval to one"),
         (
             {"metric_for_best_model": "bleu", "load_best_model_at_end": True},
             "metric_for_best_model bleu: not supported",
@@ -133,8 +142,13 @@ def test_the_table_of_options_is_complete():
 
 
 def test_options_that_trl_does_not_have_are_refused():
-    with pytest.raises(InputError, match="no option 'betta'"):
-        translate({"betta": 0.1})
+    faults = (
+        "--from_trl: datasets is not supported: name one dataset, with dataset_name\n"
+        "--from_trl: `trl dpo` has no option 'betta' (TRL 1.16); the nearest is beta\n"
+        "--from_trl: `trl dpo` has no option 'lerning_rate' (TRL 1.16); the nearest is learning_rate"
+    )
+    with pytest.raises(InputError, match=re.escape(faults)):
+        translate({"betta": 0.1, "lerning_rate": 1, "datasets": []})
 
 
 def test_a_file_of_trl_trains(tmp_path, hf_folder, train_file, eval_file, on_devices, capsys):
@@ -146,10 +160,22 @@ def test_a_file_of_trl_trains(tmp_path, hf_folder, train_file, eval_file, on_dev
     path = tmp_path / "trl.yaml"
     path.write_text(yaml.safe_dump(given))
     with on_devices(1):
-        assert main(["dpo", "--from_trl", str(path), "--loss.beta", "0.4", "--train.reference_samples", "0"]) == 0
+        words = ["--loss.beta", "0.4", "--train.reference_samples", "0", "--data.eval", str(train_file)]
+        assert main(["dpo", "--from_trl", str(path), *words]) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["loss"]["beta"] == 0.4 and config["train"]["batch_size"] == 8 and config["train"]["accumulate"] == 2
-    assert "--from_trl: report_to: left to other options" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "--from_trl: report_to: metrics.jsonl, TensorBoard's files" in shown.err
+    assert "warning: data.eval is data.train" in shown.out
+
+
+def test_the_command_line_decides_how_long_a_run_is(tmp_path, capsys):
+    path = tmp_path / "trl.yaml"
+    path.write_text("model_name_or_path: m\noutput_dir: o\ndataset_name: d\n")
+    with pytest.raises(SystemExit):
+        main(["dpo", "--from_trl", str(path), "--train.steps", "4", "--print_config"])
+    train = yaml.safe_load(capsys.readouterr().out)["train"]
+    assert (train["steps"], train["epochs"]) == (4, None)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def test_better_is_less_loss_and_more_of_anything_else(metric, values, best, exh
         ({"patience": 2}, True, "train.keep_best, the metric that must improve"),
         ({"keep_best": "loss", "eval_every": 1}, False, "needs data.eval, held-out rows"),
         ({"keep_best": "loss"}, True, "needs train.eval_every"),
+        ({"eval_every": 2.5}, True, r"train.eval_every 2.5: expected a number of steps, or a share of all steps below"),
+        ({"save_every": -1}, True, r"train.save_every -1: expected a number of steps"),
     ],
 )
 @pytest.mark.parametrize("verb", ["sft", "dpo"])

@@ -75,7 +75,7 @@ def run_linear(source, saved, start=0, batch=None, **options):
     """Minimizes `x * batch` in five steps; appends (step, x) of checkpoints to `saved`, returns the lines logged."""
     log = Log()
     loop = Loop(
-        TrainOptions(log_every=2, **options),
+        TrainOptions(**{"log_every": 2, **options}),
         steps=5,
         train_step=jax.jit(make_train_step(linear, optax.sgd(0.1))),
         source=source,
@@ -95,6 +95,12 @@ def test_lines_are_means_since_the_last_and_evaluations_and_checkpoints_follow_t
     assert saved == [(2, 0.9), (4, 0.4), (5, 0.0)]
     lines = run_linear(Numbers(), saved := [])
     assert lines == [(0, "eval"), (0, 0.0), (2, 1.5), (4, 3.5), (5, "eval")] and saved == [(5, 0.0)]
+
+
+def test_intervals_may_be_shares_of_all_steps():
+    lines = run_linear(Numbers(), saved := [], eval_every=0.4, save_every=0.5, log_every=0.9)
+    assert [step for step, mean in lines if mean == "eval"] == [0, 2, 4, 5]
+    assert [step for step, _ in saved] == [3, 5] and lines[-2][0] == 4
 
 
 def test_the_first_batch_is_made_once():

@@ -155,6 +155,7 @@ def test_schedules_by_hand():
     linear = [0.25, 0.5, 0.75, 1.0, *[1 - i / 6 for i in range(6)]]
     np.testing.assert_allclose(rates(schedule="linear", warmup_steps=4), linear, atol=2e-6)
     assert rates(schedule="constant", warmup_steps=1) == [1.0] * 10
+    assert rates(warmup_steps=0.3) == rates(warmup_steps=3) and rates(warmup_steps=0.31) == rates(warmup_steps=4)
     np.testing.assert_allclose(rates(steps=3, warmup_steps=6), [1 / 6, 2 / 6, 3 / 6], atol=2e-6)
 
 

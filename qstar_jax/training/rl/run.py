@@ -28,7 +28,7 @@ from qstar_jax.training.loop import Loop
 from qstar_jax.training.metrics import mean_metrics
 from qstar_jax.training.objectives.policy_gradient import sample_metrics
 from qstar_jax.training.objectives.responses import token_counts
-from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
+from qstar_jax.training.optimizers import count_steps, learning_rate_schedule, make_optimizer
 from qstar_jax.training.plan import RunPlan
 from qstar_jax.training.rl.batches import Batcher
 from qstar_jax.training.rl.evaluator import SampleEvaluator
@@ -111,7 +111,8 @@ def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console
     prompts = len(inputs.train.dataset.examples)
     steps = options.steps or -(-int(np.ceil((options.epochs or 1) * prompts)) // options.batch_size)
     # The schedule counts updates; a warm-up is given in steps.
-    optimizer = replace(plan.config.optimizer, warmup_steps=plan.config.optimizer.warmup_steps * updates)
+    warmup = count_steps(plan.config.optimizer.warmup_steps, steps) * updates
+    optimizer = replace(plan.config.optimizer, warmup_steps=warmup)
     run = Run(
         plan=plan,
         start=start,
