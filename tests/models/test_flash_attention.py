@@ -220,6 +220,7 @@ def test_the_kernels_lower_for_tpus(sizes, windowed, softcap):
     assert lowered.as_text().count("@tpu_custom_call(") == 3
 
 
+@pytest.mark.compiled
 def test_the_kernels_compile_for_tpus():
     """By the real compiler, for a v5e of four chips that need not be there; in a process of its own."""
     pytest.importorskip("libtpu")
