@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: Words after `qstar`; those of the process by default.
 
     Returns:
-        Exit code: 0, 2 for wrong usage or input, 1 for a failure.
+        Exit code: 0, 2 for wrong usage or input, 1 for a failure, 130 if it was interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks replace them by other objects
@@ -148,6 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"qstar {parsed.verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"qstar {parsed.verb}: interrupted", file=sys.stderr)
+        return 130
     except (RuntimeError, FloatingPointError, ImportError, OSError) as error:
         if os.environ.get("QSTAR_TRACEBACK"):
             raise

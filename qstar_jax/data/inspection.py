@@ -155,6 +155,8 @@ def advice(
         has_template: Whether the tokenizer has a chat template.
     """
     lines = _advice_on_labels(rows, records, options) if kind == "labels" else []
+    if kind == "prompts":
+        lines += _advice_on_other_columns(rows, options)
     if dataset is not None and whole is not None:
         lines += _advice_on_lengths(dataset, whole, options)
     if has_template and all(isinstance(record.prompt, str) for record in records):
@@ -163,6 +165,18 @@ def advice(
         longer = np.mean([_spoken(r.responses[0]) > _spoken(r.responses[1]) for r in records])
         lines.append(f"Chosen responses are the longer ones in {longer:.0%} of the pairs.")
     return lines
+
+
+def _advice_on_other_columns(rows: list[dict | BadRow], options: DataOptions) -> list[str]:
+    """What to do if a file of prompts has responses under names that are not known."""
+    read = {options.prompt, options.system, options.tools, "instruction", "input", "history"}
+    texts = (column for column in columns_of(rows) if set(column.types) & {"str", "list"})
+    if not (others := [column.name for column in texts if column.name not in read]):
+        return []
+    return [
+        f"Only prompts are read. If there are responses in {', '.join(others)}, name them: --data.chosen and "
+        "--data.rejected, or --data.completion."
+    ]
 
 
 def _advice_on_labels(rows: list[dict | BadRow], records: Sequence[Record], options: DataOptions) -> list[str]:

@@ -59,6 +59,12 @@ def test_kinds_of_rows(row, kind, use, tmp_path, capsys):
     assert f"read as {kind}" in text and use in text
 
 
+def test_columns_that_may_be_responses_are_named(tmp_path, capsys):
+    rows = [{"prompt": "p", "response_chosen": "a", "response_rejected": "b", "score": 1}] * 2
+    text = " ".join(say(tmp_path, capsys, rows).split())
+    assert "Only prompts are read. If there are responses in response_chosen, response_rejected, name them" in text
+
+
 def test_another_kind(tmp_path, capsys):
     text = say(tmp_path, capsys, [PAIR, PAIR | {"prompt": "w2"}], "--kind", "labels")
     assert "format: pairs, read as labels" in text and "--loss.name kto" in text

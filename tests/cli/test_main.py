@@ -180,6 +180,15 @@ def test_bad_input_exits_with_2_and_one_plain_line(capsys, tmp_path):
     assert "Traceback" not in message and len(message.splitlines()) == 1
 
 
+def test_an_interrupted_run_says_so_in_one_line(monkeypatch, capsys):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qstar_jax.cli.dpo.run", interrupt)
+    assert main(BASE) == 130
+    assert capsys.readouterr().err == "qstar dpo: interrupted\n"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, FloatingPointError, OSError, ImportError])
 def test_failures_exit_with_1(error, monkeypatch, capsys):
     def fail(config):
