@@ -52,8 +52,7 @@ def reward_maker(config: RlConfig) -> RewardMaker:
             case "reward_model":
                 return reward_model()
             case "verifier":
-                limit = config.data.max_train_rows if prompts.split == config.data.train_split else None
-                rows = read_rows(prompts.dataset.source, prompts.split, limit, config.data.name)
+                rows = read_rows(prompts.dataset.source, prompts.split, max(prompts.texts) + 1, config.data.name)
                 return Verifier(prompts, rows, options.answer or "answer", options.extract or "marked")
         return None
 
