@@ -1,5 +1,8 @@
 """Built-in tasks are found by the names that options use."""
 
+import hashlib
+import json
+
 import pytest
 
 from qstar_jax import tasks
@@ -34,6 +37,12 @@ def test_the_base_model_is_a_folder_and_has_no_seed():
     assert (open_folder("builtin:tiny-tldr") / "config.json").is_file()
     with pytest.raises(InputError, match="a base model has no seed; name it builtin:tiny-tldr"):
         open_folder("builtin:tiny-tldr?seed=3")
+
+
+def test_sums_have_a_base_model_that_was_fitted_to_the_solver():
+    folder = open_folder("builtin:tiny-sums")
+    record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+    assert record["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_a_task_knows_its_reward():

@@ -4,9 +4,13 @@ As data it is `builtin:tiny-sums` (splits train, test, solutions, outcomes and s
 fitted to the solver, slips included.
 """
 
+from pathlib import Path
+
 from qstar_jax.tasks.task import Task
 from qstar_jax.tasks.tiny_sums.oracle import Oracle
 from qstar_jax.tasks.tiny_sums.rows import SPLITS, split_rows
 from qstar_jax.tasks.tiny_sums.sums import true_reward
 
-TASK = Task("tiny-sums", SPLITS, split_rows, None, true_reward, lambda *settings: Oracle(*settings).advantages)
+BASE = Path(__file__).parent / "base"  # the base model, a Hugging Face folder
+
+TASK = Task("tiny-sums", SPLITS, split_rows, BASE, true_reward, lambda *settings: Oracle(*settings).advantages)
