@@ -100,7 +100,7 @@ def best_of_n(
         # Draw up to the end of the stage.
         state = sampler.run(state, end - length, draw=length, slot=(length - 1) * count)
         samples, length = count, end
-    return state.partial.best(samples).responses()
+    return state.partial.best(samples).responses(drawn=state.drawn)
 
 
 def _prune(state: SamplingState, count: int, written: int, needed: int) -> SamplingState:

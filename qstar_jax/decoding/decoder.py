@@ -43,6 +43,8 @@ class Generation:
         finish: eos, length or stop; none if the method found no response.
         certified: Whether it is proven to be the best of all; None if nothing can be proven.
         seed: Seed of the sampling; None if nothing was sampled.
+        drawn: Tokens drawn for its prompt in all, those of other and of pruned responses included; None where the
+            method draws none.
     """
 
     text: str
@@ -55,6 +57,7 @@ class Generation:
     finish: str
     certified: bool | None
     seed: int | None
+    drawn: int | None
 
     @property
     def finished(self) -> bool:
@@ -174,6 +177,7 @@ class Decoder:
             finish="none" if finish == Finish.INVALID else finish.name.lower(),
             certified=bool(responses.certified[i]) if responses.certified is not None and rank == 0 else None,
             seed=self.plan.block.seed if self.plan.samples else None,
+            drawn=None if responses.drawn is None else int(responses.drawn[i]),
         )
 
     def _text(self, tokens: tuple[int, ...], finish: Finish) -> str:

@@ -116,6 +116,20 @@ class ImplicitReward:
 
 
 @dataclass(frozen=True)
+class JudgedReference(ImplicitReward):
+    """Implicit reward of tokens that the reference draws, of (policy, reference): the policy only judges.
+
+    It is for policies that were trained to judge, by labels of single responses, and whose own samples may be poor.
+    """
+
+    def __call__(self, logits: Logits) -> StepScores:
+        """See `Objective`; `logp` is that of the reference, which is decoded."""
+        judged = super().__call__(logits)
+        score = jnp.where(judged.ref_logp > -jnp.inf, judged.score, -jnp.inf)
+        return StepScores(score, None, judged.ref_logp, None)
+
+
+@dataclass(frozen=True)
 class LogitArithmetic:
     """The sum of log pi of base + sum_i w_i * (tuned_i - untuned_i), of (base, tuned_1, untuned_1, tuned_2, ...).
 

@@ -139,7 +139,7 @@ class Partial:
         score = jnp.where(pruned, -jnp.inf, self.score)
         return replace(self, score=score, finish=jnp.where(pruned, Finish.INVALID, self.finish))
 
-    def responses(self, certified: Bool[Array, " B"] | None = None) -> Responses:
+    def responses(self, certified: Bool[Array, " B"] | None = None, drawn: Int[Array, " B"] | None = None) -> Responses:
         """Makes what decoders return: nothing but zeros and -inf where there is no response."""
         return Responses(
             tokens=jnp.where(self.exists[..., None], self.tokens, 0),
@@ -150,6 +150,7 @@ class Partial:
             finish=self.finish,
             certified=certified,
             token_logp=None if self.token_logp is None else jnp.where(self.exists[..., None], self.token_logp, 0.0),
+            drawn=drawn,
         )
 
 

@@ -38,6 +38,8 @@ class Responses:
         certified: Whether the first response is proven to be the best of all. Shape [B], or None where nothing can be.
         token_logp: log pi of each token, in nats, 0 after a response's end; or None unless it was asked for. Shape
             [B, N, T].
+        drawn: Tokens drawn for each prompt in all, those of other responses included. Shape [B], or None where nothing
+            is drawn.
     """
 
     tokens: Int[Array, "B N T"]
@@ -48,6 +50,7 @@ class Responses:
     finish: Int[Array, "B N"]
     certified: Bool[Array, " B"] | None = None
     token_logp: Float[Array, "B N T"] | None = None
+    drawn: Int[Array, " B"] | None = None
 
     @property
     def finished(self) -> Bool[Array, "B N"]:

@@ -32,6 +32,7 @@ class SamplingState:
         keys: A key for each sample; None where nothing is drawn. Shape [B, N].
         path: The pool's slots that hold a sample's tokens. Shape [B, N, M].
         memory: What the policy keeps of prompts and pool.
+        drawn: Tokens drawn for each prompt so far, those of samples that were pruned included. Shape [B].
     """
 
     partial: Partial
@@ -39,6 +40,7 @@ class SamplingState:
     keys: Key[Array, "B N"] | None
     path: Bool[Array, "B N M"]
     memory: Memory
+    drawn: Int[Array, " B"]
 
     @property
     def active(self) -> Bool[Array, "B N"]:
@@ -58,7 +60,7 @@ class SamplingState:
         path = jnp.take_along_axis(take_rows(self.path, chosen), slots[:, None], axis=-1) & filled
         keys = None if self.keys is None else take_rows(self.keys, chosen)
         paused = take_rows(self.paused, chosen)
-        return SamplingState(self.partial.take(chosen), paused, keys, path, self.memory.reorder(slots))
+        return SamplingState(self.partial.take(chosen), paused, keys, path, self.memory.reorder(slots), self.drawn)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Sampler:
             step, self.options.max_new_tokens, self.stop_strings, keep_token_logps=self.keep_token_logps
         )
         path = jnp.zeros((*partial.lengths.shape, slots), bool)
-        return self._append(SamplingState(partial, partial.lengths > 0, keys, path, memory), step, 0)
+        none_drawn = jnp.zeros(len(partial.lengths), jnp.int32)
+        return self._append(SamplingState(partial, partial.lengths > 0, keys, path, memory, none_drawn), step, 0)
 
     def run(
         self,
@@ -159,7 +162,7 @@ class Sampler:
         # Where no token is possible, there is no response.
         partial = partial.without(active & ~possible)
         paused = state.paused | (drawn & is_one_of(token, self.delimiter_ids))
-        return replace(state, partial=partial, paused=paused)
+        return replace(state, partial=partial, paused=paused, drawn=state.drawn + drawn.sum(-1, dtype=jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options", "objective", "keep_token_logps"))
@@ -203,4 +206,5 @@ def sample(
     )
     steps, count = options.max_new_tokens - 1, options.num_samples
     state = sampler.start(keys, count, steps * count)
-    return sampler.run(state, steps, draw=1, slot=0).partial.responses()
+    state = sampler.run(state, steps, draw=1, slot=0)
+    return state.partial.responses(drawn=state.drawn)

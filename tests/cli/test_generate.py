@@ -76,7 +76,7 @@ def test_beams_from_a_run_are_sorted_and_scored_by_log_pi(dpo_run, tmp_path, one
         "score",
         "finish",
     ]
-    assert list(found[0]) == [*fields, "certified", "seed", "prompt_truncated", "reason"]
+    assert list(found[0]) == [*fields, "certified", "seed", "drawn", "prompt_truncated", "reason"]
     assert found[0]["prompt_truncated"] is False and found[0]["reason"] is None
     assert found[0]["certified"] in (True, False) and found[1]["certified"] is None
 

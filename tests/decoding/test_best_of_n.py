@@ -87,14 +87,17 @@ def test_rejection_keeps_what_a_restatement_keeps(pair, drawn, token_logps, reje
         for response in all_responses:
             logp, ref_logp = token_logps(row, response)
             sums.append(np.cumsum(BETA * (logp - ref_logp)))
-        alive = list(range(COUNT))
+        alive, count = list(range(COUNT)), [len(response) for response in all_responses]
         for length in range(rejection.interval, ROOM, rejection.interval):
             so_far = {n: sums[n][:length][-1] for n in alive}
             fewer = math.ceil(round(len(alive) * rejection.keep, 6))
-            alive = sorted(sorted(alive, key=lambda n, so_far=so_far: -so_far[n])[:fewer])
+            kept = sorted(sorted(alive, key=lambda n, so_far=so_far: -so_far[n])[:fewer])
+            count = [min(c, length) if n in {*alive} - {*kept} else c for n, c in enumerate(count)]
+            alive = kept
         best = sorted(alive, key=lambda n, sums=sums: -sums[n][-1])
         assert responses(found, row) == [all_responses[n] for n in best]
         np.testing.assert_allclose(found.score[row], [sums[n][-1] for n in best], atol=1e-4)
+        assert found.drawn[row] == sum(count)
     assert found.tokens.shape[1] == len(best) < COUNT
 
 

@@ -151,8 +151,8 @@ def chunk_beam_search(
         state, _, chunk = carry
         return (chunk == 0) | state.partial.growing.any()
 
-    _, finished, _ = jax.lax.while_loop(unfinished, search_chunk, (state, finished, jnp.int32(0)))
-    return finished.responses()
+    state, finished, _ = jax.lax.while_loop(unfinished, search_chunk, (state, finished, jnp.int32(0)))
+    return finished.responses(drawn=state.drawn)
 
 
 def _distinct(partial: Partial) -> Partial:

@@ -51,7 +51,9 @@ def finish_greedily(tree: Tree, where: Bool[Array, " B"], sampler: Sampler, memo
     max_new_tokens = prefix.tokens.shape[-1]
     slots = _slots_of_path(tree, node, 2 * max_new_tokens)
     path = (jnp.arange(2 * max_new_tokens) < prefix.lengths)[:, None]
-    state = SamplingState(partial, jnp.zeros_like(where), None, path, memory.reorder(slots))
+    state = SamplingState(
+        partial, jnp.zeros_like(where), None, path, memory.reorder(slots), jnp.zeros(len(where), jnp.int32)
+    )
     return sampler.run(state, max_new_tokens, draw=0, slot=max_new_tokens).partial
 
 

@@ -62,10 +62,11 @@ def sums(next_logps):
     return lambda row, response: np.stack([next_logps(row, response[:t])[:, a] for t, a in enumerate(response)], axis=1)
 
 
-def restated(next_logps, row, key, options, score, *, copying=False, monotone=False):
+def restated(next_logps, row, key, options, score, *, copying=False, monotone=False, drawn=None):
     """The search in plain Python, with the program's keys: responses of one prompt, best first.
 
     `copying` is the other program's way: a finished response stays a beam, and takes part as often as it is copied.
+    Tokens are appended to the list `drawn` as they are drawn.
     """
     parents, ended, chunk = [()] * (options.beams * options.samples), [], 0
     keys = [jax.random.fold_in(key, j) for j in range(len(parents))]
@@ -81,6 +82,8 @@ def restated(next_logps, row, key, options, score, *, copying=False, monotone=Fa
                     break
                 noise = jax.random.gumbel(jax.random.fold_in(key, chunk * options.chunk_length + s), (5,))
                 tokens += (int(np.argmax(next_logps(row, tokens)[0] + np.asarray(noise))),)
+                if drawn is not None:
+                    drawn.append(tokens[-1])
                 if tokens[-1] in options.delimiter_ids:
                     break
             children.append(tokens)
@@ -115,8 +118,10 @@ def test_equals_a_restatement_with_its_scores(pair, next_logps, sums, reward, na
     for seed in range(6):
         found = search(pair, seed=seed, objective=Likelihood() if likely else REWARD)
         for row in range(2):
-            expected = restated(next_logps, row, keys_of(seed)[row], OPTIONS, score, monotone=likely)
+            drawn = []
+            expected = restated(next_logps, row, keys_of(seed)[row], OPTIONS, score, monotone=likely, drawn=drawn)
             assert responses(found, row) == expected
+            assert found.drawn[row] == len(drawn)  # those of prefixes that did not go on included
             for n, response in enumerate(expected):
                 np.testing.assert_allclose(found.score[row, n], score(row, response), atol=1e-4)
                 both = found.logp[row, n], found.ref_logp[row, n]
@@ -134,6 +139,7 @@ def test_one_beam_and_one_chunk_are_best_of_n(pair):
         best = jax.device_get(best_of_n(*pair, PROMPTS, LENGTHS, keys_of(seed), drawing, objective=REWARD))
         for row in range(2):
             assert responses(found, row) == responses(best, row)[:1]
+            assert found.drawn[row] == best.drawn[row] == best.lengths[row].sum()
         np.testing.assert_allclose(found.score[:, 0], best.score[:, 0], atol=1e-5)
 
 
