@@ -347,6 +347,7 @@ def on_devices(kept_programs):
                 "training.rl.run",
                 "decoding.run",
                 "evaluation.score",
+                "evaluation.selecting",
                 "evaluation.insights.sweep",
             )
             for module in modules:

@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "chat": (config.ChatConfig, "talk to a model in the terminal, and see the rewards of its tokens"),
     "play": (config.PlayConfig, "play games of the package textarena, and keep the dialogues with their returns"),
     "sweep": (config.SweepConfig, "measure wider beams: win rate, length and reward"),
+    "select": (config.SelectConfig, "select among responses: best of N and votes, beside chance and oracle"),
     "decline": (config.DeclineConfig, "show how implicit rewards moved in real runs"),
     "report": (config.ReportConfig, "put what score, sweep, decline and demo have measured on one page"),
     "export": (config.ExportConfig, "write a run's model, or its adapter, as a Hugging Face folder"),

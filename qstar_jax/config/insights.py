@@ -73,7 +73,7 @@ class DeclineConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One page of what `score`, `sweep`, `decline` and `demo --insight dialogue` have measured.
+    """One page of what `score`, `sweep`, `decline`, `select` and `demo --insight dialogue` have measured.
 
     Any of them may be left out.
 
@@ -84,6 +84,7 @@ class ReportConfig:
         decline: Folder that `qstar decline` wrote.
         dialogue: Folder `dialogue` that `qstar demo --insight dialogue` wrote.
         steps: Folder that `qstar score --steps --wrong_step COLUMN` wrote.
+        selection: Folder that `qstar select` wrote.
         title: Heading of the page.
         show: Number of rows of `credit` to colour on the page.
     """
@@ -94,6 +95,7 @@ class ReportConfig:
     decline: str | None = path(None)
     dialogue: str | None = path(None)
     steps: str | None = path(None)
+    selection: str | None = path(None)
     title: str = "Your language model is a Q-function"
     show: int = 6
 

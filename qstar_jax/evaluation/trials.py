@@ -66,16 +66,20 @@ def read_trials(data: DataOptions, policy: LoadedModel) -> tuple[list[Trial], Da
     _, records, bad = read_records(data.eval, data.eval_split, "completions", data, data.max_eval_rows)
     records = list(map(last_turn, records))
     vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy)}
-    dataset = make_dataset(records, bad, data.eval, policy.tokenizer, data, **vocab)
+    dataset = distinct_prompts(make_dataset(records, bad, data.eval, policy.tokenizer, data, **vocab))
+    record_of_row = {record.row: record for record in records}
+    return [Trial(example, *_texts(record_of_row[example.row])) for example in dataset.examples], dataset
+
+
+def distinct_prompts(dataset: Dataset) -> Dataset:
+    """Drops the rows of a dataset whose prompt an earlier row has."""
     distinct: dict[bytes, Example] = {}
     for example in dataset.examples:
         distinct.setdefault(example.prompt.tobytes(), example)
     examples = list(distinct.values())
     repeated = {example.row for example in dataset.examples} - {example.row for example in examples}
     dropped = sorted([*dataset.dropped, *(Dropped(row, REPEATED) for row in repeated)], key=lambda one: one.row)
-    record_of_row = {record.row: record for record in records}
-    trials = [Trial(example, *_texts(record_of_row[example.row])) for example in examples]
-    return trials, replace(dataset, examples=examples, dropped=tuple(dropped))
+    return replace(dataset, examples=examples, dropped=tuple(dropped))
 
 
 def _texts(record: Record) -> tuple[str, str]:

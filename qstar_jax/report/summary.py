@@ -34,7 +34,8 @@ def write_report(config: ReportConfig, console: Console, **more: Any) -> dict[st
     records = [kind.read(Path(folder)) for kind, folder in folders.items() if folder is not None]
     if not records:
         raise InputError(
-            "name a folder to show with --credit, --sweep, --decline, --dialogue or --steps, or several of them"
+            "name a folder to show with --credit, --sweep, --decline, --dialogue, --steps or --selection, or several "
+            "of them"
         )
     heatmaps = [row for r in records if isinstance(r, Credit) for row in _heatmaps(Path(config.credit), r, config.show)]
     findings, out = [record.finding() for record in records], Path(config.out)

@@ -13,9 +13,11 @@ PATHS = {
     "data.chat_template", "reference.cache", "reference.guide", "judge.model", "judge.reference", "judge.prompt",
     "judge.cache", "export", "credit", "reward.model", "reward.reference", "reward.guide",
     "sweep", "decline", "dialogue", "steps", "with_sft", "without_sft", "samples",
+    "generations", "scores", "selection",
 }  # fmt: skip
 # Options that are text and no path.
 WORDS = {
+    "right", "pattern", "step_ends",
     "prompt", "system", "split", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url",
     "loss.name", "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies", "game",
     "reward.answer", "reward.extract", "completion", "label", "reward", "wrong_step", "step_delimiter",

@@ -9,6 +9,7 @@ import pytest
 
 from qstar_jax.decoding.objectives import (
     ImplicitReward,
+    JudgedReference,
     Likelihood,
     LogitArithmetic,
     RegularisedReward,
@@ -81,6 +82,18 @@ def test_rewards_by_hand(logits):
         for wrong in (logits[0], logits):
             with pytest.raises(ValueError, match=r"reads an Ensemble of 2 policies, found [13]"):
                 objective(wrong)
+
+
+def test_a_judged_reference_draws_and_the_policy_rewards(logits):
+    logp, ref_logp = map(log_softmax, logits[:2])
+    found = JudgedReference(0.3)(logits[:2])
+    possible = np.isfinite(logp)  # what the policy rules out has a reward of minus infinity, and is not drawn
+    np.testing.assert_allclose(found.score[possible], 0.3 * (logp - ref_logp)[possible], **CLOSE)
+    assert np.isneginf(found.score[~possible]).all()
+    np.testing.assert_allclose(found.logp, ref_logp, **CLOSE)
+    assert found.ref_logp is None and found.value is None
+    impossible = JudgedReference(0.3)(logits[1::-1])  # now to the writer: it would be infinitely good
+    assert np.isneginf(impossible.score[..., 5]).all()
 
 
 def test_tables_by_hand():

@@ -6,11 +6,18 @@ from rich.console import Console
 
 from qstar_jax.console import say
 from qstar_jax.evaluation.insights.record import Record
-from qstar_jax.report.insights import credit, decline, dialogue, steps, sweep
+from qstar_jax.report.insights import credit, decline, dialogue, selection, steps, sweep
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.panel import sheet_figure
 
-VIEWS: tuple[View, ...] = (credit.VIEW, sweep.VIEW, decline.VIEW, dialogue.VIEW, steps.VIEW)  # in the order of the page
+VIEWS: tuple[View, ...] = (
+    credit.VIEW,
+    sweep.VIEW,
+    decline.VIEW,
+    dialogue.VIEW,
+    steps.VIEW,
+    selection.VIEW,
+)  # in the order of the page
 
 
 def view_of(record: Record) -> View:
