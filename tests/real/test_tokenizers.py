@@ -12,6 +12,7 @@ from qstar_jax.config import DataOptions
 from qstar_jax.data.batches import make_batch
 from qstar_jax.data.loading import load_examples
 from qstar_jax.data.packing import Shapes
+from qstar_jax.data.steps import find_steps, parse_delimiter
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.pieces import token_pieces
@@ -103,6 +104,24 @@ def test_dialogues_have_the_tokens_of_transformers(name, dialogue, tokenizer, re
             said = tokenizer.decode(response.ids, clean_up_tokenization_spaces=False)
             assert without_blanks(said).endswith(without_blanks(answer[0]["content"] + END[name]))
             assert "".join(token_pieces(response.ids, tokenizer)) == said
+
+
+def test_steps_end_with_their_delimiter_whatever_it_merges_with(tokenizer):
+    """Llama's and Qwen's vocabularies have tokens such as ".\\n\\n", and a space may begin the next word's token."""
+    text = "She has 3 + 4 = 7.\n\nSo 16 - 7 = 9 are left.\nShe makes 18.\n\n\nThat is $18."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = token_pieces(ids, tokenizer)
+
+    def steps(option):
+        found = find_steps(pieces, [0] * len(ids), parse_delimiter(option))
+        return ["".join(p for p, s in zip(pieces, found, strict=True) if s == step) for step in sorted(set(found))]
+
+    lines = ["She has 3 + 4 = 7.\n\n", "So 16 - 7 = 9 are left.\n", "She makes 18.\n\n\n", "That is $18."]
+    assert steps(r"\n") == lines and steps(r"re:\.\n+") == lines
+    assert [step.strip("\n") for step in steps(r"\n\n")] == [
+        "She has 3 + 4 = 7.", "So 16 - 7 = 9 are left.\nShe makes 18.", "That is $18."
+    ]  # fmt: skip
+    assert steps(r"\n\n")[0] == lines[0]  # the delimiter belongs to the step that it ends
 
 
 @of_chats
