@@ -16,6 +16,7 @@ from qstar_jax.report.panel import Panel, Style
 from qstar_jax.report.tables import Table, print_table
 
 _DRAWN = (SUM, "min")  # scores whose curves are drawn: the outcome reward, and the process reward
+_DODGE = 0.035  # between the intervals of two methods
 _RIVALS = (MAJORITY, best_by(SUM))  # of step search
 _KINDS = ("overall", "by question")  # of areas under the curve
 
@@ -109,10 +110,18 @@ def _draw_accuracy(axes: Axes, style: Style, *, selection: Selection, methods: l
             line = (0, (2, 2)) if name == CHANCE else (0, (6, 2))
             axes.plot(places, means, color=style.quiet, linestyle=line, linewidth=1.2, label=name)
             continue
-        mark = style.mark(methods.index(name) - 2)
+        number = methods.index(name) - 2
+        mark = style.mark(number)
         axes.plot(places, means, label=one_line(name), **mark)
         # Only the last: intervals of all methods at every N would cover each other.
-        axes.vlines(places[-1], values[-1].low, values[-1].high, color=mark["color"], linewidth=1, alpha=0.75)
+        axes.vlines(
+            places[-1] + _DODGE * (number + 1),
+            values[-1].low,
+            values[-1].high,
+            color=mark["color"],
+            linewidth=1,
+            alpha=0.75,
+        )
     axes.set_xticks(list(places), list(map(str, selection.sizes)))
     axes.set_xlabel("responses per question, N")
     axes.set_ylabel("share of right selections")
