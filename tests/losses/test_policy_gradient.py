@@ -181,6 +181,22 @@ def test_token_rewards_of_dpo_have_the_optimal_policy_of_the_sequence_reward(tok
     assert (token_weight == 0) == np.allclose(found.v, expected.v)  # the rewards themselves differ
 
 
+@pytest.mark.parametrize("token_weight", [0.5, 1.0])
+def test_token_rewards_of_dpo_have_the_expected_gradient_of_the_sequence_reward(token_weight, logits, ref_logp):
+    """At any policy, where b1 + b3 = 1: the returns differ by V*(s_0) only, the returns to go by V*(s_t)."""
+    returns = jax.random.normal(KEYS[3], (len(MASK),))
+    sequence = reward_of_responses(TREE, returns)
+    dpo = tabular.soft_value_iteration(TREE, sequence, ref_logp, beta=0.9).log_policy
+    token_rewards = 0.9 * tabular.on_paths(TREE, dpo - ref_logp)
+    composed = losses.rto_rewards(
+        token_rewards, returns, MASK, token_weight=token_weight, sequence_weight=1 - token_weight
+    )
+    weights = losses.returns_to_go(composed, MASK)
+    found = expected_gradient(logits, lambda logp: losses.reinforce(logp, weights, MASK))
+    np.testing.assert_allclose(found, exact_gradient(TREE, logits, sequence), **EXACT)
+    assert np.abs(weights - losses.returns_to_go(tabular.on_paths(TREE, sequence), MASK)).max() > 0.1
+
+
 def test_rto_rewards_by_hand():
     token_rewards = jnp.array([[1.0, -3.0, 9.0, 0.5], [2.0, 7.0, 8.0, 9.0], [5.0, 5.0, 5.0, 5.0]])
     mask = jnp.array([[True, True, False, True], [True, False, False, False], [False] * 4])
