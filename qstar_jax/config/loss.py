@@ -103,7 +103,7 @@ class WeightingOptions:
         min_weight: Smallest weight.
         max_weight: Largest weight.
         top: Share of a response's tokens that count.
-        seed: Seed of random weights.
+        control_seed: Seed of random weights.
     """
 
     transform: Literal["none", "exponential", "threshold", "threshold_and_scale", "rank_based", "select", "random"] = (
@@ -119,4 +119,4 @@ class WeightingOptions:
     min_weight: float | None = option(["threshold_and_scale", "rank_based", "random"], 0.7, bounds="(-inf, inf)")
     max_weight: float | None = option(["threshold_and_scale", "rank_based", "random"], 1.3, bounds="(-inf, inf)")
     top: float | None = option(["select"], 0.3, bounds="(0, 1]")
-    seed: int | None = option(["random"], 0, bounds="[0, inf)")
+    control_seed: int | None = option(["random"], 0, bounds="[0, inf)")

@@ -143,7 +143,7 @@ def random(
     *,
     min_weight: ScalarLike = 0.7,
     max_weight: ScalarLike = 1.3,
-    seed: int = 0,
+    control_seed: int = 0,
 ) -> Float[Array, "*B 2 T"]:
     """The control: uniform weights that know nothing of the guide, with the distribution of `rank_based`.
 
@@ -154,7 +154,7 @@ def random(
         mask: True at actions. Shape [..., 2, T].
         min_weight: Lower end.
         max_weight: Upper end.
-        seed: Another seed gives other weights.
+        control_seed: Another seed gives other weights.
 
     Returns:
         Weights. Shape [..., 2, T].
@@ -163,7 +163,7 @@ def random(
     names = (bits * (2 * jnp.arange(bits.shape[-1], dtype=jnp.uint32) + 1)).sum(-1, dtype=jnp.uint32)
 
     def draw(name: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), name), bits.shape[-1:], jnp.float32)
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(control_seed), name), bits.shape[-1:], jnp.float32)
 
     uniform = jax.vmap(draw)(names.reshape(-1)).reshape(bits.shape).astype(guide.dtype)
     return masked(min_weight + uniform * (max_weight - min_weight), mask)

@@ -74,7 +74,7 @@ OPTIONS = {
     "threshold_and_scale": {"low": -0.5, "high": 0.6, "min_weight": 0.1, "max_weight": 2.0},
     "rank_based": {"min_weight": 0.1, "max_weight": 2.0},
     "select": {"top": 0.6},
-    "random": {"min_weight": 0.1, "max_weight": 2.0, "seed": 1},
+    "random": {"min_weight": 0.1, "max_weight": 2.0, "control_seed": 1},
 }
 
 

@@ -149,7 +149,7 @@ def weighted(guide, make_config, tiny_train, tmp_path_factory):
                 {"transform": "threshold_and_scale"},
                 {"transform": "rank_based"},
                 {"transform": "random"},
-                {"transform": "random", "seed": 1},
+                {"transform": "random", "control_seed": 1},
             )
         ),
     ],
