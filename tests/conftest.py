@@ -348,6 +348,7 @@ def on_devices(kept_programs):
                 "decoding.run",
                 "evaluation.score",
                 "evaluation.selecting",
+                "evaluation.rewards",
                 "evaluation.insights.sweep",
             )
             for module in modules:

@@ -111,7 +111,8 @@ def rl(
         out: Folder of the run; None: a new temporary folder. Rows that are given in Python are kept in it.
         config: All options of `qstar rl`; its model, out and files are replaced.
         **options: Options by their last names, as for `dpo`: samples_per_prompt, kl_coef, guide, learning_rate, steps
-            and so on.
+            and so on. Those that both data or training and a reward model have are the former's (reward__max_length is
+            the latter's).
 
     Returns:
         The run.
@@ -177,6 +178,8 @@ def with_options(config: Any, options: Mapping[str, Any]) -> Any:
         # Find the one option that is meant.
         wanted = f"{name}__name" if isinstance(value, str) and f"{name}__name" in owners else name
         matches = [full for full in owners if wanted in (full, full.partition("__")[2])]
+        if len(matches) > 1:  # a reward model has lengths and batches of its own, by their full names
+            matches = [full for full in matches if not full.startswith("reward__")]
         if len(matches) != 1:
             found = f"it may be {' or '.join(matches)}" if matches else f"expected some of {', '.join(sorted(owners))}"
             raise InputError(f"option {name!r} is {'ambiguous' if matches else 'unknown'}: {found}")

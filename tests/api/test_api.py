@@ -208,3 +208,16 @@ def test_curves_are_redrawn_while_a_run_trains(hf_folder, tmp_path, on_devices, 
 def test_a_file_is_read_where_it_lies(run, tiny_tokenizer):
     data = load_examples(str(run.out / "train.jsonl"), "", "preferences", tiny_tokenizer, DpoConfig("m", "o").data)
     assert len(data.examples) == 8
+
+
+@pytest.mark.slow
+def test_a_function_is_a_reward(hf_folder, tmp_path, on_devices):
+    prompts = [{"prompt": row["prompt"]} for row in PAIRS]
+    options = {"max_new_tokens": 4, "samples_per_prompt": 2, "steps": 2, "batch_size": 4, "log_every": 1}
+    with on_devices(1):
+        run = qstar.rl(
+            hf_folder, prompts, reward=lambda pairs: [-len(text) for _, text in pairs], out=tmp_path / "rl", **options
+        )
+    assert run.metrics["objective/scores"][1][0] < -4 and run.summary["steps"] == 2
+    with pytest.raises(qstar.InputError, match="no built-in task that knows the true reward"), on_devices(1):
+        qstar.rl(hf_folder, prompts, out=tmp_path / "other", **options)

@@ -3,10 +3,16 @@
 import json
 import shutil
 
+import jax
 import pytest
+from rich.console import Console
 
 from qstar_jax.cli.main import main
+from qstar_jax.config import DataOptions, OptimizerOptions, RewardOptions, RlConfig, RlOptions, TrainOptions
+from qstar_jax.evaluation.rewards import reward_maker
 from qstar_jax.evaluation.scored import read_scores
+from qstar_jax.training.rl.run import train_rl
+from qstar_jax.training.run_log import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +64,25 @@ def test_rewards_that_cannot_be_had_are_refused(words, message, hf_folder, sums,
     out = str(tmp_path / "rl")
     assert main(["rl", "--model", str(hf_folder), "--out", out, "--data.train", str(sums), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_dpo_run_is_a_reward_model_whose_program_is_compiled_once(
+    dpo_run, hf_folder, train_file, tmp_path, one_device_only
+):
+    programs, at_line = [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: programs.append(event) if "backend_compile" in event else None
+    )
+    config = RlConfig(
+        model=str(hf_folder),
+        out=str(tmp_path / "rl"),
+        data=DataOptions(train=str(train_file), layout="shared"),
+        rl=RlOptions(max_new_tokens=6, samples_per_prompt=2),
+        reward=RewardOptions(kind="reward_model", model=str(dpo_run), batch_size=8),
+        optimizer=OptimizerOptions(learning_rate=1e-2),
+        train=TrainOptions(steps=12, batch_size=8, log_every=1, reference_samples=0),
+    )
+    train_rl(config, reward_maker(config), Console(quiet=True), lambda: at_line.append(len(programs)))
+    scores = read_metrics(tmp_path / "rl")["objective/scores"][1]
+    assert at_line[1] == at_line[-1] and sum(scores[-3:]) > sum(scores[:3])
