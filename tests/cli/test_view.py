@@ -11,6 +11,7 @@ import qstar_jax as qstar
 from qstar_jax.cli.main import main
 from qstar_jax.cli.view import make_app
 from qstar_jax.config import ViewConfig
+from qstar_jax.report.numbers import signed
 
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra `view`")
 pytest.importorskip("python_multipart", reason="needs the extra `view`")
@@ -45,7 +46,7 @@ def test_beams_are_shown_and_can_be_scored(client, model):
     page = client.post("/", data={"prompt": "w1 w2", "beams": "1"}).text
     [answers] = model.generate("w1 w2", beams=3, return_sequences=3, max_new_tokens=4)
     assert len(answers) == 3 and page.count("Score it") == sum(bool(answer.text.strip()) for answer in answers) > 0
-    assert all(answer.text in page and f"{answer.logp:.2f}" in page for answer in answers)
+    assert all(answer.text in page and signed(answer.logp, 2) in page for answer in answers)
 
 
 def test_text_is_escaped(client):
