@@ -3,6 +3,7 @@
 import re
 
 from qstar_jax.errors import InputError
+from qstar_jax.tasks import reasoning_gym
 from qstar_jax.tasks.task import PREFIX, Task
 from qstar_jax.tasks.tiny_questions import TASK as TINY_QUESTIONS
 from qstar_jax.tasks.tiny_sums import TASK as TINY_SUMS
@@ -12,10 +13,11 @@ TASKS = (TINY_TLDR, TINY_QUESTIONS, TINY_SUMS)
 
 
 def find(source: str) -> tuple[Task, int | None] | None:
-    """Finds a built-in task.
+    """Finds a built-in task, or one that the package reasoning-gym generates.
 
     Args:
-        source: Value of an option, for example "builtin:tiny-tldr" or "builtin:tiny-tldr?seed=3".
+        source: Value of an option, for example "builtin:tiny-tldr", "builtin:tiny-tldr?seed=3" or
+            "reasoning-gym:chain_sum?seed=3&size=500".
 
     Returns:
         The task, and the seed of its data if one is named; None if the source is not built in.
@@ -23,6 +25,8 @@ def find(source: str) -> tuple[Task, int | None] | None:
     Raises:
         InputError: If there is no such task.
     """
+    if source.startswith(reasoning_gym.PREFIX):
+        return reasoning_gym.open_task(source), None
     if not source.startswith(PREFIX):
         return None
     name, seed = re.fullmatch(r"(.*?)(?:\?seed=(\d+))?", source.removeprefix(PREFIX), re.DOTALL).groups()
