@@ -9,24 +9,22 @@ from rich.console import Console
 from qstar_jax.config import DemoConfig
 from qstar_jax.errors import InputError
 
-_FOLDERS = {"paper": "runs/demo", "dialogue": "runs/dialogue"}
+_FOLDERS = {"paper": "runs/demo", "dialogue": "runs/dialogue", "reasoning": "runs/reasoning"}
 
 
 def run(config: DemoConfig):
-    """Runs the tour of the paper's insights, or that of dialogues."""
+    """Runs the tour of the paper's insights, that of dialogues, or that of reasoning."""
     config = replace(config, out=config.out or _FOLDERS[config.insight])
     if config.from_scratch and config.insight != "paper":
-        raise InputError(
-            f"--from_scratch has no effect with --insight {config.insight}, which always begins from scratch; leave it "
-            "out"
-        )
-    taken = [path for name in ("sft", "sweep", "credit", "random") if (path := Path(config.out) / name).exists()]
+        begins = "always begins from scratch" if config.insight == "dialogue" else "begins from a model in the package"
+        raise InputError(f"--from_scratch has no effect with --insight {config.insight}, which {begins}; leave it out")
+    taken = [path for name in ("sft", "sweep", "credit", "random", "prm") if (path := Path(config.out) / name).exists()]
     if taken:
         raise InputError(f"{taken[0]} is there already; remove {config.out}, or choose another --out")
     _compile_quickly()
-    from qstar_jax.demo import dialogue, tour
+    from qstar_jax.demo import dialogue, reasoning, tour
 
-    tours = {"paper": tour.run, "dialogue": dialogue.run}
+    tours = {"paper": tour.run, "dialogue": dialogue.run, "reasoning": reasoning.run}
     tours[config.insight](config, Console())
 
 

@@ -73,7 +73,7 @@ class DeclineConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One page of what `score`, `sweep`, `decline`, `select` and `demo --insight dialogue` have measured.
+    """One page of what `score`, `sweep`, `decline`, `select` and `demo` have measured.
 
     Any of them may be left out.
 
@@ -85,6 +85,7 @@ class ReportConfig:
         dialogue: Folder `dialogue` that `qstar demo --insight dialogue` wrote.
         steps: Folder that `qstar score --steps --wrong_step COLUMN` wrote.
         selection: Folder that `qstar select` wrote.
+        reasoning: Folder `reasoning` that `qstar demo --insight reasoning` wrote.
         title: Heading of the page.
         show: Number of rows of `credit` to colour on the page.
     """
@@ -96,6 +97,7 @@ class ReportConfig:
     dialogue: str | None = path(None)
     steps: str | None = path(None)
     selection: str | None = path(None)
+    reasoning: str | None = path(None)
     title: str = "Your language model is a Q-function"
     show: int = 6
 
@@ -105,15 +107,16 @@ class DemoConfig:
     """Insights in minutes, on two CPU cores, offline: small tasks with a known reward.
 
     Args:
-        out: Folder for report.html, summary.json, and the runs; null: runs/demo, for `dialogue` runs/dialogue.
+        out: Folder for report.html, summary.json, and the runs; null: runs/demo, or runs/ and the insight's name.
         insight: `paper` shows the paper's three insights on summaries, in two to three minutes; `dialogue` what DPO on
-            whole dialogues teaches in a game of questions, in about five.
+            whole dialogues teaches in a game of questions, in about five; `reasoning` what outcomes of worked-out sums
+            teach about their steps, in about three.
         from_scratch: Pretrain the base model of `paper` first instead of reading the one in the package; `dialogue`
-            always begins from scratch.
+            always begins from scratch, and `reasoning` from a model in the package.
         seed: Seed of the task's rows (in `dialogue` also of its things) and of their order.
     """
 
     out: str | None = path(None)
-    insight: Literal["paper", "dialogue"] = "paper"
+    insight: Literal["paper", "dialogue", "reasoning"] = "paper"
     from_scratch: bool = False
     seed: int = 0

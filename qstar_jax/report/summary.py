@@ -33,10 +33,8 @@ def write_report(config: ReportConfig, console: Console, **more: Any) -> dict[st
     folders = {view.record: getattr(config, view.record.NAME) for view in VIEWS}
     records = [kind.read(Path(folder)) for kind, folder in folders.items() if folder is not None]
     if not records:
-        raise InputError(
-            "name a folder to show with --credit, --sweep, --decline, --dialogue, --steps or --selection, or several "
-            "of them"
-        )
+        names = [f"--{kind.NAME}" for kind in folders]
+        raise InputError(f"name a folder to show with {', '.join(names[:-1])} or {names[-1]}, or several of them")
     heatmaps = [row for r in records if isinstance(r, Credit) for row in _heatmaps(Path(config.credit), r, config.show)]
     findings, out = [record.finding() for record in records], Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

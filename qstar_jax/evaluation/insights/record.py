@@ -15,7 +15,7 @@ class Finding:
     """What measurements say about one of the paper's claims.
 
     Attributes:
-        insight: Name of the insight: credit, search, decline or dialogue.
+        insight: Name of the insight: credit, search, decline, dialogue or reasoning.
         title: Its heading.
         claim: What we claim.
         paper: What the paper states.

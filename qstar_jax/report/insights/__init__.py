@@ -6,7 +6,7 @@ from rich.console import Console
 
 from qstar_jax.console import say
 from qstar_jax.evaluation.insights.record import Record
-from qstar_jax.report.insights import credit, decline, dialogue, selection, steps, sweep
+from qstar_jax.report.insights import credit, decline, dialogue, reasoning, selection, steps, sweep
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.panel import sheet_figure
 
@@ -17,6 +17,7 @@ VIEWS: tuple[View, ...] = (
     dialogue.VIEW,
     steps.VIEW,
     selection.VIEW,
+    reasoning.VIEW,
 )  # in the order of the page
 
 
