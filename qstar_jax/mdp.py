@@ -19,10 +19,11 @@ there. `beta` is the temperature: reward per nat.
 
 from dataclasses import dataclass
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, ScalarLike
+
+from qstar_jax.shapes import check_dtype, check_same_shape, check_shape
 
 
 @jax.tree_util.register_dataclass
@@ -64,11 +65,17 @@ class TokenScores:
 
         Returns:
             Scores in nats, float32 or more. Shape [..., T] each.
+
+        Raises:
+            InputError: If tokens are no integers or the mask is not boolean, as where they are swapped.
         """
+        order = "as in from_logits(logits, ref_logits, tokens, mask)"
+        check_dtype(jnp.integer, f"token ids, {order}", tokens=tokens)
+        check_dtype(bool, f"bool, True at actions, {order}", mask=mask)
         logp, logz = _chosen_logp(logits, tokens, mask)
         ref_logp = None
         if ref_logits is not None:
-            chex.assert_equal_shape([logits, ref_logits])
+            check_same_shape(logits=logits, ref_logits=ref_logits)
             ref_logp, _ = _chosen_logp(ref_logits, tokens, mask)
         return cls(logp=logp, ref_logp=ref_logp, logz=logz, mask=mask)
 
@@ -152,8 +159,8 @@ def implicit_rewards(
 
 
 def masked(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T"]:
-    """Values where `mask` is True, else 0; AssertionError if the shapes differ and would be broadcast."""
-    chex.assert_equal_shape([values, mask])
+    """Values where `mask` is True, else 0; InputError if the shapes differ and would be broadcast."""
+    check_same_shape(values=values, mask=mask)
     return jnp.where(mask, values, 0.0)
 
 
@@ -176,7 +183,7 @@ def preference_log_prob(
     """
     if present is None:
         present = jnp.ones(returns.shape, bool)
-    chex.assert_equal_shape([returns, present])
+    check_same_shape(returns=returns, present=present)
     # Finite, since gradients of sums of infinities are NaN; its exponential is 0 all the same.
     returns = jnp.where(present, returns, jnp.finfo(returns.dtype).min / 2)
     rest = jax.lax.cumlogsumexp(returns, axis=returns.ndim - 1, reverse=True)
@@ -203,7 +210,7 @@ def kl_divergence(
     References:
         arXiv 2404.12358, Eq. 2 and 16.
     """
-    chex.assert_equal_shape([logits, other_logits])
+    check_same_shape(logits=logits, other_logits=other_logits)
     logp, logq = (jax.nn.log_softmax(_masked_logits(x, mask)) for x in (logits, other_logits))
     p, q = jnp.exp(logp), jnp.exp(logq)
     # Every term of sum_a p log(p / q) + q - p is at least 0. Tokens that p rules out add q only.
@@ -248,7 +255,7 @@ def step_rewards(
     References:
         Yuan et al., "Free process rewards without process labels", arXiv 2412.01981, Eq. 3.
     """
-    chex.assert_equal_shape([rewards, step_ids])
+    check_same_shape(rewards=rewards, step_ids=step_ids)
     in_step = step_ids[..., None, :] == jnp.arange(num_steps)[:, None]
     return jnp.where(in_step, masked(rewards, mask)[..., None, :], 0.0).sum(-1)
 
@@ -297,7 +304,7 @@ def prefix_values(rewards: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> F
 
 
 def _masked_logits(logits: Float[Array, "*B T V"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B T V"]:
-    chex.assert_shape(mask, logits.shape[:-1])
+    check_shape(logits.shape[:-1], mask=mask)
     # At least float32: log-ratios of bfloat16 log-probabilities are mostly rounding.
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return jnp.where(mask[..., None], logits, 0.0)
@@ -307,7 +314,7 @@ def _chosen_logp(
     logits: Float[Array, "*B T V"], tokens: Int[Array, "*B T"], mask: Bool[Array, "*B T"]
 ) -> tuple[Float[Array, "*B T"], Float[Array, "*B T"]]:
     """(log-probability of each token, log-normalizer of its state), 0 where `mask` is False."""
-    chex.assert_equal_shape([tokens, mask])
+    check_same_shape(tokens=tokens, mask=mask)
     logits = _masked_logits(logits, mask)
     logz = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, jnp.where(mask, tokens, 0)[..., None], axis=-1)[..., 0]

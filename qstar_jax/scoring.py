@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from qstar_jax.data.batches import Batch
 from qstar_jax.mdp import TokenScores
 from qstar_jax.models import LanguageModel
+from qstar_jax.models.function import check_model
 from qstar_jax.models.head import Head
 from qstar_jax.models.logprobs import reference_kl, token_entropies, token_logprobs, top_logprobs
 from qstar_jax.models.lora import split_adapter
@@ -29,6 +30,7 @@ def score_policy(model: LanguageModel, params: Any, batch: Batch, *, temperature
     Returns:
         Scores of shape [B, R, T], float32, without `ref_logp`.
     """
+    check_model(model, "hidden_states")
     head = replace(model.head(params), temperature=temperature)
     return _scores(_scored_states(model, params, batch), head, batch)
 
@@ -55,6 +57,7 @@ def score_tokens(model: LanguageModel, params: Any, ref_params: Any, batch: Batc
     Raises:
         ValueError: If there is no reference.
     """
+    check_model(model, "hidden_states")
     if ref_params is None and batch.ref_logp is None and model.lora is None:
         raise ValueError("no reference: expected ref_params, a batch with ref_logp, or a model with an adapter")
     scores, ref_logp = score_policy(model, params, batch), batch.ref_logp

@@ -6,12 +6,12 @@ response keeps the value of its last state.
 
 from dataclasses import dataclass
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from qstar_jax.mdp import masked
+from qstar_jax.shapes import check_same_shape, check_shape
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +65,7 @@ def successor_values(
     # Entry T of `states` is the value after the last token.
     final = jnp.zeros(values.shape[:-1], values.dtype)
     if truncated is not None:
-        chex.assert_shape([truncated, final_values], values.shape[:-1])
+        check_shape(values.shape[:-1], truncated=truncated, final_values=final_values)
         final = jnp.where(truncated, final_values, 0.0)
     states = jnp.concatenate([masked(values, mask), final[..., None]], axis=-1)
     # The successor of token t is the next response token, or entry T where none follows.
@@ -131,7 +131,7 @@ def are_equivalent(
     totals = difference.sum(-1)
     ended = mask.any(-1)
     if truncated is not None:
-        chex.assert_equal_shape([truncated, ended])
+        check_same_shape(truncated=truncated, ended=ended)
         ended &= ~truncated
     # How far the differences of the returns are from being the same number.
     highest = totals.max(-1, where=ended, initial=-jnp.inf)

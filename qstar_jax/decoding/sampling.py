@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from qstar_jax.decoding.arguments import token_id_tuple
 from qstar_jax.decoding.constraints import Constraints
 
 
@@ -37,6 +38,7 @@ class SampleOptions:
 
     def __post_init__(self):
         """Refuses values that have no meaning or no effect."""
+        object.__setattr__(self, "eos_ids", token_id_tuple("eos_ids", self.eos_ids))
         message = None
         if self.max_new_tokens < 1 or self.num_samples < 1:
             message = f"max_new_tokens {self.max_new_tokens} and num_samples {self.num_samples} must be at least 1"
@@ -53,8 +55,6 @@ class SampleOptions:
             message = f"temperature 0 gives the same response {self.num_samples} times; set a temperature or one sample"
         elif self.constraints.min_new_tokens > self.max_new_tokens:
             message = f"min_new_tokens {self.constraints.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
-        elif any(eos < 0 for eos in self.eos_ids):
-            message = f"eos_ids {self.eos_ids}: expected token ids, from 0 on"
         if message:
             raise ValueError(message)
 

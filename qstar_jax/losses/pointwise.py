@@ -5,12 +5,12 @@ and the rejected response. Losses of single responses take [..., T], and for eac
 reward beside those of the reference's responses (`a_star`, `qrpo`). sigma is the logistic function.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from qstar_jax.losses.responses import LossMetrics, pair, record, response_sums
+from qstar_jax.shapes import check_same_shape, check_shape
 
 
 def nca_pair(
@@ -157,8 +157,8 @@ def kto(
         Ethayarajh et al., "KTO: model alignment as prospect theoretic optimization", arXiv 2402.01306, Eq. 7 and 8.
     """
     sums = response_sums(log_ratios, mask)
-    chex.assert_equal_shape([sums, labels])
-    chex.assert_rank(baseline, 0)
+    check_same_shape(responses=sums, labels=labels)
+    check_shape((), baseline=baseline)
     advantage = beta * (sums - jax.lax.stop_gradient(baseline))
     loss = jnp.where(
         labels, desirable_weight * jax.nn.sigmoid(-advantage), undesirable_weight * jax.nn.sigmoid(advantage)
@@ -209,7 +209,7 @@ def implicit_prm(
         Yuan et al., "Free process rewards without process labels", arXiv 2412.01981, Eq. 5.
     """
     rewards = beta * response_sums(log_ratios, mask)
-    chex.assert_equal_shape([rewards, labels])
+    check_same_shape(responses=rewards, labels=labels)
     return -jax.nn.log_sigmoid(jnp.where(labels, rewards, -rewards)), record(rewards)
 
 
@@ -243,7 +243,7 @@ def a_star(
     """
     implicit = beta * response_sums(log_ratios, mask)
     rewards, others, present = _stopped(rewards, reference_rewards)
-    chex.assert_equal_shape([implicit, rewards])
+    check_same_shape(responses=implicit, rewards=rewards)
     scaled = jnp.where(present, others / value_beta, -jnp.inf)
     value = value_beta * (jax.nn.logsumexp(scaled, axis=-1) - jnp.log(present.sum(-1)))
     return (implicit - (rewards - value)) ** 2, record(implicit)
@@ -278,7 +278,7 @@ def qrpo(
     """
     implicit = beta * response_sums(log_ratios, mask)
     rewards, others, present = _stopped(rewards, reference_rewards)
-    chex.assert_equal_shape([implicit, rewards])
+    check_same_shape(responses=implicit, rewards=rewards)
     quantile = (present & (others <= rewards[..., None])).sum(-1) / present.sum(-1)
     # log(exp(1 / beta) - 1) without overflow.
     log_z = jnp.log(beta) + 1 / beta + jnp.log1p(-jnp.exp(-1 / jnp.asarray(beta)))
@@ -290,6 +290,6 @@ def _stopped(
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B N"], Bool[Array, "*B N"]]:
     """Rewards, those of the reference (0 where there are none), and where there are some, with the gradient stopped."""
     rewards, others = jax.lax.stop_gradient((rewards, reference_rewards))
-    chex.assert_shape(others, (*rewards.shape, None))
+    check_shape((*rewards.shape, *others.shape[-1:]), reference_rewards=others)
     present = ~jnp.isnan(others)
     return rewards, jnp.where(present, others, 0.0), present

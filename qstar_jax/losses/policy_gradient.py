@@ -10,12 +10,12 @@ The KL-regularized problem (arXiv 2404.12358, Eq. 2) is the one whose token rewa
 `beta = kl_coef`.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from qstar_jax.mdp import masked
+from qstar_jax.shapes import check_same_shape, check_shape
 
 
 def rto_rewards(
@@ -49,8 +49,8 @@ def rto_rewards(
     References:
         Zhong et al., "DPO meets PPO: reinforced token optimization for RLHF", arXiv 2404.18922.
     """
-    chex.assert_equal_shape([token_rewards, mask])
-    chex.assert_shape(scores, mask.shape[:-1])
+    check_same_shape(token_rewards=token_rewards, mask=mask)
+    check_shape(mask.shape[:-1], scores=scores)
     dense = token_weight * jax.lax.stop_gradient(masked(token_rewards, mask))
     if token_clip is not None:
         dense = jnp.clip(dense, -token_clip, token_clip)

@@ -6,12 +6,12 @@ logistic function.
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from qstar_jax.losses.responses import LossMetrics, pair, record, response_means, response_sums, smoothed_log_loss
+from qstar_jax.shapes import check_same_shape
 
 Normalization = Literal["batch_tokens", "answer_tokens", "none"]
 Cloned = Literal["all", "chosen"]
@@ -202,7 +202,7 @@ def cpl(
     """
     if bc_data not in ("all", "chosen"):
         raise ValueError(f"bc_data {bc_data!r} is unknown; choose all or chosen")
-    chex.assert_equal_shape([logp, mask])
+    check_same_shape(logp=logp, mask=mask)
     times = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
     advantages = response_sums(discount**times * beta * jnp.where(mask, logp, 0.0), mask)
     chosen, rejected = pair(advantages)

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
+
+from qstar_jax.errors import InputError
+from qstar_jax.shapes import check_same_shape, show_shape
 
 
 @jax.tree_util.register_dataclass
@@ -48,9 +50,9 @@ def response_sums(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Fl
         Sum of each response in float32 (or float64), 0 for an empty one. Shape [...].
 
     Raises:
-        AssertionError: If the shapes differ and would be broadcast.
+        InputError: If the shapes differ and would be broadcast.
     """
-    chex.assert_equal_shape([values, mask])
+    check_same_shape(values=values, mask=mask)
     # At least float32: bfloat16 sums over hundreds of tokens have no digits left.
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     return jnp.where(mask, values, 0.0).sum(-1)
@@ -62,8 +64,10 @@ def response_means(values: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> F
 
 
 def pair(responses: Float[Array, "*B 2"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """Splits [..., 2] into (chosen, rejected); raises AssertionError unless there are two responses."""
-    chex.assert_axis_dimension(responses, -1, 2)
+    """Splits [..., 2] into (chosen, rejected); raises InputError unless there are two responses."""
+    if responses.shape[-1:] != (2,):
+        found = show_shape((*responses.shape, "T"))
+        raise InputError(f"log-ratios or log-probabilities {found}: expected [..., 2, T], chosen first, then rejected")
     return responses[..., 0], responses[..., 1]
 
 

@@ -4,12 +4,12 @@ Shapes: [..., 2, T] throughout, the chosen response first; c and r are sums of l
 rejected response, sigma is the logistic function.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from qstar_jax.losses.responses import LossMetrics, pair, record, response_sums
+from qstar_jax.shapes import check_same_shape
 
 
 def dmpo(
@@ -43,7 +43,7 @@ def dmpo(
     References:
         Shi et al., "Direct multi-turn preference optimization for language agents", arXiv 2406.14868.
     """
-    chex.assert_equal_shape([log_ratios, mask, turns])
+    check_same_shape(log_ratios=log_ratios, mask=mask, turns=turns)
     turns = jnp.where(mask, turns, 0)
     num_turns = jnp.max(turns, axis=-1, keepdims=True) + 1
     # Powers of gamma minus 1 as they are, lest digits are lost where gamma is near 1.
@@ -140,7 +140,7 @@ def tgdpo(
         arXiv 2506.14574.
     """
     sums = response_sums(log_ratios, mask)
-    chex.assert_equal_shape([guide_rewards, mask])
+    check_same_shape(guide_rewards=guide_rewards, mask=mask)
     # Masked before the product: 0 * NaN under the mask would reach the gradient.
     guide = jnp.where(mask, jax.lax.stop_gradient(guide_rewards), 0.0)
     guided = response_sums(guide * jnp.where(mask, log_ratios, 0.0), mask)

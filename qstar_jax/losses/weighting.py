@@ -1,11 +1,11 @@
 """Weights that apply to any loss: of tokens (LD-DPO) and of pairs (WPO)."""
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from qstar_jax.losses.responses import response_means
+from qstar_jax.shapes import check_same_shape
 
 
 def desensitize_length(
@@ -27,7 +27,7 @@ def desensitize_length(
     References:
         Liu et al., "Length desensitization in direct preference optimization", arXiv 2409.06411.
     """
-    chex.assert_equal_shape([values, mask])
+    check_same_shape(values=values, mask=mask)
     # Tokens that both responses have keep their weight.
     shared = mask.sum(-1).min(-1)[..., None, None]
     weights = jnp.where(jnp.cumsum(mask, axis=-1) <= shared, 1.0, ld_alpha).astype(values.dtype)
@@ -56,6 +56,6 @@ def wpo_weights(
         Zhou et al., "WPO: enhancing RLHF with weighted preference optimization", arXiv 2406.11827, Eq. 2.
     """
     if log_sum_sq is not None:
-        chex.assert_equal_shape([log_sum_sq, mask])
+        check_same_shape(log_sum_sq=log_sum_sq, mask=mask)
         logp = jnp.where(mask, logp, 0.0) - jnp.where(mask, log_sum_sq, 0.0)
     return jax.lax.stop_gradient(jnp.exp(response_means(logp, mask).sum(-1)))

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from qstar_jax.errors import InputError
 from qstar_jax.models.head import Head
 from qstar_jax.models.masks import PackedMask
+from qstar_jax.shapes import show_shape
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,14 @@ class FunctionModel:
     apply: Callable[[Any, Int[Array, "B S"]], Float[Array, "B S V"]]
     lora: ClassVar[None] = None
 
+    def __post_init__(self):
+        """Refuses what is no function."""
+        if not callable(self.apply):
+            raise InputError(
+                f"FunctionModel got {_kind(self.apply)}: expected a function (params, tokens) -> logits; parameters "
+                "are not part of it, and follow the model in calls: score_tokens(model, params, ...)"
+            )
+
     @property
     def base(self) -> "FunctionModel":
         """The model without an adapter: itself."""
@@ -41,6 +51,8 @@ class FunctionModel:
     ) -> Float[Array, "N S V"]:
         """Computes the logits at every slot of packed sequences, text by text.
 
+        Texts with a token that is none of the V get NaN.
+
         Raises:
             ValueError: The batch does not list its texts, or is sharded.
         """
@@ -51,15 +63,42 @@ class FunctionModel:
                 "`Shapes.of(..., texts=True)` for one device"
             )
         rows = jnp.where(texts.slots >= 0, tokens.reshape(-1)[texts.slots], 0)
-        logits = self.apply(params, rows)
+        logits = self.logits(params, rows)
         # A slot that several texts share has the same logits in each: their tokens up to there are the same.
-        return logits.reshape(-1, logits.shape[-1])[jnp.maximum(texts.places.max(-1), 0)]
+        places = jnp.maximum(texts.places.max(-1), 0)
+        # Gather from beyond the end, which is NaN, where the function may have clamped a token.
+        unknown = (rows >= logits.shape[-1]).any(-1)[places // rows.shape[1]]
+        flat = logits.reshape(-1, logits.shape[-1])
+        return flat.at[jnp.where(unknown, len(flat), places)].get(mode="fill", fill_value=jnp.nan)
+
+    def logits(self, params: Any, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
+        """Calls the function, and checks the shape of what it returns while it is traced.
+
+        Raises:
+            InputError: It returned no logits at every position.
+        """
+        try:
+            logits = self.apply(params, tokens)
+        except Exception as error:
+            error.add_note(
+                f"FunctionModel called its function as function(params, tokens): params are {_kind(params)}, tokens "
+                f"{tokens.dtype} {show_shape(tokens.shape)}"
+            )
+            raise
+        shape = getattr(logits, "shape", None)
+        if shape is None or len(shape) != 3 or shape[:2] != tokens.shape:
+            found = _kind(logits) if shape is None else show_shape(shape)
+            raise InputError(
+                f"FunctionModel: its function returned {found} for tokens {show_shape(tokens.shape)}; expected "
+                f"{show_shape((*tokens.shape, 'V'))}, the logits of the next token at every position"
+            )
+        return logits
 
     def prefill(
         self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, " B"], slots: int
     ) -> tuple[Float[Array, "B V"], "TextMemory"]:
         """See `decoding.policies.Policy`."""
-        logits = self.apply(params, prompts)
+        logits = self.logits(params, prompts)
         last = jnp.take_along_axis(logits, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
         return last, TextMemory(prompts, prompt_lengths, jnp.zeros((len(prompts), slots), prompts.dtype))
 
@@ -75,7 +114,7 @@ class FunctionModel:
         pool = jax.lax.dynamic_update_slice(memory.pool, tokens.astype(memory.pool.dtype), (0, slot))
         memory = replace(memory, pool=pool)
         texts, lengths = memory.texts(path)
-        logits = self.apply(params, texts.reshape(-1, texts.shape[-1]))
+        logits = self.logits(params, texts.reshape(-1, texts.shape[-1]))
         logits = logits.reshape(*texts.shape, -1)
         return jnp.take_along_axis(logits, (lengths - 1)[..., None, None], axis=2)[:, :, 0], memory
 
@@ -116,3 +155,25 @@ class TextMemory:
         texts = jnp.broadcast_to(prompts[:, None], (*path.shape[:2], size))
         texts = texts.at[rows[..., None], paths[..., None], place].set(self.pool[:, None], mode="drop")
         return texts, self.prompt_lengths[:, None] + path.sum(-1)
+
+
+def check_model(model: Any, method: str):
+    """Refuses what is no model.
+
+    Args:
+        model: What was passed as one.
+        method: A method that models have.
+
+    Raises:
+        InputError: It has no such method; says how a function becomes a model.
+    """
+    if hasattr(model, method):
+        return
+    fix = "the model comes first, its parameters second"
+    if callable(model):
+        fix = "wrap a function (params, tokens) -> logits in FunctionModel(function)"
+    raise InputError(f"the model is {_kind(model)}: expected a CausalLM or a FunctionModel; {fix}")
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"

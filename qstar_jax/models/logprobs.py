@@ -40,7 +40,8 @@ def token_logprobs(
         chunk_size: Tokens per chunk of logits, on each device.
 
     Returns:
-        (logp, logz), both float32 in nats, shape [B, T]: log softmax(z)[target], and logsumexp(z).
+        (logp, logz), both float32 in nats, shape [B, T]: log softmax(z)[target], NaN where that is none of the V
+        tokens, and logsumexp(z).
     """
 
     def kernel(head: Head, hidden: Array, targets: Array) -> tuple[Array, Array]:
@@ -175,8 +176,10 @@ def _forward(chunk_size, hidden, head, targets):
         hidden, targets = chunk
         logits = head.logits(hidden)
         logz = jax.nn.logsumexp(logits, axis=-1)
-        target_logit = jnp.where(_one_hot(targets, logits.shape[-1]), logits, 0.0).sum(-1)
-        return target_logit - logz, logz
+        vocabulary = logits.shape[-1]
+        target_logit = jnp.where(_one_hot(targets, vocabulary), logits, 0.0).sum(-1)
+        is_token = (targets >= 0) & (targets < vocabulary)
+        return jnp.where(is_token, target_logit - logz, jnp.nan), logz
 
     chunks = jax.lax.map(one_chunk, (_to_chunks(hidden, chunk_size), _to_chunks(targets, chunk_size)))
     logp, logz = (_from_chunks(x, *targets.shape) for x in chunks)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qstar_jax import losses
+from qstar_jax.errors import InputError
 
 LOG_RATIOS = jax.random.normal(jax.random.key(0), (3, 4, 3)) * 3
 MASK = jnp.array([[1, 1, 0], [0, 1, 1], [1, 1, 1], [1, 0, 0]], bool) & jnp.ones((3, 1, 1), bool)
@@ -78,5 +79,5 @@ def test_huge_rewards_with_empty_places():
 
 
 def test_present_must_have_the_shape_of_the_rankings():
-    with pytest.raises((AssertionError, TypeError)):
+    with pytest.raises((InputError, TypeError)):
         plackett_luce(LOG_RATIOS, MASK, PRESENT[0])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qstar_jax.errors import InputError
 from qstar_jax.losses.responses import pair, record, response_means, response_sums, smoothed_log_loss
 
 
@@ -18,9 +19,9 @@ def test_sums_and_means_by_hand():
     for function, weights in ((response_sums, [1, 1]), (response_means, [0.5, 1])):
         grad = jax.grad(lambda x, f=function: f(x, mask).sum())(values)
         np.testing.assert_array_equal(grad, np.array([[weights[0]], [weights[1]], [0]]) * np.asarray(mask))
-        with pytest.raises((AssertionError, TypeError)):
+        with pytest.raises((InputError, TypeError)):
             function(values[:1], mask)
-        with pytest.raises((AssertionError, TypeError)):
+        with pytest.raises((InputError, TypeError)):
             inspect.unwrap(function)(values[:1], mask)
 
 
@@ -42,3 +43,16 @@ def test_smoothed_log_loss():
         flipped = (1 - eps) * smoothed_log_loss(jnp.asarray(margins), 0.0)
         flipped += eps * smoothed_log_loss(jnp.asarray(-margins), 0.0)
         np.testing.assert_allclose(found, flipped, rtol=1e-6)
+
+
+LOG_RATIOS, MASK = jnp.zeros((4, 6)), jnp.ones((4, 6), bool)
+
+
+def test_arrays_of_other_shapes_are_named():
+    sums, split = inspect.unwrap(response_sums), inspect.unwrap(pair)  # without the checks of tests
+    with pytest.raises(InputError, match=r"\[4, T\]: expected \[..., 2, T\], chosen first, then rejected"):
+        split(sums(LOG_RATIOS, MASK))
+    with pytest.raises(InputError, match=r"values \[4, 6\], mask \[1, 6\]: expected arrays of one shape"):
+        sums(LOG_RATIOS, MASK[:1])
+    with pytest.raises(InputError, match=r"values \[4, 6\], mask None"):
+        sums(LOG_RATIOS, None)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qstar_jax import losses
+from qstar_jax.errors import InputError
 
 VALUES = jnp.array([[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]])
 MASK = jnp.array([[[True, True, False, True], [False, True, False, False]]])
@@ -84,5 +85,5 @@ def test_shapes_that_would_be_broadcast_are_refused():
         lambda: losses.wpo_weights(VALUES, mask),
         lambda: losses.wpo_weights(jnp.concatenate([VALUES, VALUES]), mask, VALUES),
     ):
-        with pytest.raises((AssertionError, TypeError)):
+        with pytest.raises((InputError, TypeError)):
             call()

@@ -1,6 +1,8 @@
 """Models that are given as functions: searched, scored and trained like our own, and in other libraries."""
 
+import inspect
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,12 @@ import optax
 import pytest
 
 from qstar_jax.api import token_batch
+from qstar_jax.decoding.arguments import token_id_tuple
 from qstar_jax.decoding.search.beam import beam_search
 from qstar_jax.decoding.search.beam_options import BeamOptions
 from qstar_jax.decoding.search.mcts import mcts
 from qstar_jax.decoding.search.mcts_options import MctsOptions
+from qstar_jax.errors import InputError
 from qstar_jax.losses import make_loss
 from qstar_jax.models import FunctionModel
 from qstar_jax.scoring import response_alternatives, score_divergence, score_tokens
@@ -153,3 +157,101 @@ def test_networks_of_other_libraries_learn_preferences_and_are_searched(library)
     before = beam_search(model, params, jnp.array([[3, 4, 0], [6, 7, 8]]), jnp.array([2, 3]), options)
     rewards = [r.logp[:, 0] for r in (best, before)]
     assert (np.asarray(rewards[0]) != np.asarray(rewards[1])).all() and (best.tokens[:, 0, 0] == 10).all()
+
+
+# What cannot be meant
+
+
+TABLE = jnp.eye(16)
+PAIR = token_batch([[2, 3]], [([5], [6])])
+
+
+def lookup(params, tokens):
+    """Logits of the next token from the last one alone."""
+    return params[tokens]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: FunctionModel(TABLE), r"expected a function \(params, tokens\) -> logits"),
+        (lambda: FunctionModel(lambda params, tokens: params[tokens[:, 0]]), r"returned \[2, 16\] for tokens"),
+        (lambda: FunctionModel(lambda params, tokens: None), r"returned a NoneType .* expected \[2, \d+, V\]"),
+        (lambda: lookup, "wrap a function .* in FunctionModel"),
+        (lambda: {"w": TABLE}, "the model comes first, its parameters second"),
+    ],
+)
+def test_what_is_no_model_is_refused(model, message):
+    with pytest.raises(InputError, match=message):
+        inspect.unwrap(score_tokens)(model(), TABLE, TABLE, PAIR)
+    if "returned" in message:
+        message = r"for tokens \[1, 2\]"
+    with pytest.raises(InputError, match=message):
+        beam_search(model(), TABLE, [[2, 3]], [2], BeamOptions(2, 3, (1,)))
+
+
+def test_a_function_that_fails_says_how_it_was_called():
+    model = FunctionModel(lambda tokens, params: params["table"][tokens])
+    with pytest.raises(TypeError) as caught:
+        score_tokens(model, {"table": TABLE}, None, replace(PAIR, ref_logp=np.zeros(PAIR.index.shape, np.float32)))
+    [note] = caught.value.__notes__
+    assert note.startswith("FunctionModel called its function as function(params, tokens): params are a dict, tokens ")
+
+
+@pytest.mark.parametrize("prompt", [[2, 3], [2, 99]])
+def test_tokens_that_no_model_has_score_nan(prompt, tiny_model, tiny_params):
+    batch = token_batch([prompt, [4]], [([99, 5], [6, 7]), ([8], [9])], layout="plain")
+    for model, params in ((FunctionModel(lookup), TABLE), (tiny_model, tiny_params)):
+        found = np.asarray(score_tokens(model, params, params, batch).logp)
+        unknown = np.isnan(found)
+        assert unknown[0, 0, 0] and unknown[0, 1, 0] == (99 in prompt)
+        assert np.isfinite(found[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "message"),
+    [
+        ([[2, 3]], [([-1], [5])], r"responses\[0\]\[0\] holds -1: expected a list of token ids"),
+        ([[2.5, 3]], [([4], [5])], r"prompts\[0\] is \[2.5, 3\]: expected a list of token ids"),
+        ([[2]], [([4], [])], r"responses\[0\]\[1\] has no token"),
+        (["hi"], [("a", "b")], r"responses\[0\]\[0\] is 'a': expected a list of token ids"),
+        ([[2], [3]], [[4, 5], [6, 7]], r"responses\[0\]\[0\] is 4: expected a list of token ids"),
+        ([[2], [3]], [4, 5], r"responses\[0\] is 4: expected the token ids of each response"),
+        ([[2], [3]], [([4], [5]), ([6],)], "1 responses to prompt 1, and 2 to prompt 0"),
+        ([[[2], [3, 4]]], [([4], [5])], r"prompts\[0\] is \[\[2\], \[3, 4\]\]"),
+    ],
+)
+def test_what_is_no_list_of_token_ids_is_refused(prompts, responses, message):
+    with pytest.raises(InputError, match=message):
+        token_batch(prompts, responses)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "lengths", "eos_ids", "message"),
+    [
+        ([[2, 3]], [3], (1,), r"prompt_lengths\[0\] is 3: expected 1 to 2"),
+        ([[2, 3], [4, 5]], [1, 0], (1,), r"prompt_lengths\[1\] is 0: expected 1 to 2"),
+        ([[2, 3]], [2, 2], (1,), r"prompt_lengths \[2\]: expected one length for each of 1 prompts"),
+        ([2, 3], [2], (1,), r"prompts \[2\]: expected token ids \[B, P\], .*; put the prompt into a list"),
+        ([[2, 3], [4]], [2, 1], (1,), "prompts: rows of different lengths"),
+        ([[2.0, 3.0]], [2], (1,), r"prompts \[1, 2\] are float"),
+        ([[2, -3]], [2], (1,), "the token id -3"),
+        ([[2, 3]], [2], (99,), r"eos_ids \(99,\): 99 is none of the 16 tokens"),
+    ],
+)
+def test_prompts_that_cannot_be_searched_are_refused(prompts, lengths, eos_ids, message):
+    with pytest.raises(InputError, match=message):
+        beam_search(FunctionModel(lookup), TABLE, prompts, lengths, BeamOptions(2, 3, eos_ids))
+    with pytest.raises(InputError, match=message):
+        mcts(FunctionModel(lookup), TABLE, prompts, lengths, MctsOptions(3, eos_ids, 2, 2))
+
+
+def test_lists_are_arrays():
+    search = partial(beam_search, FunctionModel(lookup), TABLE)
+    ours, theirs = (
+        search([[2, 3, -1], [4, 5, 6]], [2, 3], BeamOptions(2, 3, [1])),
+        search(jnp.array([[2, 3, 0], [4, 5, 6]]), jnp.array([2, 3]), BeamOptions(2, 3, (1,))),
+    )
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    with pytest.raises(InputError, match="eos_ids 1: expected token ids"):
+        inspect.unwrap(token_id_tuple)("eos_ids", 1)

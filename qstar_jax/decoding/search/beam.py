@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from qstar_jax.decoding.arguments import check_eos_ids, checks_prompts
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.partial import Partial
 from qstar_jax.decoding.policies import Policy
@@ -47,6 +48,7 @@ class _Beams:
     key: jax.Array
 
 
+@checks_prompts
 @partial(jax.jit, static_argnames=("model", "options", "objective"))
 def beam_search(
     model: Policy,
@@ -71,7 +73,7 @@ def beam_search(
         model: A policy; an `Ensemble` where the objective reads several.
         params: Its parameters; for speed, those that `model.unstack` returns.
         prompts: Right-padded token ids. Shape [B, P].
-        prompt_lengths: Tokens of each prompt, at least 1. Shape [B].
+        prompt_lengths: Tokens of each prompt, 1 to P. Shape [B].
         options: Width, limits, and semantics.
         objective: What is added up.
         stop_strings: Strings that end a response.
@@ -81,6 +83,7 @@ def beam_search(
         The K best responses to each prompt, best first.
 
     Raises:
+        InputError: The model is none, prompts and lengths do not go together, or `eos_ids` are not of its vocabulary.
         ValueError: If options, objective and key do not go together.
 
     References:
@@ -93,6 +96,7 @@ def beam_search(
     # Read the prompts. All beams of a group start from the same prompt, so only one of them is live.
     logits, memory = model.prefill(params, prompts, prompt_lengths, max_new_tokens * count)
     step = objective(jax.tree.map(lambda x: jnp.repeat(x[:, None], count, axis=1), logits))
+    check_eos_ids(options.eos_ids, step.score.shape[-1])
     beams = _start(step, options, stop_strings, key)
     choose = partial(
         _choose,

@@ -1,11 +1,13 @@
 """The semantics of beam search: its options, and presets that match other libraries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from qstar_jax.decoding.arguments import token_id_tuple
 from qstar_jax.decoding.constraints import Constraints
 from qstar_jax.decoding.objectives import Likelihood, Objective
 
@@ -17,7 +19,7 @@ class BeamOptions:
     Attributes:
         beams: Width of the search, K.
         max_new_tokens: Longest response T, EOS included.
-        eos_ids: Tokens that end a response.
+        eos_ids: Tokens that end a response; kept as a tuple.
         eos_rule: Which ends of responses are kept. `all`: all of them. `hf`, `t5x`: those among the K or 2K best
             candidates of a step, unfinished ones included.
         length_rule: What a sum is divided by before responses are compared. `none`: nothing. `hf`:
@@ -40,7 +42,7 @@ class BeamOptions:
 
     beams: int
     max_new_tokens: int
-    eos_ids: tuple[int, ...]
+    eos_ids: Sequence[int]
     eos_rule: Literal["all", "hf", "t5x"] = "all"
     length_rule: Literal["none", "hf", "gnmt"] = "none"
     length_penalty: float = 0.0
@@ -54,6 +56,7 @@ class BeamOptions:
 
     def __post_init__(self):
         """Refuses values that have no meaning or no effect."""
+        object.__setattr__(self, "eos_ids", token_id_tuple("eos_ids", self.eos_ids))
         message = None
         if self.beams < 1 or self.max_new_tokens < 1 or self.groups < 1:
             message = f"beams {self.beams}, max_new_tokens {self.max_new_tokens}, groups {self.groups}: at least 1 each"
@@ -71,8 +74,6 @@ class BeamOptions:
             message = "stochastic beams are a sample, which no groups, rules, constraints or early stopping may change"
         elif self.constraints.min_new_tokens > self.max_new_tokens:
             message = f"min_new_tokens {self.constraints.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
-        elif any(eos < 0 for eos in self.eos_ids):
-            message = f"eos_ids {self.eos_ids}: expected token ids, from 0 on"
         if message:
             raise ValueError(message)
 

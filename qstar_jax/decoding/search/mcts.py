@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from qstar_jax.decoding.arguments import check_eos_ids, checks_prompts
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.partial import Partial
 from qstar_jax.decoding.policies import Policy
@@ -26,6 +27,7 @@ from qstar_jax.decoding.search.tree import COMPLETE, DEAD_END, NO_PARENT, UNVISI
 from qstar_jax.decoding.search.tree_responses import complete_responses, finish_greedily
 
 
+@checks_prompts
 @partial(jax.jit, static_argnames=("model", "options", "objective"))
 def mcts(
     model: Policy,
@@ -52,7 +54,7 @@ def mcts(
         model: A policy; an `Ensemble` where the objective reads several.
         params: Its parameters; for speed, those that `model.unstack` returns.
         prompts: Right-padded token ids. Shape [B, P].
-        prompt_lengths: Tokens of each prompt, at least 1. Shape [B].
+        prompt_lengths: Tokens of each prompt, 1 to P. Shape [B].
         options: Rule of selection and sizes.
         objective: What is added up.
         root_values: Value of each prompt, on the scale of the objective's values; 0 by default. Shape [B].
@@ -62,6 +64,7 @@ def mcts(
         (responses, trees): the `n_best` best responses to each prompt, best first, INVALID where there are fewer.
 
     Raises:
+        InputError: See `beam_search`.
         ValueError: If there is a key without noise, or noise without a key.
     """
     noisy = options.policy == "gumbel" and options.gumbel_scale > 0
@@ -72,6 +75,7 @@ def mcts(
     # Evaluate the roots, and allocate all nodes.
     logits, memory = model.prefill(params, prompts, prompt_lengths, num_simulations)
     root = objective(logits)
+    check_eos_ids(options.eos_ids, root.score.shape[-1])
     tree = instantiate_tree_from_root(root, root_values, options)
     if noisy:
         noise = jax.random.gumbel(key, tree.root_gumbel.shape, tree.root_gumbel.dtype)

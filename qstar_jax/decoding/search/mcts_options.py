@@ -1,7 +1,10 @@
 """Options of Monte-Carlo tree search."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from qstar_jax.decoding.arguments import token_id_tuple
 
 
 @dataclass(frozen=True)
@@ -10,7 +13,7 @@ class MctsOptions:
 
     Attributes:
         max_new_tokens: Longest response T, EOS included.
-        eos_ids: Tokens that end a response.
+        eos_ids: Tokens that end a response; kept as a tuple.
         num_simulations: Number of simulations; each makes one node at most.
         num_actions: Most likely tokens A that a node considers; all tokens of a smaller vocabulary.
         policy: Rule by which actions are chosen. `puct`: as in MuZero. `gumbel`: sequential halving at the root, and
@@ -25,7 +28,7 @@ class MctsOptions:
     """
 
     max_new_tokens: int
-    eos_ids: tuple[int, ...]
+    eos_ids: Sequence[int]
     num_simulations: int
     num_actions: int
     policy: Literal["puct", "gumbel"] = "puct"
@@ -39,6 +42,7 @@ class MctsOptions:
 
     def __post_init__(self):
         """Refuses values that have no meaning or no effect."""
+        object.__setattr__(self, "eos_ids", token_id_tuple("eos_ids", self.eos_ids))
         sizes = ("max_new_tokens", "num_simulations", "num_actions", "considered")
         too_small = [name for name in sizes if getattr(self, name) < 1]
         unread = _PUCT_ONLY if self.policy == "gumbel" else _GUMBEL_ONLY
@@ -57,8 +61,6 @@ class MctsOptions:
             )
         elif self.pb_c_base <= 0 or self.gumbel_scale < 0:
             message = f"pb_c_base {self.pb_c_base} must be above 0, gumbel_scale {self.gumbel_scale} at least 0"
-        elif any(eos < 0 for eos in self.eos_ids):
-            message = f"eos_ids {self.eos_ids}: expected token ids, from 0 on"
         if message:
             raise ValueError(message)
 

@@ -1,5 +1,6 @@
 """Every option of beam search against a restatement in plain Python, or against numbers worked out by enumeration."""
 
+import inspect
 import itertools
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -109,7 +110,7 @@ def test_a_step_past_the_limit_changes_nothing(max_new_tokens, padded, history_l
     policy, options = history_lm(1, bias=-12.0), BeamOptions(3, max_new_tokens, (0,))
 
     def search():
-        fresh = jax.jit(lambda params, *prompts: beam_search.__wrapped__(policy[0], params, *prompts, options))
+        fresh = jax.jit(lambda params, *prompts: inspect.unwrap(beam_search)(policy[0], params, *prompts, options))
         return jax.device_get(fresh(policy[1], *padded(PROMPTS)))
 
     monkeypatch.setattr("qstar_jax.decoding.search.beam.block_size", lambda steps: BLOCK)
