@@ -29,6 +29,7 @@ _PUBLIC = {
     "preference_loss_fn": "training.objectives",
     "make_train_step": "training.step",
     "TrainState": "training.step",
+    "mean_metrics": "training.metrics",
     "beam_search": "decoding.search.beam",
     "BeamOptions": "decoding.search.beam_options",
     "mcts": "decoding.search.mcts",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from qstar_jax.mdp import TokenScores as TokenScores
     from qstar_jax.models import FunctionModel as FunctionModel
     from qstar_jax.scoring import score_tokens as score_tokens
+    from qstar_jax.training.metrics import mean_metrics as mean_metrics
     from qstar_jax.training.objectives import preference_loss_fn as preference_loss_fn
     from qstar_jax.training.step import TrainState as TrainState
     from qstar_jax.training.step import make_train_step as make_train_step

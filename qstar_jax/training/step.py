@@ -18,7 +18,7 @@ from qstar_jax.training.objectives.base import LossFn, PrepareFn
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step needs and changes.
+    """Everything that a step needs and changes. A donated state is gone after its step: keep copies, not its arrays.
 
     Attributes:
         step: Optimizer steps done.
