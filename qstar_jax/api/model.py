@@ -32,7 +32,7 @@ from qstar_jax.models.causal_lm import Params
 from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store import hub
 from qstar_jax.store.open import LoadedModel, load_model
-from qstar_jax.store.references import find_beta, open_reference
+from qstar_jax.store.references import IDENTICAL, are_identical, find_beta, open_reference
 from qstar_jax.store.user_cache import keep_programs
 
 if TYPE_CHECKING:
@@ -228,9 +228,12 @@ class Model:
     @cached_property
     def _reference(self) -> LoadedModel:
         try:
-            return open_reference(self.loaded, self.reference, self.source, self._load)
+            reference = open_reference(self.loaded, self.reference, self.source, self._load)
         except InputError as error:
             raise InputError(str(error).replace("--reference", "qstar_jax.load(..., reference=...)")) from error
+        if are_identical(self.loaded, reference):
+            warnings.warn(IDENTICAL, stacklevel=4)  # of what reads this property
+        return reference
 
     def _beta(self, given: float | None) -> float:
         given = self.beta if given is None else given

@@ -53,6 +53,9 @@ class Scores(Sequence[ScoredResponse]):
     def __len__(self) -> int:
         return len(self.responses)
 
+    def __repr__(self) -> str:
+        return "\n".join(["Scores of", *(f"  {response!r}" for response in self.responses)])
+
     def show(self) -> None:
         """Prints the responses on the terminal, each token on the colour of its reward."""
         print_heatmaps(self.responses)

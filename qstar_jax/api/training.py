@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qstar_jax.api.messages import in_python
 from qstar_jax.api.model import Model, load
 from qstar_jax.config import DpoConfig, RlConfig, SftConfig
 from qstar_jax.errors import InputError
@@ -74,7 +75,7 @@ def dpo(
     Raises:
         InputError: An option is unknown or ambiguous, or the model or the data cannot be used.
     """
-    return _train(DpoConfig, config, model, pairs, eval_pairs, out, options)
+    return _train(DpoConfig, config, model, {"pairs": pairs, "eval_pairs": eval_pairs}, out, options)
 
 
 def sft(
@@ -87,7 +88,7 @@ def sft(
     **options: Any,
 ) -> Run:
     """Fine-tunes a model on responses; arguments, result and errors are those of `dpo`."""
-    return _train(SftConfig, config, model, rows, eval_rows, out, options)
+    return _train(SftConfig, config, model, {"rows": rows, "eval_rows": eval_rows}, out, options)
 
 
 def rl(
@@ -129,7 +130,8 @@ def rl(
         make_reward = reward_maker(config) if reward is None else lambda prompts: reward
         return train_rl(config, make_reward, watch=watch)
 
-    return _train(RlConfig, config, model, prompts, eval_prompts, out, options, train_on_samples)
+    rows = {"prompts": prompts, "eval_prompts": eval_prompts}
+    return _train(RlConfig, config, model, rows, out, options, train_on_samples)
 
 
 def _train_on_rows(config: DpoConfig | SftConfig, watch: Callable[[], None] | None) -> dict[str, Any]:
@@ -140,19 +142,26 @@ def _train(
     kind: type[DpoConfig | SftConfig | RlConfig],
     config: DpoConfig | SftConfig | RlConfig | None,
     model: Model | str | Path,
-    rows: Rows,
-    eval_rows: Rows | None,
+    rows: Mapping[str, Rows | None],
     out: str | Path | None,
     options: dict[str, Any],
     run_training: Callable[[Any, Callable[[], None] | None], dict[str, Any]] = _train_on_rows,
 ) -> Run:
+    """Trains on the rows of two arguments: those for training, and held-out ones."""
+    lines = {argument: _lines(argument, several) for argument, several in rows.items()}
     folder = Path(tempfile.mkdtemp(prefix="qstar-") if out is None else out)
     source = model.source if isinstance(model, Model) else str(model)
     config = replace(config or kind(model=source, out=str(folder)), model=source, out=str(folder))
     config = with_options(config, options)
-    data = replace(config.data, train=_file(rows, folder, "train"), eval=_file(eval_rows, folder, "eval"))
+    files = {}
+    for argument, name in zip(rows, ("train", "eval"), strict=True):
+        given = rows[argument] if lines[argument] is None else _write(lines[argument], folder / f"{name}.jsonl")
+        files[name] = None if given is None else str(given)
+    named = {file: argument for argument, file in zip(rows, files.values(), strict=True) if lines[argument] is not None}
+    data = replace(config.data, **files)
     display = notebook_display(folder)
-    summary = run_training(replace(config, data=data), display)
+    with in_python(config, named, dict(zip(("data.train", "data.eval"), rows, strict=True))):
+        summary = run_training(replace(config, data=data), display)
     write_curves(folder)
     run = Run(folder, summary)
     if config.export is not None:
@@ -188,20 +197,39 @@ def with_options(config: Any, options: Mapping[str, Any]) -> Any:
     return replace(config, **blocks)
 
 
-def _file(rows: Rows | None, folder: Path, name: str) -> str | None:
-    """The file of some rows; those that were given in Python are written into the run's folder."""
+def _lines(argument: str, rows: Rows | None) -> list[str] | None:
+    """The lines of a file that holds these rows; None if they are in a file already, or there are none.
+
+    Raises:
+        InputError: They are no list of dictionaries, or cannot be written as JSON.
+    """
     if rows is None or isinstance(rows, str | Path):
-        return None if rows is None else str(rows)
+        return None
+    if isinstance(rows, Mapping):
+        raise InputError(
+            f"{argument} is a dictionary: expected a list of rows, each a dictionary; of columns they are made with "
+            "[dict(zip(columns, row)) for row in zip(*columns.values())]"
+        )
     lines = []
     for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise InputError(
+                f"{argument}[{number}] is a {type(row).__name__}: expected a dictionary, such as "
+                "{'prompt': ..., 'chosen': ..., 'rejected': ...}"
+            )
         try:
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         except (TypeError, ValueError) as error:
-            raise InputError(f"{name} row {number}: {error}; expected text, numbers, lists and dictionaries") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.jsonl"
+            raise InputError(f"{argument}[{number}]: {error}; expected text, numbers, lists, dictionaries") from error
+    if not lines:
+        raise InputError(f"{argument} has no rows")
+    return lines
+
+
+def _write(lines: Sequence[str], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
-    return str(path)
+    return path
 
 
 def notebook_display(run: Path) -> Callable[[], None] | None:

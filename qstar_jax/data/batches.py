@@ -4,7 +4,7 @@ The batch is a pure function of (seed, step): a resumed run, on any number of ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
 import jax
@@ -65,6 +65,12 @@ class Batch:
     texts: Texts | None = None
     outcome: dict[str, Array] = field(default_factory=dict)
     shards: int = field(default=1, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        """The shapes of its arrays, which are large."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        shapes = [f"{name} {jax.tree.map(lambda x: getattr(x, 'shape', x), x)}" for name, x in values.items()]
+        return f"Batch({', '.join(shapes)})"
 
     @property
     def num_actions(self) -> Int[Array, "B R"]:

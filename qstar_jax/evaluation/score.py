@@ -26,7 +26,7 @@ from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.identity import write_identity
 from qstar_jax.store.open import load_model
-from qstar_jax.store.references import find_beta, open_reference
+from qstar_jax.store.references import IDENTICAL, are_identical, find_beta, open_reference
 
 SCORES = "scores.jsonl"
 _BESIDE = ("scores.identity.json", "heatmap.html", "credit.json", "credit.png", "steps.json", "steps.png")
@@ -88,6 +88,8 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
             raise InputError(
                 f"reference {reference.source} and model {config.model} have different shapes (config.json)"
             )
+        if are_identical(policy, reference):
+            say(console, f"warning: {IDENTICAL}")
         kind = KINDS[config.answers]
         vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy), "console": console}
         dataset = load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows, **vocab)

@@ -7,9 +7,11 @@ from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any, Self
 
+from qstar_jax.console import shorten_middle
 from qstar_jax.evaluation.steps import StepTotals, step_totals
 
 _PER_TOKEN = ("logp", "ref_logp", "reward", "q", "v")
+_REPR_CHARACTERS = 60
 _IF_KNOWN = (
     "wrong",
     "endogenous",
@@ -139,6 +141,11 @@ class ScoredResponse:
             raise ValueError(
                 f"row {self.row}, {self.role}: expected one entry per token in each field, found {lengths}"
             )
+
+    def __repr__(self) -> str:
+        """One line: its text, shortened, its tokens and its reward."""
+        text = shorten_middle("".join(self.pieces), _REPR_CHARACTERS)
+        return f"<{self.role} {text!r}: {sum(self.action_mask)} tokens, reward {self.total_reward:+.3f}>"
 
     @property
     def action_rewards(self) -> tuple[float, ...]:

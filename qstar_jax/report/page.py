@@ -43,6 +43,7 @@ def heatmap_view(responses: Sequence[ScoredResponse]) -> dict[str, Any]:
     return {
         "betas": sorted({response.beta for response in responses}),
         "scale": scale,
+        "flat": not any(reward for response in responses for reward in response.action_rewards),
         "legend": [_colours(scale * step / _LEGEND_STEPS, scale) for step in range(-_LEGEND_STEPS, _LEGEND_STEPS + 1)],
         "rows": [_row(row, scale, turn_scale, step_scale) for row in rows],
         "environment": not all(all(response.action_mask) for response in responses),

@@ -3,10 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from qstar_jax import losses
 from qstar_jax.errors import InputError
 from qstar_jax.store.identity import check_weights
 from qstar_jax.store.open import LoadedModel
+
+IDENTICAL = "policy and reference are identical: every reward is 0"
 
 
 def open_reference(
@@ -35,6 +40,17 @@ def open_reference(
             reference.model, reference.params, recorded, reference.source, "name the reference with --reference"
         )
     return reference
+
+
+def are_identical(policy: LoadedModel, reference: LoadedModel) -> bool:
+    """Whether two models have the same parameters; stops at the first array that differs.
+
+    All processes of a job must call this together.
+    """
+    if policy.model != reference.model:
+        return False
+    pairs = zip(jax.tree.leaves(policy.params), jax.tree.leaves(reference.params), strict=True)
+    return all(bool(jnp.array_equal(one, other)) for one, other in pairs)
 
 
 def find_beta(policy: LoadedModel, given: float | None, model: str, option: str) -> float:

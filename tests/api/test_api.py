@@ -2,6 +2,7 @@
 
 import ast
 import html
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import qstar_jax as qstar
+from qstar_jax.api.messages import in_python
 from qstar_jax.api.training import with_options
 from qstar_jax.config import DpoConfig
 from qstar_jax.data.loading import load_examples
@@ -143,8 +145,10 @@ def test_a_model_without_reference_needs_one(hf_folder):
     base = qstar.load(hf_folder)
     with pytest.raises(qstar.InputError, match=r"name one with qstar_jax.load\(..., reference=...\)"):
         base.score("w1", "w2")
-    same = qstar.load(hf_folder, reference=hf_folder, beta=0.1).score("w1", "w2")
-    assert same[0].reward == (0.0, 0.0)
+    with pytest.warns(UserWarning, match="policy and reference are identical: every reward is 0") as caught:
+        same = qstar.load(hf_folder, reference=hf_folder, beta=0.1).score("w1", "w2")
+    assert same[0].reward == (0.0, 0.0) and [entry.filename for entry in caught] == [__file__]
+    assert "Every reward is 0" in same.to_html() and 'class="legend"' not in same.to_html()
     with pytest.raises(qstar.InputError, match="contradict"):
         qstar.load(hf_folder, dtype="bfloat16", compute=DpoConfig("m", "o").compute)
 
@@ -166,9 +170,61 @@ def test_options_are_found_by_their_last_names(options, message):
     )  # fmt: skip
 
 
-def test_rows_that_are_no_json_are_refused(hf_folder):
-    with pytest.raises(qstar.InputError, match="train row 0: Object of type set is not JSON serializable"):
-        qstar.dpo(hf_folder, [{"prompt": {1}}])
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([PAIRS[0], {"prompt": {1}}], r"pairs\[1\]: Object of type set is not JSON serializable"),
+        ([("a", "b", "c")], r"pairs\[0\] is a tuple: expected a dictionary, such as {'prompt'"),
+        ({"prompt": ["a"]}, "pairs is a dictionary: expected a list of rows, each a dictionary"),
+        ([], "pairs has no rows"),
+    ],
+)
+def test_what_are_no_rows_is_refused_before_a_file_is_written(pairs, message, tmp_path):
+    with pytest.raises(qstar.InputError, match=message):
+        qstar.dpo("nowhere", pairs, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_training_refuses_is_said_in_the_words_of_python(hf_folder):
+    pairs = [*PAIRS[:2], {"prompt": "w1", "chosen": "w2"}]
+    with pytest.raises(qstar.InputError) as caught:
+        qstar.dpo(hf_folder, pairs, max_length=64, max_prompt_length=32)
+    assert "pairs[2]: no key 'rejected' (found: 'prompt', 'chosen'); expected prompt" in str(caught.value)
+    assert "name yours with rejected=..." in str(caught.value) and "jsonl" not in str(caught.value)
+    with pytest.raises(qstar.InputError, match=r"; simpo reads it: set loss='simpo', or leave it out"):
+        qstar.dpo(hf_folder, PAIRS, gamma=1.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("drop bad rows with --data.bad_rows drop", "drop bad rows with bad_rows='drop'"),
+        ("drop the column with --data.tools null", "drop the column with tools=None"),
+        ("make chats with --data.as_chat, or not", "make chats with as_chat=True, or not"),
+        ("name yours with --data.rejected; or not", "name yours with rejected=...; or not"),
+        ("with --data.turns last learns it", "with turns last learns it"),
+        ("train.keep_best loss needs data.eval, rows", "keep_best loss needs eval_pairs, rows"),
+        ("data.name 3 and optimizer.name lion", "data__name 3 and optimizer lion"),
+        ("runs/a.jsonl row 3, 9: too long", "pairs[2], pairs[8]: too long"),
+        ("runs/a.jsonl is empty; model.safetensors", "pairs is empty; model.safetensors"),
+        ("/home/user/loss.name.txt row 3", "/home/user/loss.name.txt row 3"),
+    ],
+)
+def test_options_and_rows_in_the_words_of_python(said, expected):
+    words = in_python(DpoConfig("m", "o"), {"runs/a.jsonl": "pairs"}, {"data.eval": "eval_pairs"})
+    with pytest.raises(qstar.InputError) as caught, words:
+        raise qstar.InputError(said)
+    assert str(caught.value) == expected
+
+
+def test_records_print_in_a_few_lines(model):
+    scores = model.score("w1 w2", "w11 w3", "w21 w4 w5")
+    lines = repr(scores).splitlines()
+    assert lines[0] == "Scores of" and len(lines) == 3 and max(map(len, lines)) < 120
+    assert lines[2] == f"  <answer 'w21 w4 w5 [EOS]': 4 tokens, reward {scores[1].total_reward:+.3f}>"
+    batch = qstar.token_batch([[2, 3]] * 50, [([4] * 90, [5])] * 50)
+    assert "tokens (" in repr(batch) and "index (50, 2, 96)" in repr(batch) and len(repr(batch)) < 500
+    assert all(len(str(inspect.signature(function))) < 450 for function in (qstar.token_batch, qstar.dpo, qstar.load))
 
 
 # In a notebook

@@ -106,10 +106,12 @@ def test_single_answers_and_other_options(dpo_run, eval_file, scored, tmp_path, 
     assert not (tmp_path / "heatmap.html").exists()
 
 
-def test_a_folder_model_with_a_given_reference(hf_folder, dpo_run, eval_file, tmp_path, one_device_only):
+def test_a_folder_model_with_a_given_reference(hf_folder, dpo_run, eval_file, tmp_path, one_device_only, capsys):
     words = ["--model", hf_folder, "--reference", hf_folder, "--beta", "0.1", "--data.eval", eval_file]
     assert score(tmp_path, *words) == 0
     assert all(reward == 0 for record in records(tmp_path) for reward in record["reward"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning: policy and reference are identical: every reward is 0" in printed
 
 
 def test_a_reference_that_is_gone_is_missed(dpo_run, eval_file, tmp_path, one_device_only, capsys):

@@ -41,6 +41,12 @@ def test_coloured_output_has_legend_totals_and_verdict(respond):
     assert "lowest" not in printed
 
 
+def test_rewards_of_zero_have_no_scale(respond):
+    for options in ({}, {"force_terminal": True, "color_system": "truecolor"}):
+        printed = _printed([respond(["a", "b"], [0.0, 0.0])], **options)
+        assert "every reward is 0" in printed and "reward of a token" not in printed
+
+
 def test_equal_responses_are_a_tie(respond):
     pair = [respond(["a"], [0.5], role="chosen"), respond(["b"], [0.5], role="rejected")]
     assert "prefers neither response" in _printed(pair)
