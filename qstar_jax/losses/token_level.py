@@ -175,7 +175,7 @@ def weighted_sigmoid(
         Liu et al., "TIS-DPO: token-level importance sampling for direct preference optimization with estimated
         weights", arXiv 2410.04350.
     """
-    chex.assert_equal_shape([weights, mask])
+    check_same_shape(weights=weights, mask=mask)
     # Masked before the product: 0 * NaN under the mask would reach the gradient.
     weights = jnp.where(mask, jax.lax.stop_gradient(weights), 0.0)
     chosen, rejected = pair(response_sums(weights * jnp.where(mask, log_ratios, 0.0), mask))

@@ -11,13 +11,13 @@ References:
     (SePO), arXiv 2408.13518.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from qstar_jax.mdp import masked
+from qstar_jax.shapes import check_shape
 
 SIGNS = np.array([1.0, -1.0])[:, None]  # of chosen and rejected
 
@@ -176,7 +176,7 @@ TOKEN_WEIGHTS = {
 
 
 def _checked(guide: Float[Array, "*B 2 T"], mask: Bool[Array, "*B 2 T"]) -> Float[Array, "*B 2 T"]:
-    chex.assert_axis_dimension(mask, -2, 2)
+    check_shape((*mask.shape[:-2], 2, *mask.shape[-1:]), mask=mask)
     return jax.lax.stop_gradient(masked(guide, mask))
 
 
