@@ -61,7 +61,7 @@ def print_heatmaps(responses: Sequence[ScoredResponse], console: Console | None 
             console.print(Text(f"\n{_verdict(margin)}", style="bold"))
         console.print()
     if not any(reward for response in responses for reward in response.action_rewards):
-        console.print("every reward is 0: policy and reference are the same here")
+        console.print(Text("every reward is 0: policy and reference are the same here"))
     elif coloured:
         console.print(_legend(scale))
 
