@@ -154,3 +154,13 @@ def test_an_adapter_is_trained_and_every_verb_opens_it(
     kernels = [loaded.params["layers"]["mlp"]["down"]["kernel"] for loaded in (merged, base)]
     assert np.any(kernels[0] != kernels[1])
     assert find_beta(merged, None, "rl", "--beta") == 0.05
+
+
+@pytest.mark.slow
+def test_advantages_that_overflow_stop_the_run_and_are_named(tmp_path, make_rl_config, tiny_rl):
+    def huge(pairs):
+        return [3e38 * (-1) ** number for number in range(len(pairs))]
+
+    config = make_rl_config(tmp_path / "rl", train={"accumulate": 2})
+    with pytest.raises(FloatingPointError, match=r"step 0 of .*train\.jsonl: loss .*the gradient of .* is not finite"):
+        tiny_rl(config, reward=huge)
