@@ -70,7 +70,7 @@ class TokenScores:
             InputError: If tokens are no integers or the mask is not boolean, as where they are swapped.
         """
         order = "as in from_logits(logits, ref_logits, tokens, mask)"
-        check_dtype(jnp.integer, f"token ids, {order}", tokens=tokens)
+        check_dtype(int, f"token ids, {order}", tokens=tokens)
         check_dtype(bool, f"bool, True at actions, {order}", mask=mask)
         logp, logz = _chosen_logp(logits, tokens, mask)
         ref_logp = None

@@ -1,9 +1,10 @@
-"""Arrays that do not go together, refused by name while a function is traced: checks cost nothing when it runs."""
+"""Assertions of chex in the user's words, made while a function is traced: they cost nothing when it runs."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import chex
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike
 
 from qstar_jax.errors import InputError
@@ -18,10 +19,12 @@ def check_same_shape(**arrays: ArrayLike | None):
     Raises:
         InputError: Shapes differ, or an array is None.
     """
-    shapes = {name: None if array is None else jnp.shape(array) for name, array in arrays.items()}
-    if len(set(shapes.values())) > 1 or None in shapes.values():
-        found = [f"{name} {None if shape is None else show_shape(shape)}" for name, shape in shapes.items()]
-        raise InputError(f"{', '.join(found)}: expected arrays of one shape")
+    try:
+        chex.assert_equal(any(array is None for array in arrays.values()), False)
+        chex.assert_equal_shape([x if hasattr(x, "shape") else np.asarray(x) for x in arrays.values()])
+    except AssertionError as error:
+        found = ", ".join(f"{name} {_shown(array)}" for name, array in arrays.items())
+        raise InputError(f"{found}: expected arrays of one shape") from error
 
 
 def check_shape(expected: Sequence[int], **arrays: ArrayLike):
@@ -31,15 +34,17 @@ def check_shape(expected: Sequence[int], **arrays: ArrayLike):
         InputError: The shape of an array is another one.
     """
     for name, array in arrays.items():
-        if jnp.shape(array) != tuple(expected):
-            raise InputError(f"{name} {show_shape(jnp.shape(array))}: expected shape {show_shape(expected)}")
+        try:
+            chex.assert_shape(array, tuple(expected))
+        except AssertionError as error:
+            raise InputError(f"{name} {_shown(array)}: expected shape {show_shape(expected)}") from error
 
 
-def check_dtype(kind: Any, expected: str, **arrays: ArrayLike):
+def check_dtype(kind: type, expected: str, **arrays: ArrayLike):
     """Refuses arrays whose dtype is not of this kind.
 
     Args:
-        kind: The kind, as for `jnp.issubdtype`: `jnp.integer`, `bool`.
+        kind: The kind, as `chex.assert_type` takes it: `int`, `float` or `bool`.
         expected: What the user should pass, for the error.
         **arrays: The arrays, by name.
 
@@ -47,9 +52,14 @@ def check_dtype(kind: Any, expected: str, **arrays: ArrayLike):
         InputError: A dtype is of another kind.
     """
     for name, array in arrays.items():
-        dtype = jnp.asarray(array).dtype
-        if not jnp.issubdtype(dtype, kind):
-            raise InputError(f"{name} {show_shape(jnp.shape(array))} is {dtype}: expected {expected}")
+        try:
+            chex.assert_type(array, kind)
+        except AssertionError as error:
+            raise InputError(f"{name} {_shown(array)} is {jnp.result_type(array)}: expected {expected}") from error
+
+
+def _shown(array: ArrayLike | None) -> str:
+    return "None" if array is None else show_shape(jnp.shape(array))
 
 
 def show_shape(shape: Sequence[int | str]) -> str:
