@@ -40,10 +40,10 @@ def insights_page(
     if unknown := sorted({finding.insight for finding in findings} - set(known)):
         raise ValueError(f"findings of unknown insights: {', '.join(unknown)}; known: {', '.join(known)}")
     sections = []
-    for number, view in enumerate(VIEWS, start=1):
+    for view in VIEWS:
         matching = [finding for finding in findings if finding.insight == view.insight]
         record = next((record for record in records if isinstance(record, view.record)), None)
-        sections.append(_section(number, view, matching, record))
+        sections.append(_section(view, matching, record))
     opening = max(by_row(heatmaps), key=lambda row: pair_margin(row) or -math.inf, default=())
     heat = heatmap_view([*opening, *(response for response in heatmaps if response not in opening)])
     return render(
@@ -68,10 +68,9 @@ def _opening_title(responses: Sequence[ScoredResponse]) -> str:
     return "The word with the lowest reward is not a wrong one"
 
 
-def _section(number: int, view: View, findings: Sequence[Finding], record: Record | None) -> dict[str, Any]:
+def _section(view: View, findings: Sequence[Finding], record: Record | None) -> dict[str, Any]:
     return {
         "id": view.insight,
-        "number": number,
         "title": one_line(findings[0].title) if len(findings) == 1 else view.heading,
         "findings": [
             {name: visible(value) if isinstance(value, str) else value for name, value in asdict(finding).items()}

@@ -84,7 +84,10 @@ def _search_panel(reasoning: Reasoning) -> Panel:
     groups = {one.method: {"": one.accuracy} for one in reasoning.search}
     words = "; ".join(f"{name} {with_interval(group[''])}" for name, group in groups.items())
     gains = reasoning.differences["accuracy at equal tokens"]
-    finding = "; ".join(f"{name} {signed_interval(gain)}" for name, gain in gains.items())
+    comparison, gain = max(gains.items(), key=lambda item: item[1].mean)
+    search, equal = comparison.split(" - ")
+    verb = {1: "find more right answers than", 0: "cannot be told from", -1: "find fewer right answers than"}[gain.sign]
+    finding = f"With as many tokens, {search} {verb} the {equal}: {signed_interval(gain)}"
     draw = partial(draw_dots, groups=groups, series=[""], label="right answers", line=0.0)
     return Panel("Search at equal tokens", f"Right answers: {words}.", draw, 0.7 + 0.45 * len(groups), f"{finding}.")
 
