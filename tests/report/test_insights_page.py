@@ -56,7 +56,7 @@ def test_nothing_is_loaded(whole_page):
     assert policy.startswith("default-src 'none'; img-src data:;")
     assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in parsed.named("img"))
     places = {a["href"] for a in parsed.named("a")}
-    assert places == {"#main", "#credit", "#search", "#decline", "#dialogue", "#heatmaps"}
+    assert places == {"#main", "#credit", "#search", "#decline", "#dialogue", "#steps", "#heatmaps"}
     ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
     assert len(ids) == len(set(ids)) and {place[1:] for place in places} <= set(ids)
 
@@ -70,9 +70,8 @@ def test_claim_number_and_paper_stand_side_by_side(whole_page, findings):
         ]
         assert places == sorted(places)
     statuses = [attributes["class"] for attributes in parsed.named("p") if "status" in (attributes.get("class") or "")]
-    assert (
-        statuses == ["status yes", "status no", "status unknown", "status yes"] * 2
-    )  # in the contents, then in the sections
+    # In the contents, then in the sections.
+    assert statuses == ["status yes", "status no", "status unknown", "status yes", "status yes"] * 2
     for words in ("✓reproduced", "✗not reproduced", "?cannot be told"):
         assert words in parsed.text
 
@@ -80,12 +79,12 @@ def test_claim_number_and_paper_stand_side_by_side(whole_page, findings):
 def test_figures_are_there_in_both_themes_with_words_and_tables(whole_page):
     parsed = _Parsed(whole_page)
     images = parsed.named("img")
-    assert [image["class"] for image in images] == ["light", "dark"] * 16
+    assert [image["class"] for image in images] == ["light", "dark"] * 19
     assert all(len(image["alt"]) > 40 and image["width"] and image["height"] for image in images)
     assert all(one["src"] != two["src"] for one, two in zip(images[::2], images[1::2], strict=True))
     for cell in ("0.830 [0.815, 0.845]", "20 beams", "12.5%", "0.85 ± 0.08"):
         assert cell in parsed.text
-    assert len(parsed.named("table")) == 2 + 4 + 3 + 5
+    assert len(parsed.named("table")) == 2 + 4 + 3 + 5 + 2
     assert len(whole_page.encode()) < 2e6
 
 

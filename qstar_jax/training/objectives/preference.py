@@ -61,10 +61,20 @@ def preference_objective(loss: losses.PreferenceLoss, weigh: Weigh | None = None
 def preference_loss_fn(model: LanguageModel, loss: losses.PreferenceLoss, weigh: Weigh | None = None) -> LossFn:
     """Makes the mean of a preference loss over examples; policy and reference have the shape of `model`.
 
+    Args:
+        model: The policy's network.
+        loss: The loss.
+        weigh: For losses that weigh tokens: (log-ratios of a guide, mask) -> weights, of `losses.token_weights`.
+
     Returns:
         `loss_fn(params, ref_params, batch)` on batches of R responses, best first; metrics have TRL's names. No
         gradient flows into `ref_params`, which may be None if the loss has no reference.
+
+    Raises:
+        ValueError: The loss weighs tokens, and `weigh` is None.
     """
+    if "weights" in loss.arrays and weigh is None:
+        raise ValueError("the loss weighs tokens: pass `weigh`, such as losses.token_weights.exponential")
 
     def loss_fn(params: Params, ref_params: Params | None, batch: Batch):
         # Score the responses; examples that only fill up count as empty, for losses that look at the whole batch.

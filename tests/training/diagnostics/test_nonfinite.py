@@ -57,8 +57,8 @@ def test_a_poisoned_row_is_named_and_the_state_before_it_kept(
 
 
 def test_a_gradient_is_named_by_its_first_bad_tensor(make_config, tiny_train, tmp_path, monkeypatch):
-    def make_broken(model, loss):
-        loss_fn = preference_loss_fn(model, loss)
+    def make_broken(model, loss, weigh=None):
+        loss_fn = preference_loss_fn(model, loss, weigh)
 
         def broken(params, ref_params, batch):
             loss, metrics = loss_fn(params, ref_params, batch)

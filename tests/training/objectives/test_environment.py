@@ -153,7 +153,10 @@ def assert_attention_sees(expected, changed):
 def test_no_loss_of_pairs_nor_its_metrics_read_the_environment(cached, params, random_dialogues):
     names = [name for name in PAIRS if not (cached and "kl" in losses.make_loss(name).arrays)]
     names = names if not cached else ["sigmoid", "dmpo", "aot"]
-    loss_fns = {name: lambda model, name=name: preference_loss_fn(model, losses.make_loss(name)) for name in names}
+    weigh = losses.token_weights.exponential  # read by the loss that weighs tokens
+    loss_fns = {
+        name: lambda model, name=name: preference_loss_fn(model, losses.make_loss(name), weigh) for name in names
+    }
     for name in ("sigmoid", "dmpo"):  # weighted by lengths, which are those of actions
         loss = losses.make_loss(name, ld_alpha=0.5)
         loss_fns[f"{name}, ld_alpha"] = lambda model, loss=loss: preference_loss_fn(model, loss)
