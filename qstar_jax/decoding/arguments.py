@@ -84,10 +84,12 @@ def token_id_tuple(name: str, ids: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_eos_ids(eos_ids: tuple[int, ...], vocabulary: int):
-    """Refuses ends of responses that a model does not have, so that no response would end.
+    """Refuses ends of responses of which a model has none, so that no response would end.
 
     Raises:
-        InputError: An id is not below the number of tokens of the vocabulary.
+        InputError: No id is below the number of tokens of the vocabulary.
     """
-    if beyond := [token for token in eos_ids if token >= vocabulary]:
-        raise InputError(f"eos_ids {eos_ids}: {beyond[0]} is none of the {vocabulary} tokens of the model's vocabulary")
+    if eos_ids and min(eos_ids) >= vocabulary:
+        raise InputError(
+            f"eos_ids {eos_ids}: {eos_ids[0]} is none of the {vocabulary} tokens of the model's vocabulary"
+        )

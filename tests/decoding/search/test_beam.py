@@ -270,13 +270,13 @@ def test_ties_are_broken_by_what_came_first(search, table_lm):
 
 
 def test_the_same_program_serves_all_batches_of_a_shape(search, history_lm):
-    options = BeamOptions(3, 4, (0,))
+    options, programs = BeamOptions(3, 4, (0,)), beam_search.__wrapped__
     search(history_lm(0), options)
-    before = beam_search._cache_size()
+    before = programs._cache_size()
     search(history_lm(1), BeamOptions(3, 4, (0,)), [[2, 2, 2], [1], [1]])
-    assert beam_search._cache_size() == before
+    assert programs._cache_size() == before
     search(history_lm(1), options, [[2, 2, 2]], width=29)  # another shape, which no other test has: the counter counts
-    assert beam_search._cache_size() == before + 1
+    assert programs._cache_size() == before + 1
 
 
 def test_ends_that_the_policy_does_not_know_are_ignored(search, history_lm):
