@@ -9,6 +9,7 @@ from scipy.stats import rankdata
 
 RESAMPLES = 1000
 LEVEL = 0.95
+_BLOCK = 2**22  # prompts drawn at once, in several resamples together
 
 # From how often each of P prompts was drawn, [K, P], to the statistic of each resample, [K].
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -58,10 +59,11 @@ def bootstrap(statistic: Statistic, count: int, *, seed: int = 0) -> Interval:
     Returns:
         The statistic over the prompts as they are, and the range of 95 % of the resamples.
     """
-    draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
-    weights = np.apply_along_axis(np.bincount, 1, draws, minlength=count)
-    tails = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
-    low, high = np.nanpercentile(statistic(weights), tails)
+    rng, size, resampled = np.random.default_rng(seed), max(1, _BLOCK // count), []
+    for first in range(0, RESAMPLES, size):
+        draws = rng.integers(0, count, (min(size, RESAMPLES - first), count))
+        resampled.append(statistic(np.apply_along_axis(np.bincount, 1, draws, minlength=count)))
+    low, high = np.nanpercentile(np.concatenate(resampled), [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return Interval(float(statistic(np.ones((1, count), int))[0]), float(low), float(high))
 
 
@@ -94,21 +96,19 @@ def auc(scores: Float[np.ndarray, " N"], positive: Bool[np.ndarray, " N"], owner
         A statistic for `bootstrap`: from how often each of P prompts was drawn, [K, P], to the areas, [K]; NaN without
         positives or without negatives.
     """
-    positives, positive_owner, count = scores[positive], owner[positive], owner.max() + 1
-    negatives = [np.sort(scores[~positive & (owner == prompt)]) for prompt in range(count)]
-    # wins[p, q]: how many pairs the positives of prompt p win against the negatives of q.
-    wins = np.zeros((count, count))
-    for q, sorted_scores in enumerate(negatives):
-        lower = np.searchsorted(sorted_scores, positives, "left")
-        lower_or_equal = np.searchsorted(sorted_scores, positives, "right")
-        below = (lower + lower_or_equal) / 2
-        wins[:, q] = np.bincount(positive_owner, below, count)
-    positive_count = np.bincount(positive_owner, minlength=count)
-    negative_count = np.array([len(sorted_scores) for sorted_scores in negatives])
+    order = np.flatnonzero(~positive)[np.argsort(scores[~positive])]
+    negatives, negative_owner, positive_owner = scores[order], owner[order], owner[positive]
+    # Each positive wins against the negatives before `lower`, and half against those up to `upper`.
+    lower, upper = (np.searchsorted(negatives, scores[positive], side) for side in ("left", "right"))
+
+    def area(weights: np.ndarray) -> float:
+        drawn = weights[positive_owner]
+        before = np.concatenate([[0], np.cumsum(weights[negative_owner])])
+        pairs = drawn.sum() * before[-1]
+        return drawn @ (before[lower] + before[upper]) / (2 * pairs) if pairs else np.nan
 
     def areas(weights: np.ndarray) -> np.ndarray:
-        pairs = (weights @ positive_count) * (weights @ negative_count)
-        return (weights @ wins * weights).sum(1) / np.where(pairs > 0, pairs, np.nan)
+        return np.array([area(one) for one in weights])
 
     return areas
 

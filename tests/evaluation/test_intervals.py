@@ -1,8 +1,11 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from qstar_jax.evaluation.intervals import auc, correlation, mean_interval, rank_correlation
+from qstar_jax.evaluation import intervals
+from qstar_jax.evaluation.intervals import auc, bootstrap, correlation, mean_interval, rank_correlation
 
 
 def test_area_is_that_of_mann_and_whitney():
@@ -26,6 +29,26 @@ def test_weights_count_as_copies():
 
 def test_an_area_without_positives_or_negatives_is_not_a_number():
     assert np.isnan(auc(np.arange(3.0), np.zeros(3, bool), np.arange(3))(np.ones((1, 3)))).all()
+
+
+def test_memory_grows_with_the_prompts_and_not_with_their_square(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 50)
+    rng, count = np.random.default_rng(6), 100_000
+    scores, positive = rng.normal(size=count), rng.random(count) < 0.3
+    tracemalloc.start()
+    interval = bootstrap(auc(scores, positive, np.arange(count)), count)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150e6 and interval.low < 0.5 < interval.high  # bytes; each float per pair of prompts would be 80e9
+
+
+def test_resamples_are_the_same_in_blocks_of_any_size(monkeypatch):
+    def total(weights):
+        return weights @ np.arange(37) ** 2
+
+    whole = bootstrap(total, 37)
+    monkeypatch.setattr(intervals, "_BLOCK", 37 * 7)
+    assert bootstrap(total, 37) == whole
 
 
 def test_interval_of_a_mean_is_that_of_scipys_bootstrap():
