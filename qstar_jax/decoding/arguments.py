@@ -1,6 +1,7 @@
 """Arguments of searches, checked by name before anything is compiled."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,21 +16,31 @@ from qstar_jax.shapes import show_shape
 Search = TypeVar("Search", bound=Callable)
 
 
-def checks_prompts(search: Search) -> Search:
-    """Makes a compiled search `(model, params, prompts, prompt_lengths, ...)` check its model and its prompts first.
+def checks_arguments(search: Search) -> Search:
+    """Makes a compiled search `(model, params, prompts, prompt_lengths, ...)` check what it is given first.
 
+    Its `options` are of the class with which they are annotated; its `keys`, if it has any, are one for each prompt.
     Lists become arrays. Inside of `jax.jit` values are unknown, and shapes alone are checked.
 
     Raises:
-        InputError: On a call whose model is none, or whose prompts are no right-padded token ids of these lengths.
+        InputError: On a call whose model is none, whose prompts are no right-padded token ids of these lengths, or
+            whose options or keys are something else.
     """
+    signature = inspect.signature(search)
+    kind = signature.parameters["options"].annotation
 
     @functools.wraps(search)
-    def checked(model: Any, params: Any, prompts: Any, prompt_lengths: Any, *arguments: Any, **options: Any):
-        check_model(model, "prefill")
-        prompts, prompt_lengths = _int_array("prompts", prompts), _int_array("prompt_lengths", prompt_lengths)
-        _check_prompts(prompts, prompt_lengths)
-        return search(model, params, prompts, prompt_lengths, *arguments, **options)
+    def checked(*arguments: Any, **named: Any):
+        bound = signature.bind(*arguments, **named)
+        given = bound.arguments
+        check_model(given["model"], "prefill")
+        given |= {name: _int_array(name, given[name]) for name in ("prompts", "prompt_lengths")}
+        _check_prompts(given["prompts"], given["prompt_lengths"])
+        if not isinstance(given["options"], kind):
+            raise InputError(f"options are a {type(given['options']).__name__}: expected {kind.__name__}")
+        if given.get("keys") is not None:
+            _check_keys(given["keys"], len(given["prompts"]))
+        return search(*bound.args, **bound.kwargs)
 
     checked.lower = search.lower
     return checked
@@ -64,6 +75,19 @@ def _check_prompts(prompts: jax.Array, lengths: jax.Array):
     used = ids[np.arange(ids.shape[1]) < tokens[:, None]]  # padding may be anything
     if used.min() < 0:
         raise InputError(f"prompts hold the token id {used.min()}: expected ids from 0 on")
+
+
+def _check_keys(keys: Any, count: int):
+    shape = getattr(keys, "shape", None)
+    if shape is None or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        found = f"a {type(keys).__name__}" if shape is None else f"{keys.dtype} {show_shape(shape)}"
+    elif shape == (count,):
+        return
+    else:
+        found = f"of shape {show_shape(shape)}"
+    raise InputError(
+        f"keys are {found}: expected one for each prompt, such as jax.random.split(jax.random.key(0), {count})"
+    )
 
 
 def _is_known(x: jax.Array) -> bool:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
+from qstar_jax.decoding.arguments import checks_arguments
 from qstar_jax.decoding.objectives import Objective
 from qstar_jax.decoding.policies import Policy
 from qstar_jax.decoding.responses import Responses
@@ -49,6 +50,7 @@ class Rejection:
             samples = fewer
 
 
+@checks_arguments
 @partial(jax.jit, static_argnames=("model", "options", "objective", "rejection"))
 def best_of_n(
     model: Policy,
@@ -84,6 +86,10 @@ def best_of_n(
 
     Returns:
         The samples that were not pruned, best first.
+
+    Raises:
+        InputError: See `sample`.
+        ValueError: If there are no keys to draw with.
 
     References:
         arXiv 2404.12358, Eq. 10 summed along a prefix; arXiv 2410.20290.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
+from qstar_jax.decoding.arguments import check_eos_ids, checks_arguments
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.partial import Partial, is_one_of, take_rows
 from qstar_jax.decoding.policies import Memory, Policy
@@ -102,6 +103,7 @@ class Sampler:
         slots = max(slots, count)
         logits, memory = self.model.prefill(self.params, self.prompts, self.prompt_lengths, slots)
         step = self.objective(jax.tree.map(lambda x: jnp.repeat(x[:, None], count, axis=1), logits))
+        check_eos_ids(self.options.eos_ids, step.score.shape[-1])
         if keys is not None:
             keys = jax.vmap(lambda key: jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(count)))(keys)
         partial = Partial.start(
@@ -165,6 +167,7 @@ class Sampler:
         return replace(state, partial=partial, paused=paused, drawn=state.drawn + drawn.sum(-1, dtype=jnp.int32))
 
 
+@checks_arguments
 @functools.partial(jax.jit, static_argnames=("model", "options", "objective", "keep_token_logps"))
 def sample(
     model: Policy,
@@ -199,6 +202,8 @@ def sample(
         N responses to each prompt in the order in which they were drawn; INVALID where constraints left no token.
 
     Raises:
+        InputError: The model is none, prompts, lengths and keys do not go together, or `eos_ids` are not of its
+            vocabulary.
         ValueError: If there are no keys to draw with.
     """
     sampler = Sampler(

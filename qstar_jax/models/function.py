@@ -14,7 +14,7 @@ from qstar_jax.models.masks import PackedMask
 from qstar_jax.shapes import show_shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class FunctionModel:
     """A causal language model that is given as a function; searches, scores and losses take it like a `CausalLM`.
 
@@ -29,13 +29,15 @@ class FunctionModel:
     apply: Callable[[Any, Int[Array, "B S"]], Float[Array, "B S V"]]
     lora: ClassVar[None] = None
 
-    def __post_init__(self):
-        """Refuses what is no function."""
-        if not callable(self.apply):
+    def __init__(self, apply: Callable[[Any, Int[Array, "B S"]], Float[Array, "B S V"]], *others: Any):
+        """Refuses what is no function, and what comes beside it."""
+        if others or not callable(apply):
+            found = ", ".join(_kind(value) for value in (apply, *others))
             raise InputError(
-                f"FunctionModel got {_kind(self.apply)}: expected a function (params, tokens) -> logits; parameters "
-                "are not part of it, and follow the model in calls: score_tokens(model, params, ...)"
+                f"FunctionModel got {found}: expected a function (params, tokens) -> logits; parameters are not part "
+                "of it, and follow the model in calls: score_tokens(model, params, ...)"
             )
+        object.__setattr__(self, "apply", apply)
 
     @property
     def base(self) -> "FunctionModel":

@@ -12,8 +12,14 @@ import pytest
 
 from qstar_jax.api import token_batch
 from qstar_jax.decoding.arguments import token_id_tuple
+from qstar_jax.decoding.best_of_n import best_of_n
+from qstar_jax.decoding.objectives import Likelihood
+from qstar_jax.decoding.sampler import sample
+from qstar_jax.decoding.sampling import SampleOptions
 from qstar_jax.decoding.search.beam import beam_search
 from qstar_jax.decoding.search.beam_options import BeamOptions
+from qstar_jax.decoding.search.chunks import ChunkOptions, chunk_beam_search
+from qstar_jax.decoding.search.exact import exact_search
 from qstar_jax.decoding.search.mcts import mcts
 from qstar_jax.decoding.search.mcts_options import MctsOptions
 from qstar_jax.errors import InputError
@@ -175,6 +181,10 @@ def lookup(params, tokens):
     ("model", "message"),
     [
         (lambda: FunctionModel(TABLE), r"expected a function \(params, tokens\) -> logits"),
+        (
+            lambda: FunctionModel(TABLE, lookup),
+            r"got a \w+, a function: expected a function .* parameters are not part",
+        ),
         (lambda: FunctionModel(lambda params, tokens: params[tokens[:, 0]]), r"returned \[2, 16\] for tokens"),
         (lambda: FunctionModel(lambda params, tokens: None), r"returned a NoneType .* expected \[2, \d+, V\]"),
         (lambda: lookup, "wrap a function .* in FunctionModel"),
@@ -240,10 +250,53 @@ def test_what_is_no_list_of_token_ids_is_refused(prompts, responses, message):
     ],
 )
 def test_prompts_that_cannot_be_searched_are_refused(prompts, lengths, eos_ids, message):
+    model, keys = FunctionModel(lookup), jax.random.split(jax.random.key(0), len(prompts))
+    drawing, objective = SampleOptions(3, eos_ids, num_samples=2), Likelihood()
+    for search in (
+        lambda *given: beam_search(*given, BeamOptions(2, 3, eos_ids)),
+        lambda *given: mcts(*given, MctsOptions(3, eos_ids, 2, 2)),
+        lambda *given: sample(*given, keys, drawing),
+        lambda *given: best_of_n(*given, keys, drawing, objective=objective),
+        lambda *given: chunk_beam_search(*given, keys, ChunkOptions(3, eos_ids, 2, 2, 2), objective=objective),
+    ):
+        with pytest.raises(InputError, match=message):
+            search(model, TABLE, prompts, lengths)
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "message"),
+    [
+        (
+            jax.random.key(0),
+            SampleOptions(3, (1,)),
+            r"keys are of shape \[\]: expected one for each prompt, .*key\(0\), 2",
+        ),
+        (jax.random.split(jax.random.key(0), 3), SampleOptions(3, (1,)), r"keys are of shape \[3\]: expected one"),
+        (jnp.zeros((2, 2), jnp.uint32), SampleOptions(3, (1,)), r"keys are uint32 \[2, 2\]: expected one"),
+        (SampleOptions(3, (1,)), jax.random.key(0), r"options are a \w+: expected SampleOptions"),
+        (SampleOptions(3, (1,)), SampleOptions(3, (1,)), "keys are a SampleOptions: expected one"),
+        (jax.random.key(0), BeamOptions(2, 3, (1,)), "options are a BeamOptions: expected SampleOptions"),
+    ],
+)
+def test_keys_and_options_are_checked_by_name(keys, options, message):
+    for search in (sample, partial(best_of_n, objective=Likelihood())):
+        with pytest.raises(InputError, match=message):
+            search(FunctionModel(lookup), TABLE, [[2, 3], [4, 5]], [2, 1], keys, options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "eos_ids", "message"),
+    [
+        ([2.5], (1,), r"prompt \[1\], float64: expected the token ids of one prompt"),
+        ([[2, 3]], (1,), r"prompt \[1, 2\], int64: expected the token ids of one prompt"),
+        ([], (1,), r"prompt \[0\], float64: expected"),
+        ([2, -3], (1,), r"prompt \[2\], int64: expected"),
+        ([2, 3], (99,), r"eos_ids \(99,\): 99 is none of the 16 tokens"),
+    ],
+)
+def test_a_prompt_that_cannot_be_searched_exactly_is_refused(prompt, eos_ids, message):
     with pytest.raises(InputError, match=message):
-        beam_search(FunctionModel(lookup), TABLE, prompts, lengths, BeamOptions(2, 3, eos_ids))
-    with pytest.raises(InputError, match=message):
-        mcts(FunctionModel(lookup), TABLE, prompts, lengths, MctsOptions(3, eos_ids, 2, 2))
+        inspect.unwrap(exact_search)(FunctionModel(lookup), TABLE, prompt, max_new_tokens=2, eos_ids=eos_ids)
 
 
 def test_lists_are_arrays():
@@ -253,5 +306,14 @@ def test_lists_are_arrays():
         search(jnp.array([[2, 3, 0], [4, 5, 6]]), jnp.array([2, 3]), BeamOptions(2, 3, (1,))),
     )
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    keys = jax.random.split(jax.random.key(0), 2)
+    drawn = [
+        sample(FunctionModel(lookup), TABLE, prompts, lengths, keys, SampleOptions(3, (1,)))
+        for prompts, lengths in (
+            ([[2, 3, -1], [4, 5, 6]], [2, 3]),
+            (jnp.array([[2, 3, 0], [4, 5, 6]]), jnp.array([2, 3])),
+        )
+    ]
+    np.testing.assert_array_equal(drawn[0].tokens, drawn[1].tokens)
     with pytest.raises(InputError, match="eos_ids 1: expected token ids"):
         inspect.unwrap(token_id_tuple)("eos_ids", 1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.decoding.arguments import check_eos_ids, checks_prompts
+from qstar_jax.decoding.arguments import check_eos_ids, checks_arguments
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.partial import Partial
 from qstar_jax.decoding.policies import Policy
@@ -48,7 +48,7 @@ class _Beams:
     key: jax.Array
 
 
-@checks_prompts
+@checks_arguments
 @partial(jax.jit, static_argnames=("model", "options", "objective"))
 def beam_search(
     model: Policy,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
+from qstar_jax.decoding.arguments import checks_arguments, token_id_tuple
 from qstar_jax.decoding.constraints import Constraints
 from qstar_jax.decoding.objectives import Objective
 from qstar_jax.decoding.partial import Partial, take_rows
@@ -58,14 +59,14 @@ class ChunkOptions:
 
     def __post_init__(self):
         """Refuses values that have no meaning or no effect."""
+        for name in ("eos_ids", "delimiter_ids"):
+            object.__setattr__(self, name, token_id_tuple(name, getattr(self, name)))
         if self.beams < 1 or self.samples < 1 or self.chunk_length < 1:
             raise ValueError(
                 f"beams {self.beams}, samples {self.samples} and chunk_length {self.chunk_length} must be at least 1"
             )
-        if set(self.delimiter_ids) & set(self.eos_ids) or any(token < 0 for token in self.delimiter_ids):
-            raise ValueError(
-                f"delimiter_ids {self.delimiter_ids}: expected token ids, none of them among eos_ids {self.eos_ids}"
-            )
+        if set(self.delimiter_ids) & set(self.eos_ids):
+            raise ValueError(f"delimiter_ids {self.delimiter_ids}: expected none of them among eos_ids {self.eos_ids}")
         self.sampling  # noqa: B018 (checks the rest)
 
     @property
@@ -83,6 +84,7 @@ class ChunkOptions:
         )
 
 
+@checks_arguments
 @partial(jax.jit, static_argnames=("model", "options", "objective"))
 def chunk_beam_search(
     model: Policy,
@@ -117,6 +119,10 @@ def chunk_beam_search(
 
     Returns:
         The best `beams` distinct responses, best first; INVALID where there are fewer.
+
+    Raises:
+        InputError: See `sample`.
+        ValueError: If there are no keys to draw with.
 
     References:
         arXiv 2405.19262, without the copies of finished responses that its program makes.

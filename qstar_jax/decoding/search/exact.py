@@ -17,9 +17,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
+from qstar_jax.decoding.arguments import check_eos_ids, token_id_tuple
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.policies import Policy
 from qstar_jax.decoding.responses import Finish, Responses
+from qstar_jax.errors import InputError
+from qstar_jax.models.function import check_model
+from qstar_jax.shapes import show_shape
 
 WIDTH = 64  # texts are padded to multiples of this many tokens, so that prompts of many lengths share a program
 
@@ -92,10 +96,15 @@ def exact_search(
         The best responses, best first, B = 1; INVALID where there are fewer, or the budget was used up before.
 
     Raises:
+        InputError: The model is none, `prompt` is no list of token ids, or `eos_ids` are not of its vocabulary.
         ValueError: If a token can raise the sum, so that nothing can be proven; or if a number is below 1.
     """
+    check_model(model, "prefill")
     _check(objective, max_new_tokens, n_best, max_expansions, batch_size)
-    prompt = np.asarray(prompt, np.int32)
+    prompt = np.asarray(prompt)
+    if prompt.ndim != 1 or not prompt.size or not np.issubdtype(prompt.dtype, np.integer) or prompt.min() < 0:
+        raise InputError(f"prompt {show_shape(prompt.shape)}, {prompt.dtype}: expected the token ids of one prompt")
+    eos_ids = token_id_tuple("eos_ids", eos_ids)
     width = -(-(len(prompt) + max_new_tokens - 1) // WIDTH) * WIDTH
     rows = np.zeros((batch_size, width), np.int32)
     rows[:, : len(prompt)] = prompt
@@ -116,6 +125,7 @@ def exact_search(
             rows[i, len(prompt) : len(prompt) + len(prefix.tokens)] = prefix.tokens
             lengths[i] += len(prefix.tokens)
         step = jax.device_get(_evaluate(model, params, rows, lengths, objective))
+        check_eos_ids(eos_ids, step.score.shape[-1])
         has_reference = step.ref_logp is not None
         expansions += len(batch)
         # Those that end a response compete for N places; the others wait in the frontier.

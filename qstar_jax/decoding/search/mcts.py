@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qstar_jax.decoding.arguments import check_eos_ids, checks_prompts
+from qstar_jax.decoding.arguments import check_eos_ids, checks_arguments
 from qstar_jax.decoding.objectives import Likelihood, Objective, StepScores
 from qstar_jax.decoding.partial import Partial
 from qstar_jax.decoding.policies import Policy
@@ -27,7 +27,7 @@ from qstar_jax.decoding.search.tree import COMPLETE, DEAD_END, NO_PARENT, UNVISI
 from qstar_jax.decoding.search.tree_responses import complete_responses, finish_greedily
 
 
-@checks_prompts
+@checks_arguments
 @partial(jax.jit, static_argnames=("model", "options", "objective"))
 def mcts(
     model: Policy,
