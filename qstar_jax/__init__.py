@@ -35,6 +35,7 @@ _PUBLIC = {
     "mcts": "decoding.search.mcts",
     "MctsOptions": "decoding.search.mcts_options",
     # Theory.
+    "diffusion": None,
     "losses": None,
     "mdp": None,
     "shaping": None,
@@ -46,6 +47,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # what editors and type checkers read
+    from qstar_jax import diffusion as diffusion
     from qstar_jax import losses as losses
     from qstar_jax import mdp as mdp
     from qstar_jax import shaping as shaping

@@ -45,7 +45,7 @@ gc.set_threshold(100_000)
 # Tests check the shapes and dtypes in the signatures of pure functions at every call. Numpy arrays pass too: tests copy
 # results to the host.
 jaxtyping.Array = jax.Array | np.ndarray
-CHECKED = ("mdp", "shaping", "tabular", "losses", "models.logprobs", "scoring", "decoding")
+CHECKED = ("mdp", "shaping", "tabular", "diffusion", "losses", "models.logprobs", "scoring", "decoding")
 jaxtyping.install_import_hook([f"qstar_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 from qstar_jax.config import ComputeOptions, MeshOptions
