@@ -42,7 +42,6 @@ from qstar_jax.losses.policy_gradient import rto_rewards as rto_rewards
 from qstar_jax.losses.policy_gradient import token_advantages as token_advantages
 from qstar_jax.losses.preference_loss import PreferenceLoss as PreferenceLoss
 from qstar_jax.losses.rankings import plackett_luce as plackett_luce
-from qstar_jax.losses.reference_free import cpl as cpl
 from qstar_jax.losses.reference_free import cpo as cpo
 from qstar_jax.losses.reference_free import negative_log_likelihood as negative_log_likelihood
 from qstar_jax.losses.reference_free import orpo as orpo
@@ -50,6 +49,8 @@ from qstar_jax.losses.reference_free import sft as sft
 from qstar_jax.losses.reference_free import simpo as simpo
 from qstar_jax.losses.registry import make_loss as make_loss
 from qstar_jax.losses.responses import LossMetrics as LossMetrics
+from qstar_jax.losses.segments import cpl as cpl
+from qstar_jax.losses.segments import cpl_all_pairs as cpl_all_pairs
 from qstar_jax.losses.token_level import dmpo as dmpo
 from qstar_jax.losses.token_level import tdpo1 as tdpo1
 from qstar_jax.losses.token_level import tdpo2 as tdpo2

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
-from qstar_jax.losses import pairwise, pointwise, rankings, reference_free, token_level, transport
+from qstar_jax.losses import pairwise, pointwise, rankings, reference_free, segments, token_level, transport
 from qstar_jax.losses.responses import LossMetrics
 
 LossFunction = Callable[..., tuple[Float[Array, "..."], LossMetrics]]
@@ -38,7 +38,7 @@ LOSSES: dict[str, LossFunction] = {
         reference_free.simpo,
         reference_free.cpo,
         reference_free.orpo,
-        reference_free.cpl,
+        segments.cpl,
         token_level.dmpo,
         token_level.tdpo1,
         token_level.tdpo2,

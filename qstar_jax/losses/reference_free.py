@@ -11,10 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from qstar_jax.losses.responses import LossMetrics, pair, record, response_means, response_sums, smoothed_log_loss
-from qstar_jax.shapes import check_same_shape
 
 Normalization = Literal["batch_tokens", "answer_tokens", "none"]
-Cloned = Literal["all", "chosen"]
 
 
 def negative_log_likelihood(
@@ -164,50 +162,3 @@ def orpo(
     chosen, rejected = pair(uncertain - jnp.log(-jnp.expm1(uncertain)))
     nll = negative_log_likelihood(logp[..., 0, :], mask[..., 0, :], normalize=normalize)
     return nll - odds_weight * jax.nn.log_sigmoid(chosen - rejected), record(odds_weight * means)
-
-
-def cpl(
-    logp: Float[Array, "*B 2 T"],
-    mask: Bool[Array, "*B 2 T"],
-    *,
-    beta: ScalarLike = 0.1,
-    bias: ScalarLike = 0.5,
-    discount: ScalarLike = 1.0,
-    bc_weight: ScalarLike = 0.0,
-    bc_data: Cloned = "all",
-) -> tuple[Float[Array, "*B"], LossMetrics]:
-    """Contrastive preference learning: -log sigma(A_w - lambda A_l), A = sum_t gamma^t alpha log pi(a_t | s_t).
-
-    Regret instead of reward explains the preferences. With log-ratios in place of `logp` it is CPL-KL, and with lambda
-    = gamma = 1 then DPO. The behaviour-cloning term adds the mean of -log pi over the tokens of the pair.
-
-    Args:
-        logp: Token log-probabilities of the policy (or log-ratios), in nats. Shape [..., 2, T].
-        mask: True at the segments' steps. Shape [..., 2, T].
-        beta: alpha, the temperature of the advantage alpha log pi; the paper's 0.1.
-        bias: lambda in (0, 1], conservative where below 1; the paper's 0.5.
-        discount: gamma in (0, 1]; the paper's code has 1.
-        bc_weight: Weight of behaviour cloning.
-        bc_data: Whether it imitates both segments or the chosen one.
-
-    Returns:
-        Loss of each pair, in nats, shape [...], and its metrics, whose rewards are the sums A.
-
-    Raises:
-        ValueError: If `bc_data` is neither.
-
-    References:
-        Hejna et al., "Contrastive preference learning: learning from human feedback without RL", arXiv 2310.13639,
-        Eq. 5 and 6.
-    """
-    if bc_data not in ("all", "chosen"):
-        raise ValueError(f"bc_data {bc_data!r} is unknown; choose all or chosen")
-    check_same_shape(logp=logp, mask=mask)
-    times = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-    advantages = response_sums(discount**times * beta * jnp.where(mask, logp, 0.0), mask)
-    chosen, rejected = pair(advantages)
-    imitated = slice(None) if bc_data == "all" else slice(1)
-    cloned = mask[..., imitated, :]
-    total = jnp.where(cloned, logp[..., imitated, :], 0.0).sum((-1, -2))
-    cloning = -total / jnp.maximum(cloned.sum((-1, -2)), 1)
-    return -jax.nn.log_sigmoid(chosen - bias * rejected) + bc_weight * cloning, record(advantages)

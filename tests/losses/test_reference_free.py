@@ -91,28 +91,3 @@ def test_orpo_is_finite_where_the_model_is_certain():
         mask = jnp.ones(logp.shape, bool)
         value, grad = jax.value_and_grad(lambda x, m=mask: losses.orpo(x, m)[0].sum())(logp)
         assert np.isfinite(value) and np.isfinite(grad).all()
-
-
-def test_cpl_of_log_ratios_is_dpo():
-    log_ratios = LOGP + 1.5
-    found, metrics = losses.cpl(log_ratios, MASK, bias=1.0, beta=0.3)
-    expected, expected_metrics = losses.sigmoid(log_ratios, MASK, beta=0.3)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    np.testing.assert_allclose(metrics.rewards, expected_metrics.rewards, rtol=1e-6)
-
-
-def test_cpl_discounts_its_own_tokens():
-    logp = jnp.array([[[9.0, -1.0, 9.0, -2.0, -4.0], [-3.0, -5.0, 9.0, 9.0, 9.0]]])
-    mask = jnp.array([[[0, 1, 0, 1, 1], [1, 1, 0, 0, 0]]], bool)
-    # -1 - 2 / 2 - 4 / 4 = -3 and -3 - 5 / 2 = -5.5
-    found, metrics = losses.cpl(logp, mask, beta=1.0, bias=0.5, discount=0.5)
-    np.testing.assert_allclose(metrics.rewards, [[-3, -5.5]])
-    np.testing.assert_allclose(found, [np.log1p(np.exp(0.25))], rtol=1e-6)
-
-
-def test_cpl_clones_behaviour_by_hand():
-    plain = losses.cpl(LOGP, MASK)[0]
-    everything = losses.cpl(LOGP, MASK, bc_weight=2.0)[0] - plain
-    np.testing.assert_allclose(everything, 2 * np.array([7.5 / 4, 5.25 / 4, 3 / 2]), rtol=1e-5)
-    chosen = losses.cpl(LOGP, MASK, bc_weight=2.0, bc_data="chosen")[0] - plain
-    np.testing.assert_allclose(chosen, 2 * np.array([3.5 / 3, 3.25 / 2, 0]), rtol=1e-5, atol=1e-6)

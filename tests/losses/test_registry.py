@@ -13,7 +13,7 @@ from qstar_jax import losses
 from qstar_jax.config import LossOptions
 from qstar_jax.config.variants import declarations
 from qstar_jax.errors import InputError
-from qstar_jax.losses import make_loss, reference_free
+from qstar_jax.losses import make_loss, reference_free, segments
 from qstar_jax.losses.registry import DECLARED, defaults
 from qstar_jax.mdp import TokenScores
 
@@ -366,7 +366,7 @@ def test_the_command_line_knows_every_option_and_limit_of_losses_that_it_can_tra
     numbers = DECLARED.keys() - {"divergence", "normalize", "bc_data"}
     assert numbers == {option for option, declaration in DECLARED.items() if declaration.bounds}
     assert DECLARED["normalize"].choices == get_args(reference_free.Normalization)
-    assert DECLARED["bc_data"].choices == get_args(reference_free.Cloned)
+    assert DECLARED["bc_data"].choices == get_args(segments.Cloned)
     assert DECLARED["divergence"].choices == tuple(losses.DIVERGENCES)
 
 
