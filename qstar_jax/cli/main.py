@@ -85,8 +85,8 @@ def _verb_parser(verb: str) -> Parser:
     return parser
 
 
-def build_parser() -> Parser:
-    """Builds the parser of all verbs."""
+def build_parser(words: Sequence[str]) -> Parser:
+    """Builds the parser of a command; other verbs than that of its words are named only, as options take time."""
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     set_loader("yaml", _load_value, (yaml.YAMLError,))
     parser = Parser(
@@ -98,7 +98,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"qstar_jax {__version__}")
     verbs = parser.add_subcommands(dest="verb", required=True)
     for verb, (_, summary) in VERBS.items():
-        verbs.add_subcommand(verb, _verb_parser(verb), help=summary)
+        verbs.add_subcommand(verb, _verb_parser(verb) if verb in words[:1] else Parser(), help=summary)
     return parser
 
 
@@ -133,9 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks replace them by other objects
             stream.reconfigure(errors="backslashreplace")  # a model's text must not crash a terminal
-    parser = build_parser()
+    words = sys.argv[1:] if argv is None else argv
+    parser = build_parser(words)
     try:
-        parsed = parser.parse_args(_translated(sys.argv[1:] if argv is None else argv))
+        parsed = parser.parse_args(_translated(words))
     except InputError as error:
         print(f"qstar: {error}", file=sys.stderr)
         return 2
