@@ -63,7 +63,7 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
     """
     check_paths(config)
     if not config.data.train:
-        raise InputError("--data.train is missing: name a JSONL or Parquet file, or a dataset of the hub")
+        raise InputError("--data.train is missing: name a file, a folder or a dataset of the hub")
     is_sft = isinstance(config, SftConfig)
     check_train(config, ("loss",) if is_sft else ("loss", "rewards/margins", "rewards/accuracies"))
     if is_sft:
