@@ -142,7 +142,10 @@ def padded(scored):
 
 
 def test_attention_sees_the_environment(tiny_model, tiny_params, examples):
-    """Other words of the environment change the actions after them, not those before, and are no targets."""
+    """Other words of the environment change the actions after them, not those before, and are no targets.
+
+    trl#4974: one mask, with holes, served the loss and attention.
+    """
     example = next(e for e in examples if -1 in e.responses[0].turns and e.responses[0].turns[-1] > 0)
     response = example.responses[0]
     first = int(np.flatnonzero(~response.action_mask)[0])

@@ -11,6 +11,8 @@ from qstar_jax.data.dropped import BadRow
 Messages = list[dict[str, Any]]
 Turns = str | Messages
 
+WEIGHT = "weight"  # key of OpenAI's messages: a turn of the assistant with weight 0 is not learned
+
 _EXPECTED = "expected text or a list of chat messages ({'role': text, 'content': text})"
 _EXPECTED_TOOLS = "expected a list of JSON schemas, or a JSON string of one"
 # Roles of ShareGPT's and LLaMA-Factory's files -> those that chat templates know.
@@ -132,6 +134,11 @@ def _check_message(message: Any, number: int, column: str):
                 f"column {column!r} has a message {problem}",
                 f" (message {number}, keys: {keys or 'none'}); {_EXPECTED}",
             )
+    if message.get(WEIGHT, 1) not in (0, 1):
+        raise BadRow(
+            f"column {column!r} has a message whose {WEIGHT!r} is {message[WEIGHT]!r}",
+            f" (message {number}); expected 1, or 0 for a turn of the assistant that is not learned",
+        )
 
 
 def parse_tools(value: Any, column: str) -> list[dict] | None:
@@ -142,7 +149,7 @@ def parse_tools(value: Any, column: str) -> list[dict] | None:
         column: Its name, for errors.
 
     Returns:
-        At least one schema, or None if the row has no tools.
+        At least one schema, as {'type': 'function', 'function': ...}, or None if the row has no tools.
 
     Raises:
         BadRow: The value is something else.
@@ -153,11 +160,16 @@ def parse_tools(value: Any, column: str) -> list[dict] | None:
         value = [_decoded(tool, column, _EXPECTED_TOOLS) if isinstance(tool, str) else tool for tool in value]
         _check_surrogates(value, column)
         if all(isinstance(tool, dict) for tool in value):
-            return without_nulls(value) or None
+            return [_as_function(tool) for tool in without_nulls(value)] or None
     if value is not None:
         problem = "holds a list of something other than schemas" if isinstance(value, list) else _holds(value)
         raise BadRow(f"column {column!r} {problem}", f"; {_EXPECTED_TOOLS}")
     return None
+
+
+def _as_function(tool: dict) -> dict:
+    """Returns the schema of a function, as in LLaMA-Factory's files, in the form that chat templates expect."""
+    return {"type": "function", "function": tool} if {"name", "parameters"} <= tool.keys() else tool
 
 
 def parse_template_kwargs(value: Any, column: str) -> dict[str, Any] | None:

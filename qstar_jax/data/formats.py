@@ -17,7 +17,7 @@ from typing import Any
 from qstar_jax.config import DataOptions
 from qstar_jax.data.battles import holds_battles
 from qstar_jax.data.dropped import BadRow
-from qstar_jax.data.outcomes import find_reward
+from qstar_jax.data.outcomes import find_reward, sample
 from qstar_jax.data.rankings import list_column
 from qstar_jax.errors import InputError
 
@@ -131,9 +131,18 @@ def prompt_reader(file: File, *, separate: bool) -> Callable[[dict], dict]:
         return lambda row: row
     if "instruction" in columns:
         return lambda row: {**row, prompt: _instruction(row)}
-    if separate and "conversations" in columns:
-        return lambda row: {**row, prompt: row.get("conversations")}
+    if separate and (name := _open_dialogues(file)) is not None:
+        return lambda row: {**row, prompt: row.get(name)}
     return lambda row: row
+
+
+def _open_dialogues(file: File) -> str | None:
+    """Column of dialogues that responses continue: `conversations`, or `messages` unless the assistant ends these."""
+    if "conversations" in file.columns:
+        return "conversations"
+    ends = [value[-1] for row in sample(file.rows) if isinstance(value := row.get("messages"), list) and value]
+    is_open = ends and all(isinstance(end, dict) and end.get("role") != "assistant" for end in ends)
+    return "messages" if is_open else None
 
 
 def _instruction(row: dict) -> Any:

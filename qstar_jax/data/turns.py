@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from qstar_jax.data.chat_templates import ChatTemplate
-from qstar_jax.data.columns import Messages
+from qstar_jax.data.columns import WEIGHT, Messages
 from qstar_jax.data.dropped import BadRow, DroppedRow
 from qstar_jax.data.encoding import Span
 from qstar_jax.data.records import Record
@@ -21,6 +21,7 @@ Learned = Literal["all", "last", "final_answer"]
 ENVIRONMENT = -1  # turn of tokens that are no actions
 _EXCERPT = 40  # characters of a text to quote in errors
 _REASONING_END = "</think>"
+_MARK = "\u2063"  # an invisible separator, which no text needs
 
 
 def find_turns(record: Record, response: Messages, template: ChatTemplate, text: str, learned: Learned) -> list[Span]:
@@ -35,14 +36,16 @@ def find_turns(record: Record, response: Messages, template: ChatTemplate, text:
             reasoning and tool calls.
 
     Returns:
-        Start and end of each turn, in order.
+        Start and end of each turn, in order; without those of weight 0.
 
     Raises:
         BadRow: The template does not show where the turns are, or there is no final answer.
     """
     messages, tools = record.prompt + response, record.tools
     turns = [i for i in range(len(record.prompt), len(messages)) if messages[i]["role"] == "assistant"]
-    turns = turns if learned == "all" else turns[-1:]
+    if not messages[turns[-1]].get(WEIGHT, 1):
+        raise BadRow("the last turn of the assistant has weight 0", "; end the dialogue with one to be learned")
+    turns = [turn for turn in turns if messages[turn].get(WEIGHT, 1)] if learned == "all" else turns[-1:]
     way_out = "learn the last turn only with --data.turns last, or " if learned == "all" else ""
     starts = [_start(messages[:turn], tools, template, text, way_out) for turn in turns]
     try:
@@ -59,7 +62,7 @@ def find_turns(record: Record, response: Messages, template: ChatTemplate, text:
         starts = [max(start, marked[turn][0]) for start, turn in zip(starts, turns, strict=True)]
         ends = [marked[turn][1] for turn in turns]
     spans = list(zip(starts, ends, strict=True))
-    return spans if learned != "final_answer" else [_final_answer(messages[-1], spans[-1], text)]
+    return spans if learned != "final_answer" else [_final_answer(messages, tools, template, text, spans[-1])]
 
 
 class _Rewritten(Exception):
@@ -112,15 +115,24 @@ def _marked(messages: Messages, tools: list[dict] | None, template: ChatTemplate
     return dict(zip(turns, spans, strict=True))
 
 
-def _final_answer(message: dict, span: Span, text: str) -> Span:
-    words = message["content"].rpartition(_REASONING_END)[2].strip()
+def _final_answer(messages: Messages, tools: list[dict] | None, template: ChatTemplate, text: str, span: Span) -> Span:
+    """Where the words of the last turn begin, and the turn ends."""
+    content = messages[-1]["content"].rstrip()
+    words = content.rpartition(_REASONING_END)[2].strip()
     if not words:
         raise BadRow(
             "the last turn has no final answer", ", only reasoning or tool calls; --data.turns last learns them"
         )
-    start = text.rfind(words, *span)
-    if start < 0:
-        raise BadRow("the chat template does not render the final answer as it is", f" ({words[:_EXCERPT]!r})")
+    # Words may occur in their own end, as "im_end" does in <|im_end|>; it is what follows a mark behind the words.
+    last = {key: value for key, value in messages[-1].items() if key != "tool_calls"} | {"content": content + _MARK}
+    end = template([*messages[:-1], last], tools).rpartition(_MARK)[2]
+    before = text.removesuffix(end).rstrip()
+    start = len(before) - len(words)
+    if not (text.endswith(end) and before.endswith(words) and start >= span[0]):
+        raise BadRow(
+            "the chat template does not render the final answer as the end of the last turn",
+            f" ({words[:_EXCERPT]!r}); --data.turns last learns the turn",
+        )
     return start, span[1]
 
 

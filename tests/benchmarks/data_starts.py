@@ -1,9 +1,9 @@
 """A first start on a file of pairs, a second one, and the batches of steps, each start in a process of its own.
 
-    python tests/benchmarks/data_starts.py PAIRS.jsonl --tokenizer FOLDER [--repeat N] [--code CHECKOUT]
+    python tests/benchmarks/data_starts.py PAIRS.jsonl FOLDER [--repeat N] [--code CHECKOUT]
 
-Prints JSON. `--repeat` makes a file of N rows out of the given ones, each with its number before its prompt; `--code`
-measures another checkout of qstar_jax, an older one for instance.
+FOLDER has a tokenizer. Prints JSON. `--repeat` makes a file of N rows out of the given ones, each with its number
+before its prompt; `--code` measures another checkout of qstar_jax, an older one for instance.
 """
 
 import json

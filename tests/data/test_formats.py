@@ -140,7 +140,8 @@ def test_share_gpt_dialogues():
     assert read(prompt_records, row)[0][0].prompt == record.prompt
 
 
-def test_llama_factory_calls_of_functions():
+@pytest.mark.parametrize("tool", [TOOL, TOOL["function"]], ids=["tool", "function"])
+def test_llama_factory_calls_of_functions(tool):
     call = json.dumps({"name": "get_weather", "arguments": {"city": "Paris"}})
     row = {
         "conversations": [
@@ -149,7 +150,7 @@ def test_llama_factory_calls_of_functions():
             said("observation", "Sunny"),
             said("gpt", "c"),
         ],
-        "tools": json.dumps([TOOL]),
+        "tools": json.dumps([tool]),
     }
     [record], _ = read(completion_records, row)
     called, observed = assistant("", tool_calls=[CALL]), {"role": "tool", "content": "Sunny"}
@@ -161,6 +162,10 @@ def test_llama_factory_pairs():
     row = {"conversations": [said("human", "p")], "chosen": said("gpt", "c"), "rejected": said("gpt", "r")}
     assert read(preference_records, row) == ([CHAT], [])
     assert read(prompt_records, row)[0] == [Record([user("p")], (), 0)]
+    messages = {"messages": [user("p")], "chosen": assistant("c"), "rejected": assistant("r")}
+    assert read(preference_records, messages) == ([CHAT], [])
+    whole = {"messages": [user("p"), assistant("c")], "chosen": [user("p"), assistant("c")]}
+    assert read(preference_records, whole | {"rejected": [user("p"), assistant("r")]}) == ([CHAT], [])
 
 
 def test_eto_trajectories_as_share_gpt():

@@ -82,6 +82,35 @@ def test_the_last_turn_or_its_final_answer(character_tokenizer, chat_tokenizer):
     assert fault(tokenizer, calls_only, turns="final_answer").startswith("the last turn has no final answer, only")
 
 
+def test_a_final_answer_may_occur_in_the_end_of_its_turn(chat_tokenizer):
+    """As "e" in <|im_end|>, or "im_end"."""
+    for answer in ("E", "[", "E]"):
+        response = one(
+            chat_tokenizer, [user("a"), assistant(f"<think>{answer}</think> {answer} ")], turns="final_answer"
+        )
+        assert texts(chat_tokenizer, response)[-1][1].replace(" ", "") == f"{answer}[E]"
+
+
+def test_words_before_a_tool_call_are_no_final_answer(character_tokenizer):
+    template = TOOL_TEMPLATE.replace("{{ m.content }}", "").replace("{% for c in", "{{ m.content }}{% for c in")
+    talk = [user("a"), assistant("b", tool_calls=[CALL])]
+    message = fault(character_tokenizer(chat_template=template), talk, turns="final_answer")
+    assert message.startswith("the chat template does not render the final answer as the end of the last turn ('b')")
+
+
+def test_turns_of_weight_0_are_not_learned(chat_tokenizer):
+    """OpenAI's mark for turns of the assistant that were wrong."""
+    for weight in (0, 0.0, False):
+        talk = [TALK[0], assistant("bc", weight=weight), *TALK[2:]]
+        expected = [(-1, "".join(text for _, text in MASK[:2])), (0, "e[E]"), MASK[3], (1, "gh[E]")]
+        assert texts(chat_tokenizer, one(chat_tokenizer, talk)) == expected
+    assert texts(chat_tokenizer, one(chat_tokenizer, [TALK[0], assistant("bc", weight=1), *TALK[2:]])) == MASK
+    assert fault(chat_tokenizer, [user("a"), assistant("b", weight=0)]).startswith("the last turn of the assistant has")
+    row = {"messages": [user("a"), assistant("b", weight=0.5)]}
+    with pytest.raises(InputError, match=r"message whose .weight. is 0\.5"):
+        completion_records([row], DataOptions(), "rows.jsonl")
+
+
 # Pairs that part anywhere
 
 
