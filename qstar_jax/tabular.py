@@ -41,6 +41,7 @@ from jaxtyping import Array, Float, ScalarLike
 from qstar_jax import losses
 
 MAX_EDGES = 1_000_000
+State = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ class TokenTree:
     `environment` a response is a dialogue: at some positions another speaks, and its states are chance nodes. Tables
     of log pi_ref hold log P(o | s) of its replies there.
 
+    Where states are `markov`, branches meet: denoising an image on a grid (Appendix B) is such a tree, whose token 0 is
+    the noise x_T, drawn by the environment, and whose actions are x_{T-1}, ..., x_0.
+
     Attributes:
         vocabulary: V, the number of tokens.
         depth: T, the longest response, in tokens.
         eos: Token that ends a response; None if all responses have `depth` tokens.
         environment: Positions, counted from 0, whose tokens are replies of the environment and no actions.
+        markov: True where a state is the last token and its position, and not all tokens so far; the others are None.
 
     Raises:
         ValueError: If a number is out of range, or the tree has more than a million edges.
@@ -82,6 +87,7 @@ class TokenTree:
     depth: int
     eos: int | None = None
     environment: tuple[int, ...] = ()
+    markov: bool = False
 
     def __post_init__(self):
         """Checks the numbers before anything is enumerated."""
@@ -91,18 +97,26 @@ class TokenTree:
             raise ValueError(f"eos {self.eos} is no token of a vocabulary of {self.vocabulary}")
         if not set(self.environment) <= set(range(self.depth)):
             raise ValueError(f"environment {self.environment}: positions lie between 0 and {self.depth - 1}")
-        branches = self.vocabulary - (self.eos is not None)
-        edges = self.vocabulary * sum(branches**level for level in range(self.depth))
-        if edges > MAX_EDGES:
+        if (edges := self._edges(self.markov)) > MAX_EDGES:
             raise ValueError(f"a tree of {edges} edges is too large to solve as a table; at most {MAX_EDGES}")
 
+    def _edges(self, merged: bool) -> int:
+        """Counts tokens in states, with or without branches that meet."""
+        branches = self.vocabulary - (self.eos is not None)
+        return self.vocabulary * sum(branches ** (min(level, 1) if merged else level) for level in range(self.depth))
+
+    def _state(self, tokens: State) -> State:
+        """The state to which tokens lead: what it remembers of them."""
+        return (None,) * (len(tokens) - 1) + tokens[-1:] if self.markov else tokens
+
     @cached_property
-    def states(self) -> tuple[tuple[int, ...], ...]:
+    def states(self) -> tuple[State, ...]:
         """The tokens that lead to each non-terminal state, breadth-first."""
         levels = [[()]]
         tokens = [token for token in range(self.vocabulary) if token != self.eos]
         for _ in range(self.depth - 1):
-            levels.append([(*state, token) for state in levels[-1] for token in tokens])
+            # Branches that meet are listed once.
+            levels.append(list(dict.fromkeys(self._state((*state, token)) for state in levels[-1] for token in tokens)))
         return tuple(state for level in levels for state in level)
 
     @property
@@ -117,7 +131,10 @@ class TokenTree:
         terminal = len(self.states)
         # EOS and the tokens of the last level lead to terminal states.
         return np.array(
-            [[index.get((*state, token), terminal) for token in range(self.vocabulary)] for state in self.states]
+            [
+                [index.get(self._state((*state, token)), terminal) for token in range(self.vocabulary)]
+                for state in self.states
+            ]
         )
 
     @cached_property
@@ -134,17 +151,20 @@ class TokenTree:
 
     @cached_property
     def paths(self) -> Paths:
-        """Every complete response."""
-        index = {state: i for i, state in enumerate(self.states)}
-        ends = [
-            (*self.states[s], token) for s, token in zip(*np.nonzero(self.children == len(self.states)), strict=True)
-        ]
-        ends = [tuple(int(token) for token in path) for path in sorted(ends)]
+        """Every complete response; ValueError where branches meet and there are too many."""
+        if (edges := self._edges(False)) > MAX_EDGES:
+            raise ValueError(f"responses of {edges} tokens are too many to list; at most {MAX_EDGES}")
+        index, ends, prefixes = {state: i for i, state in enumerate(self.states)}, [], [()]
+        for length in range(1, self.depth + 1):
+            paths = [(*prefix, token) for prefix in prefixes for token in range(self.vocabulary)]
+            prefixes = [path for path in paths if path[-1] != self.eos and length < self.depth]
+            ends += [path for path in paths if path[-1] == self.eos or length == self.depth]
+        ends.sort()
         tokens, states = np.zeros((2, len(ends), self.depth), np.int32)
         mask = np.zeros((len(ends), self.depth), bool)
         for n, path in enumerate(ends):
             tokens[n, : len(path)], mask[n, : len(path)] = path, True
-            states[n, : len(path)] = [index[path[:t]] for t in range(len(path))]
+            states[n, : len(path)] = [index[self._state(path[:t])] for t in range(len(path))]
         return Paths(tokens, states, mask, mask & self.acts[states])
 
     @cached_property
