@@ -17,7 +17,7 @@ FLOORS = (
     *("sharding", "models"),
     *("tasks", "data"),
     *("store", "scoring"),
-    *("decoding", "training"),
+    *("decoding", "training", "control"),
     *("evaluation", "report", "plan"),
     *("api", "demo", "cli"),
 )
