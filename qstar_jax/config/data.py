@@ -42,7 +42,7 @@ class DataOptions:
         as_chat: Wrap a plain-text prompt as a user's message and apply the tokenizer's chat template.
         turns: Which turns of the assistant are learned and scored: `all` after the prompt, the `last`, or of the last
             only the `final_answer` (its words, without reasoning and tool calls). What users, tools and templates write
-            is never learned.
+            is never learned, nor are messages with weight 0.
         chat_template: Name of one of the tokenizer's chat templates, or a file that holds one (Jinja); null: the
             tokenizer's default, or `tool_use` for dialogues with tools. A run's tokenizer keeps the choice as its
             default.
