@@ -38,7 +38,7 @@ from qstar_jax.training.rl.prompts import Prompts, RewardMaker, load_prompts
 from qstar_jax.training.rl.rewards import Assessor, Guide
 from qstar_jax.training.rl.sampling import PolicySampler
 from qstar_jax.training.rl.source import SampleSource, Scorer
-from qstar_jax.training.rl.step import make_rl_step
+from qstar_jax.training.rl.step import find_cause_of_update, make_rl_step
 from qstar_jax.training.run import (
     Run,
     announce,
@@ -142,13 +142,11 @@ def _make_loop(
     source = _source(run, guide, make_reward)
     say(run.console, _estimate(run, state, source))
     evaluators = [_evaluator(run, guide, make_reward)] if inputs.held_out else []
-    update = make_train_step(run.loss_fn, run.optimizer, accumulate=config.train.accumulate)
-    step = make_rl_step(
-        update,
-        inner_epochs=config.rl.inner_epochs or 1,
-        minibatches=config.rl.minibatches or 1,
-        accumulate=config.train.accumulate,
-    )
+    accumulate = config.train.accumulate
+    update = make_train_step(run.loss_fn, run.optimizer, accumulate=accumulate)
+    passes = {"inner_epochs": config.rl.inner_epochs or 1, "minibatches": config.rl.minibatches or 1}
+    step = make_rl_step(update, **passes, accumulate=accumulate)
+    cause_of_one = partial(find_cause, model, run.loss_fn, accumulate=accumulate)
     schedule = learning_rate_schedule(config.optimizer, run.steps)
     throughput = Throughput(model, config.train.batch_size * config.rl.samples_per_prompt, plan.runs_reference, None)
     shown = (inputs.held_out or inputs.train).dataset
@@ -162,7 +160,7 @@ def _make_loop(
         throughput=lambda counts, seconds: throughput(counts, seconds) | source.clock.read(),
         check_first=_check_first if updates == 1 else None,
         save=lambda state, step: store.save(step, saved_arrays(plan, state), run.description),
-        find_cause=partial(find_cause, model, run.loss_fn, accumulate=source.batcher.parts),
+        find_cause=partial(find_cause_of_update, cause_of_one, update, **passes, accumulate=accumulate),
         respond=make_responder(plan, run.start, shown, run.mesh, run.console, limit=config.rl.max_new_tokens),
         best=run.best,
         log=log,
@@ -265,6 +263,7 @@ def _estimate(run: Run, state: TrainState, source: SampleSource) -> str:
             flops=throughput.step_flops(counts) * (config.rl.inner_epochs or 1),
             steps=(run.steps - run.start.step) * updates,
             accumulate=accumulate,
+            updates=updates,
             limit=device_memory(jax.local_devices()[0]),
         )
     )

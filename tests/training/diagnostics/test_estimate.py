@@ -70,7 +70,9 @@ def test_each_part_by_hand(stage):
     size = sum(x.nbytes for x in jax.tree.leaves(state.params))
     needs = estimate(loss_fn, state, batch, mesh, flops=1.0, steps=1).memory
     assert needs["policy"] == needs["reference"] == needs["gradients"] == size
-    assert 2 * size <= needs["optimizer"] < 2.01 * size
+    assert 2 * size <= needs["optimizer"] < 2.01 * size and not needs["state before the step"]
+    several = estimate(loss_fn, state, batch, mesh, flops=1.0, steps=1, updates=2).memory
+    assert several == needs | {"state before the step": size + needs["optimizer"]}
     lora_loss, _, lora_state, *_ = stage(rank=4)
     lora = estimate(lora_loss, lora_state, batch, mesh, flops=1.0, steps=1).memory
     adapter = sum(x.nbytes for x in jax.tree.leaves(lora_state.params))

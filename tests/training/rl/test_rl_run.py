@@ -13,6 +13,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta
 from qstar_jax.training.run_log import read_metrics
+from tests.training.rl.conftest import brevity
 
 OBJECTIVE = {f"objective/{name}" for name in ("scores", "kl", "rlhf_reward", "non_score_reward", "entropy")}
 METRICS = {
@@ -84,6 +85,64 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     tiny_rl(replace(config, resume=True))
     assert metric_lines(out) == metric_lines(whole[0])
     jax.tree.map(np.testing.assert_array_equal, arrays_of(out), arrays_of(whole[0]))
+
+
+PPO = {"algorithm": "ppo", "inner_epochs": 2, "minibatches": 2}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, make_rl_config, tiny_rl):
+    """(configuration, run folder) of two steps of four updates of an adapter each, saved after both."""
+    out = tmp_path_factory.mktemp("runs") / "adapter"
+    config = make_rl_config(out, rl=PPO, lora=LoraOptions(rank=2), train={"steps": 2, "save_every": 1})
+    tiny_rl(config)
+    return config, out
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        None,  # the adapter, on one device
+        pytest.param(MeshOptions(data=2, fsdp=4, min_shard_size=64), marks=pytest.mark.slow),  # all parameters
+    ],
+    ids=["adapter", "mesh"],
+)
+def test_a_run_of_several_updates_per_step_resumes_to_the_bit(
+    mesh, request, tmp_path, make_rl_config, tiny_rl, metric_lines, arrays_of
+):
+    if mesh is None:
+        config, whole = request.getfixturevalue("adapter")
+    else:
+        whole = tmp_path / "whole"
+        config = make_rl_config(whole, rl=PPO, mesh=mesh, train={"steps": 2, "save_every": 1, "batch_size": 16})
+        tiny_rl(config)
+    out = tmp_path / "resumed"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints" / "2")
+    tiny_rl(replace(config, out=str(out), resume=True))
+    lines = metric_lines(out)
+    assert lines == metric_lines(whole) and [line["step"] for line in lines] == [0, 1]
+    jax.tree.map(np.testing.assert_array_equal, arrays_of(out), arrays_of(whole))
+
+
+@pytest.mark.slow
+def test_a_later_update_that_is_not_finite_is_named_and_the_state_before_the_step_kept(
+    adapter, tmp_path, tiny_rl, arrays_of
+):
+    calls = []
+
+    def reward(pairs):  # huge in the second minibatch of the second step, also when it is repeated
+        calls.append(len(pairs))
+        half = len(pairs) // 2 if len(calls) >= 2 else len(pairs)
+        return brevity(pairs[:half]) + [3e38 * (-1) ** number for number in range(len(pairs) - half)]
+
+    config = replace(adapter[0], out=str(tmp_path / "rl"), train=replace(adapter[0].train, save_every=0))
+    message = r"step 1 of .*in update 2 of 4, the gradient of .* is not finite, first in .*kept as checkpoint 1"
+    with pytest.raises(FloatingPointError, match=message):
+        tiny_rl(config, reward=reward)
+    good = tmp_path / "good"
+    shutil.copytree(adapter[1] / "checkpoints" / "1", good / "checkpoints" / "1")
+    jax.tree.map(np.testing.assert_array_equal, arrays_of(tmp_path / "rl"), arrays_of(good))
 
 
 def test_a_run_does_not_resume_with_another_reward(whole, make_rl_config, tiny_rl, eval_file):
