@@ -40,13 +40,12 @@ def _defaults(block: str) -> tuple[Mapping[str, Mapping[str, Any]], Sequence[str
 def loss_defaults() -> dict[str, dict[str, Any]]:
     """Option -> loss -> default, read from the source of the losses: importing them would import JAX."""
     defaults: dict[str, dict[str, Any]] = {}
-    for path in sorted((Path(__file__).parents[1] / "losses").glob("*.py")):
+    folder = Path(__file__).parents[1] / "losses"
+    catalog = ast.walk(ast.parse((folder / "catalog.py").read_text(encoding="utf-8")))
+    listed = {node.attr for node in catalog if isinstance(node, ast.Attribute)}  # pairwise.sigmoid and others
+    for path in sorted(folder.glob("*.py")):
         for function in ast.parse(path.read_text(encoding="utf-8")).body:
-            if (
-                isinstance(function, ast.FunctionDef)
-                and function.returns
-                and "Metrics]" in ast.unparse(function.returns)
-            ):
+            if isinstance(function, ast.FunctionDef) and function.name in listed:
                 for option, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
                     value = default.id if isinstance(default, ast.Name) else ast.literal_eval(default)
                     defaults.setdefault(option.arg, {})[function.name] = value
