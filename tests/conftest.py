@@ -97,12 +97,16 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items):
-    """Marks every case of a grid as slow except those whose ids its mark `thin` names, and what is `compiled`."""
+    """Marks every case of a grid as slow except those whose ids its mark `thin` names, and what is `compiled`.
+
+    Slow cases of a grid are marked `grid` too: continuous integration leaves them out.
+    """
     for item in items:
         if "devices_of" in item.fixturenames:
             item.add_marker(pytest.mark.compiled)
         if (mark := item.get_closest_marker("thin")) and item.callspec.id not in mark.args:
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.grid)
 
 
 WORDS = [f"w{i}" for i in range(56)]
