@@ -43,6 +43,7 @@ def reward_maker(config: RlConfig) -> RewardMaker:
             batch_size=options.batch_size or 16,
             compute=config.compute,
             mesh_options=config.mesh,
+            block="reward",
         )
 
     def make(prompts: Prompts) -> Reward | None:

@@ -4,11 +4,14 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 from qstar_jax.cli.main import main
 from qstar_jax.config import DataOptions, OptimizerOptions, RewardOptions, RlConfig, RlOptions, TrainOptions
+from qstar_jax.evaluation.judges.classifier import ClassifierReward
 from qstar_jax.evaluation.rewards import reward_maker
 from qstar_jax.evaluation.scored import read_scores
 from qstar_jax.training.rl.run import train_rl
@@ -64,6 +67,48 @@ def test_rewards_that_cannot_be_had_are_refused(words, message, hf_folder, sums,
     out = str(tmp_path / "rl")
     assert main(["rl", "--model", str(hf_folder), "--out", out, "--data.train", str(sums), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def last_word_classifier(hf_folder, tiny_tokenizer, tmp_path):
+    """(folder, score of each word) of a sequence classifier of last words: its layers add nothing."""
+    tensors = load_file(hf_folder / "model.safetensors")
+    tensors.pop("lm_head.weight")
+    for name in tensors:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] = np.zeros_like(tensors[name])
+    embeddings, scale = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
+    head = tensors["score.weight"] = np.random.default_rng(0).normal(size=(1, len(scale))).astype(np.float32)
+    config = json.loads((hf_folder / "config.json").read_text())
+    config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    config |= {"pad_token_id": tiny_tokenizer.eos_token_id}  # so it reads the word before the EOS, as transformers does
+    folder = tmp_path / "classifier"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    tiny_tokenizer.save_pretrained(folder)
+    normalized = embeddings / np.sqrt((embeddings**2).mean(-1, keepdims=True) + config["rms_norm_eps"]) * scale
+    scores = (normalized @ head[0]).tolist()
+    return folder, {word: scores[token] for word, token in tiny_tokenizer.get_vocab().items()}
+
+
+@pytest.mark.slow
+def test_a_classifier_scores_the_samples(
+    last_word_classifier, hf_folder, sums, tmp_path, one_device_only, monkeypatch, capsys
+):
+    folder, scores = last_word_classifier
+    seen, call = [], ClassifierReward.__call__
+    monkeypatch.setattr(ClassifierReward, "__call__", lambda self, pairs: seen.append(pairs) or call(self, pairs))
+    words = ["rl", "--model", str(hf_folder), "--data.train", str(sums), "--reward.kind", "reward_model"]
+    words += ["--reward.model", str(folder), "--train.steps", "2", "--train.batch_size", "8", "--train.log_every", "1"]
+    words += ["--rl.max_new_tokens", "5", "--rl.samples_per_prompt", "2"]
+    assert main([*words, "--out", str(tmp_path / "rl")]) == 0
+    expected = [np.mean([scores[f"{prompt} {response}".split()[-1]] for prompt, response in pairs]) for pairs in seen]
+    assert [len(pairs) for pairs in seen] == [16, 16]
+    assert read_metrics(tmp_path / "rl")["objective/scores"][1] == pytest.approx(expected, abs=1e-4)
+    # What only a language model reads is refused.
+    assert main([*words, "--out", str(tmp_path / "other"), "--reward.beta", "0.1"]) == 2
+    assert "reward.beta has no effect on a classifier" in capsys.readouterr().err
 
 
 @pytest.mark.slow

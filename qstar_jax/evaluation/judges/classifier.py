@@ -54,6 +54,7 @@ class ClassifierReward:
         batch_size: Responses scored at once; (data * fsdp) of the mesh must divide it.
         mesh: Devices of the model.
         console: Where to show progress, and counts of truncated and unreadable texts; None: nowhere.
+        block: Name of its options, for errors.
     """
 
     model: CausalLM
@@ -65,6 +66,7 @@ class ClassifierReward:
     batch_size: int
     mesh: Mesh
     console: Console | None = None
+    block: str = "judge"
 
     @classmethod
     def load(cls, folder: Path, compute: ComputeOptions, mesh_options: MeshOptions, **more) -> "ClassifierReward":
@@ -96,7 +98,7 @@ class ClassifierReward:
         """Scores (prompt, response) pairs; NaN where one cannot be tokenized."""
         ids = self._encode(pairs)
         longest = max(map(len, ids.values()), default=0)
-        if warning := self.model.check_length(longest, "the longest text for judge.model"):
+        if warning := self.model.check_length(longest, f"the longest text for {self.block}.model"):
             say(self.console, warning)
         rewards = [math.nan] * len(pairs)
         order = sorted(ids, key=lambda row: len(ids[row]))
@@ -128,7 +130,7 @@ class ClassifierReward:
             ids, truncated, dropped = self._encode_chats(pairs)
         else:
             records = [Record(prompt, (answer,), row) for row, (prompt, answer) in enumerate(pairs)]
-            more = {"vocabulary": self.model.config.vocab_size, "source": "judge.model, text of"}
+            more = {"vocabulary": self.model.config.vocab_size, "source": f"{self.block}.model, text of"}
             examples, unused = tokenize(records, self.tokenizer, self.data, **more)
             ids = {e.row: np.concatenate([e.prompt, e.responses[0].ids]) for e in examples}
             truncated, dropped = sum(e.responses[0].truncated for e in examples), [one.reason for one in unused]
@@ -136,12 +138,12 @@ class ClassifierReward:
             say(self.console, f"no reward for {len(pairs) - len(ids)} responses: {', '.join(sorted(set(dropped)))}")
         if truncated:
             part = "chats lost their beginning" if self.data.as_chat else "responses were truncated"
-            say(self.console, f"{truncated} of {len(ids)} {part}: they exceed judge.max_length")
+            say(self.console, f"{truncated} of {len(ids)} {part}: they exceed {self.block}.max_length")
         return ids
 
     def _encode_chats(self, pairs: Sequence[tuple[str, str]]) -> tuple[dict[int, np.ndarray], int, list[str]]:
         if not self.tokenizer.chat_template:
-            raise InputError("judge.as_chat: the reward model's tokenizer has no chat template; leave it off")
+            raise InputError(f"{self.block}.as_chat: the reward model's tokenizer has no chat template; leave it off")
         template = ChatTemplate.find(self.tokenizer, self.data)
         ids, truncated, dropped, longest = {}, 0, [], self.data.max_length
         for row, (prompt, answer) in enumerate(pairs):
@@ -153,7 +155,7 @@ class ClassifierReward:
                 continue
             text_ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
             check_vocabulary(
-                text_ids, self.model.config.vocab_size, self.tokenizer, f"judge.model, text of row {row + 1}"
+                text_ids, self.model.config.vocab_size, self.tokenizer, f"{self.block}.model, text of row {row + 1}"
             )
             truncated += len(text_ids) > longest
             ids[row] = np.asarray(text_ids[-longest:], np.int32)

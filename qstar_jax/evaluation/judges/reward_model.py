@@ -50,6 +50,7 @@ class SummedReward:
         batch_size: Responses scored at once; (data * fsdp) of the mesh must divide it.
         mesh: Devices of the models.
         console: Where to show progress, and counts of truncated and unreadable responses; None: nowhere.
+        block: Name of its options, for errors.
     """
 
     policy: LoadedModel
@@ -59,13 +60,16 @@ class SummedReward:
     batch_size: int
     mesh: Mesh
     console: Console | None = None
+    block: str = "judge"
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Scores (prompt, response) pairs; NaN where one cannot be tokenized (it has an EOS token inside, say)."""
         texts = [as_messages(*pair) if self.data.as_chat else pair for pair in pairs]
         records = [Record(prompt, (response,), row) for row, (prompt, response) in enumerate(texts)]
         model = {"vocabulary": self.policy.model.config.vocab_size, "eos_ids": eos_token_ids(self.policy)}
-        examples, dropped = tokenize(records, self.policy.tokenizer, self.data, **model, source="judge.model, text of")
+        examples, dropped = tokenize(
+            records, self.policy.tokenizer, self.data, **model, source=f"{self.block}.model, text of"
+        )
         rewards = [math.nan] * len(pairs)
         if dropped:
             say(self.console, f"no reward: {counted_reasons(dropped)}")
@@ -73,9 +77,9 @@ class SummedReward:
             return rewards
         if truncated := sum(example.responses[0].truncated for example in examples):
             counts = f"{truncated} of {len(examples)} responses were truncated"
-            say(self.console, f"{counts}: they exceed judge.max_length")
+            say(self.console, f"{counts}: they exceed {self.block}.max_length")
         dataset = Dataset(examples, tuple(dropped), "judge")
-        if warning := self.policy.model.check_length(dataset.longest(), "the longest text for judge.model"):
+        if warning := self.policy.model.check_length(dataset.longest(), f"the longest text for {self.block}.model"):
             say(self.console, warning)
         with use_mesh(self.mesh, self.policy.model.compute.dtype):
             for example, value in zip(examples, self._sums(examples), strict=True):
@@ -96,8 +100,8 @@ class SummedReward:
         sums = [self.beta * value for value in sums]
         if bad := [e.row for e, value in zip(examples, sums, strict=True) if not math.isfinite(value)]:
             raise InputError(
-                f"judge.model: the reward of text {bad[0] + 1} is not finite: check the model's weights, or compute in "
-                "float32"
+                f"{self.block}.model: the reward of text {bad[0] + 1} is not finite: check the model's weights, or "
+                "compute in float32"
             )
         return sums
 
@@ -122,6 +126,7 @@ def load_reward(
     compute: ComputeOptions = ComputeOptions(),
     mesh_options: MeshOptions = MeshOptions(),
     console: Console | None = None,
+    block: str = "judge",
 ) -> Reward:
     """Opens a reward model.
 
@@ -136,6 +141,7 @@ def load_reward(
         compute: Dtypes.
         mesh_options: How parameters are sharded.
         console: Where to show progress, and counts of truncated and unreadable responses; None: nowhere.
+        block: Name of its options, for errors.
 
     Returns:
         A function from (prompt, response) pairs to rewards.
@@ -146,27 +152,27 @@ def load_reward(
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size < 1 or batch_size % parts:
         raise InputError(
-            f"judge.batch_size {batch_size} cannot be sharded evenly over {parts} devices (mesh data * fsdp); choose a "
-            f"multiple of {parts}"
+            f"{block}.batch_size {batch_size} cannot be sharded evenly over {parts} devices (mesh data * fsdp); "
+            f"choose a multiple of {parts}"
         )
-    common = {"data": data, "batch_size": batch_size, "mesh": mesh, "console": console}
+    common = {"data": data, "batch_size": batch_size, "mesh": mesh, "console": console, "block": block}
     with use_mesh(mesh, compute.dtype):
         if find_checkpoint(Path(model).expanduser()) is None and is_classifier(folder := hub.open_folder(model)):
             given = [name for name, value in (("reference", reference), ("beta", beta)) if value is not None]
             if given:
-                raise InputError(f"judge.{given[0]} has no effect on a classifier, which {model} is; leave it out")
+                raise InputError(f"{block}.{given[0]} has no effect on a classifier, which {model} is; leave it out")
             return ClassifierReward.load(folder, compute, mesh_options, **common)
         load = partial(load_model, compute=compute, mesh=mesh, mesh_options=mesh_options)
         policy = load(model)
         if reference is None and policy.reference is None:
             raise InputError(
-                f"judge.model {model} is no reward model: neither a classifier (its config.json names no "
-                "...ForSequenceClassification) nor a run with a reference; name the reference by judge.reference"
+                f"{block}.model {model} is no reward model: neither a classifier (its config.json names no "
+                f"...ForSequenceClassification) nor a run with a reference; name the reference by {block}.reference"
             )
-        beta = find_beta(policy, beta, model, "--judge.beta")
+        beta = find_beta(policy, beta, model, f"--{block}.beta")
         opened = open_reference(policy, reference, model, load)
         if opened.model != policy.model:
             raise InputError(
-                f"judge.reference {opened.source} and judge.model {model} have different shapes (config.json)"
+                f"{block}.reference {opened.source} and {block}.model {model} have different shapes (config.json)"
             )
     return SummedReward(policy, opened.params, beta, **common)

@@ -13,7 +13,6 @@ from qstar_jax.errors import InputError
 from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta
 from qstar_jax.training.run_log import read_metrics
-from tests.training.rl.conftest import brevity
 
 OBJECTIVE = {f"objective/{name}" for name in ("scores", "kl", "rlhf_reward", "non_score_reward", "entropy")}
 METRICS = {
@@ -134,7 +133,9 @@ def test_a_later_update_that_is_not_finite_is_named_and_the_state_before_the_ste
     def reward(pairs):  # huge in the second minibatch of the second step, also when it is repeated
         calls.append(len(pairs))
         half = len(pairs) // 2 if len(calls) >= 2 else len(pairs)
-        return brevity(pairs[:half]) + [3e38 * (-1) ** number for number in range(len(pairs) - half)]
+        return [1.0 - 0.25 * len(r.split()) for _, r in pairs[:half]] + [
+            3e38 * (-1) ** number for number in range(len(pairs) - half)
+        ]
 
     config = replace(adapter[0], out=str(tmp_path / "rl"), train=replace(adapter[0].train, save_every=0))
     message = r"step 1 of .*in update 2 of 4, the gradient of .* is not finite, first in .*kept as checkpoint 1"
