@@ -16,7 +16,7 @@ from qstar_jax.evaluation.insights.record import Finding, Record
 from qstar_jax.evaluation.intervals import Interval, Statistic, auc, bootstrap, mean_interval, rank_correlation
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.evaluation.steps import calibrate_threshold, first_error, first_error_accuracy, step_totals
-from qstar_jax.evaluation.votes import Candidates, accuracies
+from qstar_jax.evaluation.votes import Candidates, accuracies, best_by, vote_by
 from qstar_jax.tasks.tiny_sums.oracle import prefix_success, soft_value
 from qstar_jax.tasks.tiny_sums.sums import DELIMITER, read_answer, read_sum, true_reward
 
@@ -124,7 +124,12 @@ class Reasoning(Record):
 
 def best(policy: str, total: str) -> str:
     """Name of the selection by a total of a policy's step rewards."""
-    return f"best by {policy}, {total}"
+    return best_by(f"{policy}, {total}")
+
+
+def vote(policy: str, total: str) -> str:
+    """Name of the vote that a total of a policy's step rewards weights."""
+    return vote_by(f"{policy}, {total}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from functools import partial
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from qstar_jax.evaluation.insights.reasoning import AUC, CEILING, DPO, F1, PRM, Reasoning, best
+from qstar_jax.evaluation.insights.reasoning import AUC, CEILING, DPO, F1, PRM, Reasoning, best, vote
 from qstar_jax.report.dots import draw_dots
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.numbers import decimal, signed_interval, with_interval
@@ -17,6 +17,7 @@ _CURVES = {
     "oracle": "oracle",
     best(DPO, "sum"): "best of N by reward, DPO",
     best(PRM, "sum"): f"best of N by reward, {PRM}",
+    vote(DPO, "sum"): "vote weighted by reward, DPO",
     "majority": "majority",
     "chance": "chance",
 }
