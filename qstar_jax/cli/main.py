@@ -47,6 +47,13 @@ POSITIONAL = {"data": "FILE ", "chat": "MODEL ", "view": "MODEL "}  # verbs whos
 
 _load_yaml = get_loader("yaml")
 
+_PLAN_OF_RL = (
+    "a run of rl has two programs, and qstar plan compiles one: plan its update as that of pairs (--verb dpo, with "
+    "--train.batch_size times rl.samples_per_prompt / 2, and --response_length), and its sampler as --verb generate "
+    "with --decode.method sample, --decode.return_sequences, --decode.max_new_tokens, --batch_size and the same mesh, "
+    "beside which the reference and the optimizer's state of the update stay in memory"
+)
+
 
 class Parser(ArgumentParser):
     """A parser that names the nearest known option where one is unknown."""
@@ -58,7 +65,12 @@ class Parser(ArgumentParser):
             name = unknown.group(1) or unknown.group(2)
             verb = re.search(r"Subcommand '(\w+)'", message)
             known = _options_of(_verb_parser(verb.group(1))) if verb else _options_of(self)
-            message += f"; the nearest known option is --{difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}"
+            if "topologies" in known and name.partition(".")[0] in ("rl", "reward"):
+                message = f"--{name}: {_PLAN_OF_RL}"
+            else:
+                message += f"; the nearest known option is --{difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}"
+        elif re.search(r"Literal\['dpo', 'sft', 'generate'\]. Got value: rl\b", message):
+            message = f"--verb rl: {_PLAN_OF_RL}"
         elif re.search(r"[Uu]nrecognized arguments: [^-]", message):
             message += "; put a value of several words, or a pattern such as 'data/*.jsonl', in quotes"
         super().error(message, ex)

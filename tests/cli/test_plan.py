@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -129,6 +130,15 @@ def test_decoding_with_sharded_parameters_is_estimated_over_tensor_only(model, t
     assert main([*words, "--mesh.fsdp", "4"]) == 2
     assert "mesh fsdp=4: of decoding with parameters sharded so, nothing is estimated" in capsys.readouterr().err
     assert main([*words, "--mesh.tensor", "4", "--mesh.min_shard_size", "64"]) == 0
+
+
+@pytest.mark.parametrize("words", [["--verb", "rl"], ["--rl.kl_coef", "0.1"], ["--config", "configs/rl_tldr.yaml"]])
+def test_a_run_of_rl_is_planned_in_two_parts(words, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(Path(plan_module.__file__).parents[2])
+    with pytest.raises(SystemExit) as error:
+        main(["plan", "--model", model, "--topology", "v5e:2x4", "--out", str(tmp_path / "out"), *words])
+    text = capsys.readouterr().err
+    assert error.value.code == 2 and "a run of rl has two programs" in text and "loss.alpha" not in text
 
 
 def test_a_model_that_fits_nowhere(tmp_path, tiny_config, capsys):
