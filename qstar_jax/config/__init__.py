@@ -6,6 +6,8 @@ Nothing is imported here that takes time, so `qstar --help` stays quick. Lengths
 from qstar_jax.config.compute import ComputeOptions as ComputeOptions
 from qstar_jax.config.compute import Dtype as Dtype
 from qstar_jax.config.compute import MeshOptions as MeshOptions
+from qstar_jax.config.control import ActorOptions as ActorOptions
+from qstar_jax.config.control import ControlConfig as ControlConfig
 from qstar_jax.config.data import DataOptions as DataOptions
 from qstar_jax.config.decode import DecodeOptions as DecodeOptions
 from qstar_jax.config.decode import Method as Method

@@ -3,13 +3,14 @@
 Shapes: observations [..., O], actions [..., A]; log-probabilities are log densities, in nats.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from qstar_jax.config import ActorOptions
 
 Params = dict[str, Any]
 Kind = Literal["deterministic", "gaussian", "squashed"]
@@ -159,10 +160,9 @@ class Actor:
         return _linear(params[f"layer_{last}"], hidden)
 
 
-def make_actor(options: Any, observation: int, action: int) -> Actor:
-    """Makes the actor of an `actor:` block (see `config.ActorOptions`)."""
-    hidden: Sequence[int] = options.hidden
-    return Actor(options.kind, observation, action, tuple(hidden), options.std, options.dropout)
+def make_actor(options: ActorOptions, observation: int, action: int) -> Actor:
+    """Makes the actor of an `actor:` block without nulls."""
+    return Actor(options.kind, observation, action, tuple(options.hidden), options.std, options.dropout)
 
 
 def _linear(layer: Params, values: Float[Array, "*B I"]) -> Float[Array, "*B O"]:

@@ -34,7 +34,8 @@ class Episodes:
         actions: Actions. Shape [E, T, A].
         rewards: Reward of each step. Shape [E, T].
         lengths: Steps of each episode, at most T. Shape [E].
-        values: V of each state, which labels by regret need; None: unknown. Shape [E, T + 1].
+        values: V of each state, which labels by regret need at both ends of a segment; NaN, or None for all: unknown.
+            Shape [E, T + 1].
     """
 
     observations: Float[np.ndarray, "E T1 O"]
@@ -110,9 +111,12 @@ def _check(arrays: dict[str, np.ndarray], path: Path):
     if lengths.size == 0 or lengths.min() < 1 or lengths.max() > sizes["T"]:
         raise InputError(f"{path}: lengths must lie in [1, {sizes['T']}], one for each of at least one episode")
     for name, array in arrays.items():
-        steps = lengths + (ARRAYS[name][1:2] == ("T1",))
-        if name != "lengths" and not all(np.isfinite(row[:end]).all() for row, end in zip(array, steps, strict=True)):
-            raise InputError(f"{path}: {name} holds NaN or infinity; expected finite numbers in every step")
+        if name == "lengths":
+            continue
+        used = np.arange(array.shape[1]) < lengths[:, None] + (ARRAYS[name][1] == "T1")
+        refused = np.isinf if name == "values" else lambda numbers: ~np.isfinite(numbers)  # NaN: V is unknown
+        if refused(array[used].astype(np.float64)).any():
+            raise InputError(f"{path}: {name} holds {'infinity' if name == 'values' else 'NaN or infinity'} in a step")
 
 
 def split_episodes(episodes: Episodes, *, held_out: float, seed: int) -> tuple[Episodes, Episodes]:
@@ -154,16 +158,19 @@ def draw_segments(episodes: Episodes, *, length: int, count: int, label: Label, 
             "labels by regret need the array values (V of every state), which is missing; add it, or set "
             "--segments.label reward"
         )
-    starts = np.maximum(episodes.lengths - length + 1, 0)
-    total = int(starts.sum())
-    if total == 0:
+    # Every stretch of an episode, with V known at both ends where it is needed.
+    first = np.arange(max(episodes.rewards.shape[1] - length + 1, 0))
+    possible = first + length <= episodes.lengths[:, None]
+    if label == "regret" and possible.any():
+        possible &= np.isfinite(episodes.values[:, first]) & np.isfinite(episodes.values[:, first + length])
+    episode, start = np.nonzero(possible)
+    if len(episode) == 0:
         raise InputError(
-            f"no episode has {length} steps (the longest has {episodes.lengths.max()}); lower --segments.length"
+            f"no episode has {length} steps{' with V at both ends' if label == 'regret' else ''} (the longest has "
+            f"{episodes.lengths.max()}); lower --segments.length"
         )
-    rng = np.random.default_rng(seed)
-    numbers = rng.choice(total, count, replace=count > total)
-    episode = np.searchsorted(starts.cumsum(), numbers, side="right")
-    start = numbers - (starts.cumsum() - starts)[episode]
+    numbers = np.random.default_rng(seed).choice(len(episode), count, replace=count > len(episode))
+    episode, start = episode[numbers], start[numbers]
     steps = start[:, None] + np.arange(length)
     scores = episodes.rewards[episode[:, None], steps] @ discount ** np.arange(length)
     if label == "regret":
@@ -190,10 +197,37 @@ def draw_pairs(scores: Float[np.ndarray, " B"], *, count: int, sampled: bool, se
     rng, pairs = np.random.default_rng(seed), np.zeros((0, 2), int)
     while len(pairs) < count:
         drawn = rng.integers(0, len(scores), (count, 2))
-        first, second = scores[drawn].T
-        differ, ordered = first != second, first > second
-        if sampled:
-            odds = np.exp(np.clip(first - second, -700, 700))
-            differ, ordered = drawn[:, 0] != drawn[:, 1], rng.random(count) < odds / (1 + odds)
-        pairs = np.concatenate([pairs, np.where(ordered[:, None], drawn, drawn[:, ::-1])[differ]])
+        pairs = np.concatenate([pairs, _label(drawn[drawn[:, 0] != drawn[:, 1]], scores, sampled, rng)])
     return pairs[:count]
+
+
+def pair_up(scores: Float[np.ndarray, " B"], *, sampled: bool, seed: int) -> Int[np.ndarray, "N 2"]:
+    """Makes disjoint pairs of all segments (but one where their number is odd), the chosen one first.
+
+    Args:
+        scores: Score of each segment.
+        sampled: See `draw_pairs`.
+        seed: Seed of pairs and labels.
+
+    Raises:
+        InputError: If no pair has scores that differ.
+    """
+    rng = np.random.default_rng(seed)
+    pairs = _label(rng.permutation(len(scores))[: len(scores) // 2 * 2].reshape(-1, 2), scores, sampled, rng)
+    if len(pairs) < 2:
+        raise InputError(
+            f"{len(scores)} held-out segments make {len(pairs)} pairs; expected at least two, for a standard error: "
+            "raise --segments.eval_segments"
+        )
+    return pairs
+
+
+def _label(
+    drawn: Int[np.ndarray, "N 2"], scores: Float[np.ndarray, " B"], sampled: bool, rng: np.random.Generator
+) -> Int[np.ndarray, "M 2"]:
+    """Puts the chosen segment of each pair first; pairs that are not labelled are left out."""
+    first, second = scores[drawn].T
+    if sampled:
+        odds = np.exp(np.clip(first - second, -700, 700))
+        return np.where((rng.random(len(drawn)) < odds / (1 + odds))[:, None], drawn, drawn[:, ::-1])
+    return np.where((first > second)[:, None], drawn, drawn[:, ::-1])[first != second]

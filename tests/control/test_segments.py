@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from qstar_jax.control.segments import Episodes, draw_pairs, draw_segments, read_episodes, split_episodes
+from qstar_jax.control.segments import Episodes, draw_pairs, draw_segments, pair_up, read_episodes, split_episodes
 from qstar_jax.errors import InputError
 
 
@@ -43,7 +43,8 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
         ({"lengths": np.ones(4)}, "lengths has dtype float64; expected integers"),
         ({"lengths": np.array([5, 3, 6, 5])}, r"lengths must lie in \[1, 5\]"),
         ({"lengths": np.array([5, 0, 4, 5])}, r"lengths must lie in \[1, 5\]"),
-        ({"values": np.full((4, 6), np.nan)}, "values holds NaN"),
+        ({"values": np.full((4, 6), np.inf)}, "values holds infinity"),
+        ({"rewards": np.full((4, 5), np.nan)}, "rewards holds NaN"),
         ({"actions": np.full((4, 5, 2), "a")}, "actions has dtype <U1; expected numbers"),
         ({"rewards": np.full((4, 5), {}, dtype=object)}, "no .npz file of plain arrays"),
     ],
@@ -87,8 +88,16 @@ def test_segments_are_stretches_of_episodes_each_once():
         np.testing.assert_array_equal(actions, expected[round(score, 9)][1])
 
 
+def test_segments_by_regret_begin_and_end_where_the_value_is_known():
+    values = arrays()["values"]
+    values[0, 1] = values[3, 0] = values[2, 4] = np.nan
+    segments = draw_segments(Episodes(**arrays(values=values)), length=4, count=2, label="regret", discount=1.0, seed=0)
+    expected = [arrays()["actions"][0, 0:4], arrays()["actions"][3, 1:5]]
+    assert sorted(a.tobytes() for a in segments.actions) == sorted(a.tobytes() for a in map(np.array, expected))
+
+
 def test_segments_that_cannot_be_drawn_are_refused():
-    with pytest.raises(InputError, match=r"no episode has 6 steps \(the longest has 5\)"):
+    with pytest.raises(InputError, match=r"no episode has 6 steps .*\(the longest has 5\)"):
         draw_segments(Episodes(**arrays()), length=6, count=5, label="reward", discount=1.0, seed=0)
     with pytest.raises(InputError, match="the array values"):
         draw_segments(Episodes(**arrays(values=None)), length=2, count=5, label="regret", discount=1.0, seed=0)
@@ -112,3 +121,12 @@ def test_pairs_follow_the_scores():
     drawn = draw_pairs(np.array([0.0, 1.0]), count=20_000, sampled=True, seed=0)
     share = (drawn[:, 0] == 1).mean()
     assert abs(share - 1 / (1 + np.exp(-1))) < 4 * (0.2 / 20_000) ** 0.5
+
+
+def test_disjoint_pairs_use_every_segment_once():
+    scores = np.random.default_rng(0).normal(size=11)
+    pairs = pair_up(scores, sampled=False, seed=0)
+    assert pairs.shape == (5, 2) and len(set(pairs.ravel())) == 10
+    assert (scores[pairs[:, 0]] > scores[pairs[:, 1]]).all()
+    with pytest.raises(InputError, match="2 held-out segments make 1 pairs"):
+        pair_up(scores[:2], sampled=True, seed=0)

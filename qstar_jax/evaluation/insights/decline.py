@@ -138,7 +138,8 @@ def decline_run(name: str, folder: Path) -> DeclineRun:
     return DeclineRun(
         name=name,
         folder=str(folder),
-        beta=losses.make_loss(**options["loss"]).beta,
+        # A run of `qstar control` has other options of its loss, with beta among them.
+        beta=options["loss"]["beta"] if "pairs" in options["loss"] else losses.make_loss(**options["loss"]).beta,
         held_out=held_out,
         steps=steps,
         curves={curve: values for curve, values in curves.items() if None not in values},

@@ -15,6 +15,7 @@ PREFERRED = {
     "rankings": ("the best responses", "rankings", ("chosen", "place_1")),
     "labels": ("desirable responses", "responses", ("chosen",)),
     "returns": ("all responses", "responses", ("completion",)),
+    "segments": ("chosen segments", "pairs", ("chosen",)),  # of `qstar control`, whose expectation is exact
 }
 SLIGHT = 1.0  # nats per response: a smaller fall makes responses less than e times less likely, and is harmless
 
@@ -117,6 +118,7 @@ def sentence(evidence: Evidence) -> str:
     remedy = " or a higher loss.beta usually helps"
     if evidence.kind == "preferences":
         remedy = ", a higher loss.beta, loss.name dpop or a mixture with sft usually helps"
+    more = "more" if evidence.kind == "segments" else "a higher train.reference_samples and more"
     chosen = f"{_number(evidence.chosen)} +- {_number(evidence.chosen_error, '')} on {where}"
     theory = f"{_number(expected)} +- {_number(error, '')}"
     factor = math.exp(min(evidence.chosen / evidence.beta, 700.0))
@@ -134,10 +136,13 @@ def sentence(evidence: Evidence) -> str:
         "theory expects for responses to which the reference was fitted: probability moves to other responses "
         f"(likelihood displacement); a lower optimizer.learning_rate{remedy}",
         "unsure": f"rewards of {responses} fell to {chosen}; theory expects {theory} for responses to which the "
-        "reference was fitted, and noise hides whether this is more; a higher train.reference_samples and more "
-        f"evaluation {examples} would tell",
+        f"reference was fitted, and noise hides whether this is more; {more} evaluation {examples} would tell",
     }
     text = sentences[decide(evidence)]
+    if evidence.kind == "segments":
+        return f"{text} (exact KL at the states of {evidence.samples} held-out segments)".replace(
+            "responses", "actions"
+        )
     scaled = f", scaled from {evidence.expected_length:.0f} to {evidence.chosen_length:.0f} tokens"
     return f"{text} ({evidence.samples} samples of the reference{scaled})"
 

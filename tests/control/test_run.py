@@ -1,0 +1,159 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from qstar_jax.cli.main import main
+from qstar_jax.control import lqr
+from qstar_jax.control.actor import Actor
+from qstar_jax.evaluation.insights.decline import Decline
+from qstar_jax.training.run_log import read_metrics
+
+SMALL = """--train.bc_steps 300 --train.steps 100 --train.eval_every 50 --train.batch_size 16 --segments.count 200
+    --segments.pairs 300 --segments.eval_segments 40 --optimizer.learning_rate 1e-2""".split()
+
+
+def control(out, *words, task="lqr"):
+    return main(["control", "--task", str(task), "--out", str(out), *SMALL, *words])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "lqr"
+    assert control(out, "--arms", "[with_bc,without_bc,with_bc_kl,best_bc]") == 0
+    return out
+
+
+def start_and_end(run):
+    metrics = read_metrics(run)
+    return {name: (values[0], values[-1]) for name, (_, values) in metrics.items()}
+
+
+def test_runs_leave_their_files(runs):
+    for arm in ("with_bc", "without_bc", "with_bc_kl", "best_bc"):
+        folder = runs / f"{arm}-0"
+        assert {"config.yaml", "metrics.jsonl", "summary.json", "actor.npz"} <= {file.name for file in folder.iterdir()}
+        options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        assert options["arms"] == [arm] and options["loss"]["beta"] == 0.1  # nulls are filled in
+    assert json.loads((runs / "summary.json").read_text(encoding="utf-8")).keys() == {
+        f"{arm}-0" for arm in ("with_bc", "without_bc", "with_bc_kl", "best_bc")
+    }
+
+
+def test_rewards_begin_at_0_and_the_loss_falls(runs):
+    for arm in ("with_bc", "without_bc", "with_bc_kl"):
+        values = start_and_end(runs / f"{arm}-0")
+        for name in ("chosen", "rejected", "margins", "reference_expected"):
+            assert abs(values[f"eval_rewards/{name}"][0]) < 1e-6
+        assert values["eval_loss"][1] < values["eval_loss"][0]
+    assert read_metrics(runs / "best_bc-0")["eval_loss"][0] == [0]
+    # CPL-KL and CPL share a clone, and are ranked at the start by log pi or not at all.
+    both = [start_and_end(runs / f"{arm}-0") for arm in ("with_bc", "with_bc_kl")]
+    assert both[0]["eval_logps/chosen"][0] == both[1]["eval_logps/chosen"][0]
+    assert both[0]["eval_logps/chosen"][1] != both[1]["eval_logps/chosen"][1]
+    np.testing.assert_allclose(both[1]["eval_loss"][0], np.log(2), rtol=1e-6)
+
+
+def test_chosen_rewards_fall_after_cloning_and_rise_without(runs):
+    """Fig. 3 right, on the task that is solved exactly."""
+    decline = Decline.read(runs)
+    after, without = (run.last("chosen")[0] for run in decline.runs)
+    assert after < 0 < without
+    assert [run.beta for run in decline.runs] == [0.1, 0.1]
+    assert decline.runs[0].curves["reference"][-1] < 0
+    assert "chosen segments" in decline.runs[0].verdict and "exact KL" in decline.runs[0].verdict
+    assert "rose" in decline.runs[1].verdict
+    assert (runs / "decline.png").stat().st_size > 0
+
+
+def test_the_stored_policy_has_the_gain_error_that_was_logged(runs):
+    stored = np.load(runs / "with_bc-0" / "actor.npz", allow_pickle=False)
+    gain = lqr.solve(lqr.point_mass()).gain
+    error = np.linalg.norm(stored["layer_0/kernel"].T + gain) / np.linalg.norm(gain)
+    np.testing.assert_allclose(start_and_end(runs / "with_bc-0")["eval_gain_error"][1], error, rtol=1e-5)
+    assert (stored["shift"] == 0).all() and (stored["scale"] == 1).all()
+
+
+def test_the_expectation_is_minus_beta_kl_and_log_probabilities_have_no_dropout():
+    """Against numbers by hand: KL of two means at distance d is d^2 / 2 std^2, here pi d^2."""
+    from qstar_jax.control.held_out import held_out_metrics
+    from qstar_jax.control.learning import SegmentArrays
+
+    rng = np.random.default_rng(0)
+    actor = Actor("deterministic", 2, 1, hidden=(), dropout=0.5)
+    params = {"layer_0": {"kernel": jnp.array([[0.3], [-0.2]]), "bias": jnp.array([0.1])}}
+    start = {"layer_0": {"kernel": jnp.zeros((2, 1)), "bias": jnp.zeros(1)}}
+    states, actions = rng.normal(size=(4, 3, 2)), rng.normal(size=(4, 3, 1))
+    segments = SegmentArrays(*(jnp.asarray(x, jnp.float32) for x in (states, actions, np.zeros(4), np.zeros((4, 3)))))
+    pairs = np.array([[2, 0], [1, 3]])
+    found = held_out_metrics(actor, start, segments, pairs, beta=0.7, bias=0.5, discount=0.9)(params)
+    mean = np.tanh(states @ [0.3, -0.2] + 0.1)
+    logp = -np.pi * (actions[..., 0] - mean) ** 2
+    rewards = 0.7 * (logp + np.pi * actions[..., 0] ** 2) @ 0.9 ** np.arange(3)
+    np.testing.assert_allclose(found["eval_logps/chosen"], logp.sum(1)[[2, 1]].mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["eval_rewards/chosen"], rewards[[2, 1]].mean(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["eval_rewards/rejected"], rewards[[0, 3]].mean(), rtol=1e-5)
+    margins = rewards[[2, 1]] - rewards[[0, 3]]
+    np.testing.assert_allclose(found["eval_rewards/margins_stderr"], abs(np.diff(margins))[0] / 2, rtol=1e-5)
+    expected = -0.7 * np.pi * (mean**2 @ 0.9 ** np.arange(3)).mean()
+    np.testing.assert_allclose(found["eval_rewards/reference_expected"], expected, rtol=1e-5)
+    advantages = 0.7 * logp @ 0.9 ** np.arange(3)
+    right = (advantages[[2, 1]] > advantages[[0, 3]]).mean()
+    loss = np.log1p(np.exp(0.5 * advantages[[0, 3]] - advantages[[2, 1]])).mean()
+    np.testing.assert_allclose([found["eval_accuracies"], found["eval_loss"]], [right, loss], rtol=1e-5)
+
+
+def test_the_same_command_continues_and_another_is_refused(runs, capsys):
+    before = (runs / "with_bc-0" / "metrics.jsonl").read_bytes()
+    assert control(runs) == 0
+    assert "with_bc-0: complete" in capsys.readouterr().out.replace("\n", "")
+    assert (runs / "with_bc-0" / "metrics.jsonl").read_bytes() == before
+    assert control(runs, "--loss.bias", "0.9") == 2
+    assert "has a run with other options (loss" in capsys.readouterr().err
+
+
+def test_a_file_of_episodes_and_all_pairs(tmp_path):
+    rng = np.random.default_rng(0)
+    file = tmp_path / "episodes.npz"
+    observations = 5 + 3 * rng.normal(size=(12, 21, 3))
+    actions = np.clip(0.5 * rng.normal(size=(12, 20, 2)), -1, 1)
+    rewards = -((actions - 0.4) ** 2).sum(-1)
+    np.savez(file, observations=observations, actions=actions, rewards=rewards, lengths=np.full(12, 20))
+    words = ["--segments.label", "reward", "--segments.length", "5", "--actor.hidden", "[8]", "--loss.pairs", "all",
+             "--arms", "[without_bc]"]  # fmt: skip
+    assert control(tmp_path / "runs", *words, task=file) == 0
+    run = tmp_path / "runs" / "without_bc-0"
+    values = start_and_end(run)
+    assert values["eval_accuracies"][1] > 0.8  # the better actions are near 0.4
+    stored = np.load(run / "actor.npz", allow_pickle=False)
+    np.testing.assert_allclose(stored["shift"], 5, atol=1)
+    np.testing.assert_allclose(stored["scale"], 3, atol=0.5)
+    assert (tmp_path / "runs" / "decline.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--loss.pairs", "all"], "preferences cannot be drawn at random"),
+        (["--loss.bias", "1.5"], "loss.bias is 1.5; expected a number in (0, 1]"),
+        (["--train.steps", "0"], "train.steps is 0; expected more than 0"),
+        (["--actor.dropout", "1"], "actor.dropout is 1.0; expected a number in [0, 1)"),
+        (["--segments.discount", "1"], "segments.discount is 1.0"),
+        (["--segments.length", "30"], "no episode has 30 steps"),
+        (
+            ["--segments.sampled", "false", "--loss.pairs", "all", "--train.batch_size", "999"],
+            "train.batch_size is 999",
+        ),
+        (["--arms", "[]"], "arms is 0"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(words, message, tmp_path, capsys):
+    assert control(tmp_path / "x", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_are_none_are_refused(tmp_path, capsys):
+    assert control(tmp_path / "x", task=tmp_path / "nothing.npz") == 2
+    assert "no such file; expected lqr, bin-picking-v3 or an .npz file" in capsys.readouterr().err
