@@ -17,7 +17,7 @@ Theme = Literal["light", "dark"]
 
 WIDTH = 3.6  # inches: as wide as a phone's screen, so that nothing is scaled down
 _COLUMNS = 3
-_CAPTION = 46  # characters of a line of a caption at `WIDTH`
+_CAPTION = 42  # characters of a line of a caption at `WIDTH`, whose axes are narrower
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def as_svg(figure: Figure) -> bytes:
 
 
 def _figure(panels: Sequence[Panel], theme: Theme, *, titles: bool) -> Figure:
-    style, columns = STYLES[theme], min(len(panels), _COLUMNS)
-    rows = -(-len(panels) // columns)
+    style, rows = STYLES[theme], -(-len(panels) // _COLUMNS)
+    columns = -(-len(panels) // rows)  # four are two and two, not three and one
     with matplotlib.rc_context(_settings(style)):
         heights = [max(p.height for p in panels[row * columns : (row + 1) * columns]) for row in range(rows)]
         captions = [textwrap.fill(panel.finding or panel.title, _CAPTION) for panel in panels]
@@ -112,7 +112,7 @@ def _figure(panels: Sequence[Panel], theme: Theme, *, titles: bool) -> Figure:
             axes = figure.add_subplot(grid[number // columns, number % columns])
             panel.draw(axes, style)
             if titles:
-                axes.set_title(captions[number])
+                axes.set_title(captions[number], loc="right")  # there is room on the left, above the labels
             handles, labels = axes.get_legend_handles_labels()
             shown = dict(zip(labels, handles, strict=True)) | shown  # the first panel's handle says most
         lines = _add_legend(figure, shown, columns)
