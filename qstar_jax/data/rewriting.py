@@ -25,6 +25,7 @@ Numbered = Iterable[tuple[int, dict | DroppedRow]]  # (index of the row, its con
 Rewrite = Callable[[dict, int], list[dict]]  # (row, its index) -> rows
 
 _STEPS = "initial_reason_steps"
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns beside texts that speak of them
 
 
 def rows_of(kind: str, rows: Rows, options: DataOptions, source: str) -> Numbered:
@@ -57,11 +58,19 @@ def rows_of(kind: str, rows: Rows, options: DataOptions, source: str) -> Numbere
             try:
                 if isinstance(row, BadRow):
                     raise row
+                _check_media(row)
                 yield from ((index, new) for new in rewrite(prompt(row), index))
             except DroppedRow as error:
                 yield index, error
 
     return kept_like(rows, Again(start))
+
+
+def _check_media(row: dict):
+    for name in _MEDIA:
+        if row.get(name):
+            more = f": column {name!r}; only texts are read. Remove the column to train on the texts alone"
+            raise BadRow("it comes with images, video or audio", more)
 
 
 def places(numbered: Numbered) -> int:

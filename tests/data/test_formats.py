@@ -43,6 +43,15 @@ def failure(make, *rows, **options):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("column", ["image", "images", "videos", "audio"])
+def test_rows_that_speak_of_images_are_refused(column):
+    row = {"prompt": "What is on it?", "chosen": "a cat", "rejected": "a dog"}
+    _, dropped = read(preference_records, *[row] * 19, row | {column: []}, row | {column: ["a.png"]})
+    assert dropped == [(20, "it comes with images, video or audio")]
+    message = failure(preference_records, row | {column: ["a.png"]})
+    assert f"column '{column}'; only texts are read. Remove the column to train on the texts alone" in message
+
+
 # TRL
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
