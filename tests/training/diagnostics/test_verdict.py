@@ -100,3 +100,15 @@ def test_held_out_pairs_come_before_those_of_training():
     held_out = {"eval_rewards/chosen": -2.0, "eval_lengths/chosen": 9.0}  # one row: no standard error
     collected = collect(summary | held_out, samples=16, length=5.0, beta=0.1)
     assert collected == Evidence(-2.0, math.inf, 9.0, -0.5, 0.05, 5.0, 16, 0.1, True)
+
+
+def test_segments_have_an_exact_expectation_and_other_remedies():
+    exact = {"chosen_length": 8.0, "expected": -1.0, "expected_error": 0.07, "expected_length": 8.0}
+    exact |= {"chosen_error": 0.07, "samples": 200, "kind": "segments"}
+    text = sentence(evidence(chosen=-0.67, **exact))
+    assert "rewards of chosen segments fell to -0.670" in text and "ordinary" in text
+    assert text.endswith("(exact KL at the states of 200 held-out segments)")
+    displaced = sentence(evidence(chosen=-4.0, **exact))
+    assert "or a higher loss.beta usually helps" in displaced and "dpop" not in displaced
+    unsure = sentence(evidence(chosen=-2.0, **exact))
+    assert "reference_samples" not in unsure and "more evaluation pairs would tell" in unsure
