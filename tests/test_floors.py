@@ -17,7 +17,7 @@ FLOORS = (
     *("sharding", "models"),
     *("tasks", "data"),
     *("store", "scoring"),
-    *("decoding", "training", "control"),
+    *("decoding", "training", "control", "pipeline"),
     *("evaluation", "report", "plan"),
     *("api", "demo", "cli"),
 )
