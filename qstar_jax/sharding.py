@@ -221,6 +221,27 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def look_up(table: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Array:
+    """Looks up vectors in a table that is sharded as `parameter_spec` says, and shards the batch of them.
+
+    They leave the table with their features over `fsdp`. Where the batch goes over both `fsdp` and `data`, and `tensor`
+    shards the table too, XLA (jax 0.10.2) knows no way from one to the other, and has every device hold all vectors
+    ("involuntary full rematerialization"); so they go an axis at a time.
+
+    Args:
+        table: Function from ids [B, S] to vectors [B, S, D].
+        ids: Ids [B, S].
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if min(sizes.get(axis, 1) for axis in AXES) == 1:
+        return constrain_batch(table(ids))
+    constrain = jax.lax.with_sharding_constraint
+    vectors = table(constrain(ids, PartitionSpec()))
+    if vectors.shape[-1] % sizes["fsdp"] == 0:
+        vectors = constrain(constrain(vectors, PartitionSpec(None, None, "fsdp")), PartitionSpec("fsdp"))
+    return constrain_batch(vectors)
+
+
 def batch_shards() -> int:
     """Returns the number of devices over which the mesh shards a batch; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,7 +1,10 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qstar_jax import sharding
@@ -54,6 +57,28 @@ def test_small_arrays_are_replicated():
     assert spec("embed/embedding", (60, 32), min_shard_size=60 * 32 + 1) == P()
     assert spec("embed/embedding", (60, 32), min_shard_size=60 * 32) == P("tensor", "fsdp")
     assert parameter_spec("norm/scale", (32,), AXES) == P()  # by default
+
+
+@pytest.mark.parametrize("ids_spec", [P(), sharding.BATCH], ids=["replicated ids", "sharded ids"])
+def test_vectors_of_a_sharded_table_reach_the_batch_without_being_replicated(ids_spec, capfd):
+    rng, mesh = np.random.default_rng(0), make_mesh(MeshOptions(data=2, fsdp=2, tensor=2))
+    table = rng.normal(size=(64, 32)).astype(np.float32)
+    ids = rng.integers(0, 64, (8, 4)).astype(np.int32)
+
+    def compiled(look_up):
+        vectors = jax.jit(lambda table, ids: look_up(lambda ids: jnp.take(table, ids, axis=0), ids))
+        specs = (table, P("tensor", "fsdp")), (ids, ids_spec)
+        arrays = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in specs]
+        program = vectors.lower(*arrays).compile()
+        np.testing.assert_array_equal(program(*arrays), table[ids])
+        return program.as_text(), capfd.readouterr().err
+
+    with jax.set_mesh(mesh):
+        text, warnings = compiled(sharding.look_up)
+        assert "all-to-all" in text and not re.search(r"= f32[^=]* all-gather", text)
+        assert "rematerialization" not in warnings
+        text, _ = compiled(lambda table, ids: constrain_batch(table(ids)))  # in one step
+        assert re.search(r"= f32[^=]* all-gather", text)
 
 
 @pytest.mark.parametrize("lora", [False, True])

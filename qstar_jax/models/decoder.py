@@ -20,7 +20,7 @@ from qstar_jax.models.head import Head
 from qstar_jax.models.lora import Lora
 from qstar_jax.models.masks import PackedMask, Window
 from qstar_jax.models.rope import Rotation, identity_rotation, rotation
-from qstar_jax.sharding import GATHERED, constrain_batch, layer_specs, map_batch
+from qstar_jax.sharding import GATHERED, constrain_batch, layer_specs, look_up, map_batch
 
 LayerCaches = LayerCache | tuple[LayerCache, ...]  # stacked along a leading axis of layers, or one per layer
 LayerSettings = tuple[Int[Array, ""] | int | None, Int[Array, ""] | int | None]  # window, index into the rotations
@@ -226,13 +226,13 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], *, gather: bool = False
     ) -> Float[Array, "N D"]:
         """Embeds tokens; with `gather`, tables travel between devices, not the vectors of the tokens."""
-        look_up = _look_up_gathered if gather else _look_up
-        x = look_up(self.embed, tokens)
+        embed = _look_up_gathered if gather else look_up
+        x = embed(self.embed, tokens)
         if self.config.embedding_scale != 1:
             # Models are trained with a scale rounded to the dtype of the activations.
             x *= jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.config.learned_positions:
-            x += look_up(self.embed_positions, positions)
+            x += embed(self.embed_positions, positions)
         # Flatten for plain matrix products: with three dimensions, XLA transposes first on a CPU.
         return rearrange(x, "b s d -> (b s) d")
 
@@ -275,10 +275,6 @@ def _select_rotation(rotations: list[Rotation | None], index: Int[Array, ""] | i
 def _cast_matrices(layer: Block, dtype: Dtype) -> Block:
     """Casts what is multiplied to the dtype of the products, in which it then travels between devices."""
     return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, layer)
-
-
-def _look_up(table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    return constrain_batch(table(ids))
 
 
 def _look_up_gathered(table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
