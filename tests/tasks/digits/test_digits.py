@@ -1,0 +1,73 @@
+"""The task of digits: images, the known reward, the denoiser and its two trainings."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qstar_jax.errors import InputError
+from qstar_jax.tasks import digits
+
+
+@pytest.fixture(scope="module")
+def data():
+    pytest.importorskip("sklearn")
+    return digits.load_images()
+
+
+@pytest.fixture(scope="module")
+def readers(data):
+    return digits.Readers.fit(data)
+
+
+@pytest.mark.parametrize("missing", ["sklearn.datasets", "sklearn.neighbors"])
+def test_scikit_learn_is_asked_for_by_name(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    few = digits.Digits(np.zeros((2, 64), np.float32), np.array([0, 1]))
+    with pytest.raises(InputError, match=r"pip install 'qstar_jax\[diffusion\]'"):
+        digits.load_images() if missing == "sklearn.datasets" else digits.Readers.fit(few)
+
+
+def test_images_and_two_halves_of_them(data):
+    assert data.images.shape == (1797, 64) and data.images.min() == -1 and data.images.max() == 1
+    assert sorted(set(data.digits)) == list(range(10))
+    halves = data.half(0), data.half(1)
+    assert [len(half.digits) for half in halves] == [899, 898]
+    np.testing.assert_array_equal(halves[1].images[0], data.images[1])
+
+
+def test_ink_by_hand():
+    images = np.array([[-1.0] * 64, [1.0] * 64, [-3.0] * 32 + [5.0] * 32])
+    np.testing.assert_allclose(digits.ink(images), [0, 1, 0.5])
+
+
+def test_readers_read_what_they_have_not_seen(data, readers):
+    first, second = data.half(0), data.half(1)
+    assert readers.reads(first.images, first.digits).mean() > 0.95
+    assert readers.reads(first.images, (first.digits + 1) % 10).mean() < 0.05
+    assert readers.rewarding.score(second.images, second.digits) > 0.9
+
+
+def test_the_reward_is_ink_and_legibility(data, readers):
+    images, asked = data.images[:50], data.digits[:50]
+    right, wrong = (digits.true_reward(readers, images, one) for one in (asked, (asked + 1) % 10))
+    ink = 20 * digits.ink(images)
+    assert (right <= ink).all() and (wrong >= ink - 8).all() and (right > wrong).mean() > 0.9
+    shifted = digits.true_reward(readers, np.minimum(images + 0.5, 1), asked)
+    assert shifted.mean() > right.mean() + 1
+
+
+def test_a_denoiser_reads_its_step_and_its_digit_for_images_and_pairs():
+    params = digits.init_denoiser(jax.random.key(0), hidden=(16,))
+    x = jax.random.normal(jax.random.key(1), (4, 64))
+    t, asked = jnp.array([1, 50, 50, 100]), jnp.array([3, 3, 4, 5])
+    assert not digits.predict_noise(params, x, t, asked).any()  # no noise at first
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    found = digits.conditioned(params, asked)(x, t)
+    np.testing.assert_allclose(found, digits.predict_noise(params, x, t, asked))
+    assert (found != digits.predict_noise(params, x, t, asked + 1)).any()
+    assert (found != digits.predict_noise(params, x, t - 1, asked)).any()
+    pairs = digits.conditioned(params, asked)(jnp.stack([x, x], 1), jnp.stack([t, t], 1))
+    np.testing.assert_allclose(pairs, jnp.stack([found, found], 1), rtol=1e-5, atol=1e-6)
