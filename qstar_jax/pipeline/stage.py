@@ -67,7 +67,7 @@ def stage_rewards(
 
     Args:
         stages: The stages.
-        params: Parameters of each.
+        params: Parameters of each; None for a stage that is its reference, whose log-ratio is 0 and is not computed.
         prompt: Prompts, a pytree with a leading axis B.
         outputs: Outputs of all stages.
 
@@ -75,15 +75,25 @@ def stage_rewards(
         beta * log-ratio of each stage; their sum is the implicit return (Eq. 17). Shape [B, stages].
 
     Raises:
-        InputError: If there are not as many parameters, or outputs, as stages.
+        InputError: If there are not as many parameters, or outputs, as stages, or none has parameters.
     """
     _check(stages, params=params, outputs=outputs)
     outputs = jax.lax.stop_gradient(tuple(outputs))
     rewards = [
-        stage.beta * stage.log_ratio(own, prompt, outputs[:place], outputs[place])
+        None if own is None else stage.beta * stage.log_ratio(own, prompt, outputs[:place], outputs[place])
         for place, (stage, own) in enumerate(zip(stages, params, strict=True))
     ]
-    return jnp.stack(rewards, axis=-1)
+    first = next((reward for reward in rewards if reward is not None), None)
+    if first is None:
+        raise InputError("no stage has parameters: expected those of at least one, as all others stay their reference")
+    return jnp.stack([jnp.zeros_like(first) if reward is None else reward for reward in rewards], axis=-1)
+
+
+def pair_rewards(
+    stages: Sequence[Stage], params: Sequence[Any], prompt: Any, chosen: Outputs, rejected: Outputs
+) -> Float[Array, "B 2 stages"]:
+    """Splits the implicit returns of both runs of each pair among the stages; see `stage_rewards`."""
+    return jnp.stack([stage_rewards(stages, params, prompt, outputs) for outputs in (chosen, rejected)], axis=-2)
 
 
 def joint_loss(
@@ -96,7 +106,7 @@ def joint_loss(
 
     Args:
         stages: The stages.
-        params: Parameters of each; optimize only some to train only some.
+        params: Parameters of each; None for stages that are not trained.
         prompt: Prompts, which both share. A pytree with a leading axis B.
         chosen: Outputs of all stages in the preferred run.
         rejected: Outputs of all stages in the other run.
@@ -110,7 +120,7 @@ def joint_loss(
     References:
         arXiv 2404.12358, Eq. 17 and 18.
     """
-    rewards = jnp.stack([stage_rewards(stages, params, prompt, outputs) for outputs in (chosen, rejected)], axis=-2)
+    rewards = pair_rewards(stages, params, prompt, chosen, rejected)
     # A stage is to the pipeline what a token is to a response.
     return losses.sigmoid(rewards, jnp.ones(rewards.shape, bool), beta=1.0)
 
