@@ -256,6 +256,12 @@ def torch_family(family_folder):
 
 
 @pytest.fixture(scope="session")
+def fit_exactly():
+    """`exact_dpo.fit_exactly`."""
+    return load_helper("exact_dpo.py").fit_exactly
+
+
+@pytest.fixture(scope="session")
 def beam_parity():
     """The module `real/beam_parity`."""
     pytest.importorskip("torch")

@@ -147,28 +147,13 @@ def labels_given_noise(tree, rewards):
     return jnp.where(noise[:, None] == noise, tabular.preference_table(tabular.path_sums(tree, rewards)), 0.0)
 
 
-@partial(jax.jit, static_argnums=0)
-def fit_exactly(tree, labels, ref_logp):
-    """Rewards beta * log-ratio that DPO learns: L-BFGS, then Newton's method down to rounding errors."""
-
-    def loss_fn(logits):
-        return tabular.population_dpo_loss(tree, logits.reshape(tree.shape), labels, ref_logp, beta=BETA)
-
-    def newton(_, logits):
-        return logits - jnp.linalg.pinv(jax.hessian(loss_fn)(logits), rtol=1e-9) @ jax.grad(loss_fn)(logits)
-
-    start = tabular.fit_dpo(tree, labels, ref_logp, beta=BETA, steps=60).logits[-1]
-    logits = jax.lax.fori_loop(0, 4, newton, start.reshape(-1))
-    return BETA * (jax.nn.log_softmax(logits.reshape(tree.shape)) - ref_logp)
-
-
-def test_dpo_recovers_the_advantage_of_every_step():
+def test_dpo_recovers_the_advantage_of_every_step(fit_exactly):
     """From labels of whole trajectories that share their noise; rewards themselves are known up to a potential."""
     tree = chain(3)
     _, ref_logp = reference(tree, 2.0)
     rewards, acts = random_rewards(tree), tree.acts[:, None]
     solution = solve(tree, rewards, ref_logp)
-    learned = fit_exactly(tree, labels_given_noise(tree, rewards), ref_logp)
+    learned = fit_exactly(tree, labels_given_noise(tree, rewards), ref_logp, BETA)
     advantages = BETA * (solution.log_policy - ref_logp)
     np.testing.assert_allclose(jnp.where(acts, learned - advantages, 0.0), 0, **EXACT)
     shape = (tree.vocabulary, -1, tree.depth)  # by noise: a prompt of its own
@@ -180,14 +165,14 @@ def test_dpo_recovers_the_advantage_of_every_step():
     np.testing.assert_allclose(found.potentials, values, **EXACT)
 
 
-def test_pairs_of_different_noise_need_the_value_of_the_noise():
+def test_pairs_of_different_noise_need_the_value_of_the_noise(fit_exactly):
     """Their returns differ by V(x_T) too, which no denoising step can say; a policy that chooses the noise can."""
     tree, free = chain(3), chain(3, environment=())
     _, ref_logp = reference(tree, 2.0)
     rewards = random_rewards(tree)
     labels = tabular.preference_table(tabular.path_sums(tree, rewards))
     for one, exact in ((tree, False), (free, True)):
-        learned = fit_exactly(one, labels, ref_logp)
+        learned = fit_exactly(one, labels, ref_logp, BETA)
         advantages = BETA * (solve(one, rewards, ref_logp).log_policy - ref_logp)
         error = jnp.abs(jnp.where(one.acts[:, None], learned - advantages, 0.0)).max()
         assert error < 1e-8 if exact else error > 0.05

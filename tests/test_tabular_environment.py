@@ -4,7 +4,6 @@ Dialogues have five tokens: an action, a reply, an action, a reply, an action.
 """
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -47,21 +46,6 @@ def labels_of(rewards, law):
     """Bradley-Terry labels of true returns, for pairs of dialogues that occur."""
     weights = occurring(law)
     return tabular.preference_table(tabular.path_sums(TREE, rewards)) * weights[:, None] * weights
-
-
-@partial(jax.jit, static_argnums=0)
-def fit_exactly(tree, labels, ref_logp):
-    """Rewards beta * log-ratio that DPO learns: L-BFGS, then Newton's method down to rounding errors."""
-
-    def loss_fn(logits):
-        return tabular.population_dpo_loss(tree, logits.reshape(tree.shape), labels, ref_logp, beta=BETA)
-
-    def newton(_, logits):
-        return logits - jnp.linalg.pinv(jax.hessian(loss_fn)(logits), rtol=1e-9) @ jax.grad(loss_fn)(logits)
-
-    start = tabular.fit_dpo(tree, labels, ref_logp, beta=BETA, steps=100).logits[-1]
-    logits = jax.lax.fori_loop(0, 5, newton, start.reshape(-1))
-    return BETA * (jax.nn.log_softmax(logits.reshape(tree.shape)) - ref_logp)
 
 
 def solve(tree, rewards, ref_logp):
@@ -135,13 +119,13 @@ def test_rewards_of_actions_telescope_up_to_luck(deterministic):
         np.testing.assert_allclose(expected_luck[~TREE.acts], 0.0, **EXACT)
 
 
-def test_dpo_on_dialogues_recovers_the_advantages_of_actions_and_not_if_it_trains_on_replies():
+def test_dpo_on_dialogues_recovers_the_advantages_of_actions_and_not_if_it_trains_on_replies(fit_exactly):
     """Replies are certain, but the reference does not know that: what DPO gives to a reply it takes from actions."""
     for seed in range(3):
         rewards, model, law = random_world(seed, deterministic=True)
         labels = labels_of(rewards, law)
         _, truth = solve(TREE, rewards, law)
-        masked, unmasked = (fit_exactly(tree, labels, model) for tree in (TREE, UNAWARE))
+        masked, unmasked = (fit_exactly(tree, labels, model, BETA) for tree in (TREE, UNAWARE))
         assert largest(masked - truth, law) < 1e-10
         assert largest(unmasked - truth, law) > 0.1
         # The bias, exactly: the actions are optimal for what rewards leave when replies have taken their part.
@@ -150,19 +134,19 @@ def test_dpo_on_dialogues_recovers_the_advantages_of_actions_and_not_if_it_train
         assert largest(unmasked - biased, law) < 1e-10
 
 
-def test_training_on_random_replies_learns_a_world_in_which_one_chooses_them():
+def test_training_on_random_replies_learns_a_world_in_which_one_chooses_them(fit_exactly):
     """The reference knows the law of replies. The bias is soft maximum minus mean: values of what one cannot choose."""
     for seed in range(3):
         rewards, _, law = random_world(seed)
         solution, truth = solve(TREE, rewards, law)
-        unmasked = fit_exactly(UNAWARE, labels_of(rewards, law), law)
+        unmasked = fit_exactly(UNAWARE, labels_of(rewards, law), law, BETA)
         hopeful, expected = solve(UNAWARE, rewards, law)
         np.testing.assert_allclose(unmasked, expected, **EXACT)
         assert largest(unmasked - truth, law) > 0.1
         assert (hopeful.v > solution.v - 1e-12).all() and hopeful.v[0] > solution.v[0] + 0.1
 
 
-def test_luck_biases_actions_in_proportion_and_trained_replies_by_its_square():
+def test_luck_biases_actions_in_proportion_and_trained_replies_by_its_square(fit_exactly):
     """Labels of single dialogues contain luck; values depend on replies by `spread`, and on nothing else they say.
 
     A learner that masks replies cannot tell luck from merit. One that trains on them, with a reference that knows
@@ -177,7 +161,7 @@ def test_luck_biases_actions_in_proportion_and_trained_replies_by_its_square():
     def bias(tree, spread):
         r = jnp.where(TREE.acts[:, None], rewards, spread * luck)
         _, truth = solve(TREE, r, law)
-        return largest(fit_exactly(tree, labels_of(r, law), law) - truth, law)
+        return largest(fit_exactly(tree, labels_of(r, law), law, BETA) - truth, law)
 
     masked, unmasked = ([bias(tree, spread) for spread in (0.0, 0.1, 0.2)] for tree in (TREE, UNAWARE))
     assert masked[0] < 1e-10 and unmasked[0] < 1e-10

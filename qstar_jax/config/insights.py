@@ -86,6 +86,7 @@ class ReportConfig:
         steps: Folder that `qstar score --steps --wrong_step COLUMN` wrote.
         selection: Folder that `qstar select` wrote.
         reasoning: Folder `reasoning` that `qstar demo --insight reasoning` wrote.
+        diffusion: Folder `diffusion` that `qstar demo --insight diffusion` wrote.
         title: Heading of the page.
         show: Number of rows of `credit` to colour on the page.
     """
@@ -98,6 +99,7 @@ class ReportConfig:
     steps: str | None = path(None)
     selection: str | None = path(None)
     reasoning: str | None = path(None)
+    diffusion: str | None = path(None)
     title: str = "Your language model is a Q-function"
     show: int = 6
 
@@ -110,13 +112,14 @@ class DemoConfig:
         out: Folder for report.html, summary.json, and the runs; null: runs/demo, or runs/ and the insight's name.
         insight: `paper` shows the paper's three insights on summaries, in two to three minutes; `dialogue` what DPO on
             whole dialogues teaches in a game of questions, in about five; `reasoning` what outcomes of worked-out sums
-            teach about their steps, in about three.
+            teach about their steps, in about three; `diffusion` what preferences between images teach a model that
+            draws digits (`pip install 'qstar_jax[diffusion]'`), in about three.
         from_scratch: Pretrain the base model of `paper` first instead of reading the one in the package; `dialogue`
-            always begins from scratch, and `reasoning` from a model in the package.
+            and `diffusion` always begin from scratch, and `reasoning` from a model in the package.
         seed: Seed of the task's rows (in `dialogue` also of its things) and of their order.
     """
 
     out: str | None = path(None)
-    insight: Literal["paper", "dialogue", "reasoning"] = "paper"
+    insight: Literal["paper", "dialogue", "reasoning", "diffusion"] = "paper"
     from_scratch: bool = False
     seed: int = 0

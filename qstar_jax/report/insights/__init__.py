@@ -6,7 +6,7 @@ from rich.console import Console
 
 from qstar_jax.console import say
 from qstar_jax.evaluation.insights.record import Record
-from qstar_jax.report.insights import credit, decline, dialogue, reasoning, selection, steps, sweep
+from qstar_jax.report.insights import credit, decline, dialogue, diffusion, reasoning, selection, steps, sweep
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.panel import sheet_figure
 
@@ -18,6 +18,7 @@ VIEWS: tuple[View, ...] = (
     steps.VIEW,
     selection.VIEW,
     reasoning.VIEW,
+    diffusion.VIEW,
 )  # in the order of the page
 
 

@@ -1,5 +1,7 @@
 """The images: scikit-learn's digits, one half for whoever judges, all of them for who draws."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,18 +30,25 @@ class Digits:
         return Digits(self.images[number::2], self.digits[number::2])
 
 
+@contextmanager
+def from_scikit_learn() -> Iterator[None]:
+    """Says what to install where an import inside fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"images of digits and their readers come from scikit-learn ({error}): pip install 'qstar_jax[diffusion]'"
+        ) from error
+
+
 def load_images() -> Digits:
     """Loads the 1,797 images, in an order that mixes writers.
 
     Raises:
         InputError: scikit-learn is not installed.
     """
-    try:
+    with from_scikit_learn():
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError(
-            f"the images of digits come with scikit-learn ({error}): pip install 'qstar_jax[diffusion]'"
-        ) from error
     bundle = load_digits()
     order = np.random.default_rng(0).permutation(len(bundle.target))
     return Digits((bundle.data / 8 - 1).astype(np.float32)[order], bundle.target[order])

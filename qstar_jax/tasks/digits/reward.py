@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from qstar_jax.errors import InputError
-from qstar_jax.tasks.digits.images import Digits
+from qstar_jax.tasks.digits.images import Digits, from_scikit_learn
 
 INK = 20.0  # reward of a black image over a white one
 LEAST = -8.0  # lowest reward of legibility: nothing is less legible than illegible
@@ -36,13 +35,9 @@ class Readers:
         Raises:
             InputError: scikit-learn is not installed.
         """
-        try:
+        with from_scikit_learn():
             from sklearn.linear_model import LogisticRegression
             from sklearn.neighbors import KNeighborsClassifier
-        except ImportError as error:
-            raise InputError(
-                f"readers of digits need scikit-learn ({error}): pip install 'qstar_jax[diffusion]'"
-            ) from error
         first, second = digits.half(0), digits.half(1)
         return cls(
             LogisticRegression(C=0.1, max_iter=500).fit(first.images, first.digits),

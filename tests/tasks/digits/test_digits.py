@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qstar_jax import diffusion
 from qstar_jax.errors import InputError
 from qstar_jax.tasks import digits
+from qstar_jax.tasks.digits.fitting import Pairs, fit_denoiser, fit_dpo
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +73,30 @@ def test_a_denoiser_reads_its_step_and_its_digit_for_images_and_pairs():
     assert (found != digits.predict_noise(params, x, t - 1, asked)).any()
     pairs = digits.conditioned(params, asked)(jnp.stack([x, x], 1), jnp.stack([t, t], 1))
     np.testing.assert_allclose(pairs, jnp.stack([found, found], 1), rtol=1e-5, atol=1e-6)
+
+
+def test_fitting_and_preferences_move_the_denoiser(data):
+    schedule = diffusion.linear_schedule(20, last=0.3)
+    start = digits.init_denoiser(jax.random.key(0), hidden=(32,))
+    rate = {"batch_size": 64, "learning_rate": 3e-3}
+    reference, error = fit_denoiser(start, schedule, data, jax.random.key(1), steps=400, **rate)
+    assert error < 0.7  # 1 at first
+    # Dark images are preferred.
+    dark, light = np.full((8, 64), 0.5, np.float32), np.full((8, 64), -0.5, np.float32)
+    pairs = Pairs(np.stack([dark, light], 1), np.arange(8))
+
+    def margin(params):
+        t, noise = jnp.arange(1, 9), jax.random.normal(jax.random.key(3), (8, 64))
+        errors, ref_errors = (
+            diffusion.noise_errors(schedule, digits.conditioned(p, jnp.arange(8)), jnp.asarray(pairs.images), t, noise)
+            for p in (params, reference)
+        )
+        return float(((ref_errors - errors) @ jnp.array([1.0, -1.0])).mean())
+
+    options = {"stops": (5, 10), "batch_size": 16, "learning_rate": 1e-3}
+    margins = {}
+    for beta_dpo in (10.0, 5000.0):
+        found = list(fit_dpo(reference, schedule, pairs, jax.random.key(2), beta_dpo=beta_dpo, **options))
+        assert [steps for steps, _ in found] == [5, 10]
+        margins[beta_dpo] = margin(found[-1][1])
+    assert 0 < margins[5000.0] < margins[10.0]
