@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 def say(console: Console | None, text: str):
-    """Prints a message as it is: no markup, no highlighting, no line breaks of rich's own.
+    """Prints a message as it is: no markup, no highlighting, no line breaks of rich's own, nothing that acts or hides.
 
     Args:
         console: Where to print; None prints nothing.
         text: The message.
     """
     if console is not None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class Bar:

@@ -19,6 +19,7 @@ from qstar_jax.cli.help import HelpFormatter
 from qstar_jax.config.compare import drop_unread_defaults
 from qstar_jax.config.paths import check_paths
 from qstar_jax.config.trl import translate
+from qstar_jax.console import shorten_middle, visible
 from qstar_jax.errors import InputError
 
 # Verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called.
@@ -45,6 +46,8 @@ VERBS: dict[str, tuple[type, str]] = {
 }
 
 POSITIONAL = {"data": "FILE ", "chat": "MODEL ", "view": "MODEL "}  # verbs whose first option is given without its name
+
+_LONGEST_MESSAGE = 2000  # characters: errors quote what they found, which may be immense
 
 _load_yaml = get_loader("yaml")
 
@@ -74,7 +77,7 @@ class Parser(ArgumentParser):
             message = f"--verb rl: {_PLAN_OF_RL}"
         elif re.search(r"[Uu]nrecognized arguments: [^-]", message):
             message += "; put a value of several words, or a pattern such as 'data/*.jsonl', in quotes"
-        super().error(message, ex)
+        super().error(_sentence(message), ex)
 
 
 def _options_of(parser: ArgumentParser) -> list[str]:
@@ -151,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parsed = parser.parse_args(_translated(words))
     except InputError as error:
-        print(f"qstar: {error}", file=sys.stderr)
+        print(f"qstar: {_sentence(error)}", file=sys.stderr)
         return 2
     _show_log()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # batches of texts on all cores
@@ -161,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         check_paths(options)
         importlib.import_module(f"qstar_jax.cli.{parsed.verb}").run(options)
     except InputError as error:
-        print(f"qstar {parsed.verb}: {error}", file=sys.stderr)
+        print(f"qstar {parsed.verb}: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"qstar {parsed.verb}: interrupted", file=sys.stderr)
@@ -169,9 +172,14 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, FloatingPointError, ImportError, OSError) as error:
         if os.environ.get("QSTAR_TRACEBACK"):
             raise
-        print(f"qstar {parsed.verb}: {error}\n(QSTAR_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"qstar {parsed.verb}: {_sentence(error)}\n(QSTAR_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def _sentence(error: Exception | str) -> str:
+    """Returns the message of an error as it may be shown: short, and what it quotes acts on no terminal."""
+    return shorten_middle(visible(str(error)), _LONGEST_MESSAGE)
 
 
 def _translated(words: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ HARMLESS = frozenset(
     gradient_checkpointing output_past predict_special_tokens max_sequence_length n_ctx sliding_window_size
     """.split()
 )
+_MAX_SIZE, _MAX_LAYERS = 2**31 - 1, 2**14  # a width fits 32 bits, and a tuple of layers fits the memory
 _EMPTY = (None, False, 0, "", [], {})
 
 # Names of activation functions in transformers -> in `block.ACTIVATIONS`
@@ -81,8 +82,8 @@ class Keys:
         """Whether the key is present, even if null."""
         return name in self._config
 
-    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """Reads a whole number of at least `least`.
+    def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MAX_SIZE) -> int:
+        """Reads a whole number from `least` to `most`.
 
         Raises:
             InputError: If it is something else, or missing.
@@ -90,7 +91,13 @@ class Keys:
         value = self._required(name, default)
         if type(value) is not int or value < least:
             raise InputError(f"config.json: {name} is {value!r}; expected a whole number of at least {least}")
+        if value > most:
+            raise InputError(f"config.json: {name} is {value!r}; expected a whole number of at most {most:,}")
         return value
+
+    def layers(self, name: str = "num_hidden_layers", default: int | None = None) -> int:
+        """Reads a number of layers; errors as for `size`."""
+        return self.size(name, default, most=_MAX_LAYERS)
 
     def number(self, name: str, default: float | None = None) -> float:
         """Reads a positive number.
@@ -183,7 +190,7 @@ class Keys:
                 "(model.dequantize().save_pretrained(FOLDER))"
             )
         if name == "auto_map":
-            if not any(entry.startswith("AutoModel") for entry in value):
+            if isinstance(value, dict) and not any(entry.startswith("AutoModel") for entry in value):
                 return  # code of a tokenizer or a configuration
             raise InputError(
                 f"config.json: auto_map names the model's own code ({value}), which is never run, so the model may "

@@ -115,7 +115,7 @@ def write_shape(config: DecoderConfig) -> dict[str, Any]:
 
 def same_layers(keys: Keys, rope: Rope | None, window: int | None = None, key: str = "num_hidden_layers"):
     """Returns equal layers, their number given by `key`."""
-    return (LayerKind(rope, window),) * keys.size(key)
+    return (LayerKind(rope, window),) * keys.layers(key)
 
 
 def read_layer_types(keys: Keys, otherwise: Callable[[int], bool], layers: int | None = None) -> list[bool]:
@@ -129,7 +129,7 @@ def read_layer_types(keys: Keys, otherwise: Callable[[int], bool], layers: int |
     Raises:
         InputError: If `layer_types` has the wrong number of layers, or other types.
     """
-    count = keys.size("num_hidden_layers", layers)
+    count = keys.layers(default=layers)
     types = keys.get("layer_types")
     if types is None:
         return [otherwise(layer) for layer in range(count)]

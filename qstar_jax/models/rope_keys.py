@@ -127,14 +127,12 @@ def _pop_value(parameters: dict[str, Any], name: str, keys: Keys, old_keys: Sequ
     """Takes a value out of `rope_parameters`, or reads it from older keys; all that are set must agree."""
     places = {name + " inside rope_parameters": parameters.pop(name, None)} | {key: keys.get(key) for key in old_keys}
     values = {place: value for place, value in places.items() if value is not None}
-    if len(set(map(repr, map(_as_float, values.values())))) > 1:
+    for place, value in values.items():
+        check_number(place, value)
+    if len(set(map(float, values.values()))) > 1:
         listing = ", ".join(f"{place} {value!r}" for place, value in values.items())
         raise InputError(f"config.json: {listing} differ; keep one of them")
     return next(iter(values.values()), default)
-
-
-def _as_float(value: Any) -> Any:
-    return float(value) if type(value) is int else value
 
 
 def _scaling(parameters: dict[str, Any], keys: Keys, original: int | None) -> Scaling | None:

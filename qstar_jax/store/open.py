@@ -94,6 +94,7 @@ def _load_folder(folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_options
     model = hub.read_model(folder, compute)
     params = hub.read_params(folder, model, param_shardings(model, mesh, mesh_options))
     generation = hub.read_generation_config(folder)
+    hub.check_eos(generation, model.config.vocab_size, folder)
     return LoadedModel(model, params, hub.read_tokenizer(folder), folder, generation=generation)
 
 
@@ -123,6 +124,7 @@ def _load_adapter(
     tokenizer = hub.read_adapter_tokenizer(folder, base.tokenizer)
     has_generation = (folder / hub.GENERATION).is_file()
     generation = hub.read_generation_config(folder) if has_generation else base.generation
+    hub.check_eos(generation, model.config.vocab_size, folder)
     return LoadedModel(model, params, tokenizer, folder, generation=generation)
 
 

@@ -19,7 +19,7 @@ from qstar_jax.models.rope_keys import read_rope, write_rope
 
 
 def _layers(keys: Keys) -> tuple[LayerKind, ...]:
-    count, rotary = keys.size("num_hidden_layers"), keys.get("no_rope_layers")
+    count, rotary = keys.layers(), keys.get("no_rope_layers")
     keys.allow("no_rope_layer_interval")  # a default of no_rope_layers
     if rotary is None:
         interval = keys.size("no_rope_layer_interval", 4)

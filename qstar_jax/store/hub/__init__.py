@@ -3,6 +3,7 @@
 from qstar_jax.store.hub.folder import open_folder as open_folder
 from qstar_jax.store.hub.folder import read_config as read_config
 from qstar_jax.store.hub.generation import GENERATION as GENERATION
+from qstar_jax.store.hub.generation import check_eos as check_eos
 from qstar_jax.store.hub.generation import other_settings as other_settings
 from qstar_jax.store.hub.generation import read_generation_config as read_generation_config
 from qstar_jax.store.hub.generation import with_eos as with_eos

@@ -1,6 +1,5 @@
 """Resolves names on the Hub to local folders, and reads their config.json."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from qstar_jax.errors import InputError
 from qstar_jax.tasks import find
+from qstar_jax.untrusted import read_json
 
 # Files to download from the Hub: text and safetensors, never a pickle (.bin, .pt) and never Python code.
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
@@ -77,10 +77,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         InputError: If it holds anything else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value

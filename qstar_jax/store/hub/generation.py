@@ -1,5 +1,6 @@
 """Reads and writes generation_config.json, which lists the EOS ids of a model; its other settings are kept."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,23 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: If a file is not JSON, or holds invalid ids.
     """
-    paths = [path for name in (GENERATION, "config.json") if (path := folder / name).is_file()]
+    paths = [path for name in (GENERATION, "config.json") if os.path.lexists(path := folder / name)]
     configs = {path.name: read_json_object(path) for path in paths}
     ids = [token for name, config in configs.items() for token in _eos_ids(config, folder / name)]
     return configs.get(GENERATION, {}) | {"eos_token_id": sorted(set(ids))}
+
+
+def check_eos(generation: dict[str, Any], vocabulary: int, folder: Path):
+    """Checks that a model can end its responses with the ids of `read_generation_config`.
+
+    Raises:
+        InputError: If one is not in its vocabulary.
+    """
+    if outside := [token for token in generation["eos_token_id"] if token >= vocabulary]:
+        raise InputError(
+            f"{folder}: eos_token_id {outside[0]} of {GENERATION} or config.json is not in the vocabulary of "
+            f"{vocabulary:,} tokens (vocab_size of config.json); correct it"
+        )
 
 
 def with_eos(generation: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
@@ -63,6 +77,6 @@ def eos_entry(eos_ids: list[int]) -> dict[str, int | list[int]]:
 def _eos_ids(config: dict[str, Any], path: Path) -> list[int]:
     value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(token) is int for token in ids):
+    if not all(type(token) is int and token >= 0 for token in ids):
         raise InputError(f"{path}: eos_token_id is {value!r}; expected a token id or a list of them")
     return ids

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +17,10 @@ from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.family import Family
 from qstar_jax.store.hub.folder import read_config, read_json_object
+from qstar_jax.store.hub.shards import INDEX
 
 NUMBER_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names; others are quantized
+SINGLE = "model.safetensors"
 _CHUNK = 4096  # rows to compare at a time
 
 
@@ -25,7 +28,8 @@ class TensorFiles:
     """The tensors of a folder, in model.safetensors or in several files with model.safetensors.index.json.
 
     Raises:
-        InputError: If there are none, a file cannot be read, or a tensor is in two files.
+        InputError: If there are none, a file cannot be read, a tensor is in two files, or not in the one that the index
+            names.
     """
 
     def __init__(self, folder: Path):
@@ -33,7 +37,10 @@ class TensorFiles:
 
         self._slices = {}
         self._files = []  # keeps the memory maps alive as long as their slices
-        for path in _safetensors_files(folder):
+        weight_map = _read_weight_map(folder)
+        for path in (
+            [folder / SINGLE] if weight_map is None else [folder / name for name in sorted({*weight_map.values()})]
+        ):
             try:
                 file = safe_open(path, framework="numpy")
             except (SafetensorError, OSError) as error:
@@ -42,7 +49,12 @@ class TensorFiles:
             for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 if name in self._slices:
                     raise InputError(f"{path}: tensor {name!r} is in another file of {folder} too; remove one of them")
+                if weight_map is not None and weight_map.pop(name, path.name) != path.name:
+                    raise InputError(f"{folder / INDEX}: names another file than {path.name}, where {name!r} is")
                 self._slices[name] = file.get_slice(name)
+        if weight_map:
+            name, file = min(weight_map.items())
+            raise InputError(f"{folder / INDEX}: says that {name!r} is in {file}, where it is not")
         self.folder = folder
 
     def names(self) -> Iterator[str]:
@@ -105,23 +117,27 @@ class TensorFiles:
         return self._slices[name]
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+def _read_weight_map(folder: Path) -> dict[str, str] | None:
+    """Reads which file holds each tensor; None if there is a single file."""
+    single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
         raise InputError(
             f"{folder}: holds {single.name} and {index.name}, perhaps from two models; remove the outdated one"
         )
     if single.is_file():
-        return [single]
+        return None
     if index.is_file():
         weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: no key 'weight_map' that maps tensors to files")
-        names = sorted(set(weight_map.values()))
+        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+            raise InputError(
+                f"{index}: no key 'weight_map' that maps tensors to files of this folder, such as "
+                "model-00001-of-00002.safetensors"
+            )
+        names = sorted({*weight_map.values()})
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise InputError(f"{index}: names missing files: {', '.join(missing)}")
-        return [folder / name for name in names]
+        return weight_map
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickles:
         raise InputError(
@@ -129,6 +145,11 @@ def _safetensors_files(folder: Path) -> list[Path]:
             "model.safetensors (written by transformers: model.save_pretrained(folder))"
         )
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def _is_file_name(value: Any) -> bool:
+    """Whether a value names a file of the same folder."""
+    return isinstance(value, str) and value == Path(value).name
 
 
 def read_model(folder: Path, compute: ComputeOptions = ComputeOptions()) -> CausalLM:

@@ -6,11 +6,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from qstar_jax.errors import InputError
+from qstar_jax.untrusted import check_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONFIG = "tokenizer_config.json"
+_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # of files that transformers may open
 _LOAD_NOTES = ("backend", "is_local", "local_files_only")  # transformers 5 records how it loaded the tokenizer
 
 
@@ -22,6 +24,9 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    for path in folder.iterdir():
+        if path.suffix in _SUFFIXES:
+            check_regular(path)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many types here

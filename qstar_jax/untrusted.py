@@ -1,0 +1,162 @@
+"""Reads files that anybody may have written: regular ones, of limited size and depth, and never runs what they hold."""
+
+import json
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qstar_jax.errors import InputError
+
+MAX_FILE = 2**26  # bytes of a file that is read as a whole; indices of the largest models have a tenth of it
+_MAX_DEPTH = 100  # brackets inside each other; real files have ten, and Python's stack ends at some hundreds
+_MAX_VALUES = 100_000  # of a file of options, counted with what its aliases repeat
+_MAX_DIGITS = 30
+_OTHER = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+def check_regular(path: Path):
+    """Checks that a path leads to a file, and to no pipe or device, which may be endless or silent for ever.
+
+    Raises:
+        InputError: If it leads to something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _OTHER if is_kind(mode)), "a device")
+        raise InputError(f"{path}: expected a regular file (found: {kind})")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file.
+
+    Raises:
+        InputError: If it is no regular one, or cannot be read.
+    """
+    check_regular(path)
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_text(path: Path, most: int = MAX_FILE) -> str:
+    """Reads a text of at most `most` bytes.
+
+    Raises:
+        InputError: If it is longer, not UTF-8, or cannot be read.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"{path}: has more than {most / 2**20:g} MiB; expected a smaller file")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not valid UTF-8 ({error}); expected text in UTF-8") from error
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file of JSON.
+
+    Raises:
+        InputError: If it is none, repeats a key, or is nested too deeply.
+    """
+    text = read_text(path)
+    try:
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_int=_whole_number)
+        check_depth(value, text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({_reason(error)})") from error
+    return value
+
+
+def read_yaml(path: Path) -> Any:
+    """Reads a file of YAML with plain values only: no tags of Python, no more values than options can have.
+
+    Raises:
+        InputError: If it holds anything else.
+    """
+    import yaml
+
+    text = read_text(path)
+    try:
+        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        check_size(value)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable as YAML ({_reason(error)})") from error
+    return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    """Makes an object of JSON; a hook for `json.loads`, which would keep the last of several values.
+
+    Raises:
+        ValueError: If a key occurs twice.
+    """
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return row
+
+
+def check_depth(value: Any, text: str | bytes):
+    """Checks that lists and objects are not nested deeply: what walks through them would end in a full stack.
+
+    Args:
+        value: Parsed JSON.
+        text: What it was parsed from.
+
+    Raises:
+        ValueError: If they are.
+    """
+    brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if sum(map(text.count, brackets)) <= _MAX_DEPTH:
+        return
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [entry for item in level for entry in _entries(item)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+
+
+def check_size(value: Any):
+    """Checks that options are not nested deeply, and not too many, counting what aliases of YAML repeat.
+
+    Raises:
+        ValueError: If they are.
+    """
+    level, count = [value], 0
+    for _ in range(_MAX_DEPTH):
+        following: list[Any] = []
+        for item in level:
+            following.extend(_entries(item))
+            if count + len(following) > _MAX_VALUES:
+                raise ValueError(f"more than {_MAX_VALUES:,} values; expected options")
+        level, count = following, count + len(following)
+        if not level:
+            return
+    raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a whole number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"nested more than {_MAX_DEPTH} deep"
+    return " ".join(str(error).split())
