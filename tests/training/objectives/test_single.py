@@ -158,16 +158,17 @@ def files(tmp_path_factory):
     }
 
 
+@pytest.mark.thin("kto-labels-cached", "qrpo-rankings-live", "plackett_luce-rankings-cached", "a_star-returns-cached")
 @pytest.mark.parametrize(
     ("name", "file", "reference"),
     [
         ("kto", "labels", "cached"),
-        pytest.param("kto", "labels", "live", marks=pytest.mark.slow),
-        pytest.param("implicit_prm", "labels", "live", marks=pytest.mark.slow),
-        pytest.param("a_star", "returns", "cached", marks=pytest.mark.slow),
-        pytest.param("qrpo", "returns", "live", marks=pytest.mark.slow),
+        ("kto", "labels", "live"),
+        ("implicit_prm", "labels", "live"),
+        ("a_star", "returns", "cached"),
+        ("qrpo", "returns", "live"),
         ("qrpo", "rankings", "live"),
-        pytest.param("plackett_luce", "rankings", "live", marks=pytest.mark.slow),
+        ("plackett_luce", "rankings", "live"),
         ("plackett_luce", "rankings", "cached"),
     ],
 )
