@@ -95,20 +95,30 @@ class _Studio:
         self.reference = digits.init_denoiser(self.keys["init"])
         self._sample = jax.jit(
             lambda params, asked, key: diffusion.sample(
-                self.schedule, digits.conditioned(params, asked), key, (len(asked), digits.PIXELS)
+                self.schedule, digits.conditioned(params, digits.one_hot(asked)), key, (len(asked), digits.PIXELS)
             )
         )
         self._score = jax.jit(
             lambda params, reference, asked, states: _summed(
                 diffusion.score_steps(
-                    self.schedule, digits.conditioned(params, asked), digits.conditioned(reference, asked), states
+                    self.schedule,
+                    digits.conditioned(params, digits.one_hot(asked)),
+                    digits.conditioned(reference, digits.one_hot(asked)),
+                    states,
                 )
             )
         )
 
     def fit(self, steps: int) -> float:
         """Fits the reference to the images; returns its error."""
-        self.reference, error = fit_denoiser(self.reference, self.schedule, self.data, self.keys["fit"], steps=steps)
+        self.reference, error = fit_denoiser(
+            self.reference,
+            self.schedule,
+            self.data.images,
+            digits.one_hot(self.data.digits),
+            self.keys["fit"],
+            steps=steps,
+        )
         return error
 
     def make_pairs(self, count: int, seed: int) -> tuple[Pairs, float]:
@@ -123,7 +133,9 @@ class _Studio:
         rows = np.arange(count)
         agreement = float(np.mean(chosen == (rewards.reshape(-1, 2)[:, 1] > rewards.reshape(-1, 2)[:, 0])))
         images = images.reshape(count, 2, -1)
-        return Pairs(np.stack([images[rows, chosen], images[rows, 1 - chosen]], 1), asked[::2]), agreement
+        return Pairs(
+            np.stack([images[rows, chosen], images[rows, 1 - chosen]], 1), digits.one_hot(asked[::2])
+        ), agreement
 
     def hold_out(self, asked: np.ndarray, seed: int) -> tuple[jax.Array, np.ndarray]:
         """Draws trajectories of the reference, whose neighbours are pairs of one digit, and labels them."""

@@ -7,6 +7,7 @@ read.
 
 from qstar_jax.tasks.digits.denoiser import conditioned as conditioned
 from qstar_jax.tasks.digits.denoiser import init_denoiser as init_denoiser
+from qstar_jax.tasks.digits.denoiser import one_hot as one_hot
 from qstar_jax.tasks.digits.denoiser import predict_noise as predict_noise
 from qstar_jax.tasks.digits.images import PIXELS as PIXELS
 from qstar_jax.tasks.digits.images import SIDE as SIDE

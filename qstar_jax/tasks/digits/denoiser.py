@@ -1,4 +1,4 @@
-"""The network that draws: an MLP that predicts the noise in an image, given its step and its digit."""
+"""The network that draws: an MLP that predicts the noise in an image, given its step and what it shall show."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,15 @@ _FREQUENCIES = 2.0 ** -jnp.arange(0, 8)  # of steps; the slowest wave is longer 
 Params = list[tuple[Float[Array, "in out"], Float[Array, " out"]]]  # weights and biases, layer by layer
 
 
-def init_denoiser(key: PRNGKeyArray, hidden: Sequence[int] = (256, 256, 256)) -> Params:
-    """Draws parameters; the last layer is zero, so that training begins from a prediction of no noise."""
-    sizes = [PIXELS + 2 * len(_FREQUENCIES) + CLASSES, *hidden, PIXELS]
+def init_denoiser(key: PRNGKeyArray, hidden: Sequence[int] = (256, 256, 256), *, conditions: int = CLASSES) -> Params:
+    """Draws parameters; the last layer is zero, so that training begins from a prediction of no noise.
+
+    Args:
+        key: Random key.
+        hidden: Widths of the hidden layers.
+        conditions: C, the length of a condition.
+    """
+    sizes = [PIXELS + 2 * len(_FREQUENCIES) + conditions, *hidden, PIXELS]
     keys = jax.random.split(key, len(sizes) - 1)
     layers = [
         (jax.random.normal(key, (before, after)) / jnp.sqrt(before), jnp.zeros(after))
@@ -25,7 +31,7 @@ def init_denoiser(key: PRNGKeyArray, hidden: Sequence[int] = (256, 256, 256)) ->
 
 
 def predict_noise(
-    params: Params, x: Float[Array, "... 64"], t: Int[Array, "..."], digit: Int[Array, "..."]
+    params: Params, x: Float[Array, "... 64"], t: Int[Array, "..."], condition: Float[Array, "... C"]
 ) -> Float[Array, "... 64"]:
     """Predicts the noise in images after t steps.
 
@@ -33,19 +39,30 @@ def predict_noise(
         params: See `init_denoiser`.
         x: Noisy images. Shape [..., 64].
         t: Steps. Shape [...].
-        digit: What the images shall show. Shape [...].
+        condition: What the images shall show; of digits, `one_hot`. Shape [..., C].
 
     Returns:
         Predicted noise. Shape [..., 64].
     """
     angles = t[..., None] * _FREQUENCIES
-    hidden = jnp.concatenate([x, jnp.sin(angles), jnp.cos(angles), jax.nn.one_hot(digit, CLASSES)], axis=-1)
+    hidden = jnp.concatenate([x, jnp.sin(angles), jnp.cos(angles), condition], axis=-1)
     for weights, bias in params[:-1]:
         hidden = jax.nn.silu(hidden @ weights + bias)
     weights, bias = params[-1]
     return hidden @ weights + bias
 
 
-def conditioned(params: Params, digit: Int[Array, " B"]) -> EpsFn:
-    """Binds parameters and digits: the `eps_fn` of `qstar_jax.diffusion`, for images [B, 64] and pairs [B, 2, 64]."""
-    return lambda x, t: predict_noise(params, x, t, jnp.broadcast_to(digit.reshape(-1, *[1] * (t.ndim - 1)), t.shape))
+def one_hot(digit: Int[Array, "..."]) -> Float[Array, "... 10"]:
+    """The condition of images of digits."""
+    return jax.nn.one_hot(digit, CLASSES)
+
+
+def conditioned(params: Params, condition: Float[Array, "B C"]) -> EpsFn:
+    """Binds parameters and conditions: an `eps_fn` of `qstar_jax.diffusion`, for images [B, 64] or pairs [B, 2, 64]."""
+
+    def eps_fn(x: Float[Array, "B ..."], t: Int[Array, "B ..."]) -> Float[Array, "B ..."]:
+        count, size = condition.shape
+        shape = (count, *[1] * (t.ndim - 1), size)
+        return predict_noise(params, x, t, jnp.broadcast_to(condition.reshape(shape), (*t.shape, size)))
+
+    return eps_fn

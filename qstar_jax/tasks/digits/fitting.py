@@ -9,31 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from qstar_jax import diffusion
 from qstar_jax.diffusion import Schedule
 from qstar_jax.tasks.digits.denoiser import Params, conditioned
-from qstar_jax.tasks.digits.images import PIXELS, Digits
+from qstar_jax.tasks.digits.images import PIXELS
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of images of one digit.
+    """Pairs of images under one condition.
 
     Attributes:
         images: The preferred one first. Shape [N, 2, 64].
-        digits: What both were to show. Shape [N].
+        conditions: What both were to show. Shape [N, C].
     """
 
     images: Float[np.ndarray, "N 2 64"]
-    digits: Int[np.ndarray, " N"]
+    conditions: Float[np.ndarray, "N C"]
 
 
 def fit_denoiser(
     params: Params,
     schedule: Schedule,
-    data: Digits,
+    images: Float[np.ndarray, "N 64"],
+    conditions: Float[np.ndarray, "N C"],
     key: PRNGKeyArray,
     *,
     steps: int,
@@ -45,7 +46,8 @@ def fit_denoiser(
     Args:
         params: Where to begin.
         schedule: The schedule.
-        data: The images.
+        images: The images.
+        conditions: What each shows, as the denoiser reads it.
         key: Key of batches, steps and noise.
         steps: Steps of training.
         batch_size: Images per step.
@@ -55,7 +57,7 @@ def fit_denoiser(
         Parameters, and the mean squared error per pixel in the last tenth of the steps.
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
-    arrays = (schedule, jnp.asarray(data.images)[:, None], jnp.asarray(data.digits))
+    arrays = (schedule, jnp.asarray(images)[:, None], jnp.asarray(conditions))
     keys = jax.random.split(key, steps)
     params, _, losses = _train(_denoising_loss, optimizer, batch_size, arrays, params, optimizer.init(params), keys)
     return params, float(losses[-max(steps // 10, 1) :].mean())
@@ -88,7 +90,7 @@ def fit_dpo(
         Steps so far, and the policy.
     """
     optimizer = _adam(learning_rate)
-    arrays = (schedule, jnp.asarray(pairs.images), jnp.asarray(pairs.digits), reference, jnp.float32(beta_dpo))
+    arrays = (schedule, jnp.asarray(pairs.images), jnp.asarray(pairs.conditions), reference, jnp.float32(beta_dpo))
     keys, params, state = jax.random.split(key, stops[-1]), reference, optimizer.init(reference)
     for begin, end in zip((0, *stops[:-1]), stops, strict=True):
         params, state, _ = _train(_dpo_loss, optimizer, batch_size, arrays, params, state, keys[begin:end])
@@ -99,16 +101,16 @@ _adam = cache(optax.adam)  # the same object, so that runs of one learning rate 
 
 
 def _denoising_loss(params, arrays, batch_size, key):
-    schedule, images, digits = arrays
+    schedule, images, conditions = arrays
     rows, t, noise = _draw(key, len(images), batch_size, schedule.steps)
-    return diffusion.noise_errors(schedule, conditioned(params, digits[rows]), images[rows], t, noise).mean()
+    return diffusion.noise_errors(schedule, conditioned(params, conditions[rows]), images[rows], t, noise).mean()
 
 
 def _dpo_loss(params, arrays, batch_size, key):
-    schedule, images, digits, reference, beta_dpo = arrays
+    schedule, images, conditions, reference, beta_dpo = arrays
     rows, t, noise = _draw(key, len(images), batch_size, schedule.steps)
     errors, ref_errors = (
-        diffusion.noise_errors(schedule, conditioned(model, digits[rows]), images[rows], t, noise)
+        diffusion.noise_errors(schedule, conditioned(model, conditions[rows]), images[rows], t, noise)
         for model in (params, reference)
     )
     return diffusion.diffusion_dpo(errors, ref_errors, beta_dpo=beta_dpo)[0].mean()

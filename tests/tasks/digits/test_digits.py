@@ -64,12 +64,12 @@ def test_the_reward_is_ink_and_legibility(data, readers):
 def test_a_denoiser_reads_its_step_and_its_digit_for_images_and_pairs():
     params = digits.init_denoiser(jax.random.key(0), hidden=(16,))
     x = jax.random.normal(jax.random.key(1), (4, 64))
-    t, asked = jnp.array([1, 50, 50, 100]), jnp.array([3, 3, 4, 5])
+    t, asked = jnp.array([1, 50, 50, 100]), digits.one_hot(jnp.array([3, 3, 4, 5]))
     assert not digits.predict_noise(params, x, t, asked).any()  # no noise at first
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
     found = digits.conditioned(params, asked)(x, t)
     np.testing.assert_allclose(found, digits.predict_noise(params, x, t, asked))
-    assert (found != digits.predict_noise(params, x, t, asked + 1)).any()
+    assert (found != digits.predict_noise(params, x, t, jnp.roll(asked, 1, axis=-1))).any()
     assert (found != digits.predict_noise(params, x, t - 1, asked)).any()
     pairs = digits.conditioned(params, asked)(jnp.stack([x, x], 1), jnp.stack([t, t], 1))
     np.testing.assert_allclose(pairs, jnp.stack([found, found], 1), rtol=1e-5, atol=1e-6)
@@ -79,16 +79,20 @@ def test_fitting_and_preferences_move_the_denoiser(data):
     schedule = diffusion.linear_schedule(20, last=0.3)
     start = digits.init_denoiser(jax.random.key(0), hidden=(32,))
     rate = {"batch_size": 64, "learning_rate": 3e-3}
-    reference, error = fit_denoiser(start, schedule, data, jax.random.key(1), steps=400, **rate)
+    reference, error = fit_denoiser(
+        start, schedule, data.images, np.eye(10)[data.digits], jax.random.key(1), steps=400, **rate
+    )
     assert error < 0.7  # 1 at first
     # Dark images are preferred.
     dark, light = np.full((8, 64), 0.5, np.float32), np.full((8, 64), -0.5, np.float32)
-    pairs = Pairs(np.stack([dark, light], 1), np.arange(8))
+    pairs = Pairs(np.stack([dark, light], 1), np.eye(10)[:8])
 
     def margin(params):
         t, noise = jnp.arange(1, 9), jax.random.normal(jax.random.key(3), (8, 64))
         errors, ref_errors = (
-            diffusion.noise_errors(schedule, digits.conditioned(p, jnp.arange(8)), jnp.asarray(pairs.images), t, noise)
+            diffusion.noise_errors(
+                schedule, digits.conditioned(p, jnp.eye(10)[:8]), jnp.asarray(pairs.images), t, noise
+            )
             for p in (params, reference)
         )
         return float(((ref_errors - errors) @ jnp.array([1.0, -1.0])).mean())
