@@ -115,8 +115,8 @@ class DemoConfig:
         insight: `paper` shows the paper's three insights on summaries, in two to three minutes; `dialogue` what DPO on
             whole dialogues teaches in a game of questions, in about five; `reasoning` what outcomes of worked-out sums
             teach about their steps, in about three; `control` how rewards move where a policy learns to push a mass, in
-            one; `diffusion` what preferences between images teach a model that
-            draws digits (`pip install 'qstar_jax[diffusion]'`), in about three.
+            one; `diffusion` what preferences between images teach a model that draws digits
+            (`pip install 'qstar_jax[diffusion]'`), in about three.
         from_scratch: Pretrain the base model of `paper` first instead of reading the one in the package; `dialogue`
             and `diffusion` always begin from scratch, and `reasoning` from a model in the package.
         seed: Seed of the task's rows (in `dialogue` also of its things) and of their order.

@@ -24,6 +24,7 @@ def test_everything_is_measured_and_shown(tmp_path, capsys):
     assert summary["seed"] == 3 and summary["verdicts"][0]["insight"] == "control"
     page = (out / "report.html").read_text()
     assert "Falling rewards in control" in page and "Gain error" in page and "chosen segments" in printed.getvalue()
+    assert "mathdefault" not in page  # labels are text
     # The seed is that of the episodes too.
     assert "seed: 3" in (out / "control" / "with_bc-3" / "config.yaml").read_text().partition("segments:")[2]
     assert main(["report", "--control", str(out / "control"), "--out", str(tmp_path / "again")]) == 0

@@ -72,6 +72,7 @@ def _draw_exact(axes: Axes, style: Style, *, outcomes: Mapping[str, Outcome], la
         values = [value.mean for value in outcome.values]
         axes.plot(outcome.steps, values, label=name, markersize=4, **style.mark(number))
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")  # plain text; a page's SVG has no renderer of mathematics
     values = [value.mean for outcome in outcomes.values() for value in outcome.values]
     axes.set_ylim(top=min(2 * max(values), RUNAWAY))
     axes.set_xlabel("step")
