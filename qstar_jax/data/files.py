@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qstar_jax.errors import InputError
+from qstar_jax.untrusted import check_regular
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _TEXTS = (".jsonl", ".json", ".csv", ".tsv")  # which may be compressed
@@ -32,6 +33,7 @@ def kind_of(path: Path, accepted: str) -> str:
     if not path.exists():
         raise InputError(f"{path}: no such file; accepted: {accepted}")
     compressed = path.suffix.lower() == ".gz"
+    check_regular(path)
     if suffix not in (_TEXTS if compressed else KINDS):
         raise InputError(f"{path}: cannot read {path.suffix or 'a file without a suffix'}; accepted: {accepted}")
     return suffix

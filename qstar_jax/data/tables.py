@@ -1,17 +1,16 @@
 """Reads rows of tables: CSV, Parquet, Arrow, and datasets that the library of that name has saved or fetches."""
 
 import csv
-import gzip
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qstar_jax.data.dropped import BadRow
+from qstar_jax.data.lines import MAX_ROW, pieces
 from qstar_jax.errors import InputError
 
 _ROWS = 1024  # rows of a batch
-_LONGEST_NAME, _LONGEST_CELL = 64, 2**31 - 1  # characters
+_LONGEST_NAME = 64  # characters
 
 
 def csv_rows(path: Path, source: str) -> Iterator[dict | BadRow]:
@@ -28,40 +27,39 @@ def csv_rows(path: Path, source: str) -> Iterator[dict | BadRow]:
         InputError: The file is not UTF-8, cannot be read to its end, or has no usable header.
     """
     separator = "\t" if ".tsv" in path.name.lower() else ","
-    csv.field_size_limit(_LONGEST_CELL)
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-        lines = csv.reader(_text_lines(file, source), delimiter=separator, strict=True)
-        header = None
-        while True:
-            try:
-                cells = next(lines)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield BadRow("not valid CSV", f" in line {lines.line_num} ({error}); expected quotes to be doubled")
-                continue
-            if not cells:
-                continue
-            if header is None:
-                header = _checked_header(cells, separator, source)
-            elif len(cells) == len(header):
-                yield dict(zip(header, cells, strict=True))
-            else:
-                more = f" in line {lines.line_num}: {len(cells)} values, and the header names {len(header)} columns"
-                yield BadRow("another number of values than columns", f"{more}; quote values that hold separators")
+    csv.field_size_limit(MAX_ROW)
+    lines = csv.reader(_text_lines(path, source), delimiter=separator, strict=True)
+    header = None
+    while True:
+        try:
+            cells = next(lines)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield BadRow("not valid CSV", f" in line {lines.line_num} ({error}); expected quotes to be doubled")
+            continue
+        if not cells:
+            continue
+        if header is None:
+            header = _checked_header(cells, separator, source)
+        elif len(cells) == len(header):
+            yield dict(zip(header, cells, strict=True))
+        else:
+            more = f" in line {lines.line_num}: {len(cells)} values, and the header names {len(header)} columns"
+            yield BadRow("another number of values than columns", f"{more}; quote values that hold separators")
 
 
-def _text_lines(file: Any, source: str) -> Iterator[str]:
+def _text_lines(path: Path, source: str) -> Iterator[str]:
     """Decodes the lines of a file, without a byte order mark."""
     try:
-        for number, line in enumerate(file):
+        for number, line in enumerate(pieces(path, source)):
+            if len(line) > MAX_ROW:
+                raise InputError(f"{source}: line {number + 1} is longer than {MAX_ROW / 2**20:g} MiB; expected rows")
             yield line.decode("utf-8-sig" if number == 0 else "utf-8")
     except UnicodeDecodeError as error:
         wide = error.object.startswith((b"\xff\xfe", b"\xfe\xff"))
         encoding = "UTF-16" if wide else "WINDOWS-1252"
         raise InputError(f"{source}: not UTF-8 ({error}); convert it: iconv -f {encoding} -t UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{source}: cannot be read to the end ({error})") from error
 
 
 def _checked_header(names: list[str], separator: str, source: str) -> list[str]:

@@ -1,7 +1,8 @@
 """All malformed inputs; a new one is an entry of its module."""
 
+import rows
 import tensors
 
 import configs
 
-CASES = [*configs.CASES, *tensors.CASES]
+CASES = [*configs.CASES, *tensors.CASES, *rows.CASES]
