@@ -13,27 +13,37 @@ _FOLDERS = {
     "paper": "runs/demo",
     "dialogue": "runs/dialogue",
     "reasoning": "runs/reasoning",
+    "control": "runs/control",
     "diffusion": "runs/diffusion",
+}
+_MADE = ("sft", "sweep", "credit", "random", "prm", "control", "diffusion")  # folders that tours make
+_BEGINS = {
+    "dialogue": "always begins from scratch",
+    "reasoning": "begins from a model in the package",
+    "control": "has no language model",
+    "diffusion": "always begins from scratch",
 }
 
 
 def run(config: DemoConfig):
-    """Runs the tour of the paper's insights, or that of another one."""
+    """Runs the tour of an insight, or of the paper's three."""
     config = replace(config, out=config.out or _FOLDERS[config.insight])
     if config.from_scratch and config.insight != "paper":
-        begins = "begins from a model in the package" if config.insight == "reasoning" else "always begins from scratch"
+        begins = _BEGINS[config.insight]
         raise InputError(f"--from_scratch has no effect with --insight {config.insight}, which {begins}; leave it out")
-    taken = [
-        path
-        for name in ("sft", "sweep", "credit", "random", "prm", "diffusion")
-        if (path := Path(config.out) / name).exists()
-    ]
+    taken = [path for name in _MADE if (path := Path(config.out) / name).exists()]
     if taken:
         raise InputError(f"{taken[0]} is there already; remove {config.out}, or choose another --out")
     _compile_quickly()
-    from qstar_jax.demo import dialogue, diffusion, reasoning, tour
+    from qstar_jax.demo import control, dialogue, diffusion, reasoning, tour
 
-    tours = {"paper": tour.run, "dialogue": dialogue.run, "reasoning": reasoning.run, "diffusion": diffusion.run}
+    tours = {
+        "paper": tour.run,
+        "dialogue": dialogue.run,
+        "reasoning": reasoning.run,
+        "control": control.run,
+        "diffusion": diffusion.run,
+    }
     tours[config.insight](config, Console())
 
 

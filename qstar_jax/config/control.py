@@ -81,8 +81,8 @@ class ControlTrainOptions:
 
     Args:
         bc_steps: Steps of behaviour cloning. null: 6,000 for lqr, else 3,000.
-        steps: Steps of preference learning. null: 8,000 for lqr, else 4,000.
-        batch_size: Pairs (for cloning, and for `loss.pairs all`: segments) per step. null: 96 for lqr, else 24.
+        steps: Steps of preference learning. null: 8,000 for lqr, else 3,000.
+        batch_size: Pairs (for cloning, and for `loss.pairs all`: segments) per step. null: 96 for lqr, else 16.
         eval_every: Steps between evaluations on held-out segments. null: 500 for lqr, else 250.
         success_every: Steps between evaluations in the environment; those at the start and at the end are always made.
         episodes: Episodes of an evaluation in the environment, with the same seeds every time.
@@ -92,7 +92,7 @@ class ControlTrainOptions:
     steps: int | None = None
     batch_size: int | None = None
     eval_every: int | None = None
-    success_every: int = 2000
+    success_every: int = 1500
     episodes: int = 50
 
 
@@ -106,7 +106,7 @@ class ControlConfig:
             or an .npz file of episodes (arrays observations [E, T + 1, O], actions [E, T, A], rewards [E, T], lengths
             [E], and values [E, T + 1], NaN where unknown, for labels by regret).
         out: Folder with a run ARM-SEED for each arm and seed (config.yaml, metrics.jsonl, actor.npz, summary.json),
-            summary.json, decline.json and decline.png; the same command continues an interrupted one.
+            summary.json, control.json and control.png; the same command continues an interrupted one.
         arms: with_bc: cloning of all segments, then CPL; without_bc: CPL from a random policy; with_bc_kl: cloning,
             then CPL-KL, on log-ratios; best_bc: cloning of the best 30 % by score only.
         seeds: Seeds of the policy and of the batches; each makes a run of each arm.
@@ -132,7 +132,7 @@ _DEFAULTS: dict[str, dict[str, tuple[Any, Any]]] = {
     "actor": {"kind": ("gaussian", "deterministic"), "hidden": ([], [256, 256]), "dropout": (0.0, 0.25)},
     "segments": {"length": (8, 64), "discount": (0.95, 0.99), "sampled": (True, False)},
     "loss": {"beta": (0.1, 0.0318), "bias": (1.0, 0.5), "discount": (0.95, 1.0)},
-    "train": {"bc_steps": (6000, 3000), "steps": (8000, 4000), "batch_size": (96, 24), "eval_every": (500, 250)},
+    "train": {"bc_steps": (6000, 3000), "steps": (8000, 3000), "batch_size": (96, 16), "eval_every": (500, 250)},
 }
 
 

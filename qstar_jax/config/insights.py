@@ -82,6 +82,7 @@ class ReportConfig:
         credit: Folder that `qstar score --wrong COLUMN` wrote.
         sweep: Folder that `qstar sweep` wrote.
         decline: Folder that `qstar decline` wrote.
+        control: Folder that `qstar control` wrote, or folder `control` of `qstar demo --insight control`.
         dialogue: Folder `dialogue` that `qstar demo --insight dialogue` wrote.
         steps: Folder that `qstar score --steps --wrong_step COLUMN` wrote.
         selection: Folder that `qstar select` wrote.
@@ -95,6 +96,7 @@ class ReportConfig:
     credit: str | None = path(None)
     sweep: str | None = path(None)
     decline: str | None = path(None)
+    control: str | None = path(None)
     dialogue: str | None = path(None)
     steps: str | None = path(None)
     selection: str | None = path(None)
@@ -112,14 +114,15 @@ class DemoConfig:
         out: Folder for report.html, summary.json, and the runs; null: runs/demo, or runs/ and the insight's name.
         insight: `paper` shows the paper's three insights on summaries, in two to three minutes; `dialogue` what DPO on
             whole dialogues teaches in a game of questions, in about five; `reasoning` what outcomes of worked-out sums
-            teach about their steps, in about three; `diffusion` what preferences between images teach a model that
-            draws digits (`pip install 'qstar_jax[diffusion]'`), in about three.
+            teach about their steps, in about three; `control` how rewards move where a policy learns to push a mass, in
+            one; `diffusion` what preferences between images teach a model that draws digits
+            (`pip install 'qstar_jax[diffusion]'`), in about three.
         from_scratch: Pretrain the base model of `paper` first instead of reading the one in the package; `dialogue`
             and `diffusion` always begin from scratch, and `reasoning` from a model in the package.
         seed: Seed of the task's rows (in `dialogue` also of its things) and of their order.
     """
 
     out: str | None = path(None)
-    insight: Literal["paper", "dialogue", "reasoning", "diffusion"] = "paper"
+    insight: Literal["paper", "dialogue", "reasoning", "control", "diffusion"] = "paper"
     from_scratch: bool = False
     seed: int = 0

@@ -9,6 +9,7 @@ gamma and temperature alpha is Gaussian, with a mean that is linear in the state
 Functions are pure, and compute in numpy's float64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,6 +179,32 @@ def roll_out(
         lengths=np.full(episodes, steps),
         values=values(solve(task), observations),
     )
+
+
+def cost(
+    task: LinearQuadratic,
+    act: Callable[[Float[np.ndarray, "B N"]], Float[np.ndarray, "B M"]],
+    states: Float[np.ndarray, "B N"],
+    *,
+    steps: int = 200,
+) -> float:
+    """Computes the mean discounted cost of a policy without noise, where nothing in the task is random.
+
+    Args:
+        task: The task; its noise is left out.
+        act: From states to actions.
+        states: Where it begins. Shape [B, N].
+        steps: Steps that count.
+
+    Returns:
+        The sum of -gamma^t r_t, averaged over the states.
+    """
+    total = 0.0
+    for step in range(steps):
+        actions = act(states)
+        total -= task.discount**step * rewards(task, states, actions).mean()
+        states = states @ task.dynamics.T + actions @ task.control.T
+    return float(total)
 
 
 def _square(matrix: Float[np.ndarray, "N N"], vectors: Float[np.ndarray, "*B N"]) -> Float[np.ndarray, "*B"]:

@@ -23,6 +23,8 @@ from qstar_jax.control.segments import (
     split_episodes,
 )
 
+_STARTS, _STEPS = 512, 100  # states from which, and steps for which, a policy's cost is measured on `lqr`
+
 # (actor, params, episodes) -> metrics; parameters are those for normalized observations.
 Measure = Callable[[Actor, Params, int], dict[str, float]]
 
@@ -66,7 +68,7 @@ def load_task(config: ControlConfig, console: Console | None = None) -> Task:
         gain = 0.5 * lqr.solve(problem).gain
         spread = 0.5 * np.eye(2)
         episodes = lqr.roll_out(problem, gain, spread, episodes=1000, steps=20, seed=config.segments.seed)
-        return make_task(config, episodes, _gain_error(problem), normalize=False)
+        return make_task(config, episodes, _from_the_optimum(problem), normalize=False)
     if config.task == "bin-picking-v3":
         from qstar_jax.control import meta_world
 
@@ -112,12 +114,18 @@ def make_task(
     )
 
 
-def _gain_error(problem: lqr.LinearQuadratic) -> Measure:
-    """Measures how far the slope of the policy at the origin is from the optimal gain, relative to that."""
-    gain = lqr.solve(problem).gain
+def _from_the_optimum(problem: lqr.LinearQuadratic) -> Measure:
+    """Measures how far a policy without its noise is from the optimal gain, and what that costs; both relative."""
+    gain, starts = lqr.solve(problem).gain, np.random.default_rng(0).normal(size=(_STARTS, problem.control.shape[0]))
+    least = lqr.cost(problem, lambda states: -states @ gain.T, starts, steps=_STEPS)
 
     def measure(actor: Actor, params: Params, episodes: int) -> dict[str, float]:
-        slope = jax.jacobian(lambda state: actor.mode(params, state))(jnp.zeros(gain.shape[1]))
-        return {"eval_gain_error": float(np.linalg.norm(np.asarray(slope) + gain) / np.linalg.norm(gain))}
+        act = jax.jit(lambda states: actor.mode(params, states))
+        slope = jax.jacobian(act)(jnp.zeros(gain.shape[1]))
+        cost = lqr.cost(problem, lambda states: np.asarray(act(states.astype(np.float32))), starts, steps=_STEPS)
+        return {
+            "eval_gain_error": float(np.linalg.norm(np.asarray(slope) + gain) / np.linalg.norm(gain)),
+            "eval_excess_cost": float(cost / least - 1),
+        }
 
     return measure

@@ -12,7 +12,7 @@ PATHS = {
     "file", "model", "out", "reference", "base", "pairs.tuned", "pairs.untuned", "data.train", "data.eval",
     "data.chat_template", "reference.cache", "reference.guide", "judge.model", "judge.reference", "judge.prompt",
     "judge.cache", "export", "credit", "reward.model", "reward.reference", "reward.guide",
-    "sweep", "decline", "dialogue", "steps", "with_sft", "without_sft", "samples",
+    "sweep", "decline", "control", "dialogue", "steps", "with_sft", "without_sft", "samples",
     "generations", "scores", "selection", "reasoning", "task", "diffusion",
 }  # fmt: skip
 # Options that are text and no path.

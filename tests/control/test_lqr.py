@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.linalg import solve_discrete_lyapunov
 
 from qstar_jax.control import lqr
 
@@ -96,3 +97,17 @@ def test_rewards_and_values_at_both_ends_are_the_sum_of_advantages():
     by_reward = draw_segments(episodes, length=7, count=30, label="reward", discount=task.discount, seed=0)
     earned = lqr.rewards(task, segments.observations, segments.actions) @ discounts
     np.testing.assert_allclose(by_reward.scores, earned, atol=1e-10)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_the_cost_of_a_linear_policy_solves_its_lyapunov_equation(share):
+    task = lqr.point_mass()
+    gain, starts = share * lqr.solve(task).gain, np.random.default_rng(0).normal(size=(20, 4))
+    closed = task.dynamics - task.control @ gain
+    stage = task.state_cost + gain.T @ task.action_cost @ gain
+    value = solve_discrete_lyapunov(task.discount**0.5 * closed.T, stage)
+    expected = np.einsum("bi,ij,bj->b", starts, value, starts).mean()
+    cost = lqr.cost(task, lambda states: -states @ gain.T, starts)
+    np.testing.assert_allclose(cost, expected, rtol=1e-10)
+    if share == 1:
+        np.testing.assert_allclose(value, lqr.solve(task).value_matrix, atol=1e-10)

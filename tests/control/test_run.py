@@ -1,14 +1,19 @@
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from scipy.linalg import solve_discrete_lyapunov
 
 from qstar_jax.cli.main import main
+from qstar_jax.config import ControlConfig
+from qstar_jax.config.control import with_task_defaults
 from qstar_jax.control import lqr
 from qstar_jax.control.actor import Actor
-from qstar_jax.evaluation.insights.decline import Decline
+from qstar_jax.control.tasks import load_task
+from qstar_jax.evaluation.insights.control import Control
 from qstar_jax.training.run_log import read_metrics
 
 SMALL = """--train.bc_steps 300 --train.steps 100 --train.eval_every 50 --train.batch_size 16 --segments.count 200
@@ -58,14 +63,21 @@ def test_rewards_begin_at_0_and_the_loss_falls(runs):
 
 def test_chosen_rewards_fall_after_cloning_and_rise_without(runs):
     """Fig. 3 right, on the task that is solved exactly."""
-    decline = Decline.read(runs)
-    after, without = (run.last("chosen")[0] for run in decline.runs)
-    assert after < 0 < without
-    assert [run.beta for run in decline.runs] == [0.1, 0.1]
-    assert decline.runs[0].curves["reference"][-1] < 0
-    assert "chosen segments" in decline.runs[0].verdict and "exact KL" in decline.runs[0].verdict
-    assert "rose" in decline.runs[1].verdict
-    assert (runs / "decline.png").stat().st_size > 0
+    record = Control.read(runs)
+    rewards = [record.find(arm, 0).rewards for arm in ("with_bc", "without_bc")]
+    assert rewards[0].last("chosen")[0] < 0 < rewards[1].last("chosen")[0]
+    assert [run.beta for run in rewards] == [0.1, 0.1]
+    assert rewards[0].curves["reference"][-1] < 0
+    assert "chosen segments" in rewards[0].verdict and "exact KL" in rewards[0].verdict
+    assert "rose" in rewards[1].verdict
+    assert record.finding().reproduced is True
+    assert (runs / "control.png").stat().st_size > 0
+    # The record has what the runs logged.
+    logged = start_and_end(runs / "with_bc-0")
+    clone = record.find("with_bc", 0)
+    assert clone.logps["rejected"] == logged["eval_logps/rejected"] and clone.accuracy == logged["eval_accuracies"][1]
+    assert clone.outcomes["gain error"].values[-1].mean == logged["eval_gain_error"][1]
+    assert clone.outcomes["gain error"].steps == (0, 100)
 
 
 def test_the_stored_policy_has_the_gain_error_that_was_logged(runs):
@@ -74,6 +86,26 @@ def test_the_stored_policy_has_the_gain_error_that_was_logged(runs):
     error = np.linalg.norm(stored["layer_0/kernel"].T + gain) / np.linalg.norm(gain)
     np.testing.assert_allclose(start_and_end(runs / "with_bc-0")["eval_gain_error"][1], error, rtol=1e-5)
     assert (stored["shift"] == 0).all() and (stored["scale"] == 1).all()
+
+
+def test_what_a_policy_costs_is_relative_to_the_optimum():
+    """Against the value of the policy -K s / 2, which is what the data's policy does without noise."""
+    measure = load_task(with_task_defaults(ControlConfig("lqr", "x"))).measure
+    problem, actor = lqr.point_mass(), Actor("gaussian", 4, 2, hidden=())
+    optimum = lqr.solve(problem)
+    found = {}
+    for share in (1.0, 0.5):
+        params = actor.init(jax.random.key(0))
+        params["layer_0"]["kernel"] = jnp.asarray(-share * optimum.gain.T)
+        found[share] = measure(actor, params, 1)
+    np.testing.assert_allclose(list(found[1.0].values()), 0, atol=1e-6)
+    closed = problem.dynamics - problem.control @ optimum.gain / 2
+    stage = problem.state_cost + optimum.gain.T @ problem.action_cost @ optimum.gain / 4
+    value = solve_discrete_lyapunov(problem.discount**0.5 * closed.T, stage)
+    # From standard normal states a value matrix costs its trace; 512 states are a sample of them.
+    expected = np.trace(value) / np.trace(optimum.value_matrix) - 1
+    np.testing.assert_allclose(found[0.5]["eval_excess_cost"], expected, rtol=0.05)
+    np.testing.assert_allclose(found[0.5]["eval_gain_error"], 0.5, rtol=1e-6)
 
 
 def test_the_expectation_is_minus_beta_kl_and_log_probabilities_have_no_dropout():
@@ -130,7 +162,8 @@ def test_a_file_of_episodes_and_all_pairs(tmp_path):
     stored = np.load(run / "actor.npz", allow_pickle=False)
     np.testing.assert_allclose(stored["shift"], 5, atol=1)
     np.testing.assert_allclose(stored["scale"], 3, atol=0.5)
-    assert (tmp_path / "runs" / "decline.json").exists()
+    record = Control.read(tmp_path / "runs")
+    assert record.find("without_bc", 0).outcomes == {} and record.finding().reproduced is None
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ class DeclineRun:
             was measured.
         stderr: Curve -> standard errors, where the run logged them.
         verdict: The run's own verdict; empty if it gave none.
+        kind: What is chosen and rejected: responses, or segments of behaviour.
     """
 
     name: str
@@ -42,6 +43,7 @@ class DeclineRun:
     curves: dict[str, list[float | None]]
     stderr: dict[str, list[float]] = field(default_factory=dict)
     verdict: str = ""
+    kind: str = "responses"
 
     def last(self, curve: str) -> tuple[float, float | None]:
         """Last value of a curve, and two standard errors of it; None where the run logged none."""
@@ -69,27 +71,38 @@ class Decline(Record):
             "-beta KL(reference || policy) of the reference's own responses must (Eq. 16), and not where it was not.",
             paper="With SFT on the chosen responses both rewards decline while the margin grows; without it chosen "
             "rewards stay above 0 (Fig. 3).",
-            measured=" ".join(map(_describe, self.runs)),
-            reproduced=None if None in both else _falls_with_sft_only(*both),
+            measured=" ".join(map(describe, self.runs)),
+            reproduced=None if None in both else falls_where_fitted_only(*both),
             command=self.COMMAND,
         )
 
 
-def _falls_with_sft_only(with_sft: DeclineRun, without_sft: DeclineRun) -> bool | None:
-    """Whether one falls and the other does not, or clearly less and not beyond noise; None where noise hides it."""
-    ends = [run.last("chosen") for run in (with_sft, without_sft)]
+def falls_where_fitted_only(fitted: DeclineRun, other: DeclineRun) -> bool | None:
+    """Decides whether chosen rewards fall in one run and not in the other, or clearly less and not beyond noise.
+
+    Args:
+        fitted: A run that began from a policy fitted to its data.
+        other: A run that did not.
+
+    Returns:
+        None where noise hides it.
+    """
+    ends = [run.last("chosen") for run in (fitted, other)]
     (end, error), (other_end, other_error) = [(value, float("inf") if e is None else e) for value, e in ends]
     if end > error or other_end < -other_error:
         return False
     return True if end < -error and other_end - end > (error**2 + other_error**2) ** 0.5 else None
 
 
-def _describe(run: DeclineRun) -> str:
+def describe(run: DeclineRun) -> str:
+    """Names the ends of a run's curves, with two standard errors."""
+
     def last(curve: str) -> str:
         value, error = run.last(curve)
         return f"{value:+.3f}" + ("" if error is None else f" +- {error:.3f}")
 
-    reference = f", the reference's own responses at {last('reference')}" if "reference" in run.curves else ""
+    expected = "the reference's own responses at" if run.kind == "responses" else "cloned data would be at"
+    reference = f", {expected} {last('reference')}" if "reference" in run.curves else ""
     return (
         f"{run.name[0].upper()}{run.name[1:]}, after {run.steps[-1]} steps: chosen {last('chosen')}, rejected "
         f"{last('rejected')}, margin {last('margin')}{reference}."
@@ -135,16 +148,17 @@ def decline_run(name: str, folder: Path) -> DeclineRun:
     errors = {curve: metrics[f"{metric}_stderr"][1] for curve, metric in names.items() if f"{metric}_stderr" in metrics}
     summary = folder / "summary.json"
     verdict = json.loads(summary.read_text(encoding="utf-8")).get("verdict") if summary.exists() else None
+    segments = "pairs" in options["loss"]  # a run of `qstar control`, whose loss has options of its own
     return DeclineRun(
         name=name,
         folder=str(folder),
-        # A run of `qstar control` has other options of its loss, with beta among them.
-        beta=options["loss"]["beta"] if "pairs" in options["loss"] else losses.make_loss(**options["loss"]).beta,
+        beta=options["loss"]["beta"] if segments else losses.make_loss(**options["loss"]).beta,
         held_out=held_out,
         steps=steps,
         curves={curve: values for curve, values in curves.items() if None not in values},
         stderr={curve: values for curve, values in errors.items() if len(values) == len(steps)},
         verdict=verdict or "",
+        kind="segments" if segments else "responses",
     )
 
 

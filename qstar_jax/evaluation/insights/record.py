@@ -15,7 +15,7 @@ class Finding:
     """What measurements say about one of the paper's claims.
 
     Attributes:
-        insight: Name of the insight: credit, search, decline, dialogue, reasoning or diffusion.
+        insight: Name of the insight: credit, search, decline, control, dialogue, reasoning or diffusion.
         title: Its heading.
         claim: What we claim.
         paper: What the paper states.

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from qstar_jax.console import say
 from qstar_jax.evaluation.insights.record import Record
-from qstar_jax.report.insights import credit, decline, dialogue, diffusion, reasoning, selection, steps, sweep
+from qstar_jax.report.insights import control, credit, decline, dialogue, diffusion, reasoning, selection, steps, sweep
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.panel import sheet_figure
 
@@ -14,6 +14,7 @@ VIEWS: tuple[View, ...] = (
     credit.VIEW,
     sweep.VIEW,
     decline.VIEW,
+    control.VIEW,
     dialogue.VIEW,
     steps.VIEW,
     selection.VIEW,

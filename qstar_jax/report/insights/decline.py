@@ -15,12 +15,20 @@ from qstar_jax.report.numbers import MINUS, NONE, signed
 from qstar_jax.report.panel import Panel, Style
 from qstar_jax.report.tables import Table, print_table
 
-# Curve of the record -> its label
-CURVES = {
-    "chosen": "chosen responses",
-    "rejected": "rejected responses",
-    "margin": "margin",
-    "reference": f"reference's own responses: {MINUS}β KL(π_ref ‖ π)",
+# What is chosen -> curve of the record -> its label
+_LABELS = {
+    "responses": {
+        "chosen": "chosen responses",
+        "rejected": "rejected responses",
+        "margin": "margin",
+        "reference": f"reference's own responses: {MINUS}β KL(π_ref ‖ π)",
+    },
+    "segments": {
+        "chosen": "chosen segments",
+        "rejected": "rejected segments",
+        "margin": "margin",
+        "reference": f"what cloned data lose: {MINUS}β KL(π₀ ‖ π)",
+    },
 }
 _STEPS, _TERMINAL_STEPS = 12, 6  # steps of a table at most
 
@@ -37,11 +45,11 @@ def panels(decline: Decline) -> list[Panel]:
 def _finding(run: DeclineRun) -> str:
     end, error = run.last("chosen")
     if error is None:
-        return f"Rewards of chosen responses end at {signed(end, 2)}."
+        return f"Rewards of chosen {run.kind} end at {signed(end, 2)}."
     number = f"{signed(end, 2)} ± {error:.2f}"
     if abs(end) <= error:
-        return f"Rewards of chosen responses neither rise nor fall beyond noise: {number}."
-    return f"Rewards of chosen responses {'fall' if end < 0 else 'rise'} to {number}."
+        return f"Rewards of chosen {run.kind} neither rise nor fall beyond noise: {number}."
+    return f"Rewards of chosen {run.kind} {'fall' if end < 0 else 'rise'} to {number}."
 
 
 def _title(run: DeclineRun) -> str:
@@ -50,8 +58,8 @@ def _title(run: DeclineRun) -> str:
 
 def _alt(run: DeclineRun) -> str:
     ends = "; ".join(
-        f"{CURVES[name]} from {signed(values[0], 2)} to {signed(values[-1], 2)}"
-        for name in CURVES
+        f"{label} from {signed(values[0], 2)} to {signed(values[-1], 2)}"
+        for name, label in _LABELS[run.kind].items()
         if (values := [value for value in _values(run, name) if math.isfinite(value)])
     )
     return f"Mean implicit rewards over {run.steps[-1]} steps, {_title(run)}: {ends}."
@@ -63,7 +71,8 @@ def _values(run: DeclineRun, curve: str) -> list[float]:
 
 
 def _limits(runs: Sequence[DeclineRun]) -> tuple[float, float]:
-    values = [value for run in runs for name in CURVES for value in _values(run, name) if math.isfinite(value)]
+    curves = (_values(run, name) for run in runs for name in _LABELS[run.kind])
+    values = [value for curve in curves for value in curve if math.isfinite(value)]
     low, high = min([0.0, *values]), max([0.0, *values])
     room = 0.08 * (high - low) or 1.0
     return low - room, high + room
@@ -71,7 +80,7 @@ def _limits(runs: Sequence[DeclineRun]) -> tuple[float, float]:
 
 def _draw(axes: Axes, style: Style, *, run: DeclineRun, limits: tuple[float, float]):
     axes.axhline(0.0, color=style.quiet, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-    for number, (name, label) in enumerate(CURVES.items()):
+    for number, (name, label) in enumerate(_LABELS[run.kind].items()):
         if name not in run.curves:
             continue
         values, mark = _values(run, name), style.mark(number)
@@ -92,14 +101,14 @@ def tables(decline: Decline, *, most: int = _STEPS) -> list[Table]:
     for run in decline.runs:
         pairs = "held-out" if run.held_out else "training"
         caption = f"{one_line(run.name)}: implicit reward ± standard error, {pairs} pairs"
-        columns = ("step", *(name for name in CURVES if name in run.curves))
+        columns = ("step", *(name for name in _LABELS[run.kind] if name in run.curves))
         rows = [(str(run.steps[at]), *_rewards(run, at)) for at in _spread(len(run.steps), most)]
         shown.append(Table(caption, columns, tuple(rows)))
     return shown
 
 
 def _rewards(run: DeclineRun, at: int) -> Iterator[str]:
-    for name in CURVES:
+    for name in _LABELS[run.kind]:
         if name in run.curves:
             value, errors = _values(run, name)[at], run.stderr.get(name)
             error = f" ± {errors[at]:.2f}" if errors else ""
