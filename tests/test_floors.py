@@ -12,7 +12,7 @@ import qstar_jax
 PACKAGE = Path(qstar_jax.__file__).parent
 # From the ground up. A room imports from rooms before it in this list, never from one behind it.
 FLOORS = (
-    *("_compat", "errors", "console", "untrusted", "config"),  # what every room may use
+    *("_compat", "errors", "interruption", "console", "untrusted", "config"),  # what every room may use
     *("shapes", "mdp", "shaping", "losses", "tabular", "diffusion"),  # arrays in, arrays out
     *("sharding", "models"),
     *("tasks", "data"),

@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
@@ -21,6 +23,7 @@ from qstar_jax.config.paths import check_paths
 from qstar_jax.config.trl import translate
 from qstar_jax.console import shorten_middle, visible
 from qstar_jax.errors import InputError
+from qstar_jax.interruption import Stopped, StopSignals
 
 # Verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called.
 VERBS: dict[str, tuple[type, str]] = {
@@ -45,6 +48,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "env": (config.EnvConfig, "print versions and devices, for a bug report"),
 }
 
+RESUMABLE = ("sft", "dpo", "rl", "generate", "score", "sweep")  # verbs that go on where they were stopped
 POSITIONAL = {"data": "FILE ", "chat": "MODEL ", "view": "MODEL "}  # verbs whose first option is given without its name
 
 _LONGEST_MESSAGE = 2000  # characters: errors quote what they found, which may be immense
@@ -134,7 +138,7 @@ def _is_flag(options: type, name: str) -> bool:
     for part in name.split("."):
         options = getattr(options, "__dataclass_fields__", {}).get(part)
         options = options and options.type
-    return options in (bool, bool | None)
+    return options in (bool, bool | None) or bool in get_args(options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: Words after `qstar`; those of the process by default.
 
     Returns:
-        Exit code: 0, 2 for wrong usage or input, 1 for a failure, 130 if it was interrupted.
+        Exit code: 0, 2 for wrong usage or input, 1 for a failure, 75 if a scheduler stopped it, 130 if Ctrl-C did.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks replace them by other objects
@@ -162,10 +166,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = _options(parser, parsed)
         check_paths(options)
-        importlib.import_module(f"qstar_jax.cli.{parsed.verb}").run(options)
+        with StopSignals() if parsed.verb in RESUMABLE else nullcontext():
+            importlib.import_module(f"qstar_jax.cli.{parsed.verb}").run(options)
     except InputError as error:
         print(f"qstar {parsed.verb}: {_sentence(error)}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"qstar {parsed.verb}: {stop}; go on with\n{_going_on(parsed.verb, words)}", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print(f"qstar {parsed.verb}: interrupted", file=sys.stderr)
         return 130
@@ -180,6 +188,13 @@ def main(argv: list[str] | None = None) -> int:
 def _sentence(error: Exception | str) -> str:
     """Returns the message of an error as it may be shown: short, and what it quotes acts on no terminal."""
     return shorten_middle(visible(str(error)), _LONGEST_MESSAGE)
+
+
+def _going_on(verb: str, words: Sequence[str]) -> str:
+    """The command that continues one which was stopped."""
+    resumes = "resume" in VERBS[verb][0].__dataclass_fields__
+    given = any(word.partition("=")[0] == "--resume" for word in words)
+    return shlex.join(["qstar", *words, *(["--resume"] if resumes and not given else [])])
 
 
 def _translated(words: Sequence[str]) -> list[str]:

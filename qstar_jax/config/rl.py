@@ -94,7 +94,7 @@ class RlConfig:
         out: Folder of the run: config.yaml, metrics.jsonl, curves.png, checkpoints/, summary.json; reference/, or with
             an adapter base/.
         resume: Continue from the newest checkpoint in `out`, with the options and data that the run began with; without
-            a checkpoint, begin at step 0.
+            a checkpoint, begin at step 0. `auto` means the same: launchers may always pass it.
         export: Folder for the trained model in Hugging Face's format, once the run is complete (see `qstar export`);
             null: none.
         data: Prompts, in any file with a prompt column; what else its rows hold is not read.
@@ -103,7 +103,7 @@ class RlConfig:
 
     model: str = path()
     out: str = path()
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     export: str | None = path(None)
     data: DataOptions = field(default_factory=lambda: DataOptions(layout="shared"))
     rl: RlOptions = field(default_factory=RlOptions)

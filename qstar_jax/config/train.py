@@ -79,14 +79,14 @@ class SftConfig:
         out: Folder of the run: config.yaml, metrics.jsonl, curves.png, checkpoints/, summary.json; with an adapter
             also base/.
         resume: Continue from the newest checkpoint in `out`, with the options and data that the run began with; without
-            a checkpoint, begin at step 0.
+            a checkpoint, begin at step 0. `auto` means the same: launchers may always pass it.
         export: Folder for the trained model in Hugging Face's format, once the run is complete (see `qstar export`);
             null: none.
     """
 
     model: str = path()
     out: str = path()
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     export: str | None = path(None)
     data: DataOptions = field(default_factory=DataOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -106,14 +106,14 @@ class DpoConfig:
         out: Folder of the run: config.yaml, metrics.jsonl, curves.png, checkpoints/, summary.json; reference/, or with
             an adapter base/.
         resume: Continue from the newest checkpoint in `out`, with the options and data that the run began with; without
-            a checkpoint, begin at step 0.
+            a checkpoint, begin at step 0. `auto` means the same: launchers may always pass it.
         export: Folder for the trained model in Hugging Face's format, once the run is complete (see `qstar export`);
             null: none.
     """
 
     model: str = path()
     out: str = path()
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     export: str | None = path(None)
     data: DataOptions = field(default_factory=DataOptions)
     loss: LossOptions = field(default_factory=LossOptions)

@@ -91,6 +91,7 @@ class ScoreConfig:
     Args:
         model: Folder of a DPO run (or of one of its checkpoints), a Hugging Face folder, or a hub name.
         out: Folder for scores.jsonl, scores.identity.json and heatmap.html; they replace those of an earlier run there.
+            Until all are scored, scores.partial.jsonl keeps them, and an interrupted command goes on from there.
         reference: Folder or hub name of the reference; a DPO run brings its own.
         beta: Temperature of the rewards: reward per nat; a DPO run brings its own.
         answers: `pairs` scores chosen and rejected responses, `single` the one response of each row (column

@@ -16,6 +16,7 @@ from qstar_jax.decoding.decoder import Decoder, Generation
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generate import Guide
 from qstar_jax.errors import InputError
+from qstar_jax.interruption import StopSignals
 from qstar_jax.store.files import write_atomically
 from qstar_jax.store.identity import check_identity, write_identity
 from qstar_jax.store.open import LoadedModel
@@ -215,7 +216,24 @@ def generate_missing(
 
     Yields:
         Rows and their responses, after they were written.
+
+    Raises:
+        Stopped: If a signal asked for it, after the batch that was under way.
     """
+    with StopSignals() as stop:
+        stop.defer()
+        batches = _generate_in_order(decoder, dataset, texts, file, batch_size)
+        for number, (done, generated) in enumerate(batches):
+            if generated:
+                yield generated
+            if stop.requested(number):
+                raise stop.stopped(f"stopped after {done} of {len(dataset.examples)} prompts: {file.path}")
+
+
+def _generate_in_order(
+    decoder: Decoder, dataset: Dataset, texts: Mapping[int, str | None], file: GenerationsFile, batch_size: int
+) -> Iterator[tuple[int, list[tuple[int, list[Generation]]]]]:
+    """Yields how many prompts have responses, and the rows of the last batch that had none before."""
     examples = dataset.examples
     size = min(batch_size, len(examples))
     unwritten = [dropped for dropped in dataset.dropped if dropped.row not in file.prompts]
@@ -231,8 +249,7 @@ def generate_missing(
             lines += _lines(example, texts[example.row], responses)
         if lines:
             file.append(sorted(lines, key=lambda line: line["row"]))
-        if generated:
-            yield [(example.row, responses) for example, responses in generated]
+        yield start + len(batch), [(example.row, responses) for example, responses in generated]
 
 
 def _generate_batch(

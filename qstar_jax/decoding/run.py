@@ -23,6 +23,7 @@ from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store import hub
 from qstar_jax.store.open import LoadedModel, load_model
 from qstar_jax.store.references import find_beta, open_reference
+from qstar_jax.store.sole_writer import sole_writer
 from qstar_jax.store.user_cache import keep_programs
 
 
@@ -116,7 +117,7 @@ def _generate(
     total = len(dataset.examples)
     done = sum(example.row in file.prompts for example in dataset.examples)
     tokens, began = 0, time.perf_counter()
-    with file, Bar(console, "generating", total, done) as bar:
+    with sole_writer(file.folder), file, Bar(console, "generating", total, done) as bar:
         for batch in generate_missing(decoder, dataset, texts, file, batch_size):
             for row, responses in batch:
                 _show(texts[row], responses, console)

@@ -19,11 +19,13 @@ from qstar_jax.data.steps import parse_delimiter
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.insights.steps import StepErrors, compute_step_errors
+from qstar_jax.evaluation.partial_scores import PartialScores
 from qstar_jax.evaluation.scored import ScoredResponse, unscored_line
 from qstar_jax.evaluation.step_marks import REWARD, judge_steps, with_steps
 from qstar_jax.evaluation.steps import ALL_RIGHT, first_error
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.sharding import make_mesh, use_mesh
+from qstar_jax.store.files import write_atomically
 from qstar_jax.store.identity import write_identity
 from qstar_jax.store.open import load_model
 from qstar_jax.store.references import IDENTICAL, are_identical, find_beta, open_reference
@@ -66,19 +68,19 @@ class ScoredFile:
         """Writes scores.jsonl: a line for each response, and for each row that has none."""
         lines = [response.to_json() for response in self.responses]
         lines += [unscored_line(row.row, row.fault or row.reason) for row in self.dropped]
-        with self.path.open("w", encoding="utf-8") as file:
-            for line in sorted(lines, key=lambda line: line["row"]):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines.sort(key=lambda line: line["row"])
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(self.path, text.encode())
 
 
 def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
-    """Scores every response of a file and writes scores.jsonl.
+    """Scores every response of a file and writes scores.jsonl; a run that was interrupted goes on.
 
     Raises:
         InputError: If the file, the model or its reference cannot be used.
     """
     _check_options(config)
-    mesh, data = make_mesh(config.mesh), config.data
+    mesh, data, out = make_mesh(config.mesh), config.data, Path(config.out)
     with use_mesh(mesh, config.compute.dtype):
         load = partial(load_model, compute=config.compute, mesh=mesh, mesh_options=config.mesh)
         policy = load(config.model)
@@ -94,6 +96,12 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
         vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy), "console": console}
         dataset = load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows, **vocab)
         say(console, dataset.report(policy.model))
+        settled = replace(config, data=replace(data, date=dataset.date))
+        identity = {"model": policy.identity(), "reference": reference.identity(), "beta": beta}
+        identity |= {"data": examples_identity(dataset.examples), "options": asdict(settled)}
+        partial_scores = PartialScores(out, identity)
+        if partial_scores.was_other:
+            say(console, f"{partial_scores.path} is of other models, data or options: scoring begins anew")
         responses = score_dataset(
             policy,
             reference.params,
@@ -105,18 +113,16 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
             first=config.show,
             entropies=config.wrong_step is not None,
             console=console,
+            partial_scores=partial_scores,
         )
-        identity = {"model": policy.identity(), "reference": reference.identity(), "beta": beta}
     name = str(config.reference or reference.source)
     scored = ScoredFile(config, responses, policy.tokenizer, name, dataset.dropped)
     if config.steps:
         scored = _find_steps(scored, beta)
-    settled = replace(config, data=replace(data, date=dataset.date))
-    identity |= {"data": examples_identity(dataset.examples), "options": asdict(settled)}
-    scored.out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(scored.out)
     write_identity(scored.path, identity)
     scored.write()
+    partial_scores.remove()
     return scored
 
 

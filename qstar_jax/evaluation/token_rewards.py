@@ -1,6 +1,6 @@
 """The implicit reward of every action, from one pass of policy and reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -10,13 +10,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from qstar_jax.config import DataOptions
-from qstar_jax.console import track
+from qstar_jax.console import say, track
+from qstar_jax.data.batches import Batch
 from qstar_jax.data.feeder import Feeder
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
+from qstar_jax.evaluation.partial_scores import PartialScores
 from qstar_jax.evaluation.pieces import lone_piece, token_pieces
 from qstar_jax.evaluation.scored import Alternative, ScoredResponse
+from qstar_jax.interruption import StopSignals
 from qstar_jax.mdp import TokenScores, endogenous_rewards, implicit_rewards
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.scoring import reference_entropies, response_alternatives, score_tokens
@@ -39,6 +42,7 @@ def score_dataset(
     entropies: bool = False,
     console: Console | None = None,
     description: str = "scoring",
+    partial_scores: PartialScores | None = None,
 ) -> list[ScoredResponse]:
     """Scores all responses of a dataset.
 
@@ -54,6 +58,7 @@ def score_dataset(
         entropies: Also compute the entropy of the reference before each token, in another pass of the reference.
         console: Where to show progress; None: nowhere.
         description: Label of the progress bar.
+        partial_scores: Where scores are kept batch by batch, and those of an interrupted run are taken from.
 
     Returns:
         One record per response, in file order.
@@ -61,6 +66,7 @@ def score_dataset(
     Raises:
         InputError: If the batch cannot be sharded evenly over the mesh, the vocabulary is smaller than `alternatives`,
             or a number is not finite.
+        Stopped: If a signal asked for it, and scores are kept batch by batch.
     """
     if not 0 <= alternatives <= policy.model.config.vocab_size:
         raise InputError(
@@ -73,9 +79,12 @@ def score_dataset(
     undecided = jax.jit(partial(reference_entropies, policy.model), out_shardings=replicated)
     piece = cache(partial(lone_piece, tokenizer=policy.tokenizer))
     with_alternatives = 0 if alternatives == 0 else len(dataset.examples) if first is None else first
-    examples = iter(enumerate(dataset.examples))
-    records: list[ScoredResponse] = []
-    for number, batch in enumerate(track(console, feeder.in_order(), description, feeder.batches)):
+    done, records = (0, []) if partial_scores is None else partial_scores.take(dataset.examples, batch_size)
+    if done:
+        say(console, f"{partial_scores.path} has scores of {done} of {len(dataset.examples)} examples; continuing")
+    examples = iter(list(enumerate(dataset.examples))[done:])
+    batches = track(console, feeder.in_order(done), description, feeder.batches - done // batch_size)
+    for number, batch in enumerate(_kept(batches, records, dataset, partial_scores), start=done // batch_size):
         # One pass over the batch, and a second for alternatives where some of its examples keep them.
         scores = _columns(jax.device_get(score(policy.params, ref_params, batch)), beta)
         if entropies:
@@ -96,6 +105,24 @@ def score_dataset(
                     columns["endogenous"] = _without_last_action(columns["endogenous"], response.action_mask)
                 records.append(_record(policy, example, r, beta, alternatives=others, **columns))
     return records
+
+
+def _kept(
+    batches: Iterable[Batch], records: list[ScoredResponse], dataset: Dataset, partial_scores: PartialScores | None
+) -> Iterator[Batch]:
+    """Yields batches, and keeps what has become of each; stops between two if a signal asks for it."""
+    if partial_scores is None:
+        yield from batches
+        return
+    with partial_scores, StopSignals() as stop:
+        stop.defer()
+        for number, batch in enumerate(batches):
+            before = len(records)
+            yield batch
+            partial_scores.append(records[before:])
+            if stop.requested(number):
+                total = sum(len(example.responses) for example in dataset.examples)
+                raise stop.stopped(f"stopped after {len(records)} of {total} responses: {partial_scores.path}")
 
 
 def _record(policy: LoadedModel, example: Example, r: int, beta: float, **columns: Any) -> ScoredResponse:

@@ -22,14 +22,18 @@ class BestEvaluation:
         before = read_best(run) or {"evaluations": []}
         self._evaluations = [(step, value) for step, value in before["evaluations"] if step <= start]
 
-    def add(self, step: int, metrics: dict[str, float]) -> bool:
-        """Records the evaluation after a step; returns whether it is the best so far."""
-        self._evaluations.append((step, metrics[self._metric]))
+    def add(self, step: int, metrics: dict[str, float]):
+        """Records the evaluation after a step."""
+        self._evaluations = [pair for pair in self._evaluations if pair[0] < step] + [(step, metrics[self._metric])]
         best = min(self._evaluations, key=self._badness)  # of equal ones the first
         if self._writes:
             content = {"metric": self._metric, "step": best[0], "value": best[1], "evaluations": self._evaluations}
             write_json(self._run / BEST, content)
-        return best[0] == step
+
+    @property
+    def step(self) -> int | None:
+        """Step of the best evaluation so far."""
+        return min(self._evaluations, key=self._badness)[0] if self._evaluations else None
 
     @property
     def is_exhausted(self) -> bool:

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
+import numpy as np
 import optax
+from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from qstar_jax.config import TrainOptions
+from qstar_jax.interruption import StopSignals
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.training.best import BestEvaluation
-from qstar_jax.training.metrics import COUNT, mean_metrics
+from qstar_jax.training.metrics import COUNT, Metrics, mean_metrics
 from qstar_jax.training.optimizers import count_steps
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.source import Source
@@ -34,11 +38,13 @@ class Loop:
         schedule: Learning rate at a step, for the log.
         throughput: `(mean counts per step, seconds per step) -> metrics`.
         check_first: Raises if metrics of step 0 cannot be right.
-        save: `(state, step)` writes a checkpoint.
+        save: `(state, step, window)` writes a checkpoint; the window has the metrics of steps that are not logged yet.
         find_cause: `(state, batch, locate)` says what was not finite in a step; `locate` names examples of the batch.
         respond: `(params, step)` shows what the policy says, at every evaluation.
         best: Which evaluation was the best, if its checkpoint is to be kept.
         log: Where metrics go; None on all but the first process.
+        window: Metrics of steps before the first one that are not logged yet.
+        stop: Says when to stop before the end.
     """
 
     options: TrainOptions
@@ -49,11 +55,13 @@ class Loop:
     schedule: optax.Schedule | None = None
     throughput: Callable[[dict[str, float], float], dict[str, float]] | None = None
     check_first: Callable[[dict[str, float]], None] | None = None
-    save: Callable[[TrainState, int], None] | None = None
+    save: Callable[[TrainState, int, Sequence[Metrics]], None] | None = None
     find_cause: Callable[[TrainState, Any, Callable[[Sequence[int]], str]], str] | None = None
     respond: Callable[[Params, int], None] | None = None
     best: BestEvaluation | None = None
     log: RunLog | None = None
+    window: Sequence[Metrics] = ()
+    stop: StopSignals | None = None
 
     def run(self, state: TrainState, start: int = 0, batch: Any = None) -> tuple[TrainState, dict[str, float]]:
         """Trains from step `start` to the end.
@@ -70,41 +78,73 @@ class Loop:
         Raises:
             RuntimeError: If `check_first` refuses the metrics of step 0.
             FloatingPointError: If a loss or a gradient is not finite; the state before that step is saved.
+            Stopped: If `stop` says so; the state is saved.
         """
-        before = self._evaluate(state, 0) if start == 0 else {}
-        summary = {f"before_{name}": value for name, value in before.items()}
-        window, clock = [], time.perf_counter()
-        for step in range(start, self.steps):
+        if self.stop:
+            self.stop.defer()
+        summary, exhausted = self._begin(state, start)
+        window, timed, clock, done = list(self.window), 0, time.perf_counter(), start
+        for step in range(start, start if exhausted else self.steps):
             # Take a step. The devices run behind: nothing here waits for them.
             batch = self.source.at_step(step, state) if batch is None else batch
             state, metrics = self.train_step(state, batch)
-            batch = None
+            batch, timed = None, timed + 1
             window.append(metrics)
             done, last = step + 1, step + 1 == self.steps
+            if step == start:  # the first step of a process compiles, so its time says nothing about speed
+                jax.block_until_ready(metrics)
+                timed, clock = 0, time.perf_counter()
             saves = last or self._is_due(done, self.options.save_every)
             evaluates = last or self._is_due(done, self.options.eval_every)
-            if step == start or saves or evaluates or self._is_due(step, self.options.log_every):
+            if step == 0 or saves or evaluates or self._is_due(step, self.options.log_every):
                 # Log the means since the last line. They wait for the devices, so the clock is read after them.
                 means = mean_metrics(window)
                 self._stop_if_not_finite(state, step - len(window) + 1, means)
-                # The first step of a process compiles, so its time says nothing about speed.
-                seconds = None if step == start else (time.perf_counter() - clock) / len(window)
+                seconds = (time.perf_counter() - clock) / timed if timed else None
                 summary |= self._report(step, means, seconds)
+                window, timed, clock = [], 0, time.perf_counter()
+            if self.stop and self.stop.requested(done):
+                self._stop(state, done, window)  # an evaluation that is due is made by the process that goes on
+            if evaluates or saves:
                 # Evaluate and save what the step has led to.
                 if evaluates:
-                    metrics = self._evaluate(state, done)
-                    summary |= metrics
-                    saves |= self.best is not None and self.best.add(done, metrics)
+                    summary |= self._evaluate(state, done)
+                    saves |= self.best is not None and self.best.step == done
                     last |= self.best is not None and self.best.is_exhausted
                 if (saves or last) and self.save:
-                    self.save(state, done)
-                window, clock = [], time.perf_counter()
+                    self.save(state, done, ())
+                timed, clock = 0, time.perf_counter()
             if self.log:
                 self.log.advance(done)
             if last:
-                summary["steps"] = done
                 break
-        return state, summary
+        return state, summary | {"steps": done}
+
+    def _begin(self, state: TrainState, start: int) -> tuple[dict[str, float], bool]:
+        """Makes the evaluation that is due before the first step.
+
+        Returns:
+            The summary so far, and whether there is no point in going on.
+        """
+        if start == 0:
+            return {f"before_{name}": value for name, value in self._evaluate(state, 0).items()}, False
+        summary = self.log.summary if self.log else {}
+        if (start == self.steps or self._is_due(start, self.options.eval_every)) and not self._has_evaluation(start):
+            summary = summary | self._evaluate(state, start)
+        return summary, self.best is not None and self.best.is_exhausted
+
+    def _has_evaluation(self, step: int) -> bool:
+        """Whether the log has the evaluation after a step: not if a process was stopped between the two."""
+        logged = self.log is not None and self.log.has_evaluation(step)
+        return bool(broadcast_one_to_all(np.bool_(logged))) if jax.process_count() > 1 else logged
+
+    def _stop(self, state: TrainState, done: int, window: Sequence[Metrics]):
+        """Saves and raises; where the state is not finite, that is the error."""
+        if window:
+            self._stop_if_not_finite(state, done - len(window), mean_metrics(window))
+        if self.save:
+            self.save(state, done, window)
+        raise self.stop.stopped(f"stopped after step {done} of {self.steps}, which is saved")
 
     def _is_due(self, step: int, interval: float) -> bool:
         every = count_steps(interval, self.steps)
@@ -139,7 +179,7 @@ class Loop:
         kept = "earlier checkpoints are untouched"
         if self.save and step > 0 and first_nonfinite(state.params) is None:
             if step > since or not self._is_due(step, self.options.save_every):
-                self.save(state, step)
+                self.save(state, step, ())
             kept = f"the state before it is kept as checkpoint {step}, from which another run can begin (--model)"
         raise FloatingPointError(
             f"step {step} of {self.source.name}: loss {means['loss']}, grad_norm {means['grad_norm']}{cause}; {kept}. "
@@ -151,6 +191,8 @@ class Loop:
         means = {}
         for evaluate in self.evaluators:
             means |= evaluate(state.policy, state.ref_params)
+        if self.best and step > 0:
+            self.best.add(step, means)  # first: what the log has, is not repeated
         if self.log and means:
             self.log.write(step, means)
         if self.respond:

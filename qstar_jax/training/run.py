@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,10 +18,12 @@ from rich.console import Console
 from qstar_jax.config import DpoConfig, SftConfig
 from qstar_jax.console import say
 from qstar_jax.data.batches import Batch
+from qstar_jax.interruption import StopSignals
 from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.checkpoints import BEST, CheckpointStore, Description, read_best
 from qstar_jax.store.files import write_json
 from qstar_jax.store.identity import identity_file
+from qstar_jax.store.sole_writer import sole_writer
 from qstar_jax.store.user_cache import keep_programs
 from qstar_jax.training.best import BestEvaluation
 from qstar_jax.training.continuation import check_folder
@@ -33,7 +35,7 @@ from qstar_jax.training.diagnostics.responses import RESPONSES, make_responder
 from qstar_jax.training.evaluator import make_evaluator
 from qstar_jax.training.inputs import ExampleChange, Inputs, load_inputs, with_cached_reference
 from qstar_jax.training.loop import Loop
-from qstar_jax.training.metrics import mean_metrics
+from qstar_jax.training.metrics import Metrics, mean_metrics
 from qstar_jax.training.objectives import LossFn
 from qstar_jax.training.objectives.responses import token_counts
 from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
@@ -43,6 +45,8 @@ from qstar_jax.training.setup import Start, build_state, describe, find_start, j
 from qstar_jax.training.source import DatasetSource
 from qstar_jax.training.step import TrainState
 from qstar_jax.training.throughput import Throughput, peak_flops, peak_memory_bytes
+
+SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def train(
         InputError: If the model, the data or the options cannot be used.
         RuntimeError: If the loss at step 0 is not that of a policy which equals its reference.
         FloatingPointError: If the loss is not finite.
+        Stopped: If a signal asked for it; the run resumes where it stopped.
     """
     began = time.perf_counter()
     # Plan: resolve the options, before anything is loaded or written.
@@ -103,11 +108,15 @@ def train(
     plan = announce(make_plan(config), console)
     mesh = make_mesh(plan.config.mesh)
     keep_programs()
-    store = CheckpointStore(plan.out, plan.config.train.keep_checkpoints)
-    with use_mesh(mesh, plan.config.compute.dtype), store:
+    with (
+        use_mesh(mesh, plan.config.compute.dtype),
+        StopSignals() as stop,
+        sole_writer(plan.out),
+        CheckpointStore(plan.out, plan.config.train.keep_checkpoints) as store,
+    ):
         # Start: open the model or a checkpoint, and the data.
         run = _prepare(plan, store, mesh, console, change)
-        if run.start.step >= run.steps or (run.best and run.best.is_exhausted):
+        if is_complete(run):
             return read_summary(run)
         run = replace(run, inputs=with_cached_reference(run.plan, run.start, run.inputs, console))
         # State: put parameters and optimizer on the mesh.
@@ -116,7 +125,7 @@ def train(
         # Loop: train, evaluate and save.
         with open_log(run, watch) as log:
             probe = make_probe(run.plan, run.start, state.policy, run.inputs.prompts, mesh, console)
-            loop, batch = _make_loop(run, state, store, probe, log)
+            loop, batch = _make_loop(run, state, store, probe, log, stop)
             _, summary = loop.run(state, run.start.step, batch)
     # Summary.
     return finish(run, summary, probe, time.perf_counter() - began)
@@ -161,12 +170,23 @@ def best_evaluation(plan: RunPlan, start: int) -> BestEvaluation | None:
     return BestEvaluation(plan.out, options.keep_best, patience=options.patience, start=start, writes=writes)
 
 
+def save(run: Run, store: CheckpointStore, state: TrainState, step: int, window: Sequence[Metrics]):
+    """Writes a checkpoint; `window` has the metrics of steps that are not logged yet."""
+    window = [{name: [float(x) for x in pair] for name, pair in metrics.items()} for metrics in jax.device_get(window)]
+    store.save(step, saved_arrays(run.plan, state), replace(run.description, window=window))
+
+
+def is_complete(run: Run) -> bool:
+    """Whether a run has taken all its steps already, and said so."""
+    took_all = run.start.step >= run.steps or (run.best is not None and run.best.is_exhausted)
+    return took_all and (run.plan.out / SUMMARY).exists()
+
+
 def read_summary(run: Run) -> dict[str, float | str]:
-    """The summary of a run that has taken all its steps already."""
+    """The summary of a run that is complete."""
     out = run.plan.out
     say(run.console, f"{out} is complete: {run.start.step} of {run.steps} steps are done")
-    summary = out / "summary.json"
-    return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
 
 
 def begin_folder(run: Run):
@@ -180,7 +200,7 @@ def begin_folder(run: Run):
             RESPONSES,
             FILE,
             identity_file(Path(FILE)).name,
-            "summary.json",
+            SUMMARY,
             "curves.png",
         ):
             (run.plan.out / name).unlink(missing_ok=True)
@@ -198,7 +218,12 @@ def open_log(run: Run, watch: Callable[[], None] | None) -> AbstractContextManag
 
 
 def _make_loop(
-    run: Run, state: TrainState, store: CheckpointStore, probe: Probe | None, log: RunLog | None
+    run: Run,
+    state: TrainState,
+    store: CheckpointStore,
+    probe: Probe | None,
+    log: RunLog | None,
+    stop: StopSignals,
 ) -> tuple[Loop, Batch]:
     """Makes the training loop and its first batch; estimates what a step needs before anything is compiled."""
     plan, options, model, loss_fn = run.plan, run.plan.config.train, run.start.model, run.loss_fn
@@ -222,11 +247,13 @@ def _make_loop(
         schedule=learning_rate_schedule(plan.config.optimizer, run.steps),
         throughput=throughput,
         check_first=None if expected is None else partial(check_first_loss, expected=expected),
-        save=lambda state, step: store.save(step, saved_arrays(plan, state), run.description),
+        save=partial(save, run, store),
         find_cause=partial(find_cause, model, loss_fn, accumulate=options.accumulate),
         respond=make_responder(plan, run.start, run.inputs.prompts.dataset, run.mesh, run.console),
         best=run.best,
         log=log,
+        window=run.start.window,
+        stop=stop,
     )
     return loop, batch
 
@@ -252,7 +279,7 @@ def finish(run: Run, summary: dict[str, float], probe: Probe | None, seconds: fl
         summary["verdict"] = verdict
         say(run.console, f"verdict: {verdict}")
     if jax.process_index() == 0:
-        write_json(run.plan.out / "summary.json", summary)
+        write_json(run.plan.out / SUMMARY, summary)
         if best := read_best(run.plan.out):
             evaluation = f"{best['metric']} {best['value']:.4g} at step {best['step']}"
             say(run.console, f"best: {evaluation}, whose checkpoint other verbs read")

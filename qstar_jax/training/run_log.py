@@ -40,7 +40,8 @@ class RunLog:
         write_atomically(path, "".join(f"{json.dumps(metrics)}\n" for metrics in kept).encode())
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start, flush_secs=10)
-        for metrics in kept:
+        self._kept = kept
+        for metrics in self._kept:
             if metrics["step"] == start:  # TensorBoard drops all of that step
                 self._to_board(start, metrics)
         self._steps, self._bar = steps, Bar(console, "training", steps, start)
@@ -55,6 +56,19 @@ class RunLog:
         self._bar.__exit__()
         self._board.close()
         self._file.close()
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """What a run that resumes had to say of itself: see `Loop.run`."""
+        summary = {}
+        for metrics in self._kept:
+            is_before = metrics["step"] == 0 and "loss" not in metrics
+            summary |= {f"before_{name}" if is_before else name: value for name, value in metrics.items()}
+        return {name: value for name, value in summary.items() if name not in ("step", "before_step")}
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the lines that were kept have the evaluation after a step."""
+        return any(metrics["step"] == step and "loss" not in metrics for metrics in self._kept)
 
     def advance(self, done: int):
         """Moves the bar."""

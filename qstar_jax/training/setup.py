@@ -29,6 +29,7 @@ from qstar_jax.store.checkpoints import (
 from qstar_jax.store.identity import check_weights, weights_identity
 from qstar_jax.store.open import load_model, param_shardings
 from qstar_jax.training.continuation import check_same_options
+from qstar_jax.training.metrics import Metrics
 from qstar_jax.training.plan import RunPlan
 from qstar_jax.training.step import TrainState, TrainStep, make_train_step
 
@@ -62,6 +63,12 @@ class Start:
     base: str | None = None
     began: Description | None = None
 
+    @property
+    def window(self) -> list[Metrics]:
+        """Metrics of steps that a run which was stopped has not logged."""
+        window = self.began.window if self.began else []
+        return [{name: tuple(pair) for name, pair in metrics.items()} for metrics in window]
+
 
 def find_start(plan: RunPlan, store: CheckpointStore, mesh: Mesh) -> Start:
     """Opens the model, or the checkpoint from which the run resumes.
@@ -69,7 +76,7 @@ def find_start(plan: RunPlan, store: CheckpointStore, mesh: Mesh) -> Start:
     Raises:
         InputError: If the model cannot be used, or the run in `out` was made with other options.
     """
-    config, step = plan.config, store.latest_step
+    config, step = plan.config, store.newest_whole()
     if step is None:
         loaded = load_model(config.model, config.compute, mesh, config.mesh)
         model = with_adapter(loaded.model, config.lora)

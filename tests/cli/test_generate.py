@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import shutil
+import signal
 from datetime import datetime
 
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions, MeshOptions
 from qstar_jax.decoding.decoder import Decoder
+from qstar_jax.interruption import CTRL_C
 from qstar_jax.store.open import load_model
 
 
@@ -192,6 +195,28 @@ def test_a_run_that_is_killed_has_kept_its_batches(hf_folder, eval_file, tmp_pat
     # And fewer: there is nothing to do then, and nothing is lost.
     assert generate(tmp_path / "few", *words, "--data.max_eval_rows", "2") == 0
     assert len(records(tmp_path / "few")) == 11
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(hf_folder, eval_file, tmp_path, one_device_only, monkeypatch, capsys):
+    call = Decoder.__call__
+
+    def call_and_stop(self, prompts, rows=None, **more):
+        if rows[0] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(self, prompts, rows, **more)
+
+    words = ["--model", hf_folder, "--data.eval", eval_file, "--batch_size", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "__call__", call_and_stop)
+        assert generate(tmp_path / "out", *words) == CTRL_C
+    said = capsys.readouterr().err
+    assert (
+        f"stopped after 8 of 11 prompts: {tmp_path / 'out' / 'generations.jsonl'}; go on with\nqstar generate" in said
+    )
+    assert [r["row"] for r in records(tmp_path / "out")] == list(range(8))
+    assert generate(tmp_path / "out", *words) == generate(tmp_path / "whole", *words) == 0
+    texts = [(tmp_path / name / "generations.jsonl").read_bytes() for name in ("out", "whole")]
+    assert texts[0] == texts[1]
 
 
 def test_other_settings_do_not_go_on(hf_folder, eval_file, tmp_path, one_device_only, capsys):

@@ -1,6 +1,8 @@
 import hashlib
 import json
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ import pytest
 from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.data.loading import load_examples
+from qstar_jax.evaluation.partial_scores import PARTIAL, PartialScores
 from qstar_jax.evaluation.scored import read_scores
+from qstar_jax.interruption import TEMPORARY
 from qstar_jax.store.checkpoints import find_checkpoint
 from qstar_jax.store.open import load_model
 
@@ -187,8 +191,8 @@ def test_every_row_has_its_line_and_says_why_it_has_no_score(
 
 def test_a_reference_that_was_exchanged_is_refused(dpo_run, eval_file, tmp_path, one_device_only, capsys):
     run = shutil.copytree(dpo_run, tmp_path / "run")
-    shutil.rmtree(run / "reference" / "params")
-    shutil.copytree(run / "checkpoints" / "4" / "params", run / "reference" / "params")
+    shutil.rmtree(run / "reference")
+    shutil.copytree(run / "checkpoints" / "4", run / "reference")
     words = ["--model", run, "--data.eval", eval_file]
     assert score(tmp_path / "out", *words) == 2
     message = capsys.readouterr().err
@@ -225,3 +229,31 @@ def test_nothing_of_an_earlier_run_stays_beside_new_scores(dpo_run, eval_file, t
     (out / "scores.jsonl").unlink()
     assert main(["report", "--credit", str(out), "--out", str(page)]) == 2
     assert "found: nothing there" in capsys.readouterr().err
+
+
+def test_scores_go_on_from_whole_batches(dpo_run, eval_file, tmp_path, one_device_only, monkeypatch, capsys):
+    words = ["--model", dpo_run, "--data.eval", eval_file, "--batch_size", 4, "--show", 5]
+    append, batches = PartialScores.append, []
+
+    def append_and_stop(self, scores):
+        append(self, scores)
+        batches.append([one.row for one in scores])
+        if len(batches) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PartialScores, "append", append_and_stop)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert score(out, *words) == TEMPORARY and not (out / "scores.jsonl").exists()
+    said = capsys.readouterr().err
+    assert f"stopped after 8 of 22 responses: {out / PARTIAL}; go on with\nqstar score --out {out}" in said
+    with (out / PARTIAL).open("a") as file:
+        file.write('{"row": 4, "ro')  # of a process that was killed
+    assert score(out, *words) == 0 and batches[1][0] == 4
+    assert score(whole, *words) == 0 and len(batches) == 6
+    assert (out / "scores.jsonl").read_bytes() == (whole / "scores.jsonl").read_bytes()
+    assert not list(out.glob("scores.partial*"))
+    # Those of other options are not taken.
+    batches[:] = []
+    assert score(out, *words) == TEMPORARY
+    assert score(out, *words, "--beta", 0.7) == 0 and batches[1][0] == 0
+    assert "is of other models, data or options: scoring begins anew" in capsys.readouterr().out

@@ -61,8 +61,8 @@ def linear(params, ref_params, batch):
 class Log:
     """Keeps what a log would write."""
 
-    def __init__(self):
-        self.lines = []
+    def __init__(self, evaluated=()):
+        self.lines, self.summary, self.has_evaluation = [], {}, evaluated.__contains__
 
     def write(self, step, means):
         self.lines.append((step, "eval" if "eval" in means else means["number"]))
@@ -71,16 +71,16 @@ class Log:
         """As a progress bar would."""
 
 
-def run_linear(source, saved, start=0, batch=None, **options):
+def run_linear(source, saved, start=0, batch=None, evaluated=(), **options):
     """Minimizes `x * batch` in five steps; appends (step, x) of checkpoints to `saved`, returns the lines logged."""
-    log = Log()
+    log = Log(evaluated)
     loop = Loop(
         TrainOptions(**{"log_every": 2, **options}),
         steps=5,
         train_step=jax.jit(make_train_step(linear, optax.sgd(0.1))),
         source=source,
         evaluators=[lambda policy, ref_params: {"eval": float(policy["x"])}],
-        save=lambda state, step: saved.append((step, round(float(state.params["x"]), 6))),
+        save=lambda state, step, window: saved.append((step, round(float(state.params["x"]), 6))),
         log=log,
     )
     params = {"x": jnp.ones(())}
@@ -106,7 +106,13 @@ def test_intervals_may_be_shares_of_all_steps():
 def test_the_first_batch_is_made_once():
     source = Numbers()
     lines = run_linear(source, [], start=3, batch=jnp.float32(3.0))
-    assert source.made == [4] and lines == [(3, 3.0), (4, 4.0), (5, "eval")]
+    assert source.made == [4] and lines == [(4, 3.5), (5, "eval")]
+
+
+def test_an_evaluation_that_is_due_is_made_first_unless_the_log_has_it():
+    assert run_linear(Numbers(), [], start=3, eval_every=3) == [(3, "eval"), (4, 3.5), (5, "eval")]
+    assert run_linear(Numbers(), [], start=3, eval_every=3, evaluated=[3]) == [(4, 3.5), (5, "eval")]
+    assert run_linear(Numbers(), [], start=5) == [(5, "eval")]
 
 
 def test_a_step_that_is_not_finite_ends_the_run_and_the_state_before_it_is_kept():

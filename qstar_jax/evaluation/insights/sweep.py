@@ -33,6 +33,7 @@ from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.identity import write_identity
 from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta, open_reference
+from qstar_jax.store.sole_writer import sole_writer
 from qstar_jax.store.user_cache import keep_programs
 from qstar_jax.tasks import TASKS, find
 
@@ -296,7 +297,7 @@ def measure_sweep(config: SweepConfig, console: Console) -> Sweep:
         for name, model in models.items()
     }
     keep_programs()
-    with use_mesh(mesh, config.compute.dtype):
+    with use_mesh(mesh, config.compute.dtype), sole_writer(out):
         judge = _judge(config, mesh, console)
         entries = [_try_model(config, name, model, files[name], mesh, console) for name, model in models.items()]
         # All models at once: the cost of a judge is known before its first call.

@@ -18,8 +18,10 @@ from qstar_jax.data.tokenization import Response
 from qstar_jax.decoding import SampleOptions
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
+from qstar_jax.interruption import StopSignals
 from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.checkpoints import CheckpointStore
+from qstar_jax.store.sole_writer import sole_writer
 from qstar_jax.store.user_cache import keep_programs
 from qstar_jax.training.diagnostics.estimate import device_memory, estimate
 from qstar_jax.training.diagnostics.nonfinite import find_cause
@@ -45,11 +47,13 @@ from qstar_jax.training.run import (
     begin_folder,
     best_evaluation,
     finish,
+    is_complete,
     open_log,
     read_summary,
+    save,
 )
 from qstar_jax.training.run_log import RunLog
-from qstar_jax.training.setup import build_state, describe, find_start, saved_arrays, state_shardings
+from qstar_jax.training.setup import build_state, describe, find_start, state_shardings
 from qstar_jax.training.step import TrainState, make_train_step
 from qstar_jax.training.throughput import Throughput
 
@@ -77,6 +81,7 @@ def train_rl(
         InputError: If the model, the prompts or the options cannot be used, or a response has no reward.
         RuntimeError: If sampler and training pass disagree on the first samples.
         FloatingPointError: If the loss is not finite.
+        Stopped: If a signal asked for it; the run resumes where it stopped.
     """
     began = time.perf_counter()
     # Plan: resolve the options, before anything is loaded or written.
@@ -84,18 +89,22 @@ def train_rl(
     plan = announce(make_rl_plan(config), console)
     mesh = make_mesh(plan.config.mesh)
     keep_programs()
-    store = CheckpointStore(plan.out, plan.config.train.keep_checkpoints)
-    with use_mesh(mesh, plan.config.compute.dtype), store:
+    with (
+        use_mesh(mesh, plan.config.compute.dtype),
+        StopSignals() as stop,
+        sole_writer(plan.out),
+        CheckpointStore(plan.out, plan.config.train.keep_checkpoints) as store,
+    ):
         # Start: open the model or a checkpoint, the guide, and the prompts.
         run, guide = _prepare(plan, store, mesh, console)
-        if run.start.step >= run.steps or (run.best and run.best.is_exhausted):
+        if is_complete(run):
             return read_summary(run)
         # State: put parameters and optimizer on the mesh.
         state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
         begin_folder(run)
         # Loop: sample, train, evaluate and save.
         with open_log(run, watch) as log:
-            loop = _make_loop(run, guide, make_reward, state, store, log)
+            loop = _make_loop(run, guide, make_reward, state, store, log, stop)
             _, summary = loop.run(state, run.start.step)
     # Summary.
     return finish(run, summary, None, time.perf_counter() - began)
@@ -135,6 +144,7 @@ def _make_loop(
     state: TrainState,
     store: CheckpointStore,
     log: RunLog | None,
+    stop: StopSignals,
 ) -> Loop:
     """Makes the training loop; estimates what a step needs before anything is compiled."""
     plan, config, model, inputs = run.plan, run.plan.config, run.start.model, run.inputs
@@ -159,11 +169,13 @@ def _make_loop(
         schedule=schedule,
         throughput=lambda counts, seconds: throughput(counts, seconds) | source.clock.read(),
         check_first=_check_first if updates == 1 else None,
-        save=lambda state, step: store.save(step, saved_arrays(plan, state), run.description),
+        save=partial(save, run, store),
         find_cause=partial(find_cause_of_update, cause_of_one, update, **passes, accumulate=accumulate),
         respond=make_responder(plan, run.start, shown, run.mesh, run.console, limit=config.rl.max_new_tokens),
         best=run.best,
         log=log,
+        window=run.start.window,
+        stop=stop,
     )
 
 
