@@ -33,7 +33,13 @@ def join_processes(options: MeshOptions):
         return
     # JAX itself reads the coordinator's address, and detects on a cluster whatever is not set here.
     settings = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-    jax.distributed.initialize(**{name: int(value) for name, value in settings.items() if value is not None})
+    given: dict[str, Any] = {name: int(value) for name, value in settings.items() if value is not None}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible and "," not in visible and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        # A launcher has bound one GPU. Under Slurm, JAX would look for the one with this process's number on the node,
+        # which is not visible (jax-ml/jax#28194).
+        given["local_device_ids"] = [0]
+    jax.distributed.initialize(**given)
 
 
 def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device] | None = None) -> Mesh:

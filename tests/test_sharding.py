@@ -274,3 +274,26 @@ def test_float32_means_float32_on_every_platform(platform, one_device, monkeypat
     with jax.default_matmul_precision("tensorfloat32"):  # what a caller has chosen stays
         assert precision("bfloat16") == {"(Precision.HIGH, Precision.HIGH)"}
     assert precision("float32") == ({"None"} if platform == "cpu" else {"(Precision.HIGHEST, Precision.HIGHEST)"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "given"),
+    [
+        ({}, {}),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, {}),
+        ({"CUDA_VISIBLE_DEVICES": ""}, {}),
+        ({"CUDA_VISIBLE_DEVICES": "3", "JAX_LOCAL_DEVICE_IDS": "1"}, {}),
+        ({"CUDA_VISIBLE_DEVICES": "3", "JAX_PROCESS_ID": "3"}, {"local_device_ids": [0], "process_id": 3}),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8e1f"}, {"local_device_ids": [0]}),
+    ],
+)
+def test_a_process_that_sees_one_gpu_takes_that(environment, given, monkeypatch):
+    for name in ("CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **more: calls.append(more))
+    sharding.join_processes(MeshOptions(multi_process=True))
+    sharding.join_processes(MeshOptions())
+    assert calls == [given]
