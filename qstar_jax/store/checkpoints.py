@@ -235,13 +235,15 @@ class CheckpointStore:
 
     def _fail(self, step: int, error: Exception):
         message = f"{self.run / STEPS / str(step)} was not written ({_reason(error)})"
-        newest = find_checkpoint(self.run / STEPS)
-        kept = "there is no other" if newest is None else f"the newest complete one is {newest.name}"
+        try:
+            newest = find_checkpoint(self.run / STEPS)
+            kept = "there is no other" if newest is None else f"the newest complete one is {newest.name}"
+            for left in (self.run / STEPS).glob(f"{step}.*tmp*") if jax.process_index() == 0 else ():
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            kept = "the others cannot be read"
         self._failure = CheckpointError(f"{message}; {kept}: see to the disk, and go on with --resume")
         _log.warning(f"{message}; the run goes on, and {kept}")
-        if jax.process_index() == 0:
-            for left in (self.run / STEPS).glob(f"{step}.*tmp*"):
-                shutil.rmtree(left, ignore_errors=True)
 
     def _wait(self):
         if self._writer:

@@ -187,11 +187,13 @@ def test_a_last_checkpoint_that_has_no_room_is_an_error(small_disk):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to give up rights that only root has")
-def test_a_folder_without_permission_is_named(run):
-    message = r"8 was not written .*[Pp]ermission denied.*complete one is 6"
+@pytest.mark.parametrize(("mode", "others"), [(0o755, "the newest complete one is 6"), (0o700, "the others cannot be")])
+def test_a_folder_without_permission_is_named(mode, others, run):
+    message = rf"8 was not written .*[Pp]ermission denied.*{others}"
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
         moved = shutil.copytree(run, Path(folder) / "run")
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+        moved.chmod(mode)
         with pytest.raises(CheckpointError, match=message), CheckpointStore(moved, keep=3) as store:
             os.seteuid(65534)
             try:

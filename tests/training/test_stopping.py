@@ -72,6 +72,7 @@ def assert_equal_runs(out, expected, arrays_of, metric_lines):
     assert json.loads((out / "best.json").read_text()) == json.loads((expected / "best.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     whole, tmp_path, config_of, tiny_train, signal_after, arrays_of, metric_lines
 ):
