@@ -192,7 +192,7 @@ def test_measurements_become_one_page(swept, dpo_run, eval_file, tmp_path, capsy
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name a folder to show with --credit, --sweep, --decline, --dialogue, "),
+        ([], "name a folder to show with --credit, --sweep, --decline, --control, --dialogue, "),
         (["--sweep", "{tmp}"], "sweep.json: no such file; --sweep expects a folder that `qstar sweep` wrote"),
         (["--credit", "{tmp}"], "`qstar score --wrong COLUMN` wrote"),
     ],

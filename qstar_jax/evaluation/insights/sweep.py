@@ -7,6 +7,7 @@ apart from the gain of less randomness.
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -297,8 +298,9 @@ def measure_sweep(config: SweepConfig, console: Console) -> Sweep:
         for name, model in models.items()
     }
     keep_programs()
-    with use_mesh(mesh, config.compute.dtype), sole_writer(out):
+    with use_mesh(mesh, config.compute.dtype), ExitStack() as held:
         judge = _judge(config, mesh, console)
+        held.enter_context(sole_writer(out))  # makes the folder, so only once all else is settled
         entries = [_try_model(config, name, model, files[name], mesh, console) for name, model in models.items()]
         # All models at once: the cost of a judge is known before its first call.
         comparisons = [pair for entry in entries for pairs in entry.comparisons.values() for pair in pairs]
