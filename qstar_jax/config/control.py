@@ -15,7 +15,8 @@ class ActorOptions:
 
     Args:
         kind: `deterministic`: a tanh of which the mean acts, with constant variance; `gaussian`: with one learned
-            covariance; `squashed`: tanh of a Gaussian. null: gaussian for lqr, else deterministic.
+            covariance; `squashed`: tanh of a Gaussian, for actions in [-1, 1] (those of lqr are not). null: gaussian
+            for lqr, else deterministic.
         hidden: Widths of the hidden layers; [] is linear. null: [] for lqr, else [256, 256].
         std: Standard deviation of `deterministic`, the initial one of `gaussian`. The default makes log pi = -pi |a -
             mean|^2, without a constant.

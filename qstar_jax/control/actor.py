@@ -83,7 +83,7 @@ class Actor:
     dropout: float = 0.0
 
     def init(self, key: PRNGKeyArray) -> Params:
-        """Draws parameters: orthogonal matrices, biases of 0."""
+        """Draws parameters: orthogonal matrices, biases of 0; of `squashed` deviations begin equal at all states."""
         outputs = self.action * (2 if self.kind == "squashed" else 1)
         sizes = (self.observation, *self.hidden, outputs)
         make = jax.nn.initializers.orthogonal()
@@ -92,6 +92,10 @@ class Actor:
             f"layer_{number}": {"kernel": make(keys[number], sizes[number : number + 2]), "bias": jnp.zeros(size)}
             for number, size in enumerate(sizes[1:])
         }
+        if self.kind == "squashed":
+            # Else some states begin with deviations near the least one, and with densities of exp(-10,000).
+            last = params[f"layer_{len(self.hidden)}"]
+            last["kernel"] = last["kernel"].at[:, self.action :].set(0.0)
         if self.kind == "gaussian":
             # The logarithm of the diagonal, and what is below it; what is above is not read.
             params["factor"] = {"bias": jnp.diag(jnp.full(self.action, jnp.log(self.std)))}

@@ -22,6 +22,7 @@ from qstar_jax.control.segments import (
     read_episodes,
     split_episodes,
 )
+from qstar_jax.errors import InputError
 
 _STARTS, _STEPS = 512, 100  # states from which, and steps for which, a policy's cost is measured on `lqr`
 
@@ -88,12 +89,21 @@ def make_task(
         episodes: The episodes.
         measure: See `Task`.
         normalize: Whether observations are brought to mean 0 and standard deviation 1 over the training segments.
+
+    Raises:
+        InputError: If there are too few episodes, or actions that the policy cannot take.
     """
     options = config.segments
     parts = split_episodes(episodes, held_out=options.held_out, seed=options.seed)
     drawn = {"length": options.length, "label": options.label, "discount": options.discount}
     train = draw_segments(parts[0], count=options.count, seed=options.seed, **drawn)
     held_out = draw_segments(parts[1], count=options.eval_segments, seed=options.seed + 1, **drawn)
+    largest = max(abs(segments.actions).max() for segments in (train, held_out))
+    if config.actor.kind == "squashed" and largest > 1:
+        raise InputError(
+            f"actor.kind is squashed, whose actions are in (-1, 1), but those of {config.task} reach {largest:.3g}; "
+            "set --actor.kind gaussian, or divide the actions by their bound"
+        )
     width = train.observations.shape[-1]
     shift, scale = np.zeros(width), np.ones(width)
     if normalize:

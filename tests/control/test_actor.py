@@ -112,3 +112,13 @@ def test_dropout_needs_a_key():
     np.testing.assert_array_equal(plain, actor_of("deterministic").distribution(params, observations).mean)
     first, second = (actor.distribution(params, observations, jax.random.key(n)).mean for n in (0, 1))
     assert not np.allclose(first, second) and not np.allclose(first, plain)
+
+
+def test_the_squashed_deviation_begins_equal_everywhere_and_learns_to_differ():
+    actor = Actor("squashed", observation=3, action=2, hidden=(8,))
+    params, observations = actor.init(jax.random.key(0)), 5 * jax.random.normal(jax.random.key(1), (50, 3))
+    begun = actor.distribution(params, observations)
+    np.testing.assert_allclose(begun.factor, np.exp(-1.5), rtol=1e-6)
+    assert np.ptp(begun.mean, axis=0).min() > 0.1
+    gradient = jax.grad(lambda p: actor.log_prob(p, observations, jnp.full((50, 2), 0.3)).sum())(params)
+    assert abs(gradient["layer_1"]["kernel"][:, 2:]).min() > 0

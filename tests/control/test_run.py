@@ -146,7 +146,8 @@ def test_the_same_command_continues_and_another_is_refused(runs, capsys):
     assert "has a run with other options (loss" in capsys.readouterr().err
 
 
-def test_a_file_of_episodes_and_all_pairs(tmp_path):
+@pytest.mark.parametrize("kind", ["deterministic", "squashed"])
+def test_a_file_of_episodes_and_all_pairs(kind, tmp_path):
     rng = np.random.default_rng(0)
     file = tmp_path / "episodes.npz"
     observations = 5 + 3 * rng.normal(size=(12, 21, 3))
@@ -154,7 +155,7 @@ def test_a_file_of_episodes_and_all_pairs(tmp_path):
     rewards = -((actions - 0.4) ** 2).sum(-1)
     np.savez(file, observations=observations, actions=actions, rewards=rewards, lengths=np.full(12, 20))
     words = ["--segments.label", "reward", "--segments.length", "5", "--actor.hidden", "[8]", "--loss.pairs", "all",
-             "--arms", "[without_bc]"]  # fmt: skip
+             "--arms", "[without_bc]", "--actor.kind", kind]  # fmt: skip
     assert control(tmp_path / "runs", *words, task=file) == 0
     run = tmp_path / "runs" / "without_bc-0"
     values = start_and_end(run)
@@ -180,6 +181,7 @@ def test_a_file_of_episodes_and_all_pairs(tmp_path):
             "train.batch_size is 999",
         ),
         (["--arms", "[]"], "arms is 0"),
+        (["--actor.kind", "squashed"], "whose actions are in (-1, 1), but those of lqr reach"),
     ],
 )
 def test_options_without_a_meaning_are_refused(words, message, tmp_path, capsys):
