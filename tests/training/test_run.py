@@ -546,8 +546,8 @@ def test_a_reference_that_changed_is_noticed(make_config, tiny_train, tmp_path, 
     config = make_config(out)
     tiny_train(config)
     shutil.rmtree(out / "checkpoints" / "6")
-    shutil.rmtree(out / "reference" / "params")
-    shutil.copytree(out / "checkpoints" / "4" / "params", out / "reference" / "params")
+    shutil.rmtree(out / "reference")
+    shutil.copytree(out / "checkpoints" / "4", out / "reference")  # whole, with its checksums, but of other weights
     with pytest.raises(InputError, match=r"reference has changed since the run began"):
         tiny_train(replace(config, resume=True))
 
