@@ -82,7 +82,7 @@ class Loop:
         """
         if self.stop:
             self.stop.defer()
-        summary, exhausted = self._begin(state, start)
+        summary, evaluation, exhausted = self._begin(state, start)
         window, timed, clock, done = list(self.window), 0, time.perf_counter(), start
         for step in range(start, start if exhausted else self.steps):
             # Take a step. The devices run behind: nothing here waits for them.
@@ -108,7 +108,7 @@ class Loop:
             if evaluates or saves:
                 # Evaluate and save what the step has led to.
                 if evaluates:
-                    summary |= self._evaluate(state, done)
+                    evaluation = self._evaluate(state, done)
                     saves |= self.best is not None and self.best.step == done
                     last |= self.best is not None and self.best.is_exhausted
                 if (saves or last) and self.save:
@@ -118,24 +118,25 @@ class Loop:
                 self.log.advance(done)
             if last:
                 break
-        return state, summary | {"steps": done}
+        return state, summary | evaluation | {"steps": done}
 
-    def _begin(self, state: TrainState, start: int) -> tuple[dict[str, float], bool]:
+    def _begin(self, state: TrainState, start: int) -> tuple[dict[str, float], dict[str, float], bool]:
         """Makes the evaluation that is due before the first step.
 
         Returns:
-            The summary so far, and whether there is no point in going on.
+            The summary so far, the newest evaluation, and whether there is no point in going on.
         """
         if start == 0:
-            return {f"before_{name}": value for name, value in self._evaluate(state, 0).items()}, False
+            return {f"before_{name}": value for name, value in self._evaluate(state, 0).items()}, {}, False
         summary = self.log.summary if self.log else {}
+        evaluation = (self.log.evaluation(start) if self.log else None) or {}
         if (start == self.steps or self._is_due(start, self.options.eval_every)) and not self._has_evaluation(start):
-            summary = summary | self._evaluate(state, start)
-        return summary, self.best is not None and self.best.is_exhausted
+            evaluation = self._evaluate(state, start)
+        return summary, evaluation, self.best is not None and self.best.is_exhausted
 
     def _has_evaluation(self, step: int) -> bool:
         """Whether the log has the evaluation after a step: not if a process was stopped between the two."""
-        logged = self.log is not None and self.log.has_evaluation(step)
+        logged = self.log is not None and self.log.evaluation(step) is not None
         return bool(broadcast_one_to_all(np.bool_(logged))) if jax.process_count() > 1 else logged
 
     def _stop(self, state: TrainState, done: int, window: Sequence[Metrics]):

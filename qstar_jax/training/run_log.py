@@ -59,16 +59,22 @@ class RunLog:
 
     @property
     def summary(self) -> dict[str, float]:
-        """What a run that resumes had to say of itself: see `Loop.run`."""
+        """What a run that resumes had to say of its steps, and of what it was before them: see `Loop.run`."""
         summary = {}
         for metrics in self._kept:
-            is_before = metrics["step"] == 0 and "loss" not in metrics
-            summary |= {f"before_{name}" if is_before else name: value for name, value in metrics.items()}
-        return {name: value for name, value in summary.items() if name not in ("step", "before_step")}
+            if "loss" in metrics:
+                summary |= metrics
+            elif metrics["step"] == 0:
+                summary |= {f"before_{name}": value for name, value in metrics.items() if name != "step"}
+        summary.pop("step", None)
+        return summary
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the lines that were kept have the evaluation after a step."""
-        return any(metrics["step"] == step and "loss" not in metrics for metrics in self._kept)
+    def evaluation(self, step: int) -> dict[str, float] | None:
+        """The evaluation after a step, if the lines that were kept have it."""
+        for metrics in self._kept:
+            if metrics["step"] == step and "loss" not in metrics:
+                return {name: value for name, value in metrics.items() if name != "step"}
+        return None
 
     def advance(self, done: int):
         """Moves the bar."""

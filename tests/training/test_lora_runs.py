@@ -80,8 +80,8 @@ def test_a_base_that_was_exchanged_is_noticed(run, evaluated, lora_config, tiny_
     shutil.rmtree(out / "checkpoints" / "4")
     other = {"lora": LoraOptions(), "train": {"steps": 1, "save_every": 0}}
     tiny_train(lora_config(tmp_path / "other", **other))
-    shutil.rmtree(out / BASE / "params")
-    shutil.copytree(tmp_path / "other" / "checkpoints" / "1" / "params", out / BASE / "params")
+    shutil.rmtree(out / BASE)
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "1", out / BASE)  # whole, with its checksums
     with pytest.raises(InputError, match=r"base has changed since the run began"):
         tiny_train(replace(lora_config(out, **evaluated), resume=True))
     with pytest.raises(
