@@ -32,7 +32,8 @@ def exponential(
 ) -> Float[Array, "*B 2 T"]:
     """TIS-DPO, the paper's form: exp(mu clip(s_t, L, U)), with -mu in the rejected response.
 
-    The paper's factor k scales every weight, as `beta` does.
+    The paper's factor k scales every weight, as `beta` does. The defaults are this library's: the released code has
+    no such transform to take them from.
 
     Args:
         guide: s_t, in nats. Shape [..., 2, T].
