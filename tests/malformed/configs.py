@@ -96,7 +96,7 @@ def _cases() -> list[Case]:
         for value, kind in ((None, "null"), (0, "missing")):
             cases.append(Case(f"config: {key} is {kind}", partial(_without, key, value), rf"config\.json: .*{key}"))
     for family, config in _FAMILIES.items():
-        for key in config.keys() - {"model_type"}:
+        for key in sorted(config.keys() - {"model_type"}):
             cases.append(
                 Case(
                     f"config: {key} of {family}", partial(_of_family, family, key), rf"config\.json: .*{key}.*expected"
