@@ -1,7 +1,10 @@
 """Reads files that anybody may have written: regular ones, of limited size and depth, and never runs what they hold."""
 
 import json
+import os
+import select
 import stat
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,9 +12,11 @@ from typing import Any, BinaryIO
 from qstar_jax.errors import InputError
 
 MAX_FILE = 2**26  # bytes of a file that is read as a whole; indices of the largest models have a tenth of it
+MAX_OPTIONS = 2**20  # bytes of a file of options, which is YAML, whose reader is slow
 _MAX_DEPTH = 100  # brackets inside each other; real files have ten, and Python's stack ends at some hundreds
 _MAX_VALUES = 100_000  # of a file of options, counted with what its aliases repeat
 _MAX_DIGITS = 30
+_MAX_WAIT = 30  # seconds for the writer of a pipe
 _OTHER = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
 
@@ -27,7 +32,7 @@ def check_regular(path: Path):
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _OTHER if is_kind(mode)), "a device")
-        raise InputError(f"{path}: expected a regular file (found: {kind})")
+        raise InputError(f"{path}: not a file (found: {kind}); expected a regular file")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -43,20 +48,41 @@ def open_regular(path: Path) -> BinaryIO:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def read_text(path: Path, most: int = MAX_FILE) -> str:
+def read_text(path: Path, most: int = MAX_FILE, *, pipes: bool = False) -> str:
     """Reads a text of at most `most` bytes.
+
+    Args:
+        path: A regular file.
+        most: How many bytes it may have.
+        pipes: Whether it may be a pipe too, whose writer has 30 seconds.
 
     Raises:
         InputError: If it is longer, not UTF-8, or cannot be read.
     """
-    with open_regular(path) as file:
-        content = file.read(most + 1)
+    if pipes and path.is_fifo():
+        content = _read_pipe(path, most + 1)
+    else:
+        with open_regular(path) as file:
+            content = file.read(most + 1)
     if len(content) > most:
         raise InputError(f"{path}: has more than {most / 2**20:g} MiB; expected a smaller file")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not valid UTF-8 ({error}); expected text in UTF-8") from error
+
+
+def _read_pipe(path: Path, most: int) -> bytes:
+    content, end = b"", time.monotonic() + _MAX_WAIT
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:  # opens without a writer
+        while len(content) < most:
+            if not select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise InputError(f"{path}: a pipe that did not end within {_MAX_WAIT} s; write to it, or name a file")
+            chunk = pipe.read(most - len(content))
+            if not chunk:
+                break
+            content += chunk
+    return content
 
 
 def read_json(path: Path) -> Any:
@@ -74,15 +100,19 @@ def read_json(path: Path) -> Any:
     return value
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, *, pipes: bool = False) -> Any:
     """Reads a file of YAML with plain values only: no tags of Python, no more values than options can have.
+
+    Args:
+        path: A regular file.
+        pipes: As for `read_text`.
 
     Raises:
         InputError: If it holds anything else.
     """
     import yaml
 
-    text = read_text(path)
+    text = read_text(path, MAX_OPTIONS, pipes=pipes)
     try:
         value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         check_size(value)

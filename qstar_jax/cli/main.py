@@ -10,6 +10,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +26,7 @@ from qstar_jax.config.trl import translate
 from qstar_jax.console import shorten_middle, visible
 from qstar_jax.errors import InputError
 from qstar_jax.interruption import Stopped, StopSignals
+from qstar_jax.untrusted import MAX_OPTIONS, check_size, read_text, read_yaml
 
 # Verb -> (its options, what it does); its code is `run` in the module of the same name, imported when it is called.
 VERBS: dict[str, tuple[type, str]] = {
@@ -83,6 +86,13 @@ class Parser(ArgumentParser):
             message += "; put a value of several words, or a pattern such as 'data/*.jsonl', in quotes"
         super().error(_sentence(message), ex)
 
+    def parse_path(self, path: str | os.PathLike, **kwargs: Any) -> Namespace:
+        """Parses a file of options, or a pipe such as `--config <(command)`, with limits on size and time."""
+        try:
+            return self.parse_string(read_text(Path(path), MAX_OPTIONS, pipes=True), str(path), **kwargs)
+        except InputError as error:
+            self.error(f"--config {error}", error)
+
 
 def _options_of(parser: ArgumentParser) -> list[str]:
     return [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
@@ -128,17 +138,50 @@ def _load_value(text: str) -> Any:
     It is read as JSON if it is that, else as YAML, which does not know the surrogate pairs by which JSON writes emojis.
     """
     try:
-        value = json.loads(text) if text.lstrip().startswith(("[", "{", '"')) else _load_yaml(text)
+        value = json.loads(text) if text.lstrip().startswith(("[", "{", '"')) else _load_plain(text)
     except json.JSONDecodeError:
-        value = _load_yaml(text)
+        value = _load_plain(text)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
+    try:
+        check_size(value)
+    except ValueError as error:
+        raise yaml.YAMLError(str(error)) from error
     return drop_unread_defaults(value) if isinstance(value, dict) else value
 
 
+def _load_plain(text: str) -> Any:
+    try:
+        return _load_yaml(text)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
+
+
+def _check_groups(options: type, words: Sequence[str]):
+    """Checks files given for whole groups of options, as in `--loss loss.yaml`, before they are read.
+
+    Raises:
+        InputError: If one is a folder, a pipe or a device, too long, or not UTF-8.
+    """
+    for flag, value in pairwise(part for word in words for part in word.split("=", 1)):
+        is_group = flag.startswith("--") and is_dataclass(_type_of(options, flag.removeprefix("--")))
+        if is_group and os.path.exists(value := os.path.expanduser(value)):
+            try:
+                read_text(Path(value), MAX_OPTIONS)
+            except InputError as error:
+                raise InputError(f"{flag} {error}") from error
+
+
 def _is_flag(options: type, name: str) -> bool:
+    options = _type_of(options, name)
+    return options in (bool, bool | None) or bool in get_args(options)
+
+
+def _type_of(options: Any, name: str) -> Any:
     for part in name.split("."):
         options = getattr(options, "__dataclass_fields__", {}).get(part)
         options = options and options.type
-    return options in (bool, bool | None) or bool in get_args(options)
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     parser = build_parser(words)
     try:
+        if words[:1] and words[0] in VERBS:
+            _check_groups(VERBS[words[0]][0], words)
         parsed = parser.parse_args(_translated(words))
     except InputError as error:
         print(f"qstar: {_sentence(error)}", file=sys.stderr)
@@ -209,9 +254,9 @@ def _translated(words: Sequence[str]) -> list[str]:
         return words
     at = words.index(flag)
     try:
-        given = yaml.safe_load(Path(words[at + 1]).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{flag} {words[at + 1]}: not readable ({str(error).splitlines()[0]})") from error
+        given = read_yaml(Path(words[at + 1]).expanduser(), pipes=True)
+    except InputError as error:
+        raise InputError(f"{flag} {error}") from error
     if not isinstance(given, dict):
         raise InputError(f"{flag} {words[at + 1]}: expected options by name, as `trl dpo --config` reads them")
     options, notes = translate(given)

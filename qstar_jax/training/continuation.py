@@ -5,8 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qstar_jax.config.compare import first_difference, keep_date
 from qstar_jax.data.identity import examples_identity
 from qstar_jax.data.tokenization import Example
@@ -14,6 +12,7 @@ from qstar_jax.errors import InputError
 from qstar_jax.store import hub
 from qstar_jax.store.checkpoints import Description, find_checkpoint
 from qstar_jax.training.plan import RunPlan
+from qstar_jax.untrusted import read_yaml
 
 # Options that a resumed run may change. Those of the first group decide where and how the same numbers are computed,
 # which changes them by rounding at most; those of the second, what is logged and when.
@@ -66,9 +65,9 @@ def check_folder(plan: RunPlan) -> str | None:
     if not path.exists():
         return f"--resume: {out} holds no run yet, so it begins at step 0" if resume else None
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not readable ({str(error).splitlines()[0]}); choose another --out") from error
+        stored = read_yaml(path)
+    except InputError as error:
+        raise InputError(f"{error}; choose another --out") from error
     if not isinstance(stored, dict) or "train" not in stored:
         raise InputError(f"{path} is not of a training run: {out} belongs to another verb; choose another --out")
     if resume:

@@ -232,3 +232,21 @@ def test_texts_are_tokenized_on_all_cores_unless_the_user_says_otherwise(monkeyp
             monkeypatch.delenv("TOKENIZERS_PARALLELISM")
         assert main(["data", str(tmp_path / "nothing.jsonl")]) == 2
         assert os.environ["TOKENIZERS_PARALLELISM"] == expected
+
+
+@pytest.mark.parametrize("flag", ["--config", "--from_trl"])
+def test_options_are_read_from_a_pipe(flag, capsys):
+    """As the shell writes them for `--config <(command)`."""
+    reading, writing = os.pipe()
+    os.write(writing, b"beta: 0.7" if flag == "--from_trl" else b"loss:\n  beta: 0.7")
+    os.close(writing)
+    with pytest.raises(SystemExit) as stop:
+        main(["dpo", flag, f"/dev/fd/{reading}", "--model", "m", "--out", "o", "--print_config"])
+    os.close(reading)
+    assert stop.value.code == 0
+    assert "beta: 0.7" in capsys.readouterr().out
+
+
+def test_a_device_is_no_file_of_a_group_of_options(capsys):
+    assert main(["dpo", "--loss", "/dev/zero", "--model", "m", "--out", "o"]) == 2
+    assert "--loss /dev/zero: not a file (found: a device)" in capsys.readouterr().err

@@ -179,7 +179,7 @@ def test_the_command_line_decides_how_long_a_run_is(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- a", "expected options by name"), ("a: [", "not readable"), (None, "not readable")]
+    ("text", "message"), [("- a", "expected options by name"), ("a: [", "not readable"), (None, "cannot be read")]
 )
 def test_files_that_are_none_of_trl_are_refused(text, message, tmp_path, capsys):
     path = tmp_path / "trl.yaml"

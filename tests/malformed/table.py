@@ -1,8 +1,9 @@
 """All malformed inputs; a new one is an entry of its module."""
 
+import options
 import rows
 import tensors
 
 import configs
 
-CASES = [*configs.CASES, *tensors.CASES, *rows.CASES]
+CASES = [*configs.CASES, *tensors.CASES, *rows.CASES, *options.CASES]
