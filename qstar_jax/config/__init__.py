@@ -27,6 +27,7 @@ from qstar_jax.config.rl import RlConfig as RlConfig
 from qstar_jax.config.rl import RlOptions as RlOptions
 from qstar_jax.config.selection import SelectConfig as SelectConfig
 from qstar_jax.config.train import DpoConfig as DpoConfig
+from qstar_jax.config.train import LogOptions as LogOptions
 from qstar_jax.config.train import LoraOptions as LoraOptions
 from qstar_jax.config.train import SftConfig as SftConfig
 from qstar_jax.config.train import TrainOptions as TrainOptions

@@ -6,7 +6,7 @@ from typing import Literal
 from qstar_jax.config.compute import ComputeOptions, MeshOptions
 from qstar_jax.config.data import DataOptions
 from qstar_jax.config.optimizer import OptimizerOptions
-from qstar_jax.config.train import LoraOptions, TrainOptions
+from qstar_jax.config.train import LogOptions, LoraOptions, TrainOptions
 from qstar_jax.config.variants import option, path, selector
 
 
@@ -110,6 +110,7 @@ class RlConfig:
     reward: RewardOptions = field(default_factory=RewardOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=lambda: TrainOptions(reference_samples=0))
+    log: LogOptions = field(default_factory=LogOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)

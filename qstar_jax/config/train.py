@@ -50,6 +50,8 @@ class TrainOptions:
             those with returns) from a harmful one; 0: none. A resumed run keeps those it began with, or takes 0.
         show_responses: Respond to the prompts of this many held-out rows (of `data.train` if there are none) at each
             evaluation, taking the most likely tokens; responses.jsonl has the responses, the log the first of them.
+        profile: FIRST:LAST, such as 10:13: leaves a trace of the steps FIRST to LAST - 1, counted from 0, in profile/,
+            for `xprof --logdir OUT/profile`; null: none.
     """
 
     steps: int = 0
@@ -68,6 +70,21 @@ class TrainOptions:
     patience: int = 0
     reference_samples: int = 16
     show_responses: int = 0
+    profile: str | None = None
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """Where metrics go besides metrics.jsonl and TensorBoard's files: with all options and the final summary.
+
+    Args:
+        wandb: Project of Weights & Biases (extra `wandb`; WANDB_MODE=offline needs no account); a resumed run goes on
+            there too. null: not sent.
+        trackio: Project of trackio (extra `trackio`); the same.
+    """
+
+    wandb: str | None = None
+    trackio: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,7 @@ class SftConfig:
     data: DataOptions = field(default_factory=DataOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    log: LogOptions = field(default_factory=LogOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
@@ -121,6 +139,7 @@ class DpoConfig:
     weighting: WeightingOptions = field(default_factory=WeightingOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    log: LogOptions = field(default_factory=LogOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)

@@ -20,6 +20,7 @@ FREE_OPTIONS = (
     "out",
     "resume",
     "export",
+    "log",
     "mesh",
     "compute.remat",
     "compute.attention",
@@ -36,6 +37,7 @@ FREE_OPTIONS = (
     "train.save_every",
     "train.keep_checkpoints",
     "train.show_responses",
+    "train.profile",
     "train.reference_samples",  # the first ones stay, or are no longer scored
 )
 HELD_OUT = ("eval", "eval_split", "max_eval_rows")

@@ -5,7 +5,8 @@ It knows nothing of what is minimized: batches come from a source, and everythin
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,11 @@ from qstar_jax.models.causal_lm import Params
 from qstar_jax.training.best import BestEvaluation
 from qstar_jax.training.metrics import COUNT, Metrics, mean_metrics
 from qstar_jax.training.optimizers import count_steps
+from qstar_jax.training.profile import StepProfile
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.source import Source
 from qstar_jax.training.step import TrainState, TrainStep, first_nonfinite
+from qstar_jax.training.wall_time import WallTime
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,10 @@ class Loop:
         respond: `(params, step)` shows what the policy says, at every evaluation.
         best: Which evaluation was the best, if its checkpoint is to be kept.
         log: Where metrics go; None on all but the first process.
+        profile: Traces some of the steps.
         window: Metrics of steps before the first one that are not logged yet.
         stop: Says when to stop before the end.
+        wall_time: Where the wall time goes.
     """
 
     options: TrainOptions
@@ -60,8 +65,10 @@ class Loop:
     respond: Callable[[Params, int], None] | None = None
     best: BestEvaluation | None = None
     log: RunLog | None = None
+    profile: StepProfile | None = None
     window: Sequence[Metrics] = ()
     stop: StopSignals | None = None
+    wall_time: WallTime = field(default_factory=WallTime)
 
     def run(self, state: TrainState, start: int = 0, batch: Any = None) -> tuple[TrainState, dict[str, float]]:
         """Trains from step `start` to the end.
@@ -82,15 +89,24 @@ class Loop:
         """
         if self.stop:
             self.stop.defer()
+        with self.wall_time, self.profile or nullcontext():
+            state, summary = self._run(state, start, batch)
+        return state, summary | self.wall_time.shares()
+
+    def _run(self, state: TrainState, start: int, batch: Any) -> tuple[TrainState, dict[str, float]]:
         summary, evaluation, exhausted = self._begin(state, start)
         window, timed, clock, done = list(self.window), 0, time.perf_counter(), start
         for step in range(start, start if exhausted else self.steps):
             # Take a step. The devices run behind: nothing here waits for them.
-            batch = self.source.at_step(step, state) if batch is None else batch
+            if self.profile:
+                self.profile.before(step, state)
+            batch = self._batch(step, state) if batch is None else batch
             state, metrics = self.train_step(state, batch)
             batch, timed = None, timed + 1
             window.append(metrics)
             done, last = step + 1, step + 1 == self.steps
+            if self.profile:
+                self.profile.after(done, state)
             if step == start:  # the first step of a process compiles, so its time says nothing about speed
                 jax.block_until_ready(metrics)
                 timed, clock = 0, time.perf_counter()
@@ -111,8 +127,8 @@ class Loop:
                     evaluation = self._evaluate(state, done)
                     saves |= self.best is not None and self.best.step == done
                     last |= self.best is not None and self.best.is_exhausted
-                if (saves or last) and self.save:
-                    self.save(state, done, ())
+                if saves or last:
+                    self._save(state, done)
                 timed, clock = 0, time.perf_counter()
             if self.log:
                 self.log.advance(done)
@@ -143,9 +159,17 @@ class Loop:
         """Saves and raises; where the state is not finite, that is the error."""
         if window:
             self._stop_if_not_finite(state, done - len(window), mean_metrics(window))
-        if self.save:
-            self.save(state, done, window)
+        self._save(state, done, window)
         raise self.stop.stopped(f"stopped after step {done} of {self.steps}, which is saved")
+
+    def _batch(self, step: int, state: TrainState) -> Any:
+        with self.wall_time.part("data"):
+            return self.source.at_step(step, state)
+
+    def _save(self, state: TrainState, done: int, window: Sequence[Metrics] = ()):
+        if self.save:
+            with self.wall_time.part("saving"):
+                self.save(state, done, window)
 
     def _is_due(self, step: int, interval: float) -> bool:
         every = count_steps(interval, self.steps)
@@ -164,6 +188,7 @@ class Loop:
         if seconds is not None:
             means["perf/seconds_per_step"] = seconds
             means |= self.throughput(counts, seconds) if self.throughput else {}
+        means |= self.wall_time.shares()
         if self.log:
             self.log.write(step, means)
         return means
@@ -180,7 +205,7 @@ class Loop:
         kept = "earlier checkpoints are untouched"
         if self.save and step > 0 and first_nonfinite(state.params) is None:
             if step > since or not self._is_due(step, self.options.save_every):
-                self.save(state, step, ())
+                self._save(state, step)
             kept = f"the state before it is kept as checkpoint {step}, from which another run can begin (--model)"
         raise FloatingPointError(
             f"step {step} of {self.source.name}: loss {means['loss']}, grad_norm {means['grad_norm']}{cause}; {kept}. "
@@ -190,12 +215,13 @@ class Loop:
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         means = {}
-        for evaluate in self.evaluators:
-            means |= evaluate(state.policy, state.ref_params)
-        if self.best and step > 0:
-            self.best.add(step, means)  # first: what the log has, is not repeated
-        if self.log and means:
-            self.log.write(step, means)
-        if self.respond:
-            self.respond(state.policy, step)
+        with self.wall_time.part("evaluation"):
+            for evaluate in self.evaluators:
+                means |= evaluate(state.policy, state.ref_params)
+            if self.best and step > 0:
+                self.best.add(step, means)  # first: what the log has, is not repeated
+            if self.log and means:
+                self.log.write(step, means)
+            if self.respond:
+                self.respond(state.policy, step)
         return means

@@ -11,7 +11,9 @@ from qstar_jax.config.variants import check_variant, declarations, fill_in
 from qstar_jax.errors import InputError
 from qstar_jax.losses import TOKEN_WEIGHTS, make_loss
 from qstar_jax.training.objectives import Objective, Weigh, preference_objective, sft_objective, single_objective
+from qstar_jax.training.profile import profile_range
 from qstar_jax.training.reference import resolve_reference
+from qstar_jax.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def _weigh(options: WeightingOptions) -> Weigh | None:
 def check_train(config: SftConfig | DpoConfig | RlConfig, metrics: Collection[str]):
     """Refuses training options that contradict each other; `metrics` are those by which a run may be judged best."""
     train = config.train
+    check_trackers(config.log)
+    profile_range(train.profile)
     if train.epochs is not None and train.steps:
         raise InputError(f"train.steps {train.steps} and train.epochs {train.epochs} contradict each other; set one")
     if train.epochs is not None and train.epochs <= 0:

@@ -40,11 +40,13 @@ from qstar_jax.training.objectives import LossFn
 from qstar_jax.training.objectives.responses import token_counts
 from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from qstar_jax.training.plan import RunPlan, make_plan
+from qstar_jax.training.profile import make_profile
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.setup import Start, build_state, describe, find_start, jit_step, saved_arrays
 from qstar_jax.training.source import DatasetSource
 from qstar_jax.training.step import TrainState
 from qstar_jax.training.throughput import Throughput, peak_flops, peak_memory_bytes
+from qstar_jax.training.trackers import Trackers
 
 SUMMARY = "summary.json"
 
@@ -108,27 +110,28 @@ def train(
     plan = announce(make_plan(config), console)
     mesh = make_mesh(plan.config.mesh)
     keep_programs()
-    with (
-        use_mesh(mesh, plan.config.compute.dtype),
-        StopSignals() as stop,
-        sole_writer(plan.out),
-        CheckpointStore(plan.out, plan.config.train.keep_checkpoints) as store,
-    ):
-        # Start: open the model or a checkpoint, and the data.
-        run = _prepare(plan, store, mesh, console, change)
-        if is_complete(run):
-            return read_summary(run)
-        run = replace(run, inputs=with_cached_reference(run.plan, run.start, run.inputs, console))
-        # State: put parameters and optimizer on the mesh.
-        state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
-        begin_folder(run)
-        # Loop: train, evaluate and save.
-        with open_log(run, watch) as log:
-            probe = make_probe(run.plan, run.start, state.policy, run.inputs.prompts, mesh, console)
-            loop, batch = _make_loop(run, state, store, probe, log, stop)
-            _, summary = loop.run(state, run.start.step, batch)
-    # Summary.
-    return finish(run, summary, probe, time.perf_counter() - began)
+    with Trackers(plan.config.log, plan.out) as trackers:
+        with (
+            use_mesh(mesh, plan.config.compute.dtype),
+            StopSignals() as stop,
+            sole_writer(plan.out),
+            CheckpointStore(plan.out, plan.config.train.keep_checkpoints) as store,
+        ):
+            # Start: open the model or a checkpoint, and the data.
+            run = _prepare(plan, store, mesh, console, change)
+            if is_complete(run):
+                return read_summary(run)
+            run = replace(run, inputs=with_cached_reference(run.plan, run.start, run.inputs, console))
+            # State: put parameters and optimizer on the mesh.
+            state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
+            begin_folder(run)
+            # Loop: train, evaluate and save.
+            with open_log(run, watch, trackers) as log:
+                probe = make_probe(run.plan, run.start, state.policy, run.inputs.prompts, mesh, console)
+                loop, batch = _make_loop(run, state, store, probe, log, stop)
+                _, summary = loop.run(state, run.start.step, batch)
+        # Summary.
+        return finish(run, summary, probe, time.perf_counter() - began, trackers)
 
 
 def announce(plan: RunPlan, console: Console) -> RunPlan:
@@ -208,13 +211,14 @@ def begin_folder(run: Run):
     (run.plan.out / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def open_log(run: Run, watch: Callable[[], None] | None) -> AbstractContextManager[RunLog | None]:
+def open_log(run: Run, watch: Callable[[], None] | None, trackers: Trackers) -> AbstractContextManager[RunLog | None]:
     """The log, on the first process only."""
     if jax.process_index() != 0:
         return nullcontext()
     headline = (*run.plan.objective.headline, "perf/tokens_per_second")
     progress = {"steps": run.steps, "start": run.start.step, "console": run.console}
-    return RunLog(run.plan.out, **progress, headline=headline, watch=watch)
+    trackers.start(asdict(run.plan.config), run.start.step)
+    return RunLog(run.plan.out, **progress, headline=headline, watch=watch, trackers=trackers)
 
 
 def _make_loop(
@@ -252,6 +256,7 @@ def _make_loop(
         respond=make_responder(plan, run.start, run.inputs.prompts.dataset, run.mesh, run.console),
         best=run.best,
         log=log,
+        profile=make_profile(options.profile, plan.out, run.steps),
         window=run.start.window,
         stop=stop,
     )
@@ -272,14 +277,17 @@ def _estimate(run: Run, state: TrainState, batch: Batch, throughput: Throughput)
     )
 
 
-def finish(run: Run, summary: dict[str, float], probe: Probe | None, seconds: float) -> dict[str, float | str]:
-    """Completes the summary, and writes it."""
+def finish(
+    run: Run, summary: dict[str, float], probe: Probe | None, seconds: float, trackers: Trackers
+) -> dict[str, float | str]:
+    """Completes the summary, writes it, and sends it to the trackers."""
     summary = {"steps": run.steps} | summary | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
     if probe and (verdict := probe.verdict(summary)):
         summary["verdict"] = verdict
         say(run.console, f"verdict: {verdict}")
     if jax.process_index() == 0:
         write_json(run.plan.out / SUMMARY, summary)
+        trackers.summarize(summary)
         if best := read_best(run.plan.out):
             evaluation = f"{best['metric']} {best['value']:.4g} at step {best['step']}"
             say(run.console, f"best: {evaluation}, whose checkpoint other verbs read")

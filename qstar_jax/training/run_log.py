@@ -8,6 +8,7 @@ from rich.console import Console
 
 from qstar_jax.console import Bar, say
 from qstar_jax.store.files import write_atomically
+from qstar_jax.training.trackers import Trackers
 
 
 class RunLog:
@@ -20,6 +21,7 @@ class RunLog:
         console: Where to show progress.
         headline: Metrics that the terminal shows.
         watch: Called after every line of metrics.
+        trackers: Where each line is sent, too.
     """
 
     def __init__(
@@ -31,10 +33,12 @@ class RunLog:
         console: Console,
         headline: tuple[str, ...] = ("loss",),
         watch: Callable[[], None] | None = None,
+        trackers: Trackers | None = None,
     ):
         from tensorboardX import SummaryWriter
 
         self.console, self._headline, self._watch = console, headline, watch
+        self._trackers = trackers
         path = folder / "metrics.jsonl"
         kept = _lines_before(path, start) if path.exists() else []
         write_atomically(path, "".join(f"{json.dumps(metrics)}\n" for metrics in kept).encode())
@@ -93,6 +97,8 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         self._to_board(step, metrics)
+        if self._trackers:
+            self._trackers.log(step, metrics)
         prefix = "eval_" if any(name.startswith("eval_") for name in metrics) else ""
         shown = [(name, metrics[prefix + name]) for name in self._headline if prefix + name in metrics]
         text = "  ".join(f"{prefix}{name} {value:.4g}" for name, value in shown)

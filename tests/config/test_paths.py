@@ -20,6 +20,7 @@ WORDS = {
     "right", "pattern", "step_ends",
     "prompt", "system", "split", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url",
     "loss.name", "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies", "game",
+    "log.wandb", "log.trackio", "train.profile",
     "reward.answer", "reward.extract", "completion", "label", "reward", "wrong_step", "step_delimiter",
 }  # fmt: skip
 COLUMNS = """name train_split eval_split prompt chosen rejected completion label reward reference_rewards tools system

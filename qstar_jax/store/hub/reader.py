@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from qstar_jax.config import ComputeOptions
+from qstar_jax.console import track
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
@@ -22,6 +24,7 @@ from qstar_jax.store.hub.shards import INDEX
 NUMBER_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names; others are quantized
 SINGLE = "model.safetensors"
 _CHUNK = 4096  # rows to compare at a time
+_MOMENT = 1.0  # seconds that reading takes before there is a bar
 
 
 class TensorFiles:
@@ -219,7 +222,15 @@ def read_params(folder: Path, model: CausalLM, shardings: Params, besides: Colle
 
         return jax.make_array_from_callback(abstract.shape, sharding, read_shard)
 
-    return jax.tree_util.tree_map_with_path(read, model.abstract_params(), shardings)
+    params, tree = jax.tree_util.tree_flatten_with_path(model.abstract_params())
+    work = [
+        (path, abstract, sharding)
+        for (path, abstract), sharding in zip(params, tree.flatten_up_to(shardings), strict=True)
+    ]
+    console = Console(quiet=jax.process_index() != 0)
+    return tree.unflatten(
+        read(*part) for part in track(console, work, f"reading {folder.name}", len(work), after=_MOMENT)
+    )
 
 
 def warn_outside(path: Path, names: Iterable[str], family: Family):

@@ -32,6 +32,7 @@ from qstar_jax.training.objectives.policy_gradient import sample_metrics
 from qstar_jax.training.objectives.responses import token_counts
 from qstar_jax.training.optimizers import count_steps, learning_rate_schedule, make_optimizer
 from qstar_jax.training.plan import RunPlan
+from qstar_jax.training.profile import make_profile
 from qstar_jax.training.rl.batches import Batcher
 from qstar_jax.training.rl.evaluator import SampleEvaluator
 from qstar_jax.training.rl.guide import open_guide
@@ -56,6 +57,7 @@ from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.setup import build_state, describe, find_start, state_shardings
 from qstar_jax.training.step import TrainState, make_train_step
 from qstar_jax.training.throughput import Throughput
+from qstar_jax.training.trackers import Trackers
 
 TOLERANCE = 1e-3  # nats: what sampler and training pass may differ by at one token, on average
 
@@ -89,25 +91,26 @@ def train_rl(
     plan = announce(make_rl_plan(config), console)
     mesh = make_mesh(plan.config.mesh)
     keep_programs()
-    with (
-        use_mesh(mesh, plan.config.compute.dtype),
-        StopSignals() as stop,
-        sole_writer(plan.out),
-        CheckpointStore(plan.out, plan.config.train.keep_checkpoints) as store,
-    ):
-        # Start: open the model or a checkpoint, the guide, and the prompts.
-        run, guide = _prepare(plan, store, mesh, console)
-        if is_complete(run):
-            return read_summary(run)
-        # State: put parameters and optimizer on the mesh.
-        state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
-        begin_folder(run)
-        # Loop: sample, train, evaluate and save.
-        with open_log(run, watch) as log:
-            loop = _make_loop(run, guide, make_reward, state, store, log, stop)
-            _, summary = loop.run(state, run.start.step)
-    # Summary.
-    return finish(run, summary, None, time.perf_counter() - began)
+    with Trackers(plan.config.log, plan.out) as trackers:
+        with (
+            use_mesh(mesh, plan.config.compute.dtype),
+            StopSignals() as stop,
+            sole_writer(plan.out),
+            CheckpointStore(plan.out, plan.config.train.keep_checkpoints) as store,
+        ):
+            # Start: open the model or a checkpoint, the guide, and the prompts.
+            run, guide = _prepare(plan, store, mesh, console)
+            if is_complete(run):
+                return read_summary(run)
+            # State: put parameters and optimizer on the mesh.
+            state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
+            begin_folder(run)
+            # Loop: sample, train, evaluate and save.
+            with open_log(run, watch, trackers) as log:
+                loop = _make_loop(run, guide, make_reward, state, store, log, stop)
+                _, summary = loop.run(state, run.start.step)
+        # Summary.
+        return finish(run, summary, None, time.perf_counter() - began, trackers)
 
 
 def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console) -> tuple[Run, Guide | None]:
@@ -174,6 +177,7 @@ def _make_loop(
         respond=make_responder(plan, run.start, shown, run.mesh, run.console, limit=config.rl.max_new_tokens),
         best=run.best,
         log=log,
+        profile=make_profile(config.train.profile, plan.out, run.steps),
         window=run.start.window,
         stop=stop,
     )
