@@ -5,12 +5,16 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "faults"))
+from damage import damage, flip
 
 from qstar_jax.errors import InputError
 from qstar_jax.store.checkpoints import (
@@ -54,41 +58,6 @@ def written(tmp_path_factory):
 @pytest.fixture
 def run(written, tmp_path):
     return shutil.copytree(written, tmp_path / "run")
-
-
-def flip(path: Path, rng: random.Random):
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-def truncate(path: Path, rng: random.Random):
-    os.truncate(path, rng.randrange(path.stat().st_size))
-
-
-def blank(path: Path, _: random.Random):
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def remove(path: Path, _: random.Random):
-    path.unlink()
-
-
-def damage(folder: Path, seed: int) -> str:
-    """Damages a checkpoint in a way of `seed`; returns what was done."""
-    rng = random.Random(seed)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    match seed % 6:
-        case 4:  # half deleted
-            for path in rng.sample(files, len(files) // 2):
-                path.unlink()
-            return "half"
-        case 5:
-            shutil.rmtree(folder / rng.choice(["params", "description"]))
-            return "a part"
-    way, path = (flip, truncate, blank, remove)[seed % 6], rng.choice(files)
-    way(path, rng)
-    return f"{way.__name__} {path.relative_to(folder)}"
 
 
 @pytest.mark.parametrize("seed", range(30))
