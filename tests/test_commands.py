@@ -44,6 +44,7 @@ NOT_RUN = {
     "qstar select": "reads several solutions of each question; see tests/evaluation/insights/test_selection.py",
     "qstar pairs": "reads many samples of each prompt; see tests/evaluation/test_pairs.py",
     "qstar rl": "minutes; see tests/training/rl/",
+    "qstar pipeline": "rows that people compare lie between its commands; see tests/pipeline/",
     "qstar control": "minutes, and a simulator; see tests/control/test_run.py",
     "python -m qstar_jax.demo.equivalence": "minutes; see tests/demo/test_equivalence.py",
     "python tests/benchmarks": "minutes on a quiet machine; see tests/benchmarks/test_worker.py",

@@ -31,7 +31,8 @@ def options(monkeypatch):
         seen, verb = [], name.partition("_")[0]
         monkeypatch.setattr(f"qstar_jax.cli.{verb}.run", seen.append)
         given = yaml.safe_load(PATHS[name].read_text())
-        words = [word for key in ("model", "out") if key not in given for word in (f"--{key}", key)]
+        needed = ("out",) if verb == "pipeline" else ("model", "out")
+        words = [word for key in needed if key not in given for word in (f"--{key}", key)]
         assert main([verb, "--config", str(PATHS[name]), *words]) == 0
         return given, seen[0]
 
@@ -42,6 +43,9 @@ def assert_holds(found: dict, given: dict):
     for name, value in given.items():
         if isinstance(value, dict) and name != "chat_template_kwargs":
             assert_holds(found[name], value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for part, given_part in zip(found[name], value, strict=True):
+                assert_holds(part, given_part)
         else:
             assert found[name] == value, name
 

@@ -36,6 +36,10 @@ VERBS: dict[str, tuple[type, str]] = {
     "dpo": (config.DpoConfig, "train on preference pairs"),
     "rl": (config.RlConfig, "train on a reward, by reinforcement learning on the policy's own samples"),
     "control": (config.ControlConfig, "train policies over continuous actions on preferences between segments (CPL)"),
+    "pipeline": (
+        config.PipelineConfig,
+        "train several models, one after the other, on preferences between final outputs",
+    ),
     "plan": (config.PlanConfig, "compile a run's step for hardware that is not there, and say what it needs"),
     "score": (config.ScoreConfig, "score every token of every response by its reward"),
     "pairs": (config.PairsConfig, "make preference pairs of scored samples, or of their steps (Step-DPO)"),

@@ -21,6 +21,8 @@ from qstar_jax.config.loss import ReferenceOptions as ReferenceOptions
 from qstar_jax.config.loss import WeightingOptions as WeightingOptions
 from qstar_jax.config.optimizer import OptimizerOptions as OptimizerOptions
 from qstar_jax.config.pairs import PairsConfig as PairsConfig
+from qstar_jax.config.pipeline import PipelineConfig as PipelineConfig
+from qstar_jax.config.pipeline import StageOptions as StageOptions
 from qstar_jax.config.plan import PlanConfig as PlanConfig
 from qstar_jax.config.rl import RewardOptions as RewardOptions
 from qstar_jax.config.rl import RlConfig as RlConfig

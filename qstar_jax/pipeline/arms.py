@@ -86,6 +86,7 @@ def train_arm(
     optimizer: optax.GradientTransformation,
     steps: int,
     measure_every: int,
+    accumulate: int = 1,
 ) -> tuple[dict[str, Any], list[Point]]:
     """Trains a pipeline by one of `make_arms`, from its reference, and measures it on the way.
 
@@ -98,6 +99,7 @@ def train_arm(
         optimizer: The optax transformation.
         steps: Optimizer steps.
         measure_every: Steps between measurements.
+        accumulate: Micro-batches per step, along a leading axis of the source's batches.
 
     Returns:
         Parameters at the end, by stage, and the curve: a point before the first step, and after every interval.
@@ -111,10 +113,11 @@ def train_arm(
         curve.append(meter({**params, **moved}, ref_params, step=len(curve) * measure_every))
         return {"reward": curve[-1].reward, "kl": curve[-1].total_kl}
 
+    step = make_train_step(pipeline_loss_fn(meter.stages_of, compare), optimizer, accumulate=accumulate)
     loop = Loop(
         options=TrainOptions(log_every=0, eval_every=measure_every),
         steps=steps,
-        train_step=jax.jit(make_train_step(pipeline_loss_fn(meter.stages_of, compare), optimizer)),
+        train_step=jax.jit(step),
         source=source,
         evaluators=[measure],
     )

@@ -70,13 +70,19 @@ class Start:
         return [{name: tuple(pair) for name, pair in metrics.items()} for metrics in window]
 
 
-def find_start(plan: RunPlan, store: CheckpointStore, mesh: Mesh) -> Start:
+def find_start(plan: RunPlan, store: CheckpointStore, mesh: Mesh, step: int | None = None) -> Start:
     """Opens the model, or the checkpoint from which the run resumes.
+
+    Args:
+        plan: The run.
+        store: Its checkpoints.
+        mesh: Devices.
+        step: Step of the checkpoint; the newest that is whole by default.
 
     Raises:
         InputError: If the model cannot be used, or the run in `out` was made with other options.
     """
-    config, step = plan.config, store.newest_whole()
+    config, step = plan.config, store.newest_whole() if step is None else step
     if step is None:
         loaded = load_model(config.model, config.compute, mesh, config.mesh)
         model = with_adapter(loaded.model, config.lora)

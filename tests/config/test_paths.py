@@ -14,6 +14,7 @@ PATHS = {
     "judge.cache", "export", "credit", "reward.model", "reward.reference", "reward.guide",
     "sweep", "decline", "control", "dialogue", "steps", "with_sft", "without_sft", "samples",
     "generations", "scores", "selection", "reasoning", "task", "diffusion",
+    "run", "stages.model", "data.prompts",
 }  # fmt: skip
 # Options that are text and no path.
 WORDS = {
@@ -22,6 +23,7 @@ WORDS = {
     "loss.name", "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies", "game",
     "log.wandb", "log.trackio", "train.profile",
     "reward.answer", "reward.extract", "completion", "label", "reward", "wrong_step", "step_delimiter",
+    "stages.name", "stages.template", "stages.lora.targets", "data.split",
 }  # fmt: skip
 COLUMNS = """name train_split eval_split prompt chosen rejected completion label reward reference_rewards tools system
     date step_delimiter""".split()
@@ -87,6 +89,8 @@ def texts(options, prefix=""):
             yield from texts(kind, f"{name}.")
         elif "GuidancePair" in str(kind):
             yield from texts(config.GuidancePair, f"{name}.")
+        elif "StageOptions" in str(kind):
+            yield from texts(config.StageOptions, f"{name}.")
         elif "Literal" not in str(kind) and "dict" not in str(kind) and "str" in str(kind):
             yield name, field.metadata.get("path", False)
 

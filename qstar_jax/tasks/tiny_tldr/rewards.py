@@ -48,6 +48,22 @@ def true_reward(post: Post, summary: str) -> float:
     return sum(true_rewards(post, summary))
 
 
+def stated_facts(text: str) -> dict[str, str]:
+    """Reads which value a text states for each fact, the first one if there are several; words joined by spaces."""
+    tokens, start, stated = split_words(text), 0, {}
+    while start < len(tokens):
+        fact, length = _value_at(tokens, start)
+        if fact is not None:
+            stated.setdefault(fact, " ".join(tokens[start : start + length]))
+        start += length
+    return stated
+
+
+def is_wrong(post: Post, text: str) -> bool:
+    """Whether a text states, before its first full stop, a value that is not the post's."""
+    return any(reward <= WRONG for reward in true_rewards(post, text)[:-1])
+
+
 # A value is recognized by its first word; each further word must be in its list.
 _VALUES: tuple[tuple[str, tuple[list[str], ...]], ...] = (
     ("who", (words.WOMEN + words.MEN, words.LAST_NAMES)),
