@@ -69,12 +69,12 @@ class RunSamplesOptions:
     """Runs of the whole pipeline, for `mode sample` and for evaluations.
 
     Args:
-        label: How two runs to a prompt are compared by `task`: `bradley_terry` prefers one with probability
+        label: How `mode sample` compares two runs to a prompt by `task`: `bradley_terry` prefers one with probability
             sigma(difference of true rewards), `best` the better one; `none` leaves that to people. null: bradley_terry
             with a task, else none.
         batch_size: Prompts at a time.
         seed: Seed of samples and labels.
-        temperature: Divides the logits of all stages.
+        temperature: Divides the logits of all stages in `mode sample`; evaluations sample the policies as they are.
         eval_prompts: Prompts of `data.eval` to which the pipeline is sampled at each evaluation of a training, for the
             KL of each stage and the true reward of `task`; 0: none.
     """
@@ -96,12 +96,15 @@ class PipelineConfig:
             `mode score` scores.jsonl and summary.json.
         mode: `train` trains; `sample` makes rows of preferences from two runs of the pipeline to each prompt; `score`
             splits the reward of each row of `data.eval` among the stages of a finished run: which is to blame. One
-            file may serve all three; each reads the options that it needs.
+            file may serve `train` and `sample`, and each reads its part. `sample` reads `stages` or `run`, `task`,
+            `data.prompts`, `data.split`, `data.max_prompts`, and `samples` but `eval_prompts`; `score` reads `run`,
+            `data.eval`, `data.max_eval_rows`, `data.layout`, `train.eval_batch_size` and `train.batch_size`; both read
+            `compute` and `mesh`. `train` reads all but `run`, the prompts, `samples.label` and `samples.temperature`.
         stages: The models, in their order; each is {name: ..., model: ..., template: ...}.
         run: Folder of a finished training whose stages are scored, or sampled, instead of `stages`.
         task: Built-in task that knows the true reward of what comes out at the end, such as builtin:tiny-tldr.
         resume: Continue from the newest checkpoint that all stages have, with the options and data that the run began
-            with; without a checkpoint, begin at step 0.
+            with; without a checkpoint, begin at step 0. `auto` means the same: launchers may always pass it.
         optimizer: The optimizer of each stage, with a state and a gradient norm of its own.
         train: A row is a pair of runs.
     """
@@ -111,7 +114,7 @@ class PipelineConfig:
     stages: list[StageOptions] = field(default_factory=list)
     run: str | None = path(None)
     task: str | None = path(None)
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     data: PipelineDataOptions = field(default_factory=PipelineDataOptions)
     samples: RunSamplesOptions = field(default_factory=RunSamplesOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)

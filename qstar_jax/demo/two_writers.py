@@ -37,9 +37,10 @@ from qstar_jax.models.causal_lm import Params
 from qstar_jax.pipeline import LanguageStage, Meter, Point, make_arms, sample, stage_rewards, train_arm
 from qstar_jax.pipeline.plan import make_pipeline_plan
 from qstar_jax.pipeline.rows import PairFeeder, PairRow, row_examples
-from qstar_jax.pipeline.run import by_stage, language_stages
 from qstar_jax.pipeline.sampling import draw_runs, make_rows
 from qstar_jax.pipeline.stage import Outputs
+from qstar_jax.pipeline.start import language_stages
+from qstar_jax.pipeline.state import by_stage
 from qstar_jax.scoring import score_policy
 from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.files import write_json
@@ -54,8 +55,8 @@ from qstar_jax.training.source import DatasetSource
 NAMES = ("outline", "text")
 BETA = 0.3
 SFT = {"steps": 100, "batch_size": 64, "accumulate": 16}
-PAIRS, STEPS, BATCH, MICRO_BATCHES = 1024, 40, 24, 3
-MEASURED, MEASURE_EVERY, BLAMED = 128, 10, 512
+PAIRS, STEPS, BATCH, MICRO_BATCHES = 480, 20, 24, 3
+MEASURED, MEASURE_EVERY, BLAMED = 128, 5, 384
 RATE = 5e-4
 COMPUTE = ComputeOptions(attention="dense")
 
@@ -115,7 +116,7 @@ def prepare(out: Path, seed: int, mesh: Mesh, console: Console) -> Setting:
     )
     plan = make_pipeline_plan(config)
     loaded = {stage.name: load_model(stage.model, COMPUTE, mesh, MeshOptions()) for stage in config.stages}
-    stages = language_stages(plan, loaded, mesh)
+    stages = language_stages(plan, loaded, mesh, temperature=1.0)
     params = {name: model.params for name, model in loaded.items()}
     posts = prompts(PAIRS, seed)
     draw = partial(draw_runs, stages, params, posts, batch_size=MEASURED)

@@ -16,12 +16,12 @@ from qstar_jax.console import say, track
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.data.reading import read_rows
 from qstar_jax.errors import InputError
-from qstar_jax.pipeline.objective import PreferenceBatch
+from qstar_jax.pipeline.evaluator import reward_of
 from qstar_jax.pipeline.plan import PipelinePlan, make_pipeline_plan
 from qstar_jax.pipeline.rows import PairFeeder, PairRow, read_pairs, row_examples
-from qstar_jax.pipeline.run import language_stages, reward_of
 from qstar_jax.pipeline.sampling import draw_runs, make_rows
 from qstar_jax.pipeline.stage import pair_rewards
+from qstar_jax.pipeline.start import language_stages
 from qstar_jax.pipeline.template import PROMPT
 from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.files import write_atomically, write_json
@@ -51,13 +51,13 @@ def sample_pipeline(config: PipelineConfig, console: Console | None = None) -> l
     keep_programs()
     with use_mesh(mesh, config.compute.dtype):
         prompts, models = _read_prompts(plan), _load(plan, mesh)
-        stages = language_stages(plan, models, mesh)
+        stages = language_stages(plan, models, mesh, temperature=samples.temperature)
         params = {name: loaded.params for name, loaded in models.items()}
 
         def draw(number: int) -> list:
             key = jax.random.fold_in(jax.random.key(samples.seed), number)
-            show = _tracker(console)
-            return draw_runs(stages, params, prompts, key=key, batch_size=samples.batch_size, track=show)
+            sizes = {"batch_size": samples.batch_size, "track": partial(track, console)}
+            return draw_runs(stages, params, prompts, key=key, **sizes)
 
         reward = None if plan.task is None else (lambda prompt, text: reward_of(plan, prompt, text))
         rows, left_out = make_rows(prompts, draw(0), draw(1), reward=reward, label=label, seed=samples.seed)
@@ -94,19 +94,17 @@ def score_pipeline(config: PipelineConfig, console: Console | None = None) -> di
         rows = read_pairs(config.data.eval, names, config.data.max_eval_rows)
         models = _load(plan, mesh, trained)
         references = {name: _reference(plan, loaded, mesh) for name, loaded in models.items()}
-        stages = language_stages(plan, models, mesh)
+        stages = language_stages(plan, models, mesh, temperature=1.0)
+        made = [stage.stage(references.get(stage.name)) for stage in stages]
         own = [models[name].params if name in trained else None for name in names]
-
-        @jax.jit
-        def rewards_of(params: list, references: dict[str, Any], batch: PreferenceBatch) -> jax.Array:
-            made = [stage.stage(references.get(stage.name)) for stage in stages]
-            return pair_rewards(made, params, None, batch.chosen, batch.rejected)
-
         examples = row_examples(stages, rows, config.data.eval, trained=trained)
         size = config.train.eval_batch_size or config.train.batch_size
         feeder = PairFeeder(examples, config.data.eval, size, mesh, config.data.layout, "train.eval_batch_size")
-        batches = _tracker(console)(feeder.in_order(), "rewards by stage", feeder.batches)
-        rewards = np.concatenate([jax.device_get(rewards_of(own, references, batch)) for batch in batches])
+        batches = track(console, feeder.in_order(), "rewards by stage", feeder.batches)
+        # Stages compile programs of their own, which both runs of a pair share.
+        rewards = np.concatenate(
+            [jax.device_get(pair_rewards(made, own, batch.prompt, batch.chosen, batch.rejected)) for batch in batches]
+        )
     lines = [_line(row, names, trained, one) for row, one in zip(rows, rewards[: len(rows)], strict=True)]
     summary = _summary(lines, names)
     if jax.process_index() == 0:
@@ -115,10 +113,6 @@ def score_pipeline(config: PipelineConfig, console: Console | None = None) -> di
         _print(summary, console)
         say(console, f"{plan.out / SCORES}: {len(lines)} rows")
     return summary
-
-
-def _tracker(console: Console) -> Any:
-    return lambda items, description, total: track(console, items, description, total)
 
 
 def _read_prompts(plan: PipelinePlan) -> list[str]:

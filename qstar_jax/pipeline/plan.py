@@ -7,29 +7,19 @@ from pathlib import Path
 
 import yaml
 
-from qstar_jax.config import (
-    DataOptions,
-    DpoConfig,
-    LoraOptions,
-    LossOptions,
-    PipelineConfig,
-    StageOptions,
-)
+from qstar_jax.config import DataOptions, DpoConfig, LoraOptions, LossOptions, PipelineConfig, StageOptions
 from qstar_jax.config.compare import first_difference
 from qstar_jax.config.paths import check_paths
 from qstar_jax.errors import InputError
 from qstar_jax.pipeline.template import PROMPT, Template
 from qstar_jax.tasks import Task, find
-from qstar_jax.training.continuation import check_folder
+from qstar_jax.training.continuation import FREE_OPTIONS, check_folder
 from qstar_jax.training.plan import RunPlan, make_plan
 
 VERB = "pipeline"
 _RESERVED = (PROMPT, "tensorboard")  # the user's prompt in templates; a folder of the run
-# Options that a resumed run may change, as those of `qstar dpo`.
-_FREE = ("resume", "out", "mesh", "compute.remat", "compute.attention", "compute.scan_layers", "data.eval")
-_FREE += ("data.max_eval_rows", "data.prompts", "data.split", "data.max_prompts", "samples")
-_FREE += tuple(f"train.{name}" for name in ("eval_batch_size", "log_every", "eval_every", "save_every"))
-_FREE += ("train.keep_checkpoints",)
+# Options that a resumed run may change: those of `qstar dpo`, and those of other modes and of evaluations.
+_FREE = (*FREE_OPTIONS, "data.prompts", "data.split", "data.max_prompts", "samples")
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ def make_pipeline_plan(config: PipelineConfig) -> PipelinePlan:
     check_stages(config.stages)
     task = _find_task(config)
     if config.mode != "train":
-        _check_unused(config)
+        _check_finished(config)
         return PipelinePlan(config, task, {})
     _check_training(config)
     plan = PipelinePlan(config, task, {})
@@ -155,8 +145,8 @@ def _find_task(config: PipelineConfig) -> Task | None:
     return found[0]
 
 
-def _check_unused(config: PipelineConfig):
-    """Refuses what `mode sample` and `mode score` lack or do not read."""
+def _check_finished(config: PipelineConfig):
+    """Refuses what `mode sample` and `mode score` lack, and what would mislead there."""
     if config.resume:
         raise InputError(f"--resume has no effect with mode {config.mode}; remove it")
     if config.mode == "sample" and not config.data.prompts:
@@ -165,6 +155,8 @@ def _check_unused(config: PipelineConfig):
         raise InputError("mode score needs --run: the folder of a training, whose rewards are split among its stages")
     if config.mode == "score" and not config.data.eval:
         raise InputError("mode score needs --data.eval: the rows whose rewards are split")
+    if (Path(config.out).expanduser() / "config.yaml").exists():
+        raise InputError(f"{config.out} holds a training; choose another --out for mode {config.mode}")
     _check_samples(config)
 
 
@@ -223,15 +215,19 @@ def check_run_folder(plan: PipelinePlan) -> list[str]:
     Raises:
         InputError: If they hold another run, or one that is not to be resumed.
     """
-    path = plan.out / "config.yaml"
-    if plan.config.resume and path.is_file():
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        stored = stored if isinstance(stored, dict) else {}
-        different = first_difference(stored, asdict(plan.config), _FREE)
-        if different:
+    path, config = plan.out / "config.yaml", plan.config
+    if path.is_file():
+        try:
+            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: not readable ({str(error).splitlines()[0]}); choose another --out") from error
+        if not isinstance(stored, dict) or "stages" not in stored:
+            raise InputError(f"{path} is of another verb than pipeline; choose another --out")
+        different = first_difference(stored, asdict(config), _FREE)
+        if config.resume and different:
             name, before, now = different
             raise InputError(
-                f"--resume: {name} was {before!r} in {plan.config.out} and is {now!r} now; a run resumes with the "
+                f"--resume: {name} was {before!r} in {config.out} and is {now!r} now; a run resumes with the "
                 "options it began with (or starts over in another --out)"
             )
     return [note for run in plan.runs.values() if (note := check_folder(run))]

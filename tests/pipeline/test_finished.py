@@ -13,36 +13,6 @@ from qstar_jax.pipeline.plan import make_pipeline_plan
 from qstar_jax.pipeline.rows import PairRow, read_pairs
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, make_pipeline, run_mode):
-    out = tmp_path_factory.mktemp("runs") / "p"
-    data, samples = {"max_train_rows": 8}, {"eval_prompts": 0}
-    summary = run_mode(make_pipeline(out, data=data, samples=samples, train={"steps": 2, "save_every": 0}))
-    return out, summary
-
-
-def test_scores_split_the_rewards_of_training(trained, make_pipeline, run_mode, pair_file, tmp_path):
-    """The pairs of step 2, scored by what two steps have taught."""
-    out, _ = trained
-    config = make_pipeline(tmp_path / "s", mode="score", run=str(out), data={"eval": str(pair_file)})
-    config = replace(config, stages=[], data=replace(config.data, train=None))
-    summary = run_mode(config)
-    lines = [json.loads(line) for line in (tmp_path / "s" / "scores.jsonl").read_text().splitlines()]
-    assert len(lines) == summary["rows"] == summary["compared"] == 40 and sum(summary["blamed"].values()) == 40
-    assert json.loads((tmp_path / "s" / "summary.json").read_text()) == summary
-    for line in lines:
-        for role in ("chosen", "rejected"):
-            assert line[role]["total"] == pytest.approx(sum(line[role]["rewards"].values()), abs=1e-6)
-        margins = {
-            name: line["chosen"]["rewards"][name] - line["rejected"]["rewards"][name] for name in line["margins"]
-        }
-        assert line["margins"] == pytest.approx(margins, abs=1e-6)
-        assert line["blame"] == max(margins, key=margins.get)
-    # The eight rows that were trained on are ranked as labelled, and by both stages together.
-    assert np.mean([sum(line["margins"].values()) > 0 for line in lines[:8]]) == 1.0
-    assert summary["accuracy"] == np.mean([sum(line["margins"].values()) > 0 for line in lines])
-
-
 def test_a_stage_that_was_not_trained_is_not_blamed():
     row = PairRow(0, "w1", ({"a": "w2", "b": "w3", "c": "w4"}, {"a": "w3", "b": "w4", "c": "w5"}))
     rewards = np.array([[-2.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
