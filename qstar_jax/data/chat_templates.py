@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from datetime import date, datetime
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,16 @@ from typing import Any
 from qstar_jax.config import DataOptions
 from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import BadRow
+from qstar_jax.data.template_process import check_template, render
 from qstar_jax.data.tool_calls import with_either_arguments
 from qstar_jax.errors import InputError
+from qstar_jax.untrusted import read_text
 
 _DEFAULT, _TOOLS, _CLOCK = "default", "tool_use", "strftime_now"
+_MAX_TEMPLATE = 2**20  # bytes; the longest templates of chat models have a twentieth of it
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_INSIDE = re.compile(r"__\w+__")  # the sandbox would give nothing for it, or refuse each dialogue
+_FIX = "choose another with --data.chat_template FILE"
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of messages that hold reasoning
 
 
@@ -68,7 +73,7 @@ class ChatTemplate:
         both = (texts.get(False, ""), texts.get(True, ""))
         template = cls(tokenizer, both, options.chat_template_kwargs, options.date)
         if options.date is not None:
-            _parse_date(options.date)
+            _check_date(options.date)
             if not template.prints_date:
                 raise InputError(
                     f"data.date {options.date} has no effect: the chat template prints no date; remove the option"
@@ -115,17 +120,10 @@ class ChatTemplate:
         Returns:
             The text, and start and end of each span in characters; none if the template marks nothing.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         text = self.texts[tools is not None]
         if not _GENERATION.search(text):
             return "", []
-        variables = {**self.tokenizer.special_tokens_map, **self.arguments}
-        arguments = {"chat_template": self._dated(text), "return_assistant_tokens_mask": True, "tools": tools}
-        [rendered], [spans] = with_either_arguments(
-            messages, lambda form: render_jinja_template([form], **arguments, **variables)
-        )
-        return rendered, [tuple(span) for span in spans]
+        return with_either_arguments(messages, lambda form: self._rendered(text, form, tools, spans=True))
 
     def omitted(self, prompt: Messages, response: Messages, tools: list[dict] | None, text: str) -> str | None:
         """Finds a part of a dialogue that its rendered text does not depend on, which a model would never see.
@@ -170,15 +168,12 @@ class ChatTemplate:
         verbatim = all(_strip_spaces(word) in rendered for word in words)
         return None if verbatim else "all words of the response"
 
-    def _dated(self, text: str) -> str:
-        return text if self.date is None else _with_date(self.date, text)
-
     def _render(self, text: str, messages: Messages, tools: list[dict] | None, *, open_turn: bool) -> str:
-        text = self._dated(text)
-        arguments = {"tools": tools, "add_generation_prompt": open_turn, "chat_template": text, "tokenize": False}
-        return with_either_arguments(
-            messages, lambda form: self.tokenizer.apply_chat_template(form, **arguments, **self.arguments)
-        )
+        return with_either_arguments(messages, lambda form: self._rendered(text, form, tools, open_turn=open_turn)[0])
+
+    def _rendered(self, text: str, messages: Messages, tools: list[dict] | None, **options: bool):
+        variables = {**self.tokenizer.special_tokens_map, **self.arguments}
+        return render(text, messages, tools, variables, day=self.date, **options)
 
 
 def _without(key: str, messages: Messages, index: int) -> Messages:
@@ -194,7 +189,7 @@ def _strip_spaces(text: str) -> str:
 def _named_templates(tokenizer: Any) -> dict[str, str]:
     """Returns all chat templates of a tokenizer by name; a single one is called `default`."""
     templates = tokenizer.chat_template or {}
-    return {_DEFAULT: templates} if isinstance(templates, str) else dict(templates)
+    return dict(templates) if isinstance(templates, dict) else {_DEFAULT: templates}
 
 
 def find_template(tokenizer: Any, choice: str | None, *, tools: bool = False) -> str:
@@ -209,6 +204,13 @@ def find_template(tokenizer: Any, choice: str | None, *, tools: bool = False) ->
         InputError: There is none, or none of that name.
     """
     templates = _named_templates(tokenizer)
+    for name, text in templates.items():
+        if not isinstance(text, str) or len(text) > _MAX_TEMPLATE:
+            found = f"{len(text):,} characters" if isinstance(text, str) else type(text).__name__
+            raise InputError(
+                f"the tokenizer's chat template {name!r} is no text of at most {_MAX_TEMPLATE:,} characters (found: "
+                f"{found}); choose another with --data.chat_template FILE, or repair it in the model's folder"
+            )
     names = f"templates of this tokenizer: {', '.join(sorted(templates)) or 'none'}"
     if choice is None:
         name = _TOOLS if tools and _TOOLS in templates else _DEFAULT
@@ -229,9 +231,9 @@ def find_template(tokenizer: Any, choice: str | None, *, tools: bool = False) ->
     if not path.is_file():
         raise InputError(f"data.chat_template {choice!r}: neither the name of a template nor a file ({names})")
     try:
-        return path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise InputError(f"data.chat_template {choice}: not a UTF-8 text file ({error})") from error
+        return read_text(path, _MAX_TEMPLATE)
+    except InputError as error:
+        raise InputError(f"data.chat_template {error}") from error
 
 
 def adopt_template(tokenizer: Any, choice: str | None) -> Any:
@@ -299,24 +301,11 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _parse_date(text: str) -> datetime:
+def _check_date(text: str):
     try:
-        return datetime.combine(date.fromisoformat(text), datetime.min.time())
+        date.fromisoformat(text)
     except ValueError as error:
         raise InputError(f"data.date {text!r}: expected a date such as 2026-01-31") from error
-
-
-def _with_date(day: str, text: str) -> str:
-    """Returns a template whose clock is fixed to a date.
-
-    The clock is a function, which transformers does not accept as an argument, so it is set in transformers' cache of
-    compiled templates. A comment line, which does not change the output, gives the template its own cache entry.
-    """
-    from transformers.utils import chat_template_utils
-
-    text = f"{{# today is {day} #}}\n{text}"
-    chat_template_utils._compile_jinja_template(text).globals[_CLOCK] = _parse_date(day).strftime
-    return text
 
 
 @lru_cache
@@ -324,10 +313,19 @@ def _parsed(text: str) -> Any:
     import jinja2
     from transformers.utils import chat_template_utils
 
+    # Parsed here and compiled there: the compiler computes what is constant, such as 10**10**10.
     try:
-        return chat_template_utils._compile_jinja_template(text).environment.parse(text)
+        parsed = chat_template_utils._compile_jinja_template("").environment.parse(text)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from error
+    except RecursionError as error:
+        raise InputError("the chat template is nested too deeply; expected one like those of chat models") from error
+    names = [node.attr for node in parsed.find_all(jinja2.nodes.Getattr)]
+    names += [node.value for node in parsed.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
+    if inside := next(filter(_INSIDE.fullmatch, names), None):
+        raise InputError(f"the chat template reaches for {inside!r}, which is Python's; {_FIX}")
+    check_template(text)
+    return parsed
 
 
 def _names(text: str) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 from qstar_jax.console import one_line
 from qstar_jax.data.columns import Messages
 from qstar_jax.data.dropped import BadRow
+from qstar_jax.errors import InputError
 
 T = TypeVar("T")
 
@@ -16,11 +17,14 @@ def with_either_arguments(messages: Messages, render: Callable[[Messages], T]) -
 
     Raises:
         BadRow: The template refuses both.
+        InputError: The template cannot be used at all.
     """
     problems = []
     for form in ("object", "text"):
         try:
             return render(_with_call_arguments(messages, form))
+        except InputError:  # the fault of the template, not of the messages
+            raise
         except Exception as error:  # a template is a program, which can fail in many ways
             problems.append(error)
     raise BadRow(f"the chat template refuses the messages ({one_line(str(problems[0]))})") from problems[0]

@@ -2,8 +2,9 @@
 
 import options
 import rows
+import templates
 import tensors
 
 import configs
 
-CASES = [*configs.CASES, *tensors.CASES, *rows.CASES, *options.CASES]
+CASES = [*configs.CASES, *tensors.CASES, *rows.CASES, *options.CASES, *templates.CASES]
