@@ -31,7 +31,6 @@ from qstar_jax.store.user_cache import keep_programs
 from qstar_jax.training.diagnostics.first_loss import check_first_loss
 from qstar_jax.training.loop import Loop
 from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
-from qstar_jax.training.profile import make_profile
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.setup import build_state, state_shardings
 from qstar_jax.training.source import DatasetSource
@@ -158,7 +157,6 @@ def _make_loop(run: _Run, state: TrainState, save: Any, log: RunLog | None, stop
         check_first=partial(check_first_loss, expected=math.log(2)),
         save=save,
         log=log,
-        profile=make_profile(config.train.profile, run.plan.out, run.steps),
         window=run.opened.first.window,
         stop=stop,
     )

@@ -25,7 +25,7 @@ from qstar_jax.store.sole_writer import sole_writer
 def whole(tmp_path_factory, make_pipeline, run_mode, held_out_file):
     """(configuration, summary) of an uninterrupted training."""
     data = {"eval": str(held_out_file), "max_train_rows": 8}  # the same eight at every step
-    config = make_pipeline(tmp_path_factory.mktemp("runs") / "p", data=data, train={"profile": "1:2"})
+    config = make_pipeline(tmp_path_factory.mktemp("runs") / "p", data=data)
     return config, run_mode(config)
 
 
@@ -51,10 +51,6 @@ def test_metrics_of_the_pipeline_and_of_each_stage(whole):
     assert before["eval_kl"] == pytest.approx(0, abs=1e-5) and after["step"] == 4
     assert after["eval_kl"] == pytest.approx(after["eval_outline/kl"] + after["eval_text/kl"], abs=1e-5)
     assert after["eval_outline/kl"] != 0 and "eval_outline/rewards/accuracies" in summary
-
-
-def test_a_step_is_traced(whole):
-    assert list((Path(whole[0].out) / "profile").rglob("*.xplane.pb"))
 
 
 def test_each_stage_is_a_run_that_other_verbs_read(whole, one_device):

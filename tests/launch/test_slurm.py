@@ -1,4 +1,4 @@
-"""The script for Slurm, with stand-ins for Slurm's commands that write down what they were told."""
+"""The script for Slurm, with stand-ins that write down what they were told; `run_slurm.sh` runs it for real."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "launch" / "slurm.sbatch"
+SCRIPT = Path(__file__).parents[2] / "launch" / "slurm.sbatch"
 
 
 @pytest.mark.parametrize(("code", "requeues"), [(0, False), (2, False), (75, True)])
@@ -21,7 +21,7 @@ def test_a_run_that_was_stopped_is_queued_again(code, requeues, tmp_path):
     assert subprocess.run(["bash", SCRIPT, "dpo", "--out", "a run"], env=os.environ | told | path).returncode == code
     assert (tmp_path / "told").read_text().splitlines() == [
         "activated",
-        "srun --gpu-bind=none qstar dpo --out a run --resume auto --mesh.multi_process true",
+        "srun qstar dpo --out a run --resume auto --mesh.multi_process true",
         *(["scontrol requeue 7"] if requeues else []),
     ]
 
