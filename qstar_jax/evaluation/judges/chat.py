@@ -1,5 +1,7 @@
 """A language model behind an OpenAI-compatible HTTP interface: a paid one, or a server on this machine."""
 
+import asyncio
+import importlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,6 +14,8 @@ from qstar_jax.evaluation.judges.replies import Messages, Reply
 
 KEY = "OPENAI_API_KEY"  # the only place from which a key is taken; it is never stored
 _NO_KEY = "none"  # local servers need no key, but the client requires a string
+_MAX_REPLY = 2**22  # bytes; a reply of 100,000 tokens has a tenth of it
+_ON_ITS_WAY = ("content-encoding", "content-length", "transfer-encoding")  # headers of what was decoded
 _KEPT = "earlier replies are kept, so the same command continues from there"
 
 
@@ -75,9 +79,10 @@ class ChatServer:
         return parameters if self.temperature is None else parameters | {"temperature": self.temperature}
 
     def _client(self):
-        key = os.environ.get(KEY) or _NO_KEY
+        limits = {"max_retries": self.http_retries, "timeout": self.timeout}
+        client = _limited_client(self.timeout)
         return _openai().AsyncOpenAI(
-            api_key=key, base_url=self.base_url, max_retries=self.http_retries, timeout=self.timeout
+            api_key=os.environ.get(KEY) or _NO_KEY, base_url=self.base_url, http_client=client, **limits
         )
 
     @asynccontextmanager
@@ -97,7 +102,12 @@ class ChatServer:
                 )
             except openai.APIError as error:
                 raise self._sentence(error) from error
-            except ValueError as error:  # it says that it sends JSON, and does not
+            except _TooLongError as error:
+                raise InputError(
+                    f"the judge's server {self.address} sends more than {_MAX_REPLY >> 20} MiB in one reply; see "
+                    f"judge.base_url; {_KEPT}"
+                ) from error
+            except (ValueError, RecursionError) as error:  # it says that it sends JSON, and does not
                 raise self._no_interface(str(error)) from error
             return self._read(completion)
 
@@ -105,11 +115,14 @@ class ChatServer:
             yield ask
 
     def _read(self, completion: Any) -> Reply:
-        choices, usage = getattr(completion, "choices", None), getattr(completion, "usage", None)
-        if choices is None:
+        try:
+            text = completion.choices[0].message.content if completion.choices else None
+            usage = completion.usage
+            counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+        except (AttributeError, TypeError, LookupError) as error:  # the client does not check what it was sent
+            raise self._no_interface(str(completion)) from error
+        if completion.choices is None or not isinstance(text or "", str) or not all(map(_is_count, counts)):
             raise self._no_interface(str(completion))
-        text = choices[0].message.content if choices else None
-        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
         return Reply(text or "", *counts)
 
     def _no_interface(self, reply: str) -> InputError:
@@ -140,6 +153,45 @@ class ChatServer:
             f"{where} refuses the request (status {status}): {message}; check judge.model {self.model!r}, "
             "judge.base_url (usually ends in /v1), judge.temperature and judge.max_tokens"
         )
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and value >= 0)
+
+
+class _TooLongError(BaseException):
+    """A reply exceeds the limit; no Exception, after any of which the client would send the request again."""
+
+
+def _limited_client(seconds: float) -> Any:
+    """Makes a client for which a reply, whole, has limits on time and size; its own are per piece, and on time only."""
+    default = _openai().DefaultAsyncHttpxClient
+    library = importlib.import_module(default.__bases__[0].__module__.partition(".")[0])  # httpx, or what follows it
+
+    class LimitedClient(default):
+        async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+            try:
+                async with asyncio.timeout(seconds):
+                    response = await super().send(request, stream=True, **options)
+                    content = await _content(response)
+            except TimeoutError as error:
+                raise library.ReadTimeout("", request=request) from error  # which may be tried again
+            headers = {name: value for name, value in response.headers.items() if name not in _ON_ITS_WAY}
+            return library.Response(response.status_code, headers=headers, content=content, request=request)
+
+    return LimitedClient()
+
+
+async def _content(response: Any) -> bytes:
+    content = bytearray()
+    try:
+        async for chunk in response.aiter_bytes():
+            content += chunk
+            if len(content) > _MAX_REPLY:
+                raise _TooLongError
+    finally:
+        await response.aclose()
+    return bytes(content)
 
 
 def _openai():

@@ -1,6 +1,10 @@
 import asyncio
+import contextlib
+import gzip
 import socket
 import time
+from contextlib import contextmanager
+from threading import Thread
 
 import pytest
 
@@ -124,3 +128,67 @@ def test_a_reply_without_words(chat_server):
     body = b'{"choices": [{"index": 0, "message": {"role": "assistant", "content": null}}]}'
     with chat_server(lambda _: (200, body)) as server:
         assert ask(ChatServer("m", server.url)).text == ""
+
+
+@contextmanager
+def raw_server(*pieces: bytes, rest: bytes = b""):
+    """A server that writes pieces, and then `rest` for ever, slowly if it is short."""
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(2**16)
+                    for piece in pieces:
+                        connection.sendall(piece)
+                    while rest:
+                        connection.sendall(rest)
+                        time.sleep(0.02 if len(rest) < 100 else 0)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+MEGABYTE = b'{"choices": "' + b"a" * 2**20
+
+
+@pytest.mark.parametrize(
+    ("pieces", "rest", "message"),
+    [
+        ((OK + b"Content-Length: 52428800\r\n\r\n", *[MEGABYTE] * 50), b"", "sends more than 4 MiB"),
+        ((OK + b"\r\n",), MEGABYTE, "sends more than 4 MiB"),
+        ((OK + b"Content-Encoding: gzip\r\n\r\n", gzip.compress(b" " * 2**24)), b"", "sends more than 4 MiB"),
+        ((OK + b"\r\n",), b" ", "did not reply within 1 s in one try"),
+        ((OK, b"X: "), b"a", "did not reply within 1 s|cannot be reached|headers"),
+        ((), b"", "cannot be reached in one try"),
+        ((b"\0" * 5000,), b"", "cannot be reached in one try"),
+        ((b"HTTP/1.1 302 Found\r\nLocation: /v1\r\nContent-Length: 0\r\n\r\n",), b"", "edirect"),
+        ((OK + b"Content-Length: 0\r\n\r\n",), b"", "usually ends in /v1"),
+        ((OK + b"Content-Length: 9\r\n\r\n{}",), b"", "cannot be reached in one try"),
+        ((OK + b"Content-Length: 4\r\n\r\nnull",), b"", "usually ends in /v1"),
+        ((OK + b"Content-Length: 2\r\n\r\n\xff\xfe",), b"", "usually ends in /v1"),
+        *(
+            ((OK + b"Content-Length: %d\r\n\r\n%b" % (len(body), body),), b"", "usually ends in /v1")
+            for body in (
+                b"[]",
+                b"17",
+                b'{"choices": 5}',
+                b'{"choices": [5]}',
+                b'{"choices": [{"message": null}]}',
+                b'{"choices": [{"message": {"content": 5}}]}',
+                b'{"choices": [{"message": {"content": "A"}}], "usage": 3}',
+                b'{"choices": [{"message": {"content": "A"}}], "usage": {"prompt_tokens": "x"}}',
+                b"[" * 100_000,
+            )
+        ),
+    ],
+)
+def test_a_server_of_garbage(pieces, rest, message):
+    began = time.perf_counter()
+    with raw_server(*pieces, rest=rest) as url, pytest.raises((InputError, RuntimeError), match=message):
+        ask(ChatServer("m", url, http_retries=0, timeout=1.0))
+    assert time.perf_counter() - began < 20
