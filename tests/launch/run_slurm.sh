@@ -108,9 +108,9 @@ NodeName=$host Name=gpu File=$work/gpu[0-1]
 CONF
 export SLURM_CONF=$work/slurm.conf
 munged --force --foreground --socket="$work/munge/socket" --key-file="$work/munge/key" --pid-file="$work/munge/pid" \
-    --seed-file="$work/munge/seed" --log-file="$work/munge/log" &
+    --seed-file="$work/munge/seed" --log-file="$work/munge/log" 2>"$work/munged.stderr" &
 daemons+=($!)
-wait_for 20 "munged did not start: $(cat "$work/munge/log" 2>/dev/null)" test -S "$work/munge/socket"
+wait_for 20 "munged did not start: $(cat "$work/munged.stderr")" test -S "$work/munge/socket"
 slurmctld -D 2>"$work/slurmctld.stderr" &
 daemons+=($!)
 slurmd -D 2>"$work/slurmd.stderr" &
