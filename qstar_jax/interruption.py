@@ -1,11 +1,16 @@
 """Ends a run where it can go on: at a scheduler's SIGTERM, at Ctrl-C, and at a cloud's notice of maintenance."""
 
 import os
+import re
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from qstar_jax.errors import InputError
 
 TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 CTRL_C = 130  # 128 + SIGINT, as shells have it
@@ -81,6 +86,33 @@ class StopSignals:
                 sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor, and the next Ctrl-C ends without it
             if _has_partners():
                 os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the other processes
+
+
+# What XLA, Gloo, NCCL and JAX's coordination service say when a partner no longer answers.
+_LOST = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket closed|heartbeat|unavailable|coordination service"
+    r"|barrier .*(fail|timed out)|another task died",
+    re.IGNORECASE,
+)
+
+
+@contextmanager
+def naming_a_lost_partner() -> Iterator[None]:
+    """Says that another process of the job has ended, where that is the cause of an error.
+
+    Raises:
+        RuntimeError: Instead of the error of the transport.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, ValueError) as error:
+        if isinstance(error, InputError) or not (_has_partners() and _LOST.search(str(error))):
+            raise
+        line = str(error).splitlines()[0][:200]
+        raise RuntimeError(
+            f"another process of this job has ended, or cannot be reached ({line}); its own output says why. Start all "
+            "of them again with --resume auto"
+        ) from error
 
 
 def _has_partners() -> bool:

@@ -17,6 +17,7 @@ from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qstar_jax.config import Dtype, MeshOptions
+from qstar_jax.console import shorten_middle
 from qstar_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -27,9 +28,30 @@ _SMALL = 2**24  # bytes of what is gathered along rings
 GATHERED = "gathered"  # checkpoint name of the matrices that `map_batch` gathers
 
 
+# Who starts several processes -> the variable that counts them.
+_LAUNCHERS = {
+    "Slurm": "SLURM_STEP_NUM_TASKS",
+    "Open MPI": "OMPI_COMM_WORLD_SIZE",
+    "a launcher": "JAX_NUM_PROCESSES",
+    "a TPU pod": "TPU_WORKER_HOSTNAMES",
+    "a job over slices of TPUs": "MEGASCALE_NUM_SLICES",
+}
+_HEARTBEAT_SECONDS = 30  # without a sign of life of a process, after which JAX ends the others
+
+
 def join_processes(options: MeshOptions):
-    """Joins the other processes of the job if `options.multi_process` is set; call it before any other JAX function."""
+    """Joins the other processes of the job if `options.multi_process` is set; call it before any other JAX function.
+
+    If one of them ends before the job does, JAX ends the others within a minute.
+
+    Raises:
+        InputError: If this is one of several processes and the option is not set, or it is, and this is none.
+        RuntimeError: If the others did not come in time.
+    """
+    if options.join_timeout < 1:
+        raise InputError(f"--mesh.join_timeout {options.join_timeout}: expected at least 1 second")
     if not options.multi_process:
+        _refuse_partners()
         return
     # JAX itself reads the coordinator's address, and detects on a cluster whatever is not set here.
     settings = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
@@ -39,7 +61,25 @@ def join_processes(options: MeshOptions):
         # A launcher has bound one GPU. Under Slurm, JAX would look for the one with this process's number on the node,
         # which is not visible (jax-ml/jax#28194).
         given["local_device_ids"] = [0]
-    jax.distributed.initialize(**given)
+    given |= {"initialization_timeout": options.join_timeout, "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS}
+    try:
+        jax.distributed.initialize(**given)
+    except ValueError as error:
+        raise InputError(
+            f"--mesh.multi_process true: {error} Neither Slurm, Open MPI, Kubernetes nor a TPU pod was recognized; set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+
+
+def _refuse_partners():
+    for launcher, name in _LAUNCHERS.items():
+        value = os.environ.get(name, "")
+        count = len(value.split(",")) if name.endswith("HOSTNAMES") else int(value) if value.isdigit() else 1
+        if count > 1:
+            raise InputError(
+                f"{launcher} has started {count} processes ({name}={shorten_middle(value, 80)}), and each would train "
+                "on its own and write the same folder; add --mesh.multi_process true, or start one process only"
+            )
 
 
 def make_mesh(options: MeshOptions = MeshOptions(), devices: Sequence[jax.Device] | None = None) -> Mesh:

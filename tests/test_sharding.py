@@ -294,6 +294,34 @@ def test_a_process_that_sees_one_gpu_takes_that(environment, given, monkeypatch)
         monkeypatch.setenv(name, value)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **more: calls.append(more))
-    sharding.join_processes(MeshOptions(multi_process=True))
+    sharding.join_processes(MeshOptions(multi_process=True, join_timeout=900))
     sharding.join_processes(MeshOptions())
-    assert calls == [given]
+    assert calls == [{"initialization_timeout": 900, "heartbeat_timeout_seconds": 30} | given]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "8", "Slurm has started 8 processes"),
+        ("OMPI_COMM_WORLD_SIZE", "2", "Open MPI has started 2 processes"),
+        ("TPU_WORKER_HOSTNAMES", "10.0.0.1,10.0.0.2", "a TPU pod has started 2 processes"),
+        ("MEGASCALE_NUM_SLICES", "4", "over slices of TPUs has started 4 processes"),
+    ],
+)
+def test_one_of_several_processes_does_not_train_on_its_own(name, value, says, monkeypatch):
+    monkeypatch.setenv(name, "localhost" if name.endswith("HOSTNAMES") else "1")
+    sharding.join_processes(MeshOptions())
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=rf"{says} \({name}=.*add --mesh.multi_process true"):
+        sharding.join_processes(MeshOptions())
+
+
+def test_a_process_that_is_alone_joins_nobody(monkeypatch):
+    def refuse(**_):
+        raise ValueError("coordinator_address should be defined.")  # as JAX does where it finds no cluster
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(InputError, match=r"multi_process true: .* set JAX_COORDINATOR_ADDRESS"):
+        sharding.join_processes(MeshOptions(multi_process=True))
+    with pytest.raises(InputError, match="join_timeout 0: expected at least 1 second"):
+        sharding.join_processes(MeshOptions(join_timeout=0))

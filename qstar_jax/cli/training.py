@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qstar_jax.config import DpoConfig, ExportConfig, RlConfig, SftConfig
+from qstar_jax.interruption import naming_a_lost_partner
 
 
 def run_training(config: SftConfig | DpoConfig | RlConfig, train: Callable[[Any], Any] | None = None):
@@ -22,7 +23,8 @@ def run_training(config: SftConfig | DpoConfig | RlConfig, train: Callable[[Any]
     from qstar_jax.training.run import train as train_on_rows
 
     join_processes(config.mesh)
-    (train or train_on_rows)(config)
+    with naming_a_lost_partner():
+        (train or train_on_rows)(config)
     if jax.process_index() == 0:
         write_curves(Path(config.out))
     if config.export is not None:

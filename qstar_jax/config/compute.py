@@ -48,6 +48,7 @@ class MeshOptions:
         overrides: Regular expression on a parameter's path -> one axis name (or null) for each of its dimensions.
         multi_process: Join the other processes of this job. Slurm, Open MPI, Kubernetes and TPU pods are recognized;
             elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+        join_timeout: Seconds to wait for the others at the start; large pods need more.
     """
 
     data: int = -1
@@ -56,3 +57,4 @@ class MeshOptions:
     min_shard_size: int = 65536
     overrides: dict[str, list[str | None]] = field(default_factory=dict)
     multi_process: bool = False
+    join_timeout: int = 300

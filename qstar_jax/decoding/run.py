@@ -19,6 +19,7 @@ from qstar_jax.decoding.generate import Guide, prepare
 from qstar_jax.decoding.generations_file import GenerationsFile, generate_missing, generation_identity, prompt_texts
 from qstar_jax.decoding.options import DecodePlan, interpret
 from qstar_jax.errors import InputError
+from qstar_jax.interruption import Stopped
 from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store import hub
 from qstar_jax.store.open import LoadedModel, load_model
@@ -118,12 +119,16 @@ def _generate(
     done = sum(example.row in file.prompts for example in dataset.examples)
     tokens, began = 0, time.perf_counter()
     with sole_writer(file.folder), file, Bar(console, "generating", total, done) as bar:
-        for batch in generate_missing(decoder, dataset, texts, file, batch_size):
-            for row, responses in batch:
-                _show(texts[row], responses, console)
-                tokens += sum(response.length for response in responses)
-            done += len(batch)
-            bar.update(done, f"{tokens / (time.perf_counter() - began):,.1f} new tokens/s")
+        try:
+            for batch in generate_missing(decoder, dataset, texts, file, batch_size):
+                for row, responses in batch:
+                    _show(texts[row], responses, console)
+                    tokens += sum(response.length for response in responses)
+                done += len(batch)
+                bar.update(done, f"{tokens / (time.perf_counter() - began):,.1f} new tokens/s")
+        except Stopped:
+            if done < total:  # else the signal came during the last batch, and nothing is left to do
+                raise
 
 
 def _show(prompt: str, responses: list[Generation], console: Console):

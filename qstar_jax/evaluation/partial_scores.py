@@ -22,6 +22,7 @@ class PartialScores:
 
     Attributes:
         was_other: Whether it held scores of other models, data or options, which are dropped.
+        damage: Which line is no score, if there is one: it and those after it are dropped.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
@@ -29,6 +30,7 @@ class PartialScores:
         self._identity, self._lines = json.loads(json.dumps(identity)), []
         is_same = self._read_identity() == self._identity
         self.was_other = self.path.exists() and not is_same
+        self.damage: str | None = None
         if self.path.exists() and is_same:
             self._lines = self.path.read_bytes().splitlines(keepends=True)
             if self._lines and not self._lines[-1].endswith(b"\n"):
@@ -47,12 +49,28 @@ class PartialScores:
             How many examples they are, and their responses.
         """
         counts = [len(example.responses) for example in examples]
+        records = self._read([example.row for example in examples for _ in example.responses])
         ends = [*range(0, len(examples), batch_size), len(examples)]
-        taken = max(end for end in ends if sum(counts[:end]) <= len(self._lines))
+        taken = max(end for end in ends if sum(counts[:end]) <= len(records))
         if 0 < len(examples) - taken < batch_size:  # the last batch, a short one, has the shape of the one before it
             taken = max(0, taken - batch_size)
         self._lines = self._lines[: sum(counts[:taken])]
-        return taken, [ScoredResponse.from_json(json.loads(line)) for line in self._lines]
+        return taken, records[: len(self._lines)]
+
+    def _read(self, rows: Sequence[int]) -> list[ScoredResponse]:
+        """Reads the responses of rows of the file, up to the first line that is not one of them."""
+        records: list[ScoredResponse] = []
+        for number, (line, row) in enumerate(zip(self._lines, rows, strict=False), start=1):
+            try:
+                record = ScoredResponse.from_json(json.loads(line))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                self.damage = f"line {number} is not readable"
+                break
+            if record.row != row:
+                self.damage = f"line {number} is of row {record.row}, and row {row} was due"
+                break
+            records.append(record)
+        return records
 
     def __enter__(self) -> "PartialScores":
         """Writes the identity, and drops what was not taken."""

@@ -80,6 +80,8 @@ def score_dataset(
     piece = cache(partial(lone_piece, tokenizer=policy.tokenizer))
     with_alternatives = 0 if alternatives == 0 else len(dataset.examples) if first is None else first
     done, records = (0, []) if partial_scores is None else partial_scores.take(dataset.examples, batch_size)
+    if partial_scores is not None and partial_scores.damage:
+        say(console, f"{partial_scores.path}: {partial_scores.damage}; it is scored again from there")
     if done:
         say(console, f"{partial_scores.path} has scores of {done} of {len(dataset.examples)} examples; continuing")
     examples = iter(list(enumerate(dataset.examples))[done:])
@@ -120,8 +122,8 @@ def _kept(
             before = len(records)
             yield batch
             partial_scores.append(records[before:])
-            if stop.requested(number):
-                total = sum(len(example.responses) for example in dataset.examples)
+            total = sum(len(example.responses) for example in dataset.examples)
+            if stop.requested(number) and len(records) < total:
                 raise stop.stopped(f"stopped after {len(records)} of {total} responses: {partial_scores.path}")
 
 

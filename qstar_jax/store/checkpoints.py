@@ -27,7 +27,7 @@ from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.models.lora import Lora, attach_adapter, split_adapter
 from qstar_jax.store import hub
-from qstar_jax.store.checksums import find_damage, write_checksums
+from qstar_jax.store.checksums import are_listed, find_damage, write_checksums
 from qstar_jax.store.tokenizer_folder import read_tokenizer_folder, tokenizer_digest, write_tokenizer_folder
 
 if TYPE_CHECKING:
@@ -181,6 +181,11 @@ class CheckpointStore:
             fault = find_fault(folder)
             if fault is None:
                 self._move_damaged(damaged, folder.name)
+                if not are_listed(folder):
+                    _log.warning(
+                        f"{folder} has no complete list of checksums (its process was ended before it wrote it, or "
+                        "was of an earlier version): flipped bits would not be found"
+                    )
                 return int(folder.name)
             damaged.append((folder, fault))
         if damaged:

@@ -26,6 +26,12 @@ def write_checksums(folder: Path):
     write_atomically(folder / f"{_LISTS}{jax.process_index()}-of-{jax.process_count()}.json", content.encode())
 
 
+def are_listed(folder: Path) -> bool:
+    """Whether all processes have written down the files of a checkpoint."""
+    lists = [path.name for path in folder.glob(f"{_LISTS}*.json")]
+    return bool(lists) and all(name.endswith(f"-of-{len(lists)}.json") for name in lists)
+
+
 def find_damage(folder: Path, parts: Sequence[str] = ("",)) -> str | None:
     """Compares a checkpoint with what was written; all processes of a job must call this together.
 

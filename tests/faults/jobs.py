@@ -129,7 +129,7 @@ def swept(run: Path) -> dict[str, Any]:
 def left_over(run: Path) -> dict[str, Any]:
     """Files that are none of the result: there should be none."""
     paths = [path.relative_to(run) for path in run.rglob("*")]
-    temporary = [str(path) for path in paths if ".tmp" in path.name or "partial" in path.name or path.name == "damaged"]
+    temporary = [str(path) for path in paths if ".tmp" in path.name or "partial" in path.name]
     return {"left over": sorted(temporary)}
 
 

@@ -98,11 +98,12 @@ def test_flipped_bits_are_not_read(folder, run):
         _read_params(run / folder, abstract()["params"])
 
 
-def test_checkpoints_of_an_earlier_version_have_no_checksums(run):
+def test_checkpoints_of_an_earlier_version_have_no_checksums(run, caplog):
     for path in run.rglob("_checksums*"):
         path.unlink()
-    with CheckpointStore(run, keep=3) as store:
+    with caplog.at_level(logging.WARNING), CheckpointStore(run, keep=3) as store:
         assert store.newest_whole() == 6
+    assert "6 has no complete list of checksums" in caplog.text and "flipped bits would not be found" in caplog.text
     shutil.rmtree(run / STEPS / "6" / "params" / "d")
     with CheckpointStore(run, keep=3) as store, pytest.raises(InputError, match="not a complete checkpoint"):
         store.restore(6, abstract())
