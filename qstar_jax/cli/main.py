@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from qstar_jax import __version__, config
 from qstar_jax.cli.help import HelpFormatter
 from qstar_jax.config.compare import drop_unread_defaults
-from qstar_jax.config.paths import check_paths
+from qstar_jax.config.paths import addresses
 from qstar_jax.config.trl import translate
 from qstar_jax.console import shorten_middle, visible
 from qstar_jax.errors import InputError
@@ -214,8 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that torch is missing
     try:
         options = _options(parser, parsed)
-        check_paths(options)
-        with StopSignals() if parsed.verb in RESUMABLE else nullcontext():
+        with StopSignals() if parsed.verb in RESUMABLE else nullcontext(), _at_hand(options) as options:
             importlib.import_module(f"qstar_jax.cli.{parsed.verb}").run(options)
     except InputError as error:
         print(f"qstar {parsed.verb}: {_sentence(error)}", file=sys.stderr)
@@ -286,6 +285,15 @@ def _show_log():
     log.handlers = [handler]  # not one more for each call
     log.propagate = False  # Orbax's import adds a handler that would show it again
     log.setLevel(logging.INFO)
+
+
+def _at_hand(options: Any) -> AbstractContextManager[Any]:
+    """The options with paths of this machine in place of addresses."""
+    if not any(addresses(options)):
+        return nullcontext(options)
+    from qstar_jax.store.cloud import at_hand  # takes time
+
+    return at_hand(options)
 
 
 def _options(parser: Parser, parsed: Namespace) -> Any:

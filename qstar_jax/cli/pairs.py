@@ -1,12 +1,12 @@
 """`qstar pairs`."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from qstar_jax.config import PairsConfig
+from qstar_jax.config.paths import recorded
 from qstar_jax.console import one_line, say
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.pairs import Pairs, below, marked_wrong, response_pairs, step_pairs, worst
@@ -35,7 +35,7 @@ def run(config: PairsConfig):
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs.rows)
     write_atomically(out / PAIRS, lines.encode())
     counts = {"samples": len(samples), "pairs": len(pairs.rows), "unused": pairs.unused, "dropped": dropped}
-    write_json(out / SUMMARY, counts | {"options": asdict(config)})
+    write_json(out / SUMMARY, counts | {"options": recorded(config)})
     say(console, f"pairs: {out / PAIRS}; train on them with qstar dpo --data.train {out / PAIRS}")
 
 

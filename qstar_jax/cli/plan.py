@@ -1,11 +1,12 @@
 """`qstar plan`."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from qstar_jax.config import PlanConfig
+from qstar_jax.config.paths import recorded
 from qstar_jax.console import say
 from qstar_jax.plan.plan import Plan
 from qstar_jax.report.tables import Table, print_table
@@ -41,7 +42,7 @@ def run(config: PlanConfig):
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     config = replace(config, mesh=mesh_options(config))
-    options = {name: value for name, value in asdict(config).items() if name in options_of(config)}
+    options = {name: value for name, value in recorded(config).items() if name in options_of(config)}
     write_json(out / "plan.json", {"changes": changes, **plan.to_json(), "config": options})
     say(console, f"{out / 'plan.json'}")
 

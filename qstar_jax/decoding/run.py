@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qstar_jax.config import GenerateConfig
+from qstar_jax.config.paths import recorded
 from qstar_jax.console import Bar, say
 from qstar_jax.data.loading import Dataset, load_examples, make_dataset
 from qstar_jax.data.preferences import prompt_records
@@ -35,7 +36,7 @@ def generate_file(config: GenerateConfig, console: Console):
         InputError: If options contradict each other, or something that they name cannot be used.
     """
     plan = _check(config)
-    file = GenerationsFile(Path(config.out), asdict(config))
+    file = GenerationsFile(Path(config.out), recorded(config))
     mesh = make_mesh(config.mesh)
     keep_programs()
     with use_mesh(mesh, config.compute.dtype):

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 from rich.console import Console
 
 from qstar_jax.config import DataOptions, PlayConfig
+from qstar_jax.config.paths import recorded
 from qstar_jax.console import Bar
 from qstar_jax.data.loading import make_dataset
 from qstar_jax.data.records import Record
@@ -57,7 +57,7 @@ def play(config: PlayConfig, console: Console) -> list[dict[str, Any]]:
                 bar.update(len(rows), f"{sum(bool(row['label']) for row in rows)} won")
     # Write them.
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    (out / "config.yaml").write_text(yaml.safe_dump(recorded(config), sort_keys=False))
     _write(out / GAMES, rows)
     if config.repeats > 1:
         _write(out / PAIRS, pairs_of(rows))

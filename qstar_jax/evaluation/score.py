@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from qstar_jax.config import DataOptions, ScoreConfig
+from qstar_jax.config.paths import recorded
 from qstar_jax.console import say
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.identity import examples_identity
@@ -98,7 +99,7 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
         say(console, dataset.report(policy.model))
         settled = replace(config, data=replace(data, date=dataset.date))
         identity = {"model": policy.identity(), "reference": reference.identity(), "beta": beta}
-        identity |= {"data": examples_identity(dataset.examples), "options": asdict(settled)}
+        identity |= {"data": examples_identity(dataset.examples), "options": recorded(settled)}
         partial_scores = PartialScores(out, identity)
         if partial_scores.was_other:
             say(console, f"{partial_scores.path} is of other models, data or options: scoring begins anew")

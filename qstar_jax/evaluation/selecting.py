@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.config import SelectConfig
+from qstar_jax.config.paths import recorded
 from qstar_jax.console import say
 from qstar_jax.data.loading import load_examples, read_records
 from qstar_jax.data.steps import parse_delimiter
@@ -224,5 +225,5 @@ def _write(config: SelectConfig, selection: Selection, questions: Sequence[Quest
         for number, question in enumerate(questions):
             for reply in question:
                 file.write(json.dumps({"question": number, **reply.to_json()}, ensure_ascii=False) + "\n")
-    write_identity(out / "selection.json", {"options": asdict(config), **identity})
+    write_identity(out / "selection.json", {"options": recorded(config), **identity})
     selection.write(out)

@@ -15,7 +15,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from qstar_jax.store.files import write_atomically
 
-_LISTS = "_checksums."  # files _checksums.PROCESS-of-PROCESSES.json: path -> [bytes, CRC-32]
+LISTS = "_checksums."  # files _checksums.PROCESS-of-PROCESSES.json: path -> [bytes, CRC-32]
 _BLOCK = 2**22
 
 
@@ -23,7 +23,7 @@ def write_checksums(folder: Path):
     """Writes down the files of a checkpoint that is complete; every process does."""
     names = _files(folder)[jax.process_index() :: jax.process_count()]
     content = json.dumps(dict(zip(names, _sums(folder, names), strict=True)))
-    write_atomically(folder / f"{_LISTS}{jax.process_index()}-of-{jax.process_count()}.json", content.encode())
+    write_atomically(folder / f"{LISTS}{jax.process_index()}-of-{jax.process_count()}.json", content.encode())
 
 
 def are_listed(folder: Path) -> bool:
@@ -51,7 +51,7 @@ def find_damage(folder: Path, parts: Sequence[str] = ("",)) -> str | None:
 
 def _damage(folder: Path, parts: Sequence[str]) -> str | None:
     try:
-        lists = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{_LISTS}*.json"))]
+        lists = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{LISTS}*.json"))]
         recorded = {name: tuple(sums) for one in lists for name, sums in one.items() if name.startswith(tuple(parts))}
         names = sorted(recorded)[jax.process_index() :: jax.process_count()]
         missing = [name for name in names if not (folder / name).is_file()]
@@ -71,7 +71,7 @@ def _damage(folder: Path, parts: Sequence[str]) -> str | None:
 
 def _files(folder: Path) -> list[str]:
     paths = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(str(path.relative_to(folder)) for path in paths if not path.name.startswith((_LISTS, ".")))
+    return sorted(str(path.relative_to(folder)) for path in paths if not path.name.startswith((LISTS, ".")))
 
 
 def _sums(folder: Path, names: Sequence[str]) -> list[tuple[int, int]]:

@@ -1,11 +1,12 @@
 """What a resumed run must have in common with its beginning: its options and its data."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qstar_jax.config.compare import first_difference, keep_date
+from qstar_jax.config.paths import recorded
 from qstar_jax.data.identity import examples_identity
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
@@ -84,7 +85,7 @@ def check_same_options(plan: RunPlan, stored: dict[str, Any]):
         InputError: If one differs that is not free.
     """
     given = replace(plan.config, data=keep_date(plan.config.data, stored))
-    different = first_difference(stored, asdict(given), _free_options(plan))
+    different = first_difference(stored, recorded(given), _free_options(plan))
     if different:
         name, before, now = different
         raise InputError(

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.config import DpoConfig, SftConfig
+from qstar_jax.config.paths import recorded
 from qstar_jax.console import say
 from qstar_jax.data.batches import Batch
 from qstar_jax.interruption import StopSignals
@@ -207,7 +208,7 @@ def begin_folder(run: Run):
             "curves.png",
         ):
             (run.plan.out / name).unlink(missing_ok=True)
-    text = yaml.safe_dump(asdict(run.plan.config), sort_keys=False)
+    text = yaml.safe_dump(recorded(run.plan.config), sort_keys=False)
     (run.plan.out / "config.yaml").write_text(text, encoding="utf-8")
 
 
@@ -217,7 +218,7 @@ def open_log(run: Run, watch: Callable[[], None] | None, trackers: Trackers) -> 
         return nullcontext()
     headline = (*run.plan.objective.headline, "perf/tokens_per_second")
     progress = {"steps": run.steps, "start": run.start.step, "console": run.console}
-    trackers.start(asdict(run.plan.config), run.start.step)
+    trackers.start(recorded(run.plan.config), run.start.step)
     return RunLog(run.plan.out, **progress, headline=headline, watch=watch, trackers=trackers)
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qstar_jax.config import LoraOptions
 from qstar_jax.config.compare import keep_date
+from qstar_jax.config.paths import recorded
 from qstar_jax.data.chat_templates import adopt_template, find_template
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
@@ -148,7 +149,7 @@ def describe(plan: RunPlan, start: Start, data: dict[str, Any]) -> Description:
     return Description(
         verb=plan.verb,
         model=start.model.to_hf(),
-        options=asdict(plan.config),
+        options=recorded(plan.config),
         tokenizer=hub.tokenizer_files(start.tokenizer),
         reference=start.reference,
         lora=start.model.lora and asdict(start.model.lora),

@@ -7,6 +7,7 @@ from qstar_jax import config
 from qstar_jax.cli.main import VERBS, main
 from qstar_jax.config.paths import check_paths
 from qstar_jax.errors import InputError
+from qstar_jax.store import cloud
 
 PATHS = {
     "file", "model", "out", "reference", "base", "pairs.tuned", "pairs.untuned", "data.train", "data.eval",
@@ -52,11 +53,17 @@ COLUMNS = """name train_split eval_split prompt chosen rejected completion label
         ("demo --out gs://b/demo", "--out gs://"),
     ],
 )
-def test_addresses_are_refused_by_name_and_no_folder_is_made(words, option, tmp_path, monkeypatch, capsys):
+def test_addresses_are_found_by_name_and_no_folder_is_made(words, option, tmp_path, monkeypatch, capsys):
+    def refuse(place, *_, **__):
+        raise InputError(f"{place} is an address")
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cloud.Place, "at", staticmethod(lambda name, address: f"--{name} {address}"))
+    monkeypatch.setattr(cloud, "copy", refuse)
+    monkeypatch.setattr(cloud, "Mirror", refuse)
     assert main(words.split(" ")) == 2
     message = capsys.readouterr().err
-    assert option in message and "expected a path on this machine" in message
+    assert option in message and "is an address" in message
     assert not list(tmp_path.iterdir())
 
 

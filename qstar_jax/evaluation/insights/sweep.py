@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.config import DecodeOptions, SweepConfig
+from qstar_jax.config.paths import recorded
 from qstar_jax.console import say
 from qstar_jax.data.dropped import rows_by_reason
 from qstar_jax.data.identity import examples_identity
@@ -314,7 +315,7 @@ def measure_sweep(config: SweepConfig, console: Console) -> Sweep:
     if len(set(betas)) == len(betas) > 1:
         runs = [replace(run, name=f"beta {run.beta:g}") for run in runs]
     identities = {entry.name: entry.identity for entry in entries}
-    write_identity(out / "sweep.json", {"options": asdict(config), "models": identities})
+    write_identity(out / "sweep.json", {"options": recorded(config), "models": identities})
     sweep = Sweep(judge.name, len(entries[0].comparisons[decoders[0]]), config.seeds, tuple(runs))
     sweep.write(out)
     return sweep
