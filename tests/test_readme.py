@@ -92,6 +92,32 @@ def test_a_loss_of_arrays():
     np.testing.assert_allclose(names["values"], np.log(2), atol=1e-6)
 
 
+def test_another_kind_of_stage():
+    """The lines as they are; and labels of places alone teach both stages to go to the right."""
+    names = {}
+    [code] = blocks("qstar_jax/pipeline/README.md")
+    exec(code, names)
+    stages, sample, joint_loss = names["stages"], names["pipeline"].sample, names["pipeline"].joint_loss
+    np.testing.assert_allclose(names["losses"], np.log(2), atol=1e-6)
+    # Log-ratios are those of the densities.
+    means, word = jnp.arange(6.0).reshape(3, 2) / 5, jnp.array([2, 0])
+    place = jnp.array([[0.3, -1.0], [2.0, 0.1]])
+    density = jax.scipy.stats.norm.logpdf
+    expected = (density(place, means[word]) - density(place)).sum(-1)
+    np.testing.assert_allclose(names["move_ratio"](means, None, (word,), place), expected, atol=1e-5)
+    # One word sends the arm to the right, the others up; the right is preferred.
+    params, x = (jnp.zeros(3), jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])), jnp.zeros(256)
+    first, second = (sample(stages, params, jax.random.key(seed), x) for seed in (0, 1))
+    better = first[1][:, 0] > second[1][:, 0]
+    chosen, rejected = (
+        (jnp.where(side, first[0], second[0]), jnp.where(side[:, None], first[1], second[1]))
+        for side in (better, ~better)
+    )
+    gradient = jax.grad(lambda params: joint_loss(stages, params, x, chosen, rejected)[0].mean())(params)
+    assert gradient[0][0] < 0 < min(gradient[0][1:])  # the word that means right becomes more likely
+    assert (gradient[1][:, 0] < 0).all()  # and every word moves the arm further right
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_path_module_and_link_of_a_document_exists(name):
     text = (ROOT / name).read_text(encoding="utf-8")

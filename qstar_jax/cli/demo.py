@@ -15,13 +15,15 @@ _FOLDERS = {
     "reasoning": "runs/reasoning",
     "control": "runs/control",
     "diffusion": "runs/diffusion",
+    "pipeline": "runs/drawing",
 }
-_MADE = ("sft", "sweep", "credit", "random", "prm", "control", "diffusion")  # folders that tours make
+_MADE = ("sft", "sweep", "credit", "random", "prm", "control", "diffusion", "pipeline")  # folders that tours make
 _BEGINS = {
     "dialogue": "always begins from scratch",
     "reasoning": "begins from a model in the package",
     "control": "has no language model",
     "diffusion": "always begins from scratch",
+    "pipeline": "always begins from scratch",
 }
 
 
@@ -35,7 +37,7 @@ def run(config: DemoConfig):
     if taken:
         raise InputError(f"{taken[0]} is there already; remove {config.out}, or choose another --out")
     _compile_quickly()
-    from qstar_jax.demo import control, dialogue, diffusion, reasoning, tour
+    from qstar_jax.demo import control, dialogue, diffusion, pipeline, reasoning, tour
 
     tours = {
         "paper": tour.run,
@@ -43,6 +45,7 @@ def run(config: DemoConfig):
         "reasoning": reasoning.run,
         "control": control.run,
         "diffusion": diffusion.run,
+        "pipeline": pipeline.run,
     }
     tours[config.insight](config, Console())
 

@@ -88,6 +88,7 @@ class ReportConfig:
         selection: Folder that `qstar select` wrote.
         reasoning: Folder `reasoning` that `qstar demo --insight reasoning` wrote.
         diffusion: Folder `diffusion` that `qstar demo --insight diffusion` wrote.
+        pipeline: Folder `pipeline` that `qstar demo --insight pipeline` wrote.
         title: Heading of the page.
         show: Number of rows of `credit` to colour on the page.
     """
@@ -102,6 +103,7 @@ class ReportConfig:
     selection: str | None = path(None)
     reasoning: str | None = path(None)
     diffusion: str | None = path(None)
+    pipeline: str | None = path(None)
     title: str = "Your language model is a Q-function"
     show: int = 6
 
@@ -116,13 +118,14 @@ class DemoConfig:
             whole dialogues teaches in a game of questions, in about five; `reasoning` what outcomes of worked-out sums
             teach about their steps, in about three; `control` how rewards move where a policy learns to push a mass, in
             one; `diffusion` what preferences between images teach a model that draws digits
-            (`pip install 'qstar_jax[diffusion]'`), in about three.
-        from_scratch: Pretrain the base model of `paper` first instead of reading the one in the package; `dialogue`
-            and `diffusion` always begin from scratch, and `reasoning` from a model in the package.
+            (`pip install 'qstar_jax[diffusion]'`), in about three; `pipeline` what they teach two models, of which one
+            says what the other draws, and which is to blame (the same extra), in about four.
+        from_scratch: Pretrain the base model of `paper` first instead of reading the one in the package; `dialogue`,
+            `diffusion` and `pipeline` always begin from scratch, and `reasoning` from a model in the package.
         seed: Seed of the task's rows (in `dialogue` also of its things) and of their order.
     """
 
     out: str | None = path(None)
-    insight: Literal["paper", "dialogue", "reasoning", "control", "diffusion"] = "paper"
+    insight: Literal["paper", "dialogue", "reasoning", "control", "diffusion", "pipeline"] = "paper"
     from_scratch: bool = False
     seed: int = 0

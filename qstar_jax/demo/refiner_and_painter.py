@@ -6,8 +6,6 @@ equal KL, and whether the implicit reward, split by model, tells which one is to
 """
 
 import argparse
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +15,9 @@ import jax
 import numpy as np
 import optax
 from rich.console import Console
-from rich.table import Table
 
-from qstar_jax.evaluation.blame import measure_blame, reward_at_kl
+from qstar_jax.demo.arms_table import arm_file, summarize
+from qstar_jax.evaluation.blame import Blame, measure_blame
 from qstar_jax.pipeline import Meter, Point, PreferenceBatch, Stage, make_arms, sample, stage_rewards, train_arm
 from qstar_jax.pipeline.stage import Outputs
 from qstar_jax.store.files import write_json
@@ -30,10 +28,27 @@ from qstar_jax.training.source import Source
 
 NAMES = ("refiner", "painter")
 BETA = 0.5
-PAIRS, STEPS, BATCH = 4000, 160, 64
+BATCH = 64
 RATES = {"refiner": 3e-4, "painter": 1e-5}  # so that both move in as many steps
-MEASURED, MEASURE_EVERY = 800, 20
 KLS = (0.3, 0.6)  # nats, at which arms are compared
+SCORE = "reward"  # the implicit one, which blames
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn, trained and measured.
+
+    Attributes:
+        pairs: Pairs to train on.
+        steps: Optimizer steps of an arm.
+        measured: Runs behind each measurement.
+        measure_every: Steps between measurements.
+    """
+
+    pairs: int = 4000
+    steps: int = 160
+    measured: int = 800
+    measure_every: int = 20
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,7 @@ class Setting:
         return self.judges.true_reward(prompts, np.asarray(outputs[-1][:, 0]))
 
 
-def prepare(seed: int) -> Setting:
+def prepare(seed: int, size: Size = Size()) -> Setting:
     """Fits both references with their faults, and labels pairs of images that they make.
 
     Raises:
@@ -93,13 +108,13 @@ def prepare(seed: int) -> Setting:
         "refiner": drawing.fit_refiner(refiner.model, keys[0])[0],
         "painter": drawing.fit_painter(data, painter.schedule, keys[1], seed=seed)[0],
     }
-    pairs = drawing.draw_pairs(refiner, painter, tuple(references.values()), judges, keys[2], count=PAIRS)
+    pairs = drawing.draw_pairs(refiner, painter, tuple(references.values()), judges, keys[2], count=size.pairs)
     return Setting(refiner, painter, references, judges, pairs, seed)
 
 
-def run_arm(setting: Setting, name: str) -> dict[str, Any]:
-    """Trains one arm, and measures its curve and whom its rewards blame."""
-    prompts = np.resize(words.ALL_PROMPTS, (MEASURED, words.PROMPT))
+def train_and_blame(setting: Setting, name: str, size: Size) -> tuple[list[Point], Blame]:
+    """Trains one arm; returns its curve, and whom its rewards blame."""
+    prompts = np.resize(words.ALL_PROMPTS, (size.measured, words.PROMPT))
     meter = Meter(setting.stages, [prompts], setting.true_reward, jax.random.key(1000 + setting.seed))
     optimizer = optax.multi_transform(
         {stage: optax.adam(optax.linear_schedule(0, rate, 10)) for stage, rate in RATES.items()},
@@ -112,56 +127,26 @@ def run_arm(setting: Setting, name: str) -> dict[str, Any]:
         PairSource(setting.pairs, setting.seed),
         make_arms(NAMES)[name],
         optimizer=optimizer,
-        steps=STEPS,
-        measure_every=MEASURE_EVERY,
+        steps=size.steps,
+        measure_every=size.measure_every,
     )
-    return {"curve": [asdict(point) for point in curve], "blame": _blame(setting, params, prompts)}
+    return curve, _blame(setting, params, prompts)
 
 
-def _blame(setting: Setting, params: dict[str, Any], prompts: np.ndarray) -> dict[str, Any]:
+def run_arm(setting: Setting, name: str, size: Size = Size()) -> dict[str, Any]:
+    """Trains one arm, and returns its curve and its blame as JSON has them."""
+    curve, blame = train_and_blame(setting, name, size)
+    return {"curve": [asdict(point) for point in curve], "blame": {SCORE: asdict(blame)}}
+
+
+def _blame(setting: Setting, params: dict[str, Any], prompts: np.ndarray) -> Blame:
     """Splits the rewards of fresh runs of the references among the models, and compares with who is at fault."""
     stages = [replace(stage, beta=1.0) for stage in setting.stages(setting.references)]
     key = jax.random.key(2000 + setting.seed)
     outputs = sample(stages, [setting.references[name] for name in NAMES], key, prompts)
     log_ratios = stage_rewards(stages, [params[name] for name in NAMES], prompts, outputs)
     requests, states = map(np.asarray, outputs)
-    return asdict(measure_blame(NAMES, log_ratios, setting.judges.faults(prompts, requests, states[:, 0])))
-
-
-def summarize(out: Path, seeds: Sequence[int], arms: Sequence[str]) -> Table:
-    """Puts stored arms in a table: reward at equal KL, at the end, and blame; means over seeds, lowest and highest."""
-    table = Table(
-        "arm",
-        "before",
-        *(f"at KL {kl:g}" for kl in KLS),
-        "at the end",
-        "its KL",
-        "refiner's faults",
-        "painter's",
-        "whose",
-    )
-    for arm in arms:
-        records = [json.loads(_file(out, arm, seed).read_text(encoding="utf-8")) for seed in seeds]
-        curves = [[Point(**point | {"kl": tuple(point["kl"])}) for point in record["curve"]] for record in records]
-        blame = [record["blame"] for record in records]
-        table.add_row(
-            arm,
-            _spread([curve[0].reward for curve in curves]),
-            *(_spread([reward_at_kl(curve, kl) for curve in curves]) for kl in KLS),
-            _spread([curve[-1].reward for curve in curves]),
-            _spread([curve[-1].total_kl for curve in curves]),
-            *(_spread([one["finds"][name]["mean"] for one in blame]) for name in NAMES),
-            _spread([one["tells"]["refiner"]["mean"] for one in blame]),
-        )
-    return table
-
-
-def _spread(values: Sequence[float]) -> str:
-    return "-" if np.isnan(values).any() else f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def _file(out: Path, arm: str, seed: int) -> Path:
-    return out / f"{arm.replace(' ', '-')}-{seed}.json"
+    return measure_blame(NAMES, log_ratios, setting.judges.faults(prompts, requests, states[:, 0]))
 
 
 def main():
@@ -177,11 +162,11 @@ def main():
     for seed in arguments.seeds:
         setting = None
         for arm in arguments.arms:
-            if not _file(out, arm, seed).exists():
+            if not arm_file(out, arm, seed).exists():
                 setting = setting or prepare(seed)
-                write_json(_file(out, arm, seed), run_arm(setting, arm))
+                write_json(arm_file(out, arm, seed), run_arm(setting, arm))
                 console.print(f"seed {seed}: {arm}")
-    console.print(summarize(out, arguments.seeds, arguments.arms))
+    console.print(summarize(out, NAMES, arguments.seeds, arguments.arms, KLS, SCORE))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,12 @@ from qstar_jax.config import (
 from qstar_jax.config.pipeline import PipelineDataOptions
 from qstar_jax.console import say
 from qstar_jax.data.batches import Batch
+from qstar_jax.demo.arms_table import arm_file, summarize
 from qstar_jax.evaluation.blame import Blame, measure_blame
 from qstar_jax.mdp import TokenScores
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
-from qstar_jax.pipeline import LanguageStage, Meter, Point, make_arms, sample, stage_rewards, train_arm
+from qstar_jax.pipeline import LanguageStage, Meter, make_arms, sample, stage_rewards, train_arm
 from qstar_jax.pipeline.plan import make_pipeline_plan
 from qstar_jax.pipeline.rows import PairFeeder, PairRow, row_examples
 from qstar_jax.pipeline.sampling import draw_runs, make_rows
@@ -56,8 +57,9 @@ NAMES = ("outline", "text")
 BETA = 0.3
 SFT = {"steps": 100, "batch_size": 64, "accumulate": 16}
 PAIRS, STEPS, BATCH, MICRO_BATCHES = 480, 20, 24, 3
-MEASURED, MEASURE_EVERY, BLAMED = 128, 5, 384
-RATE = 5e-4
+MEASURED, MEASURE_EVERY, BLAMED = 128, 10, 384
+RATE = 2e-4
+KLS = (0.3, 0.45)  # nats, at which arms are compared
 COMPUTE = ComputeOptions(attention="dense")
 
 
@@ -184,13 +186,8 @@ def _log_prob(model: CausalLM, params: Params, batch: Batch) -> TokenScores:
     return score_policy(model, params, batch)
 
 
-def points(record: dict[str, Any]) -> list[Point]:
-    """The curve of a stored arm."""
-    return [Point(**{**point, "kl": tuple(point["kl"]), "outputs": ()}) for point in record["curve"]]
-
-
 def main():
-    """Runs all arms and seeds that are not in the folder yet."""
+    """Runs all arms and seeds that are not in the folder yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -202,7 +199,7 @@ def main():
         for seed in arguments.seeds:
             setting = None
             for arm in arguments.arms:
-                file = out / f"{arm.replace(' ', '-')}-{seed}.json"
+                file = arm_file(out, arm, seed)
                 if not file.exists():
                     setting = setting or prepare(out, seed, mesh, console)
                     record = run_arm(setting, arm)
@@ -212,6 +209,7 @@ def main():
                         console,
                         f"{file}: reward {record['curve'][0]['reward']:.3f} -> {last['reward']:.3f}, KL {last['kl']}",
                     )
+    console.print(summarize(out, NAMES, arguments.seeds, arguments.arms, KLS, "reward"))
 
 
 if __name__ == "__main__":

@@ -30,12 +30,14 @@ class Point:
         kl: KL(pi || pi_ref) of each stage in nats, with earlier outputs sampled from pi; their sum is that of the whole
             pipeline.
         outputs: What was sampled.
+        reward_error: Standard error of `reward`.
     """
 
     step: int
     reward: float
     kl: tuple[float, ...]
     outputs: tuple[Outputs, ...] = ()
+    reward_error: float = 0.0
 
     @property
     def total_kl(self) -> float:
@@ -71,9 +73,10 @@ class Meter:
             rewards.append(np.asarray(self.true_reward(prompt, outputs), np.float64))
             log_ratios.append(np.asarray(stage_rewards(unit, own, prompt, outputs), np.float64))
             kept.append(outputs)
-        kl = np.concatenate(log_ratios).mean(0)
+        kl, earned = np.concatenate(log_ratios).mean(0), np.concatenate(rewards)
         outputs = tuple(kept) if self.keeps_outputs else ()
-        return Point(step, float(np.concatenate(rewards).mean()), tuple(kl.tolist()), outputs)
+        error = float(earned.std(ddof=1) / np.sqrt(len(earned))) if len(earned) > 1 else 0.0
+        return Point(step, float(earned.mean()), tuple(kl.tolist()), outputs, error)
 
 
 def train_arm(

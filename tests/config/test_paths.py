@@ -14,7 +14,7 @@ PATHS = {
     "data.chat_template", "reference.cache", "reference.guide", "judge.model", "judge.reference", "judge.prompt",
     "judge.cache", "export", "credit", "reward.model", "reward.reference", "reward.guide",
     "sweep", "decline", "control", "dialogue", "steps", "with_sft", "without_sft", "samples",
-    "generations", "scores", "selection", "reasoning", "task", "diffusion",
+    "generations", "scores", "selection", "reasoning", "task", "diffusion", "pipeline",
     "run", "stages.model", "data.prompts",
 }  # fmt: skip
 # Options that are text and no path.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qstar_jax.demo import refiner_and_painter as demo
+from qstar_jax.demo.arms_table import summarize
 from qstar_jax.tasks import digits, drawing
 
 
@@ -32,8 +33,9 @@ def test_batches_are_functions_of_the_step(setting):
 
 
 def test_arms_are_run_once_and_summarized(setting, tmp_path, monkeypatch, capsys):
-    for name, value in {"STEPS": 4, "MEASURE_EVERY": 2, "MEASURED": 40, "BATCH": 8}.items():
-        monkeypatch.setattr(demo, name, value)
+    size, run_arm = demo.Size(steps=4, measure_every=2, measured=40), demo.run_arm
+    monkeypatch.setattr(demo, "BATCH", 8)
+    monkeypatch.setattr(demo, "run_arm", lambda setting, name: run_arm(setting, name, size))
     prepared = []
     monkeypatch.setattr(demo, "prepare", lambda seed: prepared.append(seed) or setting)
     monkeypatch.setattr(demo, "keep_programs", lambda: None)
@@ -44,10 +46,10 @@ def test_arms_are_run_once_and_summarized(setting, tmp_path, monkeypatch, capsys
     assert prepared == [0]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["only-refiner-0.json", "separate-0.json"]
     assert "only refiner" in capsys.readouterr().out
-    table = demo.summarize(tmp_path, [0], arms)
+    table = summarize(tmp_path, demo.NAMES, [0, 1], [*arms, "joint"], demo.KLS, demo.SCORE)
     cells = {column.header: list(column.cells) for column in table.columns}
-    assert cells["painter's"][0] == "0.50 (0.50 to 0.50)"  # a painter that is not trained is never blamed
-    assert cells["before"][0] == cells["before"][1]
+    assert cells["painter's faults"][0] == "0.50 (0.50 to 0.50)"  # a painter that is not trained is never blamed
+    assert cells["before"][0] == cells["before"][1] and cells["seeds"] == ["1", "1"]  # what is missing is left out
     ends = [json.loads((tmp_path / f"{arm}-0.json").read_text())["curve"][-1] for arm in ("only-refiner", "separate")]
     assert [end["step"] for end in ends] == [4, 4]
     assert ends[0]["kl"][1] == 0 and 0 not in ends[1]["kl"]  # the painter moves where it is trained

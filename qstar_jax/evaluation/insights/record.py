@@ -15,7 +15,8 @@ class Finding:
     """What measurements say about one of the paper's claims.
 
     Attributes:
-        insight: Name of the insight: credit, search, decline, control, dialogue, reasoning or diffusion.
+        insight: Name of the insight: credit, search, decline, control, dialogue, reasoning, diffusion or
+            pipeline.
         title: Its heading.
         claim: What we claim.
         paper: What the paper states.

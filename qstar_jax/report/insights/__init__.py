@@ -6,7 +6,18 @@ from rich.console import Console
 
 from qstar_jax.console import say
 from qstar_jax.evaluation.insights.record import Record
-from qstar_jax.report.insights import control, credit, decline, dialogue, diffusion, reasoning, selection, steps, sweep
+from qstar_jax.report.insights import (
+    control,
+    credit,
+    decline,
+    dialogue,
+    diffusion,
+    pipeline,
+    reasoning,
+    selection,
+    steps,
+    sweep,
+)
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.panel import sheet_figure
 
@@ -20,6 +31,7 @@ VIEWS: tuple[View, ...] = (
     selection.VIEW,
     reasoning.VIEW,
     diffusion.VIEW,
+    pipeline.VIEW,
 )  # in the order of the page
 
 
