@@ -59,4 +59,6 @@ def _curve(record: dict[str, Any]) -> list[Point]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return "-" if np.isnan(values).any() else f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    if np.isnan(values).any():
+        return "-"
+    return f"{np.mean(values):.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")

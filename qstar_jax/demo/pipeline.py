@@ -13,7 +13,7 @@ from qstar_jax.pipeline import make_arms
 from qstar_jax.report.insights import show
 from qstar_jax.report.summary import write_report
 
-SIZE = Size(pairs=4000, steps=120, measured=400, measure_every=40)
+SIZE = Size(pairs=4000, steps=80, measured=400, measure_every=40)
 
 
 def run(config: DemoConfig, console: Console, size: Size = SIZE) -> dict:

@@ -48,7 +48,7 @@ def test_arms_are_run_once_and_summarized(setting, tmp_path, monkeypatch, capsys
     assert "only refiner" in capsys.readouterr().out
     table = summarize(tmp_path, demo.NAMES, [0, 1], [*arms, "joint"], demo.KLS, demo.SCORE)
     cells = {column.header: list(column.cells) for column in table.columns}
-    assert cells["painter's faults"][0] == "0.50 (0.50 to 0.50)"  # a painter that is not trained is never blamed
+    assert cells["painter's faults"][0] == "0.50"  # a painter that is not trained is never blamed
     assert cells["before"][0] == cells["before"][1] and cells["seeds"] == ["1", "1"]  # what is missing is left out
     ends = [json.loads((tmp_path / f"{arm}-0.json").read_text())["curve"][-1] for arm in ("only-refiner", "separate")]
     assert [end["step"] for end in ends] == [4, 4]

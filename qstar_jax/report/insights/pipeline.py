@@ -69,11 +69,8 @@ def _blame_panel(pipeline: Pipeline) -> Panel:
             line_label="chance",
         ),
         0.7 + 0.45 * len(groups),
-        f"Trained jointly, the split reward tells whose fault it is with an AUC of {with_interval(joint.tells)}; "
-        + "; ".join(
-            f"it finds those of the {name} with {with_interval(area)}"
-            for name, area in zip(pipeline.stages, joint.finds, strict=True)
-        )
+        f"Trained jointly, rewards tell whose fault it is with AUC {with_interval(joint.tells)}, and find faults: "
+        + ", ".join(f"{name} {with_interval(area)}" for name, area in zip(pipeline.stages, joint.finds, strict=True))
         + ".",
     )
 
