@@ -11,7 +11,7 @@ from rich.console import Console
 from qstar_jax.config import LogOptions
 from qstar_jax.errors import InputError
 from qstar_jax.training import trackers
-from qstar_jax.training.run import train
+from qstar_jax.training.run import open_log, train
 
 
 def stop_at(out: Path, step: int):
@@ -127,3 +127,11 @@ def test_a_run_that_begins_anew_is_another_one(tmp_path):
     tracking = trackers.Trackers(LogOptions(trackio="q"), tmp_path)
     first = tracking._identity(anew=True)
     assert tracking._identity(anew=False) == first != tracking._identity(anew=True)
+
+
+def test_other_processes_than_the_first_log_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("qstar_jax.training.run.jax.process_index", lambda: 1)
+    tracking = trackers.Trackers(LogOptions(trackio="q"), tmp_path)
+    with open_log(None, None, tracking) as log:  # nothing of the run is asked for
+        assert log is None
+    assert not tracking._runs and not list(tmp_path.iterdir())
