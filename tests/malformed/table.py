@@ -1,5 +1,6 @@
 """All malformed inputs; a new one is an entry of its module."""
 
+import adapters
 import options
 import rows
 import templates
@@ -7,4 +8,4 @@ import tensors
 
 import configs
 
-CASES = [*configs.CASES, *tensors.CASES, *rows.CASES, *options.CASES, *templates.CASES]
+CASES = [*adapters.CASES, *configs.CASES, *tensors.CASES, *rows.CASES, *options.CASES, *templates.CASES]

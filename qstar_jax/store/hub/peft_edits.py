@@ -92,6 +92,7 @@ class _AdapterReader:
         for name in self.tables:
             self.modules[name] = replace(self.modules[name], shape=(self.vocabulary, self.modules[name].shape[1]))
         self.saved = self._with_tied({name for name in self.modules if config.saves(file.peft_name(name))})
+        self._check_saved()
 
     def edits(self) -> tuple[CausalLM, dict[str, Edit]]:
         """See `read_edits`."""
@@ -112,6 +113,16 @@ class _AdapterReader:
             edits.pop(self.tables[1], None)
         config = replace(self.base.config, vocab_size=self.vocabulary, tie_word_embeddings=tied)
         return replace(self.base, config=config), edits
+
+    def _check_saved(self):
+        """Checks that each name of modules_to_save is of a module; a multimodal model has some that are not read."""
+        names = [self.file.peft_name(name) for name in self.modules]
+        for saved in () if self.base.family.unwrap else self.config.saved:
+            if not any(map(replace(self.config, saved=(saved,)).saves, names)):
+                raise InputError(
+                    f"{self.config.path}: modules_to_save names {saved!r}, and the base has no such module (found: "
+                    f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))}); remove it"
+                )
 
     def _vocabulary(self) -> int:
         """Returns the size of the vocabulary, which replaced tables may have extended."""

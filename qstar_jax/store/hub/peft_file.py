@@ -67,7 +67,7 @@ class AdapterFile:
             shape: Its expected shape.
 
         Raises:
-            InputError: If it is missing or has another shape.
+            InputError: If it is missing, has another shape, or is not finite.
         """
         stored = self._stored.get(name)
         actual = None if stored is None else tuple(self._file.get_slice(stored).get_shape())
@@ -78,7 +78,10 @@ class AdapterFile:
                 f"(the file's tensors begin with: {', '.join(sorted(self._file.keys())[:2])})"
             )
         self.unread.discard(stored)
-        return self._file.get_slice(stored)[:].astype(np.float32)
+        values = self._file.get_slice(stored)[:].astype(np.float32)
+        if not np.isfinite(values).all():
+            raise InputError(f"{self.path}: {stored} holds numbers that are not finite; save the adapter again")
+        return values
 
     def take_one_of(self, names: Iterable[str], shape: tuple[int, ...]) -> np.ndarray | None:
         """Reads a tensor that is stored under one or more of several names; returns None if there is none.
