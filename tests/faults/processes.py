@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-LIMIT_SECONDS = 180
+LIMIT_SECONDS = 300
 
 
 def start(words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> int:
