@@ -28,7 +28,7 @@ def write_checksums(folder: Path):
 
 def are_listed(folder: Path) -> bool:
     """Whether all processes have written down the files of a checkpoint."""
-    lists = [path.name for path in folder.glob(f"{_LISTS}*.json")]
+    lists = [path.name for path in folder.glob(f"{LISTS}*.json")]
     return bool(lists) and all(name.endswith(f"-of-{len(lists)}.json") for name in lists)
 
 
