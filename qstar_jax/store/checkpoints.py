@@ -6,7 +6,6 @@ adapter and `base/` the frozen base, which is also the reference. Each of these 
 a step also hold `opt_state`, and `ref_params` if the reference moves. The tokenizer's files are in `tokenizer/`.
 """
 
-import json
 import logging
 import os
 import re
@@ -29,6 +28,7 @@ from qstar_jax.models.lora import Lora, attach_adapter, split_adapter
 from qstar_jax.store import hub
 from qstar_jax.store.checksums import are_listed, find_damage, write_checksums
 from qstar_jax.store.tokenizer_folder import read_tokenizer_folder, tokenizer_digest, write_tokenizer_folder
+from qstar_jax.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -344,9 +344,15 @@ def read_best(run: Path) -> dict[str, Any] | None:
 
     Returns:
         The `metric`, and `step` and `value` of its best evaluation; all `evaluations` as [step, value].
+
+    Raises:
+        InputError: If best.json is not readable.
     """
     path = run / BEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    best = read_json(path) if path.is_file() else None
+    if best is not None and not (isinstance(best, dict) and type(best.get("step")) is int):
+        raise InputError(f"{path}: names no step; expected what a run wrote, or remove it to use the newest step")
+    return best
 
 
 def reference_of(checkpoint: Path, description: Description) -> Path | None:

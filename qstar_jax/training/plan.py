@@ -103,6 +103,8 @@ def check_train(config: SftConfig | DpoConfig | RlConfig, metrics: Collection[st
     train = config.train
     check_trackers(config.log)
     profile_range(train.profile)
+    if train.steps < 0:
+        raise InputError(f"train.steps is {train.steps}; expected at least 0 (0: as many as train.epochs take)")
     if train.epochs is not None and train.steps:
         raise InputError(f"train.steps {train.steps} and train.epochs {train.epochs} contradict each other; set one")
     if train.epochs is not None and train.epochs <= 0:

@@ -5,7 +5,8 @@ import options
 import rows
 import templates
 import tensors
+import values
 
 import configs
 
-CASES = [*adapters.CASES, *configs.CASES, *tensors.CASES, *rows.CASES, *options.CASES, *templates.CASES]
+CASES = [*adapters.CASES, *configs.CASES, *tensors.CASES, *rows.CASES, *options.CASES, *templates.CASES, *values.CASES]
