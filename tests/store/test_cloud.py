@@ -198,6 +198,28 @@ def test_an_upload_that_fails_says_where_all_is(bucket, monkeypatch):
         raise ZeroDivisionError
 
 
+def test_what_a_failed_upload_left_is_uploaded_by_the_next_run(bucket, tmp_path, monkeypatch):
+    address = f"{bucket}/run"
+    with Mirror(place(address)) as folder:
+        write(folder, **{"metrics.jsonl": "1\n"})
+        checkpoint(folder, 2)
+    with monkeypatch.context() as patch, pytest.raises(CloudError), Mirror(place(address)) as folder:
+        patch.setattr(Copies, "upload", lambda self, names: place(address).files.cat_file(f"{self.root}/nothing"))
+        write(folder, **{"metrics.jsonl": "1\n2\n"})
+        checkpoint(folder, 4)
+    with Mirror(place(address)) as folder:
+        assert (folder / "metrics.jsonl").read_text() == "1\n2\n" and (folder / "checkpoints/4/params/d/x").exists()
+    assert {"checkpoints/2/opt_state/y", "checkpoints/4/opt_state/y"} < there(address)
+    # Another machine has gone on since: what it wrote is what counts.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    with Mirror(place(address)) as elsewhere:
+        write(elsewhere, **{"metrics.jsonl": "1\n2\n3\n"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(folder, **{"metrics.jsonl": "1\n2\nother\n"})
+    with Mirror(place(address)) as folder:
+        assert (folder / "metrics.jsonl").read_text() == "1\n2\n3\n"
+
+
 def test_names_that_leave_the_copy_are_refused(monkeypatch):
     hostile = Place.at("model", "memory://bucket/m")
     hostile.files.pipe_file("/bucket/m/a", b"x")

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from qstar_jax.errors import InputError
-from qstar_jax.store.cloud.copies import Copies, is_list, step_of, whole
+from qstar_jax.store.cloud.copies import Copies, is_list, state_of, step_of, whole
 from qstar_jax.store.cloud.place import Place, reason
 from qstar_jax.store.user_cache import user_cache
 
@@ -26,7 +26,8 @@ class CloudError(RuntimeError):
 class Mirror:
     """A folder of this machine whose finished files are brought to an address; a context manager.
 
-    On entry the folder holds what is at the address, and nothing else.
+    On entry the folder holds what is at the address, and nothing else; but where only this folder has been written
+    since the last upload, which failed or was cut short, it stays as it is, and its files are uploaded.
 
     Args:
         place: The address.
@@ -58,11 +59,15 @@ class Mirror:
             raise InputError(f"{place} is being written by another run; wait for its end, or choose another") from error
         try:
             listing = place.listing(place.root)
-            kept = {name: listing[name] for name in whole(listing)}
-            if not self._is_shared:
-                self._remove_others(kept)
-            copies.download(kept, Console())
-            for name in listing.keys() - kept.keys():  # parts of checkpoints, which the next upload deletes
+            complete = {name: listing[name] for name in whole(listing)}
+            if not self._is_shared and self._is_ahead(listing):
+                wanted = {name: version for name, version in complete.items() if not copies.path(name).exists()}
+            else:
+                wanted = complete
+                if not self._is_shared:
+                    self._remove_others(complete)
+            copies.download(wanted, Console())
+            for name in listing.keys() - complete.keys():  # parts of checkpoints, which the next upload deletes
                 copies.versions[name] = [0, 0, None]
             copies.remember()
         except BaseException:
@@ -127,6 +132,21 @@ class Mirror:
                 except FileNotFoundError:
                     continue
         return [name for _, name in sorted(found)]
+
+    def _is_ahead(self, listing: dict[str, str | None]) -> bool:
+        """Whether what is at the address came from this folder, which may have changed since."""
+        copies = self._copies
+
+        def is_ours(name: str) -> bool:
+            recorded, version = copies.versions.get(name, [0, 0, None])[2], listing[name]
+            if version is None or version == recorded:
+                return version is not None
+            # It may have been uploaded just before a kill, and not been written down.
+            size, _ = state_of(copies.path(name))
+            return version.split(" ")[-1] == str(size)
+
+        deleted_there = [name for name in copies.versions if name not in listing and copies.path(name).exists()]
+        return bool(copies.versions) and not deleted_there and all(map(is_ours, listing))
 
     def _remove_others(self, listing: Collection[str]):
         """Removes local files that are not in a listing, as those of a run whose folder was deleted there."""
