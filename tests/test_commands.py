@@ -31,6 +31,7 @@ RUN = {
 NOT_RUN = {
     "--reference.mode cached --lora.rank 16": "as long as the command without; see tests/training/test_lora_runs.py",
     "pip install": "makes an environment; .ci/run does, and runs the demo, the tests and the check of accelerators",
+    "gs://": "reads and writes buckets; tests/store/test_cloud_runs.py asks emulators",
     "qstar view": "serves until it is interrupted; see tests/cli/test_view.py",
     "lm_eval": "names a task of the hub; tests/cli/test_export.py runs one of its own",
     "qstar sweep": "its judges are a model that costs money, and a server; see tests/evaluation/judges/",

@@ -24,7 +24,7 @@ from qstar_jax.pipeline.rows import PairFeeder, PairRow, row_examples
 from qstar_jax.pipeline.start import Opened, describe_stages, load_rows, open_pipeline
 from qstar_jax.pipeline.state import by_stage, join_states, save_stages
 from qstar_jax.sharding import make_mesh, use_mesh
-from qstar_jax.store.checkpoints import CheckpointStore
+from qstar_jax.store.checkpoint_store import CheckpointStore
 from qstar_jax.store.files import write_json
 from qstar_jax.store.sole_writer import sole_writer
 from qstar_jax.store.user_cache import keep_programs

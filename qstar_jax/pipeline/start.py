@@ -15,7 +15,8 @@ from qstar_jax.pipeline.plan import PipelinePlan
 from qstar_jax.pipeline.rows import PairRow, labelled, read_pairs
 from qstar_jax.pipeline.stage import Stage
 from qstar_jax.pipeline.template import Template
-from qstar_jax.store.checkpoints import STEPS, CheckpointStore, Description, find_fault
+from qstar_jax.store.checkpoint_store import CheckpointStore
+from qstar_jax.store.checkpoints import STEPS, Description, find_fault
 from qstar_jax.store.open import load_model
 from qstar_jax.training.continuation import check_same_data, data_identity
 from qstar_jax.training.setup import Start, describe, find_start

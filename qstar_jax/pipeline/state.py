@@ -8,7 +8,8 @@ import jax
 import optax
 
 from qstar_jax.pipeline.plan import PipelinePlan
-from qstar_jax.store.checkpoints import CheckpointStore, Description
+from qstar_jax.store.checkpoint_store import CheckpointStore
+from qstar_jax.store.checkpoints import Description
 from qstar_jax.training.metrics import Metrics
 from qstar_jax.training.setup import saved_arrays
 from qstar_jax.training.step import TrainState

@@ -21,7 +21,8 @@ from qstar_jax.console import say
 from qstar_jax.data.batches import Batch
 from qstar_jax.interruption import StopSignals
 from qstar_jax.sharding import make_mesh, use_mesh
-from qstar_jax.store.checkpoints import BEST, CheckpointStore, Description, read_best
+from qstar_jax.store.checkpoint_store import CheckpointStore
+from qstar_jax.store.checkpoints import BEST, Description, read_best
 from qstar_jax.store.files import write_json
 from qstar_jax.store.identity import identity_file
 from qstar_jax.store.sole_writer import sole_writer

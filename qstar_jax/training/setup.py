@@ -19,14 +19,8 @@ from qstar_jax.models.decoder import SHARDING_OVERRIDES
 from qstar_jax.models.lora import split_adapter
 from qstar_jax.sharding import tree_shardings
 from qstar_jax.store import hub
-from qstar_jax.store.checkpoints import (
-    BASE,
-    REFERENCE,
-    CheckpointStore,
-    Description,
-    abstract_with_shardings,
-    read_checkpoint_params,
-)
+from qstar_jax.store.checkpoint_store import CheckpointStore
+from qstar_jax.store.checkpoints import BASE, REFERENCE, Description, abstract_with_shardings, read_checkpoint_params
 from qstar_jax.store.identity import check_weights, weights_identity
 from qstar_jax.store.open import load_model, param_shardings
 from qstar_jax.training.continuation import check_same_options

@@ -16,7 +16,8 @@ from qstar_jax.config import MeshOptions
 from qstar_jax.models.head import Head
 from qstar_jax.models.logprobs import token_logprobs
 from qstar_jax.sharding import use_mesh
-from qstar_jax.store.checkpoints import STEPS, CheckpointStore, Description, read_checkpoint_params
+from qstar_jax.store.checkpoint_store import CheckpointStore
+from qstar_jax.store.checkpoints import STEPS, Description, read_checkpoint_params
 from qstar_jax.store.identity import params_identity
 from qstar_jax.store.open import param_shardings
 

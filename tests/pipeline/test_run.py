@@ -15,7 +15,7 @@ from qstar_jax.config.pipeline import PipelineDataOptions
 from qstar_jax.errors import InputError
 from qstar_jax.interruption import TEMPORARY, Stopped, StopSignals
 from qstar_jax.pipeline.start import _newest_step
-from qstar_jax.store.checkpoints import CheckpointStore
+from qstar_jax.store.checkpoint_store import CheckpointStore
 from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta, open_reference
 from qstar_jax.store.sole_writer import sole_writer

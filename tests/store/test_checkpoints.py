@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 
 from qstar_jax.config import ComputeOptions, DpoConfig, MeshOptions, OptimizerOptions
 from qstar_jax.errors import InputError
 from qstar_jax.models.decoder import SHARDING_OVERRIDES
 from qstar_jax.sharding import make_mesh, tree_shardings
 from qstar_jax.store import hub
+from qstar_jax.store.checkpoint_store import CheckpointStore
 from qstar_jax.store.checkpoints import (
     REFERENCE,
     STEPS,
-    CheckpointStore,
     Description,
     abstract_with_shardings,
     find_checkpoint,
@@ -127,6 +128,16 @@ def test_parameters_are_read_in_another_dtype(run, tiny_model, tiny_params, one_
 
 def test_only_the_newest_are_kept(run):
     assert sorted(path.name for path in (run / STEPS).iterdir() if path.name.isdigit()) == ["2", "4"]
+
+
+def test_what_a_killed_process_left_is_removed_before_the_store_is_used(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    left = copy / "checkpoints" / f"6{TMP_DIR_SUFFIX}"
+    left.mkdir()
+    (left / "half").write_text("of an array")
+    with CheckpointStore(copy, keep=2) as store:
+        assert not left.exists()
+        assert store.latest_step == 4
 
 
 def test_a_checkpoint_is_found_from_every_folder(run, tmp_path, description):

@@ -17,12 +17,11 @@ sys.path.append(str(Path(__file__).parent.parent / "faults"))
 from damage import damage, flip
 
 from qstar_jax.errors import InputError
+from qstar_jax.store.checkpoint_store import CheckpointError, CheckpointStore
 from qstar_jax.store.checkpoints import (
     DAMAGED,
     REFERENCE,
     STEPS,
-    CheckpointError,
-    CheckpointStore,
     Description,
     _read_params,
     abstract_with_shardings,

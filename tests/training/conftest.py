@@ -20,7 +20,8 @@ from qstar_jax.config import (
     TrainOptions,
 )
 from qstar_jax.models.lora import split_adapter
-from qstar_jax.store.checkpoints import CheckpointStore, abstract_with_shardings, find_checkpoint, read_description
+from qstar_jax.store.checkpoint_store import CheckpointStore
+from qstar_jax.store.checkpoints import abstract_with_shardings, find_checkpoint, read_description
 from qstar_jax.training.optimizers import make_optimizer
 from qstar_jax.training.run import train
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from qstar_jax.errors import InputError
-from qstar_jax.store.checkpoints import CheckpointStore, find_checkpoint, read_best
+from qstar_jax.store.checkpoint_store import CheckpointStore
+from qstar_jax.store.checkpoints import find_checkpoint, read_best
 from qstar_jax.training.best import BestEvaluation
 from qstar_jax.training.plan import make_plan
 

@@ -20,7 +20,7 @@ from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.interruption import StopSignals
 from qstar_jax.sharding import make_mesh, use_mesh
-from qstar_jax.store.checkpoints import CheckpointStore
+from qstar_jax.store.checkpoint_store import CheckpointStore
 from qstar_jax.store.sole_writer import sole_writer
 from qstar_jax.store.user_cache import keep_programs
 from qstar_jax.training.diagnostics.estimate import device_memory, estimate
