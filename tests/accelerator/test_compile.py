@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
@@ -31,6 +33,7 @@ def test_a_search_on_an_h100(devices_of):
     assert record["kernels_per_token"] > 30  # layers
 
 
+@pytest.mark.slow
 def test_bad_words():
     for words, sentence in (
         (["--model", "gpt"], "expected a config.json, or one of llama-3.2-1b"),

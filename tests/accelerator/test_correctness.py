@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 sys.path.extend(str(Path(__file__).parents[level]) for level in (0, 1))
 import check_attention
@@ -14,6 +15,7 @@ from sides import distance
 FLOAT32 = [f"float32_{key}" for key in ("loss", "rewards", "gradient", "step")]
 
 
+@pytest.mark.slow
 def test_a_family_that_differs_is_found():
     def change(params):
         """Scales the last norm by 1.001."""

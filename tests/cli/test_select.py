@@ -92,6 +92,7 @@ def test_options_change_the_result(selected, questions, tmp_path, capsys):
     assert {line["answer"] for line in responses(tmp_path / "pattern")} == {"w1", "w2", None}
 
 
+@pytest.mark.slow
 def test_fresh_samples_and_step_searches_are_kept_and_continued(questions, dpo_run, tmp_path, capsys):
     words = ["--data.eval", questions, *COLUMNS, "--right", "answer", "--final_answer", "number", "--model", dpo_run]
     words += ["--samples", "8", "--max_new_tokens", "6", "--step_beams", "[1,2]", "--step_samples", "2"]

@@ -30,6 +30,7 @@ def short(tmp_path_factory, on_devices, one_device):
     return out, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_shown(short):
     out, printed = short
     record, summary = Dialogue.read(out / "dialogue"), json.loads((out / "summary.json").read_text())

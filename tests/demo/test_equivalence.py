@@ -154,6 +154,7 @@ def trained():
     return model, params, reference
 
 
+@pytest.mark.slow
 @pytest.mark.thin("8")
 @pytest.mark.parametrize("beams", [2, 8])
 def test_beams_of_a_trained_transformer(trained, beams):

@@ -32,6 +32,7 @@ def test_batches_are_functions_of_the_step(setting):
     assert (first.chosen[1] != second.chosen[1]).any()
 
 
+@pytest.mark.slow
 def test_arms_are_run_once_and_summarized(setting, tmp_path, monkeypatch, capsys):
     size, run_arm = demo.Size(steps=4, measure_every=2, measured=40), demo.run_arm
     monkeypatch.setattr(demo, "BATCH", 8)

@@ -48,6 +48,7 @@ def test_games_follow_the_rules(player, noise):
             assert list(one.replies) == [reply(truth, one.turns[:n]) for n in range(1, len(one.turns))]
 
 
+@pytest.mark.slow
 def test_samples_follow_the_seed_and_greedy_games_and_beams_do_not(player):
     def turns(decoder, seed):
         return [one.turns for one in play(player, Game(), range(4), decoder, seed=seed)]

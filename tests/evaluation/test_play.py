@@ -114,6 +114,7 @@ def games(tmp_path_factory, chat_folder, on_devices):
 SAMPLED = ("--games", "3", "--repeats", "2", "--decode.method", "sample")
 
 
+@pytest.mark.slow
 def test_a_model_plays(games, capsys):
     out, rows = games(*SAMPLED, "--batch_size", "4")
     printed = capsys.readouterr().out

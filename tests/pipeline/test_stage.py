@@ -162,6 +162,7 @@ def denoising_stage(schedule):
     return Stage("image", log_ratio, draw, 0.2)
 
 
+@pytest.mark.slow
 def test_tokens_and_an_image_learn_from_preferences_between_images():
     schedule, count = diffusion.linear_schedule(4, first=0.1, last=0.4), 400
     hybrid = (stages((0.2, 0.2))[0], denoising_stage(schedule))

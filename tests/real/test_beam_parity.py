@@ -42,6 +42,7 @@ def check(beam_parity, reports, tmp_path, record):
     assert all(map(beam_parity.agrees, reports)), summary
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FULL, reason="the whole grid runs")
 class TestSome:
     pytestmark = needs_model

@@ -83,6 +83,7 @@ def test_logits_of_padded_batches_equal_those_of_torch(side, ours, prompts, expe
         np.testing.assert_allclose(row[start : start + len(logits)], logits, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_greedy_continuations_are_those_of_torch(torch, ours, oracle, prompts):
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)

@@ -16,6 +16,7 @@ from .conftest import REAL_MODEL
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.slow,
     pytest.mark.skipif(not REAL_MODEL, reason="QSTAR_REAL_MODEL names no folder of a real model"),
 ]
 

@@ -59,6 +59,7 @@ def test_tokens_stay_the_same_where_a_class_mends_the_file(tmp_path):
         assert again(text).input_ids == tokenizer(text).input_ids, text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("QSTAR_TRANSFORMERS4" not in os.environ, reason="names a Python that has transformers 4")
 def test_transformers_4_reads_the_same(tokenizer, tmp_path):
     hub.write_tokenizer(tmp_path, tokenizer)
