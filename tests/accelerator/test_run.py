@@ -125,6 +125,7 @@ def test_the_limits_leave_room_in_eight_minutes():
     assert all(Path(part.words[0]).exists() for part in runner.PARTS)
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_part_prints_it_and_refuses_others(tmp_path):
     def command(*words):
         environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}

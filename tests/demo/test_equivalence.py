@@ -63,6 +63,7 @@ def test_beams(problems, beams, at_most):
     assert found["r, V*"] < 0.1 * COUNT or beams < 4
 
 
+@pytest.mark.slow
 @pytest.mark.thin("gumbel")
 @pytest.mark.parametrize("policy", ["puct", "gumbel"])
 def test_trees(problems, policy):

@@ -35,6 +35,7 @@ def log_prob(model, params, tokens, start):
     return sum(float(logp[i - 1, tokens[i]]) for i in range(start, len(tokens)))
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_two_models_draws_and_scores_its_texts(two, tiny_model, tiny_params, tiny_tokenizer, one_device):
     stages = [stage.stage(tiny_params) for stage in two]
     moved = jax.tree.map(lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), tiny_params)

@@ -114,6 +114,7 @@ def test_eight_devices_are_one(run, lora_config, tiny_train, tmp_path, metric_li
     np.testing.assert_allclose(losses_of(metric_lines, tmp_path / "run"), losses_of(metric_lines, run[0]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sft_trains_an_adapter_too(lora_config, evaluated, tiny_train, tmp_path, one_device):
     out = tmp_path / "run"
     summary = tiny_train(lora_config(out, "sft", compute=ComputeOptions(param_dtype="bfloat16"), **evaluated))

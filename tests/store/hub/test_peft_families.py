@@ -114,6 +114,7 @@ def two_steps(model, base, adapter, batch):
     return state.params
 
 
+@pytest.mark.slow
 @pytest.mark.thin("gemma2", "gpt_neox", "gpt2")
 @pytest.mark.parametrize(
     "family",

@@ -78,6 +78,7 @@ def test_the_mean_over_single_responses(name, batch_of, tiny_model, tiny_params)
     assert means.get("kl") == (pytest.approx(float(outcome["baseline"])) if "baseline" in outcome else None)
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_mismatched_responses(batch_of, tiny_model, tiny_params):
     loss = losses.make_loss("kto")
     batch = batch_of(loss)
@@ -91,6 +92,7 @@ def test_no_gradient_reaches_the_mismatched_responses(batch_of, tiny_model, tiny
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7), grad, again)
 
 
+@pytest.mark.slow
 def test_micro_batches_share_their_baseline(random_examples, tiny_model, tiny_params):
     """1 x 8 = 2 x 4 = 4 x 2, although the baselines of the micro-batches differ."""
     objective = single_objective(losses.make_loss("kto", beta=0.7))

@@ -48,6 +48,7 @@ def test_tdpo_is_its_loss_of_the_scores(name, tiny_model, tiny_params, reference
     assert abs(float(found) - float(losses.make_loss(beta=0.5)(scores)[0].mean())) > 1e-4
 
 
+@pytest.mark.slow
 def test_no_gradient_of_a_divergence_reaches_the_reference(tiny_model, tiny_params, reference, pair_batch):
     loss_fn, batch = preference_loss_fn(tiny_model, losses.make_loss("tdpo1")), pair_batch(2)
     grads = jax.grad(lambda both: loss_fn(*both, batch)[0])((tiny_params, reference))
@@ -75,6 +76,7 @@ def guide(tmp_path_factory, make_config, tiny_train):
     return out, tiny_train(make_config(out))
 
 
+@pytest.mark.slow
 def test_tgdpo_reads_the_token_rewards_of_a_run(guide, make_config, tiny_train, tmp_path, eval_file):
     cache, (guide, dpo) = tmp_path / "cache", guide
 

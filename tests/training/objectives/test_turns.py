@@ -148,6 +148,7 @@ def dialogues(tmp_path_factory):
     return {"train": str(folder / "pairs.jsonl"), "chat_template": str(folder / "template.jinja")}, rows
 
 
+@pytest.mark.slow
 def test_dialogues_train_from_a_file_and_their_turns_are_scored(
     dialogues, make_config, tiny_train, tmp_path, one_device_only, capsys
 ):

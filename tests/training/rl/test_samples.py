@@ -57,6 +57,7 @@ def test_the_training_pass_scores_samples_as_the_sampler_did(
                 np.testing.assert_allclose(tempered.logp[b, n, : len(response.ids)], logp, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_at_a_temperature_is_that_of_the_divided_logits(tiny_model, tiny_params, prompts, one_device):
     responses = [(Response(np.array([5, 9, EOS], np.int32), False),)] * 4
     lengths = {"prompts_per_part": 4, "samples": 1, "max_new_tokens": 3}
