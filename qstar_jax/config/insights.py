@@ -119,7 +119,7 @@ class DemoConfig:
             teach about their steps, in about three; `control` how rewards move where a policy learns to push a mass, in
             one; `diffusion` what preferences between images teach a model that draws digits
             (`pip install 'qstar_jax[diffusion]'`), in about three; `pipeline` what they teach two models, of which one
-            says what the other draws, and which is to blame (the same extra), in about four.
+            says what the other draws, and which is to blame (the same extra), in two to three.
         from_scratch: Pretrain the base model of `paper` first instead of reading the one in the package; `dialogue`,
             `diffusion` and `pipeline` always begin from scratch, and `reasoning` from a model in the package.
         seed: Seed of the task's rows (in `dialogue` also of its things) and of their order.
