@@ -100,7 +100,8 @@ class CheckpointStore:
     def newest_whole(self) -> int | None:
         """Finds the newest checkpoint that is as it was written; all processes of a job must call this together.
 
-        Damaged ones that are newer are moved to `damaged/`, and the log says why.
+        Damaged ones that are newer are moved to `damaged/`, and the log says why. One without checksums, which may have
+        lost any other file as well, counts as damaged if an older one has them.
 
         Returns:
             Its step; None if there are no checkpoints.
@@ -109,14 +110,17 @@ class CheckpointStore:
             InputError: If all are damaged.
         """
         damaged: list[tuple[Path, str]] = []
-        for folder in sorted(step_folders(self.run / STEPS), key=lambda path: int(path.name), reverse=True):
+        folders = sorted(step_folders(self.run / STEPS), key=lambda path: int(path.name), reverse=True)
+        for number, folder in enumerate(folders):
             fault = find_fault(folder)
+            if fault is None and not are_listed(folder) and any(map(are_listed, folders[number + 1 :])):
+                fault = "it has lost its list of checksums, or its process was ended before it wrote it"
             if fault is None:
                 self._move_damaged(damaged, folder.name)
                 if not are_listed(folder):
                     _log.warning(
                         f"{folder} has no complete list of checksums (its process was ended before it wrote it, or "
-                        "was of an earlier version): flipped bits would not be found"
+                        "was of an earlier version), nor has an older one: flipped bits would not be found"
                     )
                 return int(folder.name)
             damaged.append((folder, fault))

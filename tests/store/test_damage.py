@@ -63,22 +63,22 @@ def run(written, tmp_path):
 def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(seed, run, caplog):
     done = damage(run / STEPS / "6", seed)
     with caplog.at_level(logging.WARNING), CheckpointStore(run, keep=3) as store:
-        step = store.newest_whole()
-        if step == 6:  # a list of checksums that was deleted can say nothing against the rest
-            assert not list((run / STEPS / "6").glob("_checksums*")), done
-            if done == "half":
-                with pytest.raises(InputError, match=r"not a complete checkpoint .* move that folder away"):
-                    store.restore(step, abstract())
-                return
-        else:
-            assert step == 4 and (run / DAMAGED / "6").is_dir() and not (run / STEPS / "6").exists()
-            assert f"{run / STEPS / '6'} is damaged: " in caplog.text and "step 4 is taken instead" in caplog.text
-        expected = arrays(step)
-        restored = store.restore(step, abstract())
+        assert store.newest_whole() == 4, done
+        assert (run / DAMAGED / "6").is_dir() and not (run / STEPS / "6").exists()
+        assert f"{run / STEPS / '6'} is damaged: " in caplog.text and "step 4 is taken instead" in caplog.text
+        expected = arrays(4)
+        restored = store.restore(4, abstract())
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), restored, expected))
         store.save(8, arrays(8), DESCRIPTION)
     with CheckpointStore(run, keep=3) as store:
         assert store.newest_whole() == 8
+
+
+def test_a_checkpoint_that_has_lost_its_checksums_and_half_its_files_is_not_taken_for_whole(run):
+    for path in [*(run / STEPS / "6").glob("_checksums*"), *(run / STEPS / "6" / "params").rglob("*/*")]:
+        path.unlink() if path.is_file() else None
+    with CheckpointStore(run, keep=3) as store:
+        assert store.newest_whole() == 4
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run):
@@ -102,7 +102,10 @@ def test_checkpoints_of_an_earlier_version_have_no_checksums(run, caplog):
         path.unlink()
     with caplog.at_level(logging.WARNING), CheckpointStore(run, keep=3) as store:
         assert store.newest_whole() == 6
-    assert "6 has no complete list of checksums" in caplog.text and "flipped bits would not be found" in caplog.text
+    assert (
+        "6 has no complete list of checksums" in caplog.text
+        and "nor has an older one: flipped bits would not be found" in caplog.text
+    )
     shutil.rmtree(run / STEPS / "6" / "params" / "d")
     with CheckpointStore(run, keep=3) as store, pytest.raises(InputError, match="not a complete checkpoint"):
         store.restore(6, abstract())
