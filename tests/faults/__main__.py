@@ -108,19 +108,22 @@ def interrupt(bench: Bench, kind: str, moment: float, rng: Random) -> str | None
         end_all(running)
         return None
     victim = rng.choice(running)
+    others = [child for child in running if child != victim]
     if kind == "term":
         os.kill(victim, signal.SIGTERM)
-        codes = wait(running)
-        early = not bench.run.exists()
-        good = {0, 75} | ({-signal.SIGTERM} if early else set())
-        if not set(codes) <= good:
+        codes = wait([victim])
+        if met := bench.run.exists():
+            codes += wait(others)
+        else:  # nobody tells them
+            end_all(others)
+        good = [{0}, {75}] if met else [{0}, {75}, {-signal.SIGTERM}]
+        if set(codes) not in good:
             return f"SIGTERM: exit codes {codes}: {' | '.join(bench.said(i) for i in range(len(children)))}"
         return None
     end_all([victim])
-    survivors = [child for child in running if child != victim]
     began = time.monotonic()
-    codes = wait(survivors, SURVIVOR_SECONDS)
-    for child, code in zip(survivors, codes, strict=True):
+    codes = wait(others, SURVIVOR_SECONDS)
+    for child, code in zip(others, codes, strict=True):
         said = bench.log(children.index(child)).read_text(errors="replace")
         if code is None:
             return f"waits for ever after its partner's end: {said[-600:]}"

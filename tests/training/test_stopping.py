@@ -38,27 +38,6 @@ def whole(tmp_path_factory, config_of, tiny_train):
     return out
 
 
-@pytest.fixture
-def signal_after(monkeypatch, tiny_train):
-    """`signal_after(config, step, number)`: this process gets a signal while that step is computed."""
-
-    def run(config, step, number):
-        real = StopSignals.requested
-        with monkeypatch.context() as patch:
-
-            def requested(self, done):
-                if done == step:
-                    os.kill(os.getpid(), number)
-                return real(self, done)
-
-            patch.setattr(StopSignals, "requested", requested)
-            with pytest.raises(Stopped) as stop:
-                tiny_train(config)
-        return stop.value
-
-    return run
-
-
 def assert_equal_runs(out, expected, arrays_of, metric_lines):
     jax.tree.map(np.testing.assert_array_equal, arrays_of(out), arrays_of(expected))
     assert metric_lines(out) == metric_lines(expected)

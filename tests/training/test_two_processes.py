@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,30 @@ import pytest
 import qstar_jax
 from qstar_jax.cli.main import main
 from qstar_jax.config import ComputeOptions, MeshOptions
+from qstar_jax.interruption import TEMPORARY
 from qstar_jax.store.checkpoints import find_checkpoint
 from qstar_jax.store.open import load_model
 from qstar_jax.training.diagnostics.decline import FILE
 
 METRICS = ("loss", "rewards/margins", "logps/chosen", "lengths/chosen", "grad_norm", "eval_rewards/reference_samples")
+
+# The second process gets SIGTERM after step 2. It waits until JAX has noticed, which looks once a second.
+STOPPED = """
+import os, signal, sys, time
+from qstar_jax.cli.main import main
+from qstar_jax.interruption import StopSignals
+
+real = StopSignals.requested
+
+def requested(self, step):
+    if step == 2 and os.environ["JAX_PROCESS_ID"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)
+    return real(self, step)
+
+StopSignals.requested = requested
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def free_port() -> int:
@@ -26,8 +47,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def by_two_processes(verb: str, options: dict) -> list[str]:
-    """Runs a verb, and returns what each process says."""
+def by_two_processes(verb: str, options: dict, program=("-m", "qstar_jax.cli.main"), code: int = 0) -> list[str]:
+    """Runs a verb, and returns what each process says; both must end with that exit code."""
     words = [f"--{name}={value}" for name, value in options.items()]
     environment = os.environ | {
         "PYTHONPATH": str(Path(qstar_jax.__file__).parent.parent),
@@ -38,7 +59,7 @@ def by_two_processes(verb: str, options: dict) -> list[str]:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "qstar_jax.cli.main", verb, *words],
+            [sys.executable, *program, verb, *words],
             env=environment | {"JAX_PROCESS_ID": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -51,7 +72,7 @@ def by_two_processes(verb: str, options: dict) -> list[str]:
     finally:
         for process in processes:  # one that waits for a partner that has failed
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert [process.returncode for process in processes] == [code, code], "\n".join(outputs)
     return outputs
 
 
@@ -111,3 +132,36 @@ def test_two_processes_train_as_one_does(
     assert main(["export", *(f"--{name}={value}" for name, value in size.items()), f"--out={tmp_path / 'by_one'}"]) == 0
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("by_one", "by_two")]
     assert len(files[0]) > 8 and files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_numbers_of_processes(
+    tmp_path, train_file, smooth_config, tiny_train, signal_after, assert_runs_close
+):
+    expected, out = tmp_path / "one", tmp_path / "run"
+    config = smooth_config(expected)
+    tiny_train(config)
+    options = {
+        "model": config.model,
+        "out": out,
+        "data.train": train_file,
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+        "optimizer.eps": config.optimizer.eps,
+        "train.steps": 6,
+        "train.batch_size": 8,
+        "train.log_every": 1,
+        "train.save_every": 2,
+        "train.reference_samples": 0,
+        "mesh.data": 1,
+        "mesh.fsdp": 2,
+        "mesh.min_shard_size": 64,
+        "mesh.multi_process": "true",
+        "resume": "auto",
+    }
+    # Two processes, of which one is asked to stop; one; two.
+    outputs = by_two_processes("dpo", options, ("-c", STOPPED), TEMPORARY)
+    assert all("stopped after step 3 of 6, which is saved; go on with" in output for output in outputs)
+    signal_after(replace(config, out=str(out), resume=True), 4, signal.SIGTERM)
+    assert find_checkpoint(out).name == "4"
+    by_two_processes("dpo", options)
+    assert_runs_close(out, expected, 1e-6)
