@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from qstar_jax.config import DataConfig
+from qstar_jax.config.ranges import check_ranges
 from qstar_jax.console import one_line, say, shorten_middle, visible
 from qstar_jax.data.building import notes_on
 from qstar_jax.data.dropped import Dropped, rows_by_reason
@@ -36,6 +37,7 @@ _LONG = 2**30  # tokens: longer than any text
 
 def run(config: DataConfig):
     """Prints what a file of data holds, what becomes of its rows, and what to change."""
+    check_ranges(config)
     console, options = Console(), replace(config.data, train=config.file)
     # What it holds, whether or not it can be used.
     rows = read_rows(config.file, config.split, options.max_train_rows, options.name)

@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"qstar {parsed.verb}: interrupted", file=sys.stderr)
         return 130
-    except (RuntimeError, FloatingPointError, ImportError, OSError) as error:
+    except (RuntimeError, FloatingPointError, ImportError, MemoryError, OSError) as error:
         if os.environ.get("QSTAR_TRACEBACK"):
             raise
         print(f"qstar {parsed.verb}: {_sentence(error)}\n(QSTAR_TRACEBACK=1 shows where)", file=sys.stderr)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qstar_jax.config.ranges import ranged
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -54,7 +56,7 @@ class MeshOptions:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    min_shard_size: int = 65536
+    min_shard_size: int = ranged(65536, "[0, inf)")
     overrides: dict[str, list[str | None]] = field(default_factory=dict)
     multi_process: bool = False
     join_timeout: int = 300

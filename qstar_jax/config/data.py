@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qstar_jax.config.ranges import ranged
 from qstar_jax.config.variants import path
 
 
@@ -96,10 +97,10 @@ class DataOptions:
     max_length: int = 1024
     max_prompt_length: int | None = None
     layout: Literal["packed", "shared", "plain"] = "packed"
-    row_length: int = 0
+    row_length: int = ranged(0, "[0, inf)")
     cache: bool = True
-    max_train_rows: int | None = None
-    max_eval_rows: int | None = None
+    max_train_rows: int | None = ranged(None, "[1, inf)")
+    max_eval_rows: int | None = ranged(None, "[1, inf)")
 
     @property
     def prompt_limit(self) -> int:

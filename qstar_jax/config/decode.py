@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from qstar_jax.config.ranges import SEEDS
 from qstar_jax.config.variants import option, selector
 
 Method = Literal["greedy", "sample", "beam", "best_of_n", "chunk", "mcts", "exact"]
@@ -75,7 +76,7 @@ class DecodeOptions:
     return_sequences: int | None = option(
         ("sample", "beam", "best_of_n", "chunk", "mcts", "exact"), 1, bounds="[1, inf)"
     )
-    seed: int | None = option(("sample", "beam", "best_of_n", "chunk", "mcts"), 0)
+    seed: int | None = option(("sample", "beam", "best_of_n", "chunk", "mcts"), 0, bounds=SEEDS)
     temperature: float | None = option(_SAMPLING, 1.0, bounds="[0, inf)")
     top_k: int | None = option(_SAMPLING, 0, bounds="[0, inf)")
     top_p: float | None = option(_SAMPLING, 1.0, bounds="(0, 1]")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from qstar_jax.config.ranges import ranged
 from qstar_jax.config.variants import option, selector
 
 
@@ -24,12 +25,12 @@ class OptimizerOptions:
     """
 
     name: Literal["adamw", "lion", "adafactor", "rmsprop"] = selector("adamw")
-    learning_rate: float = 1e-6
+    learning_rate: float = ranged(1e-6, "[0, inf)")
     warmup_steps: int | float = 0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    weight_decay: float = 0.0
+    weight_decay: float = ranged(0.0, "[0, inf)")
     beta1: float | None = option({"adamw": 0.9, "lion": 0.9}, bounds="[0, 1)")
     beta2: float | None = option({"adamw": 0.999, "lion": 0.99}, bounds="[0, 1)")
     eps: float | None = option({"adamw": 1e-8, "rmsprop": 1e-8}, bounds="[0, inf)")
     decay: float | None = option({"rmsprop": 0.99, "adafactor": 0.8}, bounds="[0, 1]")  # rmsprop: torch's
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = ranged(1.0, "[0, inf)")

@@ -7,6 +7,7 @@ from qstar_jax.config.compute import ComputeOptions, MeshOptions
 from qstar_jax.config.data import DataOptions
 from qstar_jax.config.loss import LossOptions, ReferenceOptions, WeightingOptions
 from qstar_jax.config.optimizer import OptimizerOptions
+from qstar_jax.config.ranges import SEEDS, ranged
 from qstar_jax.config.variants import path
 
 
@@ -23,7 +24,7 @@ class LoraOptions:
     """
 
     rank: int = 0
-    alpha: float | None = None
+    alpha: float | None = ranged(None, "(0, inf)")
     targets: list[str] | None = None
 
 
@@ -56,14 +57,14 @@ class TrainOptions:
 
     steps: int = 0
     epochs: float | None = None
-    batch_size: int = 32
-    accumulate: int = 1
-    eval_batch_size: int = 0
-    seed: int = 0
+    batch_size: int = ranged(32, "[1, 1e6]")
+    accumulate: int = ranged(1, "[1, 1e6]")
+    eval_batch_size: int = ranged(0, "[0, 1e6]")
+    seed: int = ranged(0, SEEDS)
     log_every: int | float = 10
     eval_every: int | float = 0
     save_every: int | float = 0
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = ranged(2, "[1, inf)")
     keep_best: (
         Literal["loss", "rewards/margins", "rewards/accuracies", "objective/scores", "objective/rlhf_reward"] | None
     ) = None

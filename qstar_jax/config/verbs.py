@@ -6,6 +6,7 @@ from typing import Literal
 from qstar_jax.config.compute import ComputeOptions, Dtype, MeshOptions
 from qstar_jax.config.data import DataOptions
 from qstar_jax.config.decode import DecodeOptions
+from qstar_jax.config.ranges import ranged
 from qstar_jax.config.variants import path
 
 
@@ -27,7 +28,7 @@ class DataConfig:
     model: str | None = path(None)
     split: str = "train"
     kind: Literal["preferences", "rankings", "labels", "returns", "completions", "prompts"] | None = None
-    show: int = 2
+    show: int = ranged(2, "[0, inf)")
     data: DataOptions = field(default_factory=DataOptions)
 
 
@@ -120,7 +121,7 @@ class ScoreConfig:
     beta: float | None = None
     answers: Literal["pairs", "single"] = "pairs"
     batch_size: int = 4
-    show: int = 3
+    show: int = ranged(3, "[0, inf)")
     alternatives: int = 5
     wrong: str | None = None
     kind: str = "kind"

@@ -1,12 +1,13 @@
 """Finds the files that a source names: one file, those of a folder, or those that a pattern matches."""
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from qstar_jax.errors import InputError
-from qstar_jax.untrusted import check_regular
+from qstar_jax.untrusted import open_regular
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _TEXTS = (".jsonl", ".json", ".csv", ".tsv")  # which may be compressed
@@ -14,6 +15,7 @@ _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin"}
 _NO_DATA = {"", ".md", ".txt", ".py", ".yaml", ".yml"}  # what stands beside data: a licence, a card, a script
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLITS = re.compile(r"(train|test|eval|valid|val|dev)(ing|idation|uation|elopment)?")
+_MOST = 100_000  # entries of a folder and below: with more it is no folder of data, such as /
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 
@@ -25,15 +27,15 @@ def kind_of(path: Path, accepted: str) -> str:
         accepted: What is accepted, for errors.
 
     Raises:
-        InputError: It does not exist, is a pickle, or of no kind that can be read.
+        InputError: It does not exist, is a pickle, of no kind that can be read, or its reader may not open it.
     """
     suffix = _suffix(path)
     if suffix in _PICKLES:
         raise InputError(f"{path}: pickles are never loaded, as they can run code; accepted: {accepted}")
-    if not path.exists():
+    if not os.path.lexists(path):  # unlike Path.exists it knows that a name may be too long for any file
         raise InputError(f"{path}: no such file; accepted: {accepted}")
     compressed = path.suffix.lower() == ".gz"
-    check_regular(path)
+    open_regular(path).close()
     if suffix not in (_TEXTS if compressed else KINDS):
         raise InputError(f"{path}: cannot read {path.suffix or 'a file without a suffix'}; accepted: {accepted}")
     return suffix
@@ -55,7 +57,7 @@ def matching_files(pattern: str, accepted: str) -> list[Path]:
     Raises:
         InputError: There are none, or they are of several kinds.
     """
-    matches = [Path(match) for match in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))]
+    matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
     files = [match for match in matches if match.is_file()]
     if not files:
         what = f"matches only folders ({matches[0]}, ...)" if matches else "matches no file"
@@ -70,11 +72,10 @@ def files_of_split(folder: Path, split: str, accepted: str) -> list[Path]:
     train/0.csv), those of `split` are listed.
 
     Raises:
-        InputError: There are none, they are of several kinds, or it is not clear which are meant.
+        InputError: There are none, they are of several kinds, it is not clear which are meant, or a folder cannot be
+            read or holds more than any data.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    files = [path for path in paths if path.name not in _METADATA and _suffix(path) not in _NO_DATA]
+    files = [path for path in _files_below(folder) if path.name not in _METADATA and _suffix(path) not in _NO_DATA]
     if not files:
         raise InputError(f"{folder}: the folder holds no data; accepted: {accepted}")
     # Select the files of the split, if names tell splits.
@@ -92,6 +93,28 @@ def files_of_split(folder: Path, split: str, accepted: str) -> list[Path]:
     if len(parents) > 1:
         raise InputError(f"{folder}: data lie in several folders ({', '.join(parents)}); name one of them")
     return _of_one_kind(files, str(folder), accepted)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Lists all that is no folder, in the order of names, but what is hidden."""
+
+    def refuse(error: OSError):
+        raise InputError(
+            f"{folder}: the folder {error.filename} cannot be read ({error.strerror}); expected a folder of data that "
+            "can be read, or a pattern such as FOLDER/*.jsonl"
+        ) from error
+
+    files, seen = [], 0
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+        seen += len(folders) + len(names)
+        if seen > _MOST:
+            raise InputError(
+                f"{folder}: holds more than {_MOST:,} files and folders; expected a folder of data, or a pattern such "
+                "as FOLDER/*.jsonl"
+            )
+    return sorted(files)
 
 
 def _of_one_kind(files: Sequence[Path], source: str, accepted: str) -> list[Path]:

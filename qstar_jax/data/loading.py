@@ -132,6 +132,11 @@ def _check_name(source: str, options: DataOptions):
         )
 
 
+def _option_of(source: str, options: DataOptions) -> str:
+    """Names the option that a source is from, if any, to stand before the source in an error."""
+    return next((f"--data.{name} " for name in ("train", "eval") if source and getattr(options, name) == source), "")
+
+
 def load_examples(
     source: str,
     split: str,
@@ -167,7 +172,10 @@ def load_examples(
             lacks a token, or an option has no effect.
     """
     _check_name(source, options)
-    rows = open_rows(source, split, limit, options.name)
+    try:
+        rows = open_rows(source, split, limit, options.name)
+    except InputError as error:
+        raise InputError(f"{_option_of(source, options)}{error}") from error
 
     def builder() -> Builder:
         check_rows(rows, source)

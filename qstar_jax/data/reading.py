@@ -1,5 +1,6 @@
 """Reads rows from files, folders and the Hub as dictionaries, and never runs code: no pickles, no scripts of data."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,11 +73,11 @@ def open_rows(source: str, split: str, limit: int | None = None, name: str | Non
     if built_in := find(source):
         rows = _builtin_rows(source, *built_in, split, limit)
         return RowSource(lambda: rows, None)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if is_on_hub(source):
         dataset = hub_dataset(source, name, split)
         return RowSource(lambda: dataset_rows(dataset), dataset_files(dataset), limit)
-    if path.is_dir() and is_saved(path):
+    if os.path.isdir(path) and is_saved(path):
         dataset = saved_dataset(path, split, source)
         return RowSource(lambda: dataset_rows(dataset), dataset_files(dataset), limit)
     files = _files(source, path, split)
@@ -117,8 +118,8 @@ def is_on_hub(source: str) -> bool:
 
     "v1.0" can be part of a name, the suffix ".csv" cannot.
     """
-    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not re.search(r"\.[a-zA-Z]\w*$", source)
-    return bool(is_name) and not Path(source).exists()
+    is_name = re.fullmatch(r"\w[\w.-]{,95}(/\w[\w.-]{,95})?", source) and not re.search(r"\.[a-zA-Z]\w*$", source)
+    return bool(is_name) and not os.path.exists(source)
 
 
 def _builtin_rows(source: str, task: Task, seed: int | None, split: str, limit: int | None) -> list[dict]:
@@ -128,10 +129,13 @@ def _builtin_rows(source: str, task: Task, seed: int | None, split: str, limit: 
 
 
 def _files(source: str, path: Path, split: str) -> list[Path]:
-    """Lists the files that a source names; a path that exists is never a pattern."""
-    if path.is_dir():
+    """Lists the files that a source names, which can be read; a path that exists is never a pattern."""
+    if os.path.isdir(path):
         return files_of_split(path, split, _ACCEPTED)
-    return matching_files(source, _ACCEPTED) if is_pattern(source) and not path.exists() else [path]
+    if is_pattern(source) and not os.path.exists(path):
+        return matching_files(source, _ACCEPTED)
+    kind_of(path, _ACCEPTED)
+    return [path]
 
 
 def _file_rows(files: Sequence[Path], source: str) -> Iterator[dict | BadRow]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qstar_jax.config import DataOptions, ScoreConfig
 from qstar_jax.config.paths import recorded
+from qstar_jax.config.ranges import check_ranges
 from qstar_jax.console import say
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.identity import examples_identity
@@ -128,6 +129,7 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
 
 
 def _check_options(config: ScoreConfig):
+    check_ranges(config)
     if config.data.eval is None:
         raise InputError("--data.eval is missing: name the file whose responses are to be scored")
     defaults = {option.name: option.default for option in fields(ScoreConfig)}

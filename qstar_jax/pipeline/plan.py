@@ -10,6 +10,7 @@ import yaml
 from qstar_jax.config import DataOptions, DpoConfig, LoraOptions, LossOptions, PipelineConfig, StageOptions
 from qstar_jax.config.compare import first_difference
 from qstar_jax.config.paths import check_paths
+from qstar_jax.config.ranges import check_ranges
 from qstar_jax.errors import InputError
 from qstar_jax.pipeline.template import PROMPT, Template
 from qstar_jax.tasks import Task, find
@@ -63,6 +64,7 @@ def make_pipeline_plan(config: PipelineConfig) -> PipelinePlan:
         InputError: If options are missing, contradict each other, or have no effect.
     """
     check_paths(config)
+    check_ranges(config)
     if config.run is not None:
         config = _with_run(config)
     check_stages(config.stages)

@@ -57,8 +57,10 @@ def find_beta(policy: LoadedModel, given: float | None, model: str, option: str)
     """Finds the beta of a policy's rewards, in reward per nat: the one given, or that of its run.
 
     Raises:
-        InputError: If it is not given, and the policy's run did not record one.
+        InputError: If it is not positive, or not given and the policy's run did not record one.
     """
+    if given is not None and not given > 0:
+        raise InputError(f"{option} {given:g}: expected a number above 0, reward per nat")
     options = policy.description.options if policy.description else {}
     beta = given
     if beta is None and "loss" in options:

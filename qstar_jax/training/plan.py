@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qstar_jax.config import DpoConfig, ReferenceOptions, RlConfig, SftConfig, WeightingOptions
 from qstar_jax.config.paths import check_paths
+from qstar_jax.config.ranges import check_ranges
 from qstar_jax.config.variants import check_variant, declarations, fill_in
 from qstar_jax.errors import InputError
 from qstar_jax.losses import TOKEN_WEIGHTS, make_loss
@@ -64,6 +65,7 @@ def make_plan(config: SftConfig | DpoConfig) -> RunPlan:
         InputError: If options are missing, or contradict each other.
     """
     check_paths(config)
+    check_ranges(config)
     if not config.data.train:
         raise InputError("--data.train is missing: name a file, a folder or a dataset of the hub")
     is_sft = isinstance(config, SftConfig)

@@ -1,7 +1,10 @@
 import json
+import os
 
 import pytest
 
+from qstar_jax.config import DataOptions
+from qstar_jax.data.loading import load_examples
 from qstar_jax.data.reading import read_rows
 from qstar_jax.errors import InputError
 
@@ -89,3 +92,37 @@ def test_faults_name_the_file_among_several(tmp_path):
     _, bad = read_rows(str(tmp_path), "train")
     assert str(bad) == "not valid JSON" and bad.fault.startswith("not valid JSON in line 1 (")
     assert bad.fault.endswith(", in b.jsonl")
+
+
+def test_a_folder_that_cannot_be_read_or_is_no_folder_of_data(tmp_path, monkeypatch):
+    write(tmp_path, "a.jsonl", "x/b.jsonl")
+    monkeypatch.setattr("qstar_jax.data.files._MOST", 2)
+    assert f"{tmp_path}: holds more than 2 files and folders; expected a folder of data" in failure(tmp_path)
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("x"):
+            raise PermissionError(13, "Permission denied", str(path))  # root, as which tests may run, is never denied
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    monkeypatch.setattr("qstar_jax.data.files._MOST", 9)
+    assert f"the folder {tmp_path}/x cannot be read (Permission denied); expected a folder" in failure(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling link"])
+def test_what_is_no_file_among_the_files_of_a_folder(kind, tmp_path):
+    write(tmp_path, "a.jsonl")
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "b.jsonl")
+    else:
+        (tmp_path / "b.jsonl").symlink_to("nowhere")
+    assert f"{tmp_path}/b.jsonl: " in failure(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "a" * 5000, "b" * 300 + ".jsonl", "a/" * 3000 + "*.csv", "a\0b"])
+def test_a_source_that_names_nothing_is_refused_with_the_name_of_its_option(source, name):
+    options = DataOptions(**{name: source})
+    with pytest.raises(InputError, match=rf"--data\.{name} .*(no such file|matches no file); accepted: \.jsonl"):
+        load_examples(source, "train", "preferences", None, options)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from qstar_jax.config import ReferenceOptions, RlConfig, RlOptions
 from qstar_jax.config.paths import check_paths
+from qstar_jax.config.ranges import check_ranges
 from qstar_jax.config.variants import check_variant, fill_in
 from qstar_jax.errors import InputError
 from qstar_jax.training.objectives import policy_gradient_objective
@@ -20,6 +21,7 @@ def make_rl_plan(config: RlConfig) -> RunPlan:
         InputError: If options are missing, out of range, or have no effect.
     """
     check_paths(config)
+    check_ranges(config)
     if not config.data.train:
         raise InputError("--data.train is missing: name a file with a prompt column, or a dataset of the hub")
     check_train(config, METRICS)
