@@ -36,10 +36,10 @@ class Bar:
     """
 
     def __init__(self, console: Console, description: str, total: int, done: int = 0):
-        label, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+        label, note = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[note]}", markup=False)
         columns = (label, BarColumn(), MofNCompleteColumn(), note, TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task(description, total=total, completed=done, note="")
+        self._task = self._progress.add_task(one_line(description), total=total, completed=done, note="")
 
     def __enter__(self) -> "Bar":
         """Shows the bar."""
@@ -56,7 +56,7 @@ class Bar:
 
     def track(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
         """Shows a second bar below this one while items are consumed; see `track`."""
-        task = self._progress.add_task(description, total=total, note="")
+        task = self._progress.add_task(one_line(description), total=total, note="")
         yield from self._progress.track(items, task_id=task)
 
 

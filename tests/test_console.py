@@ -29,7 +29,7 @@ def test_shortening_keeps_both_ends():
 
 
 def console(terminal):
-    return Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120)
 
 
 def test_messages_are_printed_as_they_are():
@@ -44,6 +44,14 @@ def test_a_bar_counts_items_and_shows_a_note():
     with Bar(out, "generating", total=4, done=1) as bar:
         bar.update(2, "3.0 tokens/s")
     assert "generating" in (text := out.file.getvalue()) and "2/4" in text and "3.0 tokens/s" in text
+
+
+def test_a_bar_is_named_after_a_file_that_may_have_any_name():
+    out = console(terminal=True)
+    with Bar(out, "reading [red]\x1b[2J\u202e", total=1) as bar:
+        list(bar.track("a", "[/red]\x07", total=1))
+    assert "reading [red]␛[2J⟨U+202E⟩" in (text := out.file.getvalue()) and "[/red]␇" in text
+    assert not {"\x1b[2J", "\u202e", "\x07"} & {text[i : i + n] for n in (1, 4) for i in range(len(text))}
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from qstar_jax.api.results import Answers, Scores
 from qstar_jax.config import ComputeOptions, DataOptions, DecodeOptions, MeshOptions
 from qstar_jax.config.compute import Dtype
+from qstar_jax.console import visible
 from qstar_jax.data.columns import Turns
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.loading import Dataset
@@ -259,7 +260,7 @@ class Model:
             raise InputError(f"{source}[{dropped.row}]: {dropped.fault or dropped.reason}")
         dataset = Dataset(examples, (), source)
         if warning := self.loaded.model.check_length(dataset.longest(new_tokens), source):
-            warnings.warn(warning.removeprefix("warning: "), stacklevel=3)
+            warnings.warn(visible(warning.removeprefix("warning: ")), stacklevel=3)
         return dataset
 
 

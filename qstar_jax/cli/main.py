@@ -242,7 +242,7 @@ def _going_on(verb: str, words: Sequence[str]) -> str:
     """The command that continues one which was stopped."""
     resumes = "resume" in VERBS[verb][0].__dataclass_fields__
     given = any(word.partition("=")[0] == "--resume" for word in words)
-    return shlex.join(["qstar", *words, *(["--resume"] if resumes and not given else [])])
+    return visible(shlex.join(["qstar", *words, *(["--resume"] if resumes and not given else [])]))
 
 
 def _translated(words: Sequence[str]) -> list[str]:
@@ -268,7 +268,7 @@ def _translated(words: Sequence[str]) -> list[str]:
         if any(word.partition("=")[0] == f"--train.{one}" for word in words):
             options["train"].pop(other, None)
     for note in notes:
-        print(f"{flag}: {note}", file=sys.stderr)
+        print(f"{flag}: {_sentence(note)}", file=sys.stderr)
     return [*words[:at], "--config", yaml.safe_dump(options), *words[at + 2 :]]
 
 
@@ -282,9 +282,15 @@ def _show_log():
 
     log, handler = logging.getLogger("qstar_jax"), logging.StreamHandler()
     handler.addFilter(is_first_process)
+    handler.setFormatter(_Visible())
     log.handlers = [handler]  # not one more for each call
     log.propagate = False  # Orbax's import adds a handler that would show it again
     log.setLevel(logging.INFO)
+
+
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def _at_hand(options: Any) -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from qstar_jax.api import Model, load
 from qstar_jax.config import ViewConfig
-from qstar_jax.console import one_line, say, visible
+from qstar_jax.console import one_line, say
 from qstar_jax.errors import InputError
 from qstar_jax.report.numbers import signed
 from qstar_jax.report.page import heatmap_view
@@ -95,7 +95,7 @@ def _page(model: Model, config: ViewConfig, form: dict[str, Any]) -> tuple[str, 
         has_template=model.tokenizer.chat_template is not None,
         beams=config.beams,
         heat=heat,
-        answers=[{"text": best.text, "shown": visible(best.text), "logp": signed(best.logp, 2)} for best in answers],
+        answers=[{"text": best.text, "logp": signed(best.logp, 2)} for best in answers],
         error=error,
     )
     return page, 400 if error else 200

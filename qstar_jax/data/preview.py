@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from qstar_jax.console import visible
 from qstar_jax.data.tokenization import Example, Response
 
 _LABELS = {1: (("response", "green"),), 2: (("chosen", "green"), ("rejected", "red"))}
 _MISMATCHED = (("response", "green"), ("response to another prompt", "dim"))  # the second measures KTO's baseline
 _COLORS = ("green", "cyan", "yellow", "red")  # of the places of a ranking
-# Escape control characters in the data, which a terminal would execute.
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def preview(example: Example, tokenizer: Any) -> Text:
@@ -70,7 +69,7 @@ def _stretches(response: Response, color: str) -> Iterator[tuple[int, int, str]]
 
 def _decode(ids: Any, tokenizer: Any) -> str:
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text.translate(_ESCAPES)
+    return visible(text)
 
 
 def _decode_after(prompt: np.ndarray, before: np.ndarray, ids: np.ndarray, tokenizer: Any) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qstar_jax.config import GenerateConfig
 from qstar_jax.config.paths import recorded
-from qstar_jax.console import Bar, say
+from qstar_jax.console import Bar, say, visible
 from qstar_jax.data.loading import Dataset, load_examples, make_dataset
 from qstar_jax.data.preferences import prompt_records
 from qstar_jax.decoding.decoder import Decoder, Generation
@@ -133,11 +133,11 @@ def _generate(
 
 
 def _show(prompt: str, responses: list[Generation], console: Console):
-    console.print(Text(prompt, style="dim"))
+    console.print(Text(visible(prompt), style="dim"))
     for response in responses:
         if response.finish == "none":
             console.print(Text("no response was found", style="red"))
             continue
         end = "" if response.finished else " …"
-        console.print(Text(f"[{response.score:.2f}] ", style="cyan") + Text(response.text + end))
+        console.print(Text(f"[{response.score:.2f}] ", style="cyan") + Text(visible(response.text) + end))
     console.print()

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from qstar_jax.console import visible
 from qstar_jax.decoding.decoder import Generation
 from qstar_jax.report.numbers import signed
 from qstar_jax.report.rendering import render
@@ -29,7 +28,7 @@ def framed(page: str, title: str = "Token rewards", height: int = 560) -> str:
 def answers_table(prompts: Sequence[str], generations: Sequence[Sequence[Generation]]) -> str:
     """Draws prompts and the responses to each as a table; every text is escaped."""
     rows = [
-        {"prompt": visible(prompt), "answers": [_answer(generation) for generation in several]}
+        {"prompt": prompt, "answers": [_answer(generation) for generation in several]}
         for prompt, several in zip(prompts, generations, strict=True)
     ]
     has_reward = any(generation.reward is not None for several in generations for generation in several)
@@ -39,7 +38,7 @@ def answers_table(prompts: Sequence[str], generations: Sequence[Sequence[Generat
 def _answer(generation: Generation) -> dict[str, str | int]:
     end = "" if generation.finished or generation.finish == "none" else " …"
     return {
-        "text": visible(generation.text) + end,
+        "text": generation.text + end,
         "finish": "no response was found" if generation.finish == "none" else generation.finish,
         "length": generation.length,
         "logp": "" if generation.logp is None else signed(generation.logp, 2),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from qstar_jax.console import one_line, visible
+from qstar_jax.console import one_line
 from qstar_jax.evaluation.insights.record import Finding, Record
 from qstar_jax.evaluation.scored import ScoredResponse, by_row, pair_margin
 from qstar_jax.report.insights import VIEWS, View
@@ -49,7 +49,7 @@ def insights_page(
     return render(
         "insights.html.j2",
         title=one_line(title),
-        notes=[visible(note) for note in notes],
+        notes=notes,
         sections=[section for section in sections if section["findings"] or section["panels"]],
         heat=heat,
         opening=heat["rows"][:1],
@@ -72,10 +72,7 @@ def _section(view: View, findings: Sequence[Finding], record: Record | None) -> 
     return {
         "id": view.insight,
         "title": one_line(findings[0].title) if len(findings) == 1 else view.heading,
-        "findings": [
-            {name: visible(value) if isinstance(value, str) else value for name, value in asdict(finding).items()}
-            for finding in findings
-        ],
+        "findings": list(map(asdict, findings)),
         "panels": [] if record is None else [_panel(panel) for panel in view.panels(record)],
         "tables": [] if record is None else view.tables(record),
         "facts": [] if record is None else [one_line(fact) for fact in view.facts(record)],

@@ -59,7 +59,7 @@ def _row(responses: list[ScoredResponse], scale: float, turn_scale: float, step_
     margin = pair_margin(responses)
     return {
         "row": responses[0].row,
-        "prompt": visible(responses[0].prompt),
+        "prompt": responses[0].prompt,
         "verdict": None if margin is None else _verdict(margin),
         "responses": [
             _response(response, scale, bounds, margin)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from qstar_jax.console import visible
 from qstar_jax.evaluation.intervals import Interval
 from qstar_jax.report.numbers import MINUS, NONE, decimal, with_interval
 
@@ -18,7 +19,7 @@ _NUMBERS = f"+0123456789{MINUS}{NONE}"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text that is safe to look at.
+    """A table of text, which terminals and pages make safe to look at.
 
     Args:
         caption: What it shows.
@@ -47,7 +48,7 @@ def print_table(table: Table, console: Console | None = None, bars: Sequence[tup
     if not table.rows:
         return
     console = console or Console()
-    console.print(Text(table.caption, style="bold"))
+    console.print(Text(visible(table.caption), style="bold"))
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     columns = list(zip(*table.rows, strict=True))
     numeric = [n > 0 and all(cell[:1] in _NUMBERS for cell in column) for n, column in enumerate(columns)]
@@ -57,10 +58,10 @@ def print_table(table: Table, console: Console | None = None, bars: Sequence[tup
     for head, right in zip(heads, numeric, strict=True):
         # Numbers stay in one piece, unless rich would then have to truncate them.
         whole = right and width <= console.width
-        grid.add_column(Text(head), justify="right" if right else "left", no_wrap=whole, overflow="fold")
+        grid.add_column(Text(visible(head)), justify="right" if right else "left", no_wrap=whole, overflow="fold")
     if bars is not None:
         grid.add_column("", width=_BAR)
     for number, row in enumerate(table.rows):
-        cells = [Text(text) for text in row]
+        cells = [Text(visible(text)) for text in row]
         grid.add_row(*cells, *([] if bars is None else [Bar(1.0, *bars[number], width=_BAR)]))
     console.print(grid)

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from qstar_jax.config import ComputeOptions
-from qstar_jax.console import track
+from qstar_jax.console import track, visible
 from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
@@ -238,8 +238,8 @@ def warn_outside(path: Path, names: Iterable[str], family: Family):
     outside = sorted(name for name in names if re.search(family.outside, name))
     if outside:
         warnings.warn(
-            f"{path}: {len(outside)} tensors such as {outside[0]!r} are left out: only the text decoder is read, "
-            "trained and exported",
+            f"{visible(str(path))}: {len(outside)} tensors such as {outside[0]!r} are left out: only the text decoder "
+            "is read, trained and exported",
             stacklevel=3,
         )
 
