@@ -32,7 +32,7 @@ def kind_of(path: Path, accepted: str) -> str:
     suffix = _suffix(path)
     if suffix in _PICKLES:
         raise InputError(f"{path}: pickles are never loaded, as they can run code; accepted: {accepted}")
-    if not os.path.lexists(path):  # unlike Path.exists it knows that a name may be too long for any file
+    if not os.path.exists(path):  # unlike Path.exists it knows that a name may be too long for any file
         raise InputError(f"{path}: no such file; accepted: {accepted}")
     compressed = path.suffix.lower() == ".gz"
     open_regular(path).close()

@@ -119,7 +119,7 @@ def shown(capfd, one_device_only):
     return run
 
 
-@pytest.mark.parametrize("verb", ["data", "data with a model", "generate", "dpo"])
+@pytest.mark.parametrize("verb", ["data", "data with a model", "generate", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_verbs_print_nothing_that_acts(verb, hostile, shown, tmp_path):
     model, rows, _ = hostile
     common = ["--model", model, "--data.cache", "false", "--out", tmp_path / f"out {NAME}"]
