@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,10 @@ from qstar_jax.errors import InputError
 
 TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 CTRL_C = 130  # 128 + SIGINT, as shells have it
+
+# Numbers of this process's questions whether to stop. At a signal, JAX answers yes to the one that follows the last of
+# any process, and to no other: to 1 if there was none yet. Steps would not do, as a resumed run does not begin at 1.
+_questions = count(1)
 
 
 class Stopped(KeyboardInterrupt):
@@ -59,17 +64,13 @@ class StopSignals:
         """From now on `requested` is asked, often enough."""
         self._deferred = True
 
-    def requested(self, step: int) -> bool:
-        """Returns whether to stop now; all processes of a job ask together, and get the same answer.
-
-        Args:
-            step: Number of the question, which grows by one.
-        """
+    def requested(self) -> bool:
+        """Returns whether to stop now; all processes of a job ask together, and get the same answer."""
         if not _has_partners():
             return self._code is not None
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-        return reached_preemption_sync_point(step)
+        return reached_preemption_sync_point(next(_questions))
 
     def stopped(self, message: str) -> Stopped:
         """What to raise once everything is saved."""

@@ -223,10 +223,10 @@ def generate_missing(
     with StopSignals() as stop:
         stop.defer()
         batches = _generate_in_order(decoder, dataset, texts, file, batch_size)
-        for number, (done, generated) in enumerate(batches):
+        for done, generated in batches:
             if generated:
                 yield generated
-            if stop.requested(number):
+            if stop.requested():
                 raise stop.stopped(f"stopped after {done} of {len(dataset.examples)} prompts: {file.path}")
 
 

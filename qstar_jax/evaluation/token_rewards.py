@@ -118,12 +118,12 @@ def _kept(
         return
     with partial_scores, StopSignals() as stop:
         stop.defer()
-        for number, batch in enumerate(batches):
+        for batch in batches:
             before = len(records)
             yield batch
             partial_scores.append(records[before:])
             total = sum(len(example.responses) for example in dataset.examples)
-            if stop.requested(number) and len(records) < total:
+            if stop.requested() and len(records) < total:
                 raise stop.stopped(f"stopped after {len(records)} of {total} responses: {partial_scores.path}")
 
 

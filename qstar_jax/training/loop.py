@@ -119,7 +119,7 @@ class Loop:
                 seconds = (time.perf_counter() - clock) / timed if timed else None
                 summary |= self._report(step, means, seconds)
                 window, timed, clock = [], 0, time.perf_counter()
-            if self.stop and self.stop.requested(done):
+            if self.stop and self.stop.requested():
                 self._stop(state, done, window)  # an evaluation that is due is made by the process that goes on
             if evaluates or saves:
                 # Evaluate and save what the step has led to.

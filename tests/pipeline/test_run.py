@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import jax
@@ -73,10 +74,12 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(whole, make_pipeline, run_m
     out, options = tmp_path / "p", {"log_every": 2, "save_every": 0}
     config = make_pipeline(out, data={"max_train_rows": 8}, train=options)
 
-    def signalled(stop, done):
-        if done == 2:
+    steps = count(1)
+
+    def signalled(stop):
+        if next(steps) == 2:
             signal.raise_signal(signal.SIGTERM)
-        return requested(stop, done)
+        return requested(stop)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped after step 2 of 4") as stop:
         patch.setattr(StopSignals, "requested", signalled)

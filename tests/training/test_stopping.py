@@ -74,7 +74,7 @@ from qstar_jax.interruption import StopSignals
 with StopSignals() as stop:
     stop.defer()
     os.kill(os.getpid(), signal.SIGINT)
-    if stop.requested(1):
+    if stop.requested():
         os.kill(os.getpid(), signal.SIGINT)
 """
     package = {"PYTHONPATH": str(Path(qstar_jax.__file__).parent.parent)}

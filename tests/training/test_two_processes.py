@@ -22,21 +22,21 @@ from qstar_jax.training.diagnostics.decline import FILE
 
 METRICS = ("loss", "rewards/margins", "logps/chosen", "lengths/chosen", "grad_norm", "eval_rewards/reference_samples")
 
-# The second process gets SIGTERM after step 2. It waits until JAX has noticed, which looks once a second.
+# The second process gets SIGTERM before its first step. It waits until JAX has noticed, which looks once a second.
 STOPPED = """
 import os, signal, sys, time
 from qstar_jax.cli.main import main
 from qstar_jax.interruption import StopSignals
 
-real = StopSignals.requested
+real = StopSignals.defer
 
-def requested(self, step):
-    if step == 2 and os.environ["JAX_PROCESS_ID"] == "1":
+def defer(self):
+    real(self)
+    if os.environ["JAX_PROCESS_ID"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(3)
-    return real(self, step)
 
-StopSignals.requested = requested
+StopSignals.defer = defer
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -158,10 +158,11 @@ def test_a_run_goes_on_with_other_numbers_of_processes(
         "mesh.multi_process": "true",
         "resume": "auto",
     }
-    # Two processes, of which one is asked to stop; one; two.
+    # One process until step 2; two, of which one is asked to stop before either has asked whether to; one.
+    rest = replace(config, out=str(out), resume="auto")
+    signal_after(rest, 2, signal.SIGTERM)
     outputs = by_two_processes("dpo", options, ("-c", STOPPED), TEMPORARY)
     assert all("stopped after step 3 of 6, which is saved; go on with" in output for output in outputs)
-    signal_after(replace(config, out=str(out), resume=True), 4, signal.SIGTERM)
-    assert find_checkpoint(out).name == "4"
-    by_two_processes("dpo", options)
+    assert find_checkpoint(out).name == "3"
+    tiny_train(rest)
     assert_runs_close(out, expected, 1e-6)
