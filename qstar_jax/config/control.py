@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qstar_jax.config.optimizer import OptimizerOptions
+from qstar_jax.config.ranges import SEEDS, ranged
 from qstar_jax.config.variants import path
 
 Arm = Literal["with_bc", "without_bc", "with_bc_kl", "best_bc"]
@@ -25,9 +26,9 @@ class ActorOptions:
     """
 
     kind: Literal["deterministic", "gaussian", "squashed"] | None = None
-    hidden: list[int] | None = None
-    std: float = 0.39894228
-    dropout: float | None = None
+    hidden: list[int] | None = ranged(None, "[1, inf)")
+    std: float = ranged(0.39894228, "(0, inf)")
+    dropout: float | None = ranged(None, "[0, 1)")
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class SegmentOptions:
         seed: Seed of episodes, segments and preferences.
     """
 
-    length: int | None = None
-    count: int = 2500
-    pairs: int = 10_000
-    held_out: float = 0.1
-    eval_segments: int = 200
+    length: int | None = ranged(None, "[1, inf)")
+    count: int = ranged(2500, "[1, inf)")
+    pairs: int = ranged(10_000, "[1, inf)")
+    held_out: float = ranged(0.1, "[0, 1)")
+    eval_segments: int = ranged(200, "[1, inf)")
     label: Literal["regret", "reward"] = "regret"
-    discount: float | None = None
+    discount: float | None = ranged(None, "(0, 1]")
     sampled: bool | None = None
-    seed: int = 0
+    seed: int = ranged(0, "[0, 9e18]")
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class CplOptions:
     """
 
     pairs: Literal["given", "all"] = "given"
-    beta: float | None = None
-    bias: float | None = None
-    discount: float | None = None
+    beta: float | None = ranged(None, "(0, inf)")
+    bias: float | None = ranged(None, "(0, 1]")
+    discount: float | None = ranged(None, "(0, 1]")
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,12 @@ class ControlTrainOptions:
         episodes: Episodes of an evaluation in the environment, with the same seeds every time.
     """
 
-    bc_steps: int | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    eval_every: int | None = None
-    success_every: int = 1500
-    episodes: int = 50
+    bc_steps: int | None = ranged(None, "[1, inf)")
+    steps: int | None = ranged(None, "[1, inf)")
+    batch_size: int | None = ranged(None, "[1, 1e6]")
+    eval_every: int | None = ranged(None, "[1, inf)")
+    success_every: int = ranged(1500, "[1, inf)")
+    episodes: int = ranged(50, "[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class ControlConfig:
     task: str = path()
     out: str = path()
     arms: list[Arm] = field(default_factory=lambda: ["with_bc", "without_bc"])
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] = ranged([0], SEEDS)
     actor: ActorOptions = field(default_factory=ActorOptions)
     segments: SegmentOptions = field(default_factory=SegmentOptions)
     loss: CplOptions = field(default_factory=CplOptions)

@@ -26,7 +26,7 @@ class OptimizerOptions:
 
     name: Literal["adamw", "lion", "adafactor", "rmsprop"] = selector("adamw")
     learning_rate: float = ranged(1e-6, "[0, inf)")
-    warmup_steps: int | float = 0
+    warmup_steps: int | float = ranged(0, "[0, inf)")
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     weight_decay: float = ranged(0.0, "[0, inf)")
     beta1: float | None = option({"adamw": 0.9, "lion": 0.9}, bounds="[0, 1)")

@@ -1,6 +1,7 @@
 """Numbers that options of all variants may have: declared on their fields, checked here."""
 
 from dataclasses import field, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from qstar_jax.config.variants import inside
@@ -10,7 +11,12 @@ SEEDS = "[-9e18, 9e18]"  # JAX takes 64 bits
 
 
 def ranged(default: Any, bounds: str) -> Any:
-    """Declares an option that may have the numbers of an interval, such as "[0, 0.5)"; null is always allowed."""
+    """Declares an option that may have the numbers of an interval, such as "[0, 0.5)", or a list of such numbers.
+
+    Null is always allowed.
+    """
+    if isinstance(default, list):
+        return field(default_factory=partial(list, default), metadata={"bounds": bounds})
     return field(default=default, metadata={"bounds": bounds})
 
 
@@ -29,5 +35,8 @@ def check_ranges(options: Any, block: str = ""):
         value, bounds = getattr(options, option.name), option.metadata.get("bounds")
         if is_dataclass(value):
             check_ranges(value, name)
-        elif bounds and value is not None and not inside(value, bounds):
-            raise InputError(f"--{name} is {value!r}; expected a number in {bounds}")
+            continue
+        numbers = {f"{name}[{n}]": each for n, each in enumerate(value)} if isinstance(value, list) else {name: value}
+        for place, number in numbers.items():
+            if bounds and number is not None and not inside(number, bounds):
+                raise InputError(f"--{place} is {number!r}; expected a number in {bounds}")

@@ -13,12 +13,13 @@ import yaml
 from rich.console import Console
 
 from qstar_jax.config import ControlConfig
-from qstar_jax.config.control import Arm, with_task_defaults
+from qstar_jax.config.control import Arm
 from qstar_jax.console import say
 from qstar_jax.control import learning
 from qstar_jax.control.actor import Actor, Params, make_actor
 from qstar_jax.control.held_out import held_out_metrics
 from qstar_jax.control.learning import SegmentArrays
+from qstar_jax.control.options import resolve
 from qstar_jax.control.segments import Segments
 from qstar_jax.control.tasks import Task, load_task
 from qstar_jax.errors import InputError
@@ -66,8 +67,7 @@ def train_control(config: ControlConfig, console: Console | None = None) -> dict
     Raises:
         InputError: If the task, its file or the options cannot be used.
     """
-    console, config = console or Console(), with_task_defaults(config)
-    _check(config)
+    console, config = console or Console(), resolve(config)
     keep_programs()
     task = load_task(config, console)
     sizes = task.train.observations.shape[-1], task.train.actions.shape[-1]
@@ -81,42 +81,6 @@ def train_control(config: ControlConfig, console: Console | None = None) -> dict
             summaries[folder.name] = _finished(setting, arm, seed, folder) or _run(setting, arm, seed, folder, cloned)
     write_json(Path(config.out).expanduser() / "summary.json", summaries)
     return summaries
-
-
-def _check(config: ControlConfig):
-    """Refuses options that have no meaning, before anything is made."""
-    bounds = {
-        "arms": len(config.arms), "seeds": len(config.seeds), "segments.length": config.segments.length,
-        "segments.count": config.segments.count, "segments.pairs": config.segments.pairs,
-        "segments.eval_segments": config.segments.eval_segments, "loss.beta": config.loss.beta,
-        "loss.bias": config.loss.bias, "loss.discount": config.loss.discount,
-        "segments.discount": config.segments.discount, "actor.std": config.actor.std,
-        "train.bc_steps": config.train.bc_steps, "train.steps": config.train.steps,
-        "train.batch_size": config.train.batch_size, "train.eval_every": config.train.eval_every,
-        "train.success_every": config.train.success_every, "train.episodes": config.train.episodes,
-        **{f"actor.hidden[{n}]": width for n, width in enumerate(config.actor.hidden)},
-    }  # fmt: skip
-    for name, value in bounds.items():
-        if value <= 0:
-            raise InputError(f"{name} is {value}; expected more than 0")
-    for name, value in {"loss.bias": config.loss.bias, "loss.discount": config.loss.discount}.items():
-        if value > 1:
-            raise InputError(f"{name} is {value}; expected a number in (0, 1]")
-    for name, value in {"actor.dropout": config.actor.dropout, "segments.held_out": config.segments.held_out}.items():
-        if not 0 <= value < 1:
-            raise InputError(f"{name} is {value}; expected a number in [0, 1)")
-    if config.segments.discount > 1 or (config.task in ("lqr", "bin-picking-v3") and config.segments.discount == 1):
-        raise InputError(f"segments.discount is {config.segments.discount}; expected a number in (0, 1)")
-    if config.loss.pairs == "all" and config.segments.sampled:
-        raise InputError(
-            "loss.pairs all orders segments by their scores, so preferences cannot be drawn at random; set "
-            "--segments.sampled false, or --loss.pairs given"
-        )
-    if config.loss.pairs == "all" and not 2 <= config.train.batch_size <= config.segments.count:
-        raise InputError(
-            f"train.batch_size is {config.train.batch_size}; expected 2 to segments.count, {config.segments.count}, "
-            "where all segments of a batch are compared"
-        )
 
 
 def _on_device(segments: Segments) -> SegmentArrays:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qstar_jax.config import DpoConfig, GenerateConfig, MeshOptions, PlanConfig, SftConfig
+from qstar_jax.config.ranges import check_ranges
 from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.options import DecodePlan, interpret
 from qstar_jax.errors import InputError
@@ -30,6 +31,7 @@ def check_options(config: PlanConfig) -> str | None:
     Raises:
         InputError: If options have no effect, contradict each other, or do not fit the model.
     """
+    check_ranges(config)
     if (config.topology is None) == (config.topologies is None):
         raise InputError("give either --topology, such as v5e:4x4, or --topologies, such as v5e")
     if config.topologies is not None and not config.search:

@@ -7,12 +7,23 @@ import optax
 
 from qstar_jax.config import OptimizerOptions
 from qstar_jax.config.variants import check_variant, fill_in
+from qstar_jax.errors import InputError
 from qstar_jax.models.causal_lm import Params
 
 
 def count_steps(option: float, steps: int) -> int:
     """The value of an option in steps or, below 1, in shares of all `steps`; rounded up, as TRL does."""
     return math.ceil(option * steps - 1e-6) if option < 1 else int(option)
+
+
+def check_steps(name: str, value: float):
+    """Refuses a value of such an option that is neither: negative, or with a fraction above 1.
+
+    Raises:
+        InputError: If it is; it gives `name`, the option.
+    """
+    if value < 0 or value != int(value) > 0:
+        raise InputError(f"{name} {value}: expected a number of steps, or a share of all steps below 1")
 
 
 def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:

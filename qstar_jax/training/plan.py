@@ -12,6 +12,7 @@ from qstar_jax.config.variants import check_variant, declarations, fill_in
 from qstar_jax.errors import InputError
 from qstar_jax.losses import TOKEN_WEIGHTS, make_loss
 from qstar_jax.training.objectives import Objective, Weigh, preference_objective, sft_objective, single_objective
+from qstar_jax.training.optimizers import check_steps
 from qstar_jax.training.profile import profile_range
 from qstar_jax.training.reference import resolve_reference
 from qstar_jax.training.trackers import check_trackers
@@ -113,8 +114,7 @@ def check_train(config: SftConfig | DpoConfig | RlConfig, metrics: Collection[st
         raise InputError(f"train.epochs {train.epochs}: expected more than 0 passes over the rows")
     intervals = {f"train.{name}": getattr(train, name) for name in ("log_every", "eval_every", "save_every")}
     for name, value in (intervals | {"optimizer.warmup_steps": config.optimizer.warmup_steps}).items():
-        if value < 0 or value != int(value) > 0:
-            raise InputError(f"{name} {value}: expected a number of steps, or a share of all steps below 1")
+        check_steps(name, value)
     if train.patience < 0 or (train.patience and train.keep_best is None):
         raise InputError(
             f"train.patience {train.patience}: expected 0, or a number of evaluations of train.keep_best, the metric "

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,19 @@ from qstar_jax.config import ControlConfig
 from qstar_jax.config.control import with_task_defaults
 from qstar_jax.control import lqr
 from qstar_jax.control.actor import Actor
+from qstar_jax.control.options import resolve
 from qstar_jax.control.tasks import load_task
+from qstar_jax.errors import InputError
 from qstar_jax.evaluation.insights.control import Control
 from qstar_jax.training.run_log import read_metrics
 
-SMALL = """--train.bc_steps 300 --train.steps 100 --train.eval_every 50 --train.batch_size 16 --segments.count 200
-    --segments.pairs 300 --segments.eval_segments 40 --optimizer.learning_rate 1e-2""".split()
+SMALL = """--train.steps 100 --train.eval_every 50 --train.batch_size 16 --segments.count 200
+    --segments.eval_segments 40 --optimizer.learning_rate 1e-2""".split()
+CLONED_AND_PAIRED = ("--train.bc_steps", "300", "--segments.pairs", "300")
 
 
-def control(out, *words, task="lqr"):
-    return main(["control", "--task", str(task), "--out", str(out), *SMALL, *words])
+def control(out, *words, task="lqr", more=CLONED_AND_PAIRED):
+    return main(["control", "--task", str(task), "--out", str(out), *SMALL, *more, *words])
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +160,7 @@ def test_a_file_of_episodes_and_all_pairs(kind, tmp_path):
     np.savez(file, observations=observations, actions=actions, rewards=rewards, lengths=np.full(12, 20))
     words = ["--segments.label", "reward", "--segments.length", "5", "--actor.hidden", "[8]", "--loss.pairs", "all",
              "--arms", "[without_bc]", "--actor.kind", kind]  # fmt: skip
-    assert control(tmp_path / "runs", *words, task=file) == 0
+    assert control(tmp_path / "runs", *words, task=file, more=()) == 0
     run = tmp_path / "runs" / "without_bc-0"
     values = start_and_end(run)
     assert values["eval_accuracies"][1] > 0.8  # the better actions are near 0.4
@@ -170,23 +174,101 @@ def test_a_file_of_episodes_and_all_pairs(kind, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--loss.pairs", "all"], "preferences cannot be drawn at random"),
+        (["--loss.pairs", "all", "--segments.pairs", "10000"], "preferences cannot be drawn at random"),
         (["--loss.bias", "1.5"], "loss.bias is 1.5; expected a number in (0, 1]"),
-        (["--train.steps", "0"], "train.steps is 0; expected more than 0"),
+        (["--train.steps", "0"], "train.steps is 0; expected a number in [1, inf)"),
         (["--actor.dropout", "1"], "actor.dropout is 1.0; expected a number in [0, 1)"),
         (["--segments.discount", "1"], "segments.discount is 1.0"),
         (["--segments.length", "30"], "no episode has 30 steps"),
         (
-            ["--segments.sampled", "false", "--loss.pairs", "all", "--train.batch_size", "999"],
+            "--segments.sampled false --loss.pairs all --segments.pairs 10000 --train.batch_size 999".split(),
             "train.batch_size is 999",
         ),
-        (["--arms", "[]"], "arms is 0"),
+        (["--arms", "[]"], "--arms []: expected at least one"),
         (["--actor.kind", "squashed"], "whose actions are in (-1, 1), but those of lqr reach"),
     ],
 )
 def test_options_without_a_meaning_are_refused(words, message, tmp_path, capsys):
     assert control(tmp_path / "x", *words) == 2
     assert message in capsys.readouterr().err
+
+
+def configured(task="lqr", arms=("with_bc", "without_bc"), seeds=(0,), **blocks):
+    """Options of a task; `train={"steps": 3}` changes one of a block."""
+    config = ControlConfig(task, "x", arms=list(arms), seeds=list(seeds))
+    return replace(config, **{name: replace(getattr(config, name), **change) for name, change in blocks.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": {"beta": float("nan")}}, r"--loss\.beta is nan; expected a number in \(0, inf\)"),
+        ({"loss": {"beta": float("inf")}}, r"--loss\.beta is inf"),
+        ({"loss": {"bias": float("nan")}}, r"--loss\.bias is nan; expected a number in \(0, 1\]"),
+        ({"optimizer": {"learning_rate": -1.0}}, r"--optimizer\.learning_rate is -1\.0"),
+        ({"optimizer": {"learning_rate": float("nan")}}, r"--optimizer\.learning_rate is nan"),
+        ({"optimizer": {"warmup_steps": float("nan")}}, r"--optimizer\.warmup_steps is nan"),
+        ({"optimizer": {"warmup_steps": 1.5}}, r"optimizer\.warmup_steps 1\.5: expected a number of steps"),
+        ({"optimizer": {"decay": 0.9}}, "decay 0.9 has no effect with name adamw"),
+        ({"actor": {"hidden": [8, 0]}}, r"--actor\.hidden\[1\] is 0; expected a number in \[1, inf\)"),
+        ({"segments": {"seed": -1}}, r"--segments\.seed is -1"),
+        ({"seeds": [0, 10**30]}, r"--seeds\[1\] is 10+; expected a number in"),
+        ({"seeds": [1, 1]}, r"--seeds \[1, 1\]: expected at least one, and each once"),
+        ({"arms": ["with_bc", "with_bc"]}, r"--arms \['with_bc', 'with_bc'\]: expected at least one, and each once"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        resolve(configured(**changes))
+
+
+LINEAR = {"hidden": [], "dropout": 0.5}
+ALL_PAIRS = {"loss": {"pairs": "all"}, "segments": {"sampled": False}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"episodes": 7}}, r"--train\.episodes 7 has no effect with --task lqr"),
+        ({"task": "a.npz", "train": {"episodes": 7}}, r"--train\.episodes 7 has no effect with --task a\.npz, a file"),
+        (
+            {"task": "a.npz", "train": {"success_every": 7}},
+            r"--train\.success_every 7 has no effect with --task a\.npz",
+        ),
+        ({"actor": {"dropout": 0.5}}, r"--actor\.dropout 0\.5 has no effect with --actor\.hidden \[\]"),
+        ({"task": "a.npz", "actor": LINEAR}, r"--actor\.dropout 0\.5 has no effect with --actor\.hidden \[\]"),
+        ({"actor": {"kind": "squashed", "std": 0.5}}, r"--actor\.std 0\.5 has no effect with --actor\.kind squashed"),
+        ({**ALL_PAIRS, "segments": {"pairs": 9}}, r"--segments\.pairs 9 has no effect with --loss\.pairs all"),
+        ({"arms": ["without_bc"], "train": {"bc_steps": 9}}, r"--train\.bc_steps 9 has no effect without an arm"),
+        ({"arms": ["best_bc"], **ALL_PAIRS}, r"--loss\.pairs all has no effect with --arms \[best_bc\]"),
+        ({"arms": ["best_bc"], "segments": {"pairs": 9}}, r"--segments\.pairs 9 has no effect with --arms"),
+        ({"arms": ["best_bc"], "train": {"steps": 9}}, r"--train\.steps 9 has no effect with --arms"),
+        ({"arms": ["best_bc"], "train": {"eval_every": 9}}, r"--train\.eval_every 9 has no effect with --arms"),
+        ({"arms": ["best_bc"], "train": {"success_every": 9}}, r"--train\.success_every 9 has no effect with --arms"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        resolve(configured(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train": {"success_every": 7}},
+        {"task": "bin-picking-v3", "train": {"success_every": 7, "episodes": 7}},
+        {"task": "a.npz", "actor": {"hidden": [], "kind": "squashed"}},
+        {"actor": {"hidden": [8], "dropout": 0.5, "std": 0.5}},
+        ALL_PAIRS,
+        {"arms": ["without_bc"], "train": {"steps": 9}},
+        {"arms": ["without_bc", "best_bc"], "train": {"bc_steps": 9, "steps": 9}, "loss": {"beta": 0.2}},
+        {"arms": ["best_bc"], "train": {"bc_steps": 9}, "loss": {"beta": 0.2}},
+    ],
+)
+def test_options_that_are_read_and_what_a_run_recorded_are_accepted(changes):
+    resolved = resolve(configured(**changes))
+    assert resolve(resolved) == resolved
 
 
 def test_files_that_are_none_are_refused(tmp_path, capsys):

@@ -77,6 +77,8 @@ def test_options_that_exclude_each_other(config):
             check_options(replace(config, **topologies))
     with pytest.raises(InputError, match="--search false has no effect with --topologies"):
         check_options(replace(config, topology=None, topologies="v5e", search=False))
+    with pytest.raises(InputError, match=r"--optimizer\.warmup_steps is nan; expected a number in \[0, inf\)"):
+        check_options(replace(config, optimizer=OptimizerOptions(warmup_steps=float("nan"))))
     with pytest.raises(InputError, match="--reference x has no effect with method greedy"):
         check_options(replace(config, verb="generate", reference="x"))
     with pytest.raises(InputError, match="--batch_size 0: expected at least 1"):
