@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qstar_jax.config.ranges import ranged
 from qstar_jax.config.variants import path
 
 
@@ -33,8 +34,8 @@ class PairsConfig:
     samples: str = path()
     out: str = path()
     steps: bool = False
-    threshold: float | None = None
-    margin: float = 0.0
+    threshold: float | None = ranged(None, "(-inf, inf)")
+    margin: float = ranged(0.0, "[0, inf)")
     wrong_step: str | None = None
     step_delimiter: str = r"\n"
     split: str = "train"

@@ -5,6 +5,7 @@ from typing import Literal
 
 from qstar_jax.config.compute import ComputeOptions, MeshOptions
 from qstar_jax.config.data import DataOptions
+from qstar_jax.config.ranges import ranged
 from qstar_jax.config.variants import path
 
 
@@ -57,7 +58,7 @@ class SelectConfig:
     out: str = path()
     model: str | None = path(None)
     reference: str | None = path(None)
-    beta: float | None = None
+    beta: float | None = ranged(None, "(0, inf)")
     generations: str | None = path(None)
     scores: str | None = path(None)
     right: str | None = None
@@ -65,8 +66,8 @@ class SelectConfig:
     pattern: str | None = None
     sizes: list[int] | None = None
     weight: Literal["sigmoid", "softmax", "identity"] = "sigmoid"
-    subsets: int = 1024
-    seed: int = 0
+    subsets: int = ranged(1024, "[1, inf)")
+    seed: int = ranged(0, "[0, 9e18]")
     samples: int | None = None
     sampler: Literal["policy", "reference"] = "policy"
     temperature: float = 1.0
@@ -78,7 +79,7 @@ class SelectConfig:
     step_samples: int = 4
     step_length: int = 64
     step_ends: list[str] = field(default_factory=lambda: ["\n"])
-    batch_size: int = 16
+    batch_size: int = ranged(16, "[1, 1e6]")
     data: DataOptions = field(default_factory=DataOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)

@@ -40,13 +40,17 @@ class StepDelimiter:
     column: str | None = None
 
 
-def parse_delimiter(option: str) -> StepDelimiter:
-    """Parses `data.step_delimiter`.
+def parse_delimiter(option: str, flag: str = "--data.step_delimiter") -> StepDelimiter:
+    """Parses what an option says about the ends of steps.
+
+    Args:
+        option: Its value; see above.
+        flag: The option, for errors.
 
     Raises:
         InputError: If it is empty, no regular expression, or one that matches the empty text.
     """
-    name = f"--data.step_delimiter {option!r}"
+    name = f"{flag} {option!r}"
     if option.startswith(COLUMN):
         if not (column := option.removeprefix(COLUMN)):
             raise InputError(f"{name}: expected the name of a column after {COLUMN}")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qstar_jax.config import PairsConfig
+from qstar_jax.config.ranges import check_ranges
+from qstar_jax.config.unread import check_unread
 from qstar_jax.data.dropped import BadRow
 from qstar_jax.data.reading import read_rows
 from qstar_jax.data.steps import StepDelimiter, delimited_ends, listed_ends, parse_delimiter
@@ -38,19 +40,25 @@ def read_samples(config: PairsConfig) -> tuple[list[Sample], Counter[str]]:
 
 
 def _check_options(config: PairsConfig, is_scored: bool):
-    def refuse(option: str, value: Any, why: str):
-        raise InputError(f"--{option} {value} has no effect: {why}; leave it out")
+    check_ranges(config)
 
-    if config.threshold is not None and not (config.steps and is_scored):
-        refuse("threshold", config.threshold, "it judges rewards of steps, in scores.jsonl, with --steps")
-    if config.wrong_step is not None and (is_scored or not config.steps):
-        refuse("wrong_step", config.wrong_step, "it is a column of rows whose steps are paired, with --steps")
-    if is_scored and config.reward is not None:
-        refuse("reward", config.reward, "samples of scores.jsonl earn their total reward")
-    if config.margin < 0:
-        raise InputError(f"--margin {config.margin}: expected at least 0")
-    if config.margin and not is_scored and (config.steps or config.reward is None):
-        refuse("margin", config.margin, "these samples have no rewards to differ by")
+    def refuse(why: str, *names: str):
+        check_unread(config, PairsConfig(config.samples, config.out), names, f"{why}; leave it out")
+
+    if is_scored:
+        refuse("on scores.jsonl, whose samples earn their total reward", "reward", "label")
+        refuse("on scores.jsonl, which is no file of rows", "split", "prompt", "completion")
+        refuse("on scores.jsonl, which has the steps and their rewards", "wrong_step", "step_delimiter")
+    else:
+        refuse("on rows: it judges rewards of steps, in scores.jsonl", "threshold")
+    if not config.steps:
+        refuse("without --steps", "threshold", "wrong_step", "step_delimiter")
+    elif not is_scored:
+        refuse("with --steps, whose pairs follow --wrong_step", "reward", "label")
+    if config.reward is not None:
+        refuse(f"beside --reward {config.reward}, by which samples are ranked", "label")
+    if not is_scored and (config.steps or config.reward is None):
+        refuse("on samples that have no rewards to differ by", "margin")
     if config.steps and not is_scored and config.wrong_step is None:
         raise InputError(
             f"--steps: {config.samples} is no scores.jsonl, so it must say which steps are wrong; name the column with "
@@ -105,7 +113,7 @@ def _scored_sample(record: dict, in_steps: bool, where: str) -> Sample:
 
 def _rows(config: PairsConfig) -> tuple[list[Sample], Counter[str]]:
     samples, dropped = [], Counter()
-    delimiter = parse_delimiter(config.step_delimiter) if config.steps else None
+    delimiter = parse_delimiter(config.step_delimiter, "--step_delimiter") if config.steps else None
     for index, row in enumerate(read_rows(config.samples, config.split)):
         if isinstance(row, BadRow):
             dropped[f"not readable ({row.reason})"] += 1

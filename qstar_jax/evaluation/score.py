@@ -3,16 +3,17 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qstar_jax.config import DataOptions, ScoreConfig
+from qstar_jax.config import ScoreConfig
 from qstar_jax.config.paths import recorded
 from qstar_jax.config.ranges import check_ranges
+from qstar_jax.config.unread import check_unread
 from qstar_jax.console import say
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.identity import examples_identity
@@ -132,14 +133,12 @@ def _check_options(config: ScoreConfig):
     check_ranges(config)
     if config.data.eval is None:
         raise InputError("--data.eval is missing: name the file whose responses are to be scored")
-    defaults = {option.name: option.default for option in fields(ScoreConfig)}
-    for name in ("wrong_step", "threshold", "calibration"):
-        if not config.steps and getattr(config, name) != defaults[name]:
-            raise InputError(f"--{name} {getattr(config, name)} has no effect without --steps")
-    if not config.steps and config.data.step_delimiter != DataOptions().step_delimiter:
-        raise InputError(f"--data.step_delimiter {config.data.step_delimiter!r} has no effect without --steps")
-    if config.calibration != defaults["calibration"] and config.wrong_step is None:
-        raise InputError(f"--calibration {config.calibration:g} has no effect without --wrong_step")
+    unset = ScoreConfig(model=config.model, out=config.out)
+    if not config.steps:
+        names = ("wrong_step", "threshold", "calibration", "data.step_delimiter")
+        check_unread(config, unset, names, "without --steps")
+    if config.wrong_step is None:
+        check_unread(config, unset, ["calibration"], "without --wrong_step")
     if not 0 < config.calibration < 1:
         raise InputError(f"--calibration {config.calibration:g}: expected a share in (0, 1)")
     if config.threshold is not None and not math.isfinite(config.threshold):

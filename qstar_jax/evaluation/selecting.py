@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from rich.console import Console
 
 from qstar_jax.config import SelectConfig
 from qstar_jax.config.paths import recorded
+from qstar_jax.config.ranges import check_ranges
+from qstar_jax.config.unread import check_unread
 from qstar_jax.console import say
 from qstar_jax.data.loading import load_examples, read_records
 from qstar_jax.data.steps import parse_delimiter
@@ -104,6 +106,7 @@ def check_options(config: SelectConfig) -> Extractor:
     Raises:
         InputError: If an option is missing, has no effect, or contradicts another.
     """
+    check_ranges(config)
     if config.data.eval is None:
         raise InputError("--data.eval is missing: name the file of questions, with or without responses")
     sources = [name for name in ("samples", "generations", "scores") if getattr(config, name) is not None]
@@ -113,12 +116,15 @@ def check_options(config: SelectConfig) -> Extractor:
         raise InputError(f"--scores {config.scores} holds the scores already; leave --model out, or --scores")
     if config.samples is not None and config.samples < max(2, *(config.sizes or [2])):
         raise InputError(f"--samples {config.samples}: expected at least two per question, and the largest of --sizes")
-    if config.batch_size < 1 or config.subsets < 1:
-        raise InputError(f"--batch_size {config.batch_size} and --subsets {config.subsets}: both are at least 1")
     _check_unread(config, config.model is not None, ("reference", "beta"), "--model")
     _check_unread(config, config.model is not None, ("samples",), "--model, whose responses are sampled")
     _check_unread(config, config.samples is not None, (*_SAMPLING, "step_beams"), "--samples")
     _check_unread(config, bool(config.step_beams), _SEARCHING, "--step_beams")
+    _check_unread(config, config.model is not None, ("data.step_delimiter",), "--model, which scores steps")
+    scored = [name for name in ("model", "scores", "generations") if getattr(config, name) is not None]
+    _check_unread(
+        config, bool(scored), ("weight",), "scores, by which votes weigh: name --model, --scores or --generations"
+    )
     if (config.final_answer == "pattern") != (config.pattern is not None):
         raise InputError("--pattern and --final_answer pattern belong together: the pattern finds the final answer")
     parse_delimiter(config.data.step_delimiter)
@@ -130,13 +136,8 @@ def check_options(config: SelectConfig) -> Extractor:
 
 
 def _check_unread(config: SelectConfig, is_read: bool, names: Sequence[str], needs: str):
-    """Refuses options that were given and would not be read."""
-    defaults = {option.name: option for option in fields(SelectConfig)}
-    for name in () if is_read else names:
-        option = defaults[name]
-        default = option.default_factory() if callable(option.default_factory) else option.default
-        if (value := getattr(config, name)) != default:
-            raise InputError(f"--{name} {value} has no effect without {needs}")
+    if not is_read:
+        check_unread(config, SelectConfig(out=config.out), names, f"without {needs}")
 
 
 def _read(config: SelectConfig, extract: Extractor) -> list[Question]:

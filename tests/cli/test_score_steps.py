@@ -135,7 +135,7 @@ def test_report_has_a_section(scored, tmp_path, capsys):
     [
         (["--wrong_step", "first", "--answers", "single"], "--wrong_step first has no effect without --steps"),
         (["--threshold", "0"], "--threshold 0.0 has no effect without --steps"),
-        (["--data.step_delimiter", ";"], "--data.step_delimiter ';' has no effect without --steps"),
+        (["--data.step_delimiter", ";"], "--data.step_delimiter ; has no effect without --steps"),
         (["--steps", "--calibration", "0.3"], "--calibration 0.3 has no effect without --wrong_step"),
         ([*STEPS, "--wrong_step", "first", "--calibration", "1"], r"--calibration 1: expected a share in \(0, 1\)"),
         (["--steps", "--wrong_step", "first"], "expected --answers single"),

@@ -1,10 +1,14 @@
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 from qstar_jax.cli.main import main
+from qstar_jax.config import DataOptions, SelectConfig
 from qstar_jax.decoding.generations_file import read_generations
+from qstar_jax.errors import InputError
+from qstar_jax.evaluation.selecting import check_options
 
 pytestmark = pytest.mark.usefixtures("one_device_only")
 
@@ -145,7 +149,7 @@ def test_a_selection_is_a_section_of_the_report(selected, tmp_path):
         (["--data.eval", "{file}", "--generations", "g", "--scores", "s"], "two sources"),
         (["--data.eval", "{file}", "--pattern", "A: (.+)"], "--pattern and --final_answer pattern belong together"),
         (["--data.eval", "{file}", "--final_answer", "pattern", "--pattern", "x"], "has 0 groups"),
-        (["--data.eval", "{file}", "--subsets", "0"], "both are at least 1"),
+        (["--data.eval", "{file}", "--subsets", "0"], "--subsets is 0; expected a number in [1, inf)"),
         (["--data.eval", "{file}", "--model", "{run}", "--samples", "2"], "--right is missing"),
         (
             ["--data.eval", "{file}", "--model", "{run}", "--samples", "2", "--right", "a", "--sizes", "[1,4]"],
@@ -168,6 +172,28 @@ def test_bad_input_is_told(words, message, questions, dpo_run, tmp_path, capsys)
     words = [word.format(file=questions, run=dpo_run) for word in words]
     assert select(tmp_path / "out", *words) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, r"--seed is -1; expected a number in \[0, 9e18\]"),
+        ({"model": "m", "beta": float("nan")}, r"--beta is nan; expected a number in \(0, inf\)"),
+        ({"batch_size": 0}, "--batch_size is 0"),
+        ({"weight": "identity"}, "--weight identity has no effect without scores"),
+        ({"delimiter": ";"}, r"--data\.step_delimiter ; has no effect without --model"),
+        ({"delimiter": ";", "scores": "s"}, r"--data\.step_delimiter ; has no effect without --model"),
+        ({"delimiter": ";", "model": "m"}, None),
+        ({"weight": "identity", "scores": "s"}, None),
+        ({"weight": "identity", "generations": "g"}, None),
+    ],
+)
+def test_options_out_of_range_or_without_effect_are_refused(changes, message):
+    options = {name: value for name, value in changes.items() if name != "delimiter"}
+    data = DataOptions(eval="rows.jsonl", step_delimiter=changes.get("delimiter", DataOptions().step_delimiter))
+    expected = nullcontext() if message is None else pytest.raises(InputError, match=message)
+    with expected:
+        check_options(SelectConfig(out="o", data=data, **options))
 
 
 def test_generations_of_another_tokenizer_or_file_are_refused(questions, dpo_run, tmp_path, capsys):

@@ -186,7 +186,7 @@ def facts(selection: Selection) -> list[str]:
     lines = [
         f"{selection.questions:,} questions, {selection.responses:,} responses, {selection.right:.1%} right; "
         f"{selection.unanswered:,} without a final answer",
-        f"votes by a score weigh {selection.weight}(score)",
+        *([f"votes by a score weigh {selection.weight}(score)"] if selection.separation else []),
         "intervals: 95 %, by bootstrap over questions",
     ]
     if selection.beta is not None:

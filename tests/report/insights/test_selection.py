@@ -44,8 +44,11 @@ def test_captions_say_what_was_found(informed):
     assert "cannot be told from the majority" in first.finding
     assert gains.finding == "No way to select gains on the majority beyond noise."
     assert "cannot be told from chance" in areas.finding
-    (votes,) = panels(compute_selection([Candidates(q.correct, q.answers) for q in questions_of(0.0)]))
+    without_scores = compute_selection([Candidates(q.correct, q.answers) for q in questions_of(0.0)])
+    (votes,) = panels(without_scores)
     assert votes.finding.startswith("The majority (")
+    weighs = "votes by a score weigh sigmoid(score)"
+    assert weighs in facts(informed) and weighs not in facts(without_scores)
 
 
 def test_tables_and_facts_have_every_number(informed, tmp_path):
