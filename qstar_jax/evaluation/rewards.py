@@ -25,6 +25,9 @@ def reward_maker(config: RlConfig) -> RewardMaker:
     options = config.reward
     if options.kind == "function":
         raise InputError("reward.kind function is for `qstar_jax.rl` in Python, which takes one; choose another kind")
+    if options.kind == "true_reward":
+        for source in filter(None, (config.data.train, config.data.eval)):
+            _true_reward(source)
     if options.kind == "verifier" and options.extract is not None and options.extract not in EXTRACTORS:
         raise InputError(f"reward.extract {options.extract!r} is unknown; choose from {', '.join(EXTRACTORS)}")
 
@@ -49,7 +52,7 @@ def reward_maker(config: RlConfig) -> RewardMaker:
     def make(prompts: Prompts) -> Reward | None:
         match options.kind:
             case "true_reward":
-                return _true_reward(prompts)
+                return _true_reward(prompts.dataset.source)
             case "reward_model":
                 return reward_model()
             case "verifier":
@@ -60,11 +63,11 @@ def reward_maker(config: RlConfig) -> RewardMaker:
     return make
 
 
-def _true_reward(prompts: Prompts) -> Reward:
-    task = find(prompts.dataset.source)
+def _true_reward(source: str) -> Reward:
+    task = find(source)
     if task is None or task[0].true_reward is None:
         raise InputError(
-            f"reward.kind true_reward: {prompts.dataset.source} is no built-in task that knows the true reward of a "
+            f"reward.kind true_reward: {source} is no built-in task that knows the true reward of a "
             "response, such as builtin:tiny-tldr; choose reward_model or verifier"
         )
     true_reward = task[0].true_reward

@@ -32,6 +32,13 @@ def test_a_prompt_with_two_answers_is_refused():
         Verifier(prompts_of(rows), rows, "answer", "hash")
 
 
+@pytest.mark.parametrize(("train", "held_out"), [("sums.jsonl", None), ("builtin:tiny-tldr", "sums.jsonl")])
+def test_files_have_no_true_reward_which_is_said_before_anything_is_loaded(train, held_out):
+    config = RlConfig(model="m", out="o", data=DataOptions(train=train, eval=held_out), reward=RewardOptions())
+    with pytest.raises(InputError, match=r"reward\.kind true_reward: sums\.jsonl is no built-in task"):
+        reward_maker(config)
+
+
 def test_the_true_reward_is_the_tasks():
     config = RlConfig(model="m", out="o", data=DataOptions(train="builtin:tiny-tldr"), reward=RewardOptions())
     task = find("builtin:tiny-tldr")[0]
