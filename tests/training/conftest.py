@@ -96,7 +96,7 @@ def signal_after(monkeypatch, tiny_train):
     """`signal_after(config, step, number)`: this process gets a signal while that step is computed."""
 
     def run(config, step, number):
-        real, begun = StopSignals.requested, find_checkpoint(Path(config.out))
+        real, begun = StopSignals.requested, find_checkpoint(Path(config.out) / "checkpoints")
         steps = count(1 if begun is None else int(begun.name) + 1)
         with monkeypatch.context() as patch:
 
