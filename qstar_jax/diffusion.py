@@ -7,7 +7,7 @@ Conventions, after Appendix B of "From r to Q*" (arXiv 2404.12358) and DDPM (arX
 - The network is an argument `eps_fn(x_t, t)`, which predicts the noise in x_t; a condition c is bound in it. t has the
   leading axes of x.
 - A step is a Gaussian p(x_{t-1} | x_t) = N(mu(x_t, t), s_t^2), the last one included. Policy and reference have the
-  same s_t, so a log-ratio of densities is exact, and a sum over pixels: credit of steps, and of pixels.
+  same s_t, so a log-ratio of densities is exact, and a sum over dimensions: steps have credit, and so have dimensions.
 - Arrays over steps have K = T + 1 entries: entry t belongs to step t, and entry 0 to the data.
 """
 
@@ -196,12 +196,13 @@ def sample(schedule: Schedule, eps_fn: EpsFn, key: PRNGKeyArray, shape: tuple[in
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepScores:
-    """What a policy and its reference say about stored denoising steps, pixel by pixel; sum over pixels for steps.
+    """What a policy and its reference say about each dimension of stored denoising steps; sums over them are of steps.
 
     Attributes:
         log_ratios: log p(x_{t-1} | x_t) / p_ref(x_{t-1} | x_t), in nats. Shape [K, B, ...], 0 at t = 0.
-        kls: KL(p(. | x_t) || p_ref(. | x_t)), in nats. Summed over steps and pixels, its mean over the policy's own
-            trajectories is the divergence of whole trajectories, with less variance than their log-ratio. Same shape.
+        kls: KL(p(. | x_t) || p_ref(. | x_t)), in nats. Summed over steps and dimensions, its mean over the policy's
+            own trajectories is the divergence of whole trajectories, with less variance than their log-ratio. Same
+            shape.
     """
 
     log_ratios: Float[Array, "K ..."]
@@ -248,7 +249,7 @@ def score_steps(schedule: Schedule, eps_fn: EpsFn, ref_eps_fn: EpsFn, states: Fl
 def step_log_ratios(
     mean: Float[Array, "..."], ref_mean: Float[Array, "..."], x_next: Float[Array, "..."], variance: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Log-ratio of two Gaussians of one variance at x_{t-1}, pixel by pixel.
+    """Log-ratio of two Gaussians of one variance at x_{t-1}, dimension by dimension.
 
     Args:
         mean: Mean of the policy's step.
@@ -265,12 +266,12 @@ def step_log_ratios(
 def step_kls(
     mean: Float[Array, "..."], ref_mean: Float[Array, "..."], variance: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Divergence of two Gaussians of one variance, pixel by pixel: |mu - mu_ref|^2 / (2 s_t^2), in nats."""
+    """Divergence of two Gaussians of one variance, dimension by dimension: |mu - mu_ref|^2 / (2 s_t^2), in nats."""
     return (mean - ref_mean) ** 2 / (2 * variance)
 
 
 def elbo_weights(schedule: Schedule) -> Float[Array, " K"]:
-    """Nats of divergence per squared error of the predicted noise, *summed* over pixels, at each step.
+    """Nats of divergence per squared error of the predicted noise, *summed* over dimensions, at each step.
 
     |mu_q - mu|^2 / (2 s_t^2) = w_t |noise - eps_fn(x_t, t)|^2, where mu_q is the mean of q(x_{t-1} | x_t, x_0). So the
     expected log-ratio of a step under q is w_t times how much smaller the policy's squared error is.
@@ -303,7 +304,7 @@ def noise_errors(
         noise: Standard normal, of each example. Shape [B, ...].
 
     Returns:
-        *Means* over pixels. Shape [B, R].
+        *Means* over dimensions. Shape [B, R].
     """
     noise = jnp.broadcast_to(noise[:, None], x_0.shape)
     t = jnp.broadcast_to(t[:, None], x_0.shape[:2])
@@ -317,8 +318,9 @@ def diffusion_dpo(
     """Diffusion-DPO: preferences between data, without their trajectories.
 
     -log sigma(beta_dpo / 2 [(ref_error_w - error_w) - (ref_error_l - error_l)]); by Jensen's inequality, its mean over
-    steps and noise bounds the loss of whole trajectories. Errors are means over the D pixels, as in the authors' code
-    (their Eq. 14 has sums), so the same beta_dpo is another temperature where D or T differ; `beta_dpo_of` converts.
+    steps and noise bounds the loss of whole trajectories. Errors are means over the D dimensions, as in the authors'
+    code (their Eq. 14 has sums), so the same beta_dpo is another temperature where D or T differ; `beta_dpo_of`
+    converts.
 
     Args:
         errors: `noise_errors` of the policy, the preferred first. Shape [B, 2].
@@ -345,7 +347,7 @@ def beta_dpo_of(schedule: Schedule, t: Int[Array, " B"], *, beta: ScalarLike, di
         schedule: The schedule.
         t: Steps. Shape [B].
         beta: Temperature: reward per nat.
-        dimensions: D, the number of pixels.
+        dimensions: D, the size of one x.
 
     Returns:
         2 beta T D w_t with `elbo_weights` w_t. Shape [B].

@@ -69,7 +69,7 @@ class TokenTree:
     `environment` a response is a dialogue: at some positions another speaks, and its states are chance nodes. Tables
     of log pi_ref hold log P(o | s) of its replies there.
 
-    Where states are `markov`, branches meet: denoising an image on a grid (Appendix B) is such a tree, whose token 0 is
+    Where states are `markov`, branches meet: denoising on a grid (Appendix B) is such a tree, whose token 0 is
     the noise x_T, drawn by the environment, and whose actions are x_{T-1}, ..., x_0.
 
     Attributes:

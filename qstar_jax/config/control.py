@@ -104,11 +104,12 @@ class ControlConfig:
 
     Args:
         task: `lqr`: a mass pushed to the origin, whose optimum is known in closed form; `bin-picking-v3`: Meta-World's
-            robot arm (extra `control`), with episodes of a scripted policy with flaws, which are made once and cached;
-            or an .npz file of episodes (arrays observations [E, T + 1, O], actions [E, T, A], rewards [E, T], lengths
-            [E], and values [E, T + 1], NaN where unknown, for labels by regret).
+            task of that name (extra `control`), with episodes of a scripted policy with flaws, which are made once and
+            cached; or an .npz file of episodes (arrays observations [E, T + 1, O], actions [E, T, A], rewards [E, T],
+            lengths [E], and values [E, T + 1], NaN where unknown, for labels by regret).
         out: Folder with a run ARM-SEED for each arm and seed (config.yaml, metrics.jsonl, actor.npz, summary.json),
-            summary.json, control.json and control.png; the same command continues an interrupted one.
+            summary.json, control.json and control.png; with the same command, finished runs stay and an interrupted
+            one begins anew.
         arms: with_bc: cloning of all segments, then CPL; without_bc: CPL from a random policy; with_bc_kl: cloning,
             then CPL-KL, on log-ratios; best_bc: cloning of the best 30 % by score only.
         seeds: Seeds of the policy and of the batches; each makes a run of each arm.

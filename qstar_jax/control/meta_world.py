@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import warnings
 import zipfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jax
@@ -53,7 +54,7 @@ class Arm:
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
             from metaworld.policies import SawyerBinPickingV3Policy
         except ImportError as error:
-            raise InputError(f"--task {NAME} needs Meta-World ({error}): pip install 'qstar_jax[control]'") from error
+            raise _not_installed(error) from error
         self._mujoco, self._env = mujoco, ALL_V3_ENVIRONMENTS[NAME]()
         self._env._freeze_rand_vec, self._env._set_task_called, self._env._partially_observable = False, True, False
         self._env.seeded_rand_vec = True  # or positions come from numpy's global generator
@@ -140,6 +141,21 @@ def play_episode(arm: Arm, rng: np.random.Generator, discount: float) -> dict[st
             "values": np.array(values)}  # fmt: skip
 
 
+def episodes_folder(seed: int, discount: float) -> Path:
+    """Names the cached episodes: by all that they depend on, the versions of the simulator included.
+
+    Raises:
+        InputError: If Meta-World is not installed.
+    """
+    try:
+        versions = {package: version(package) for package in ("metaworld", "mujoco")}
+    except PackageNotFoundError as error:
+        raise _not_installed(error) from error
+    recipe = [NAME, versions, HORIZON, EPISODES, PART, SPACING, AFTER, FLAWS, NOISE, _KEPT.tolist(), seed, discount]
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    return user_cache("control") / f"{NAME}-{digest}"
+
+
 def cached_episodes(seed: int, discount: float, console: Console | None = None) -> Episodes:
     """Plays the episodes with all cores, or reads those of the user's cache, where parts of an interrupted run stay.
 
@@ -151,9 +167,7 @@ def cached_episodes(seed: int, discount: float, console: Console | None = None) 
     Raises:
         InputError: If Meta-World is not installed.
     """
-    recipe = [NAME, HORIZON, EPISODES, PART, SPACING, AFTER, FLAWS, NOISE, _KEPT.tolist(), seed, discount]
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    folder = user_cache("control") / f"{NAME}-{digest}"
+    folder = episodes_folder(seed, discount)
     folder.mkdir(parents=True, exist_ok=True)
     parts = [folder / f"part-{number:03d}.npz" for number in range(EPISODES // PART)]
     missing = [(part, seed * 1000 + n, discount) for n, part in enumerate(parts) if not part.exists()]
@@ -164,6 +178,10 @@ def cached_episodes(seed: int, discount: float, console: Console | None = None) 
             for _ in track(console, pool.imap_unordered(_write_part, missing), "parts", len(missing)):
                 pass
     return _join([_read_part(part) for part in parts])
+
+
+def _not_installed(error: ImportError) -> InputError:
+    return InputError(f"--task {NAME} needs Meta-World ({error}): pip install 'qstar_jax[control]'")
 
 
 def _read_part(part: Path) -> Episodes:

@@ -93,8 +93,3 @@ def reward_at_kl(curve: Sequence[Point], kl: float) -> float:
             share = (kl - before.total_kl) / max(after.total_kl - before.total_kl, 1e-12)
             return before.reward + share * (after.reward - before.reward)
     return float("nan")
-
-
-def shared_kl(curves: Sequence[Sequence[Point]]) -> float:
-    """Finds the largest KL that all curves reach, in nats: where arms can be compared."""
-    return min(max(point.total_kl for point in curve) for curve in curves)

@@ -63,3 +63,14 @@ def test_flaws_cost_value(monkeypatch):
         monkeypatch.setattr(meta_world, "FLAWS", {flaw: 1.0})
         best[flaw] = meta_world.play_episode(arm, rng, 0.99)["rewards"].max()
     assert best["none"] == 1.0 and best["never_closes"] < 1.0
+
+
+def test_another_simulator_plays_other_episodes(monkeypatch):
+    folder = meta_world.episodes_folder(seed=0, discount=0.99)
+    assert folder == meta_world.episodes_folder(seed=0, discount=0.99)
+    folders = {folder, meta_world.episodes_folder(seed=1, discount=0.99), meta_world.episodes_folder(0, discount=0.9)}
+    real = meta_world.version
+    for updated in ("metaworld", "mujoco"):
+        monkeypatch.setattr(meta_world, "version", lambda name, updated=updated: real(name) + "1" * (name == updated))
+        folders.add(meta_world.episodes_folder(seed=0, discount=0.99))
+    assert len(folders) == 5

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.blame import measure_blame, reward_at_kl, shared_kl
+from qstar_jax.evaluation.blame import measure_blame, reward_at_kl
 from qstar_jax.pipeline import Meter, Point, PreferenceBatch, Stage, make_arms, pipeline_loss_fn, train_arm
 from qstar_jax.training.source import Source
 
@@ -149,7 +149,6 @@ def test_reward_at_a_kl_is_read_off_the_curve():
     assert reward_at_kl(curve, 0.25) == pytest.approx(1.25)
     assert reward_at_kl(curve, 1.5) == pytest.approx(2.25)
     assert np.isnan(reward_at_kl(curve, 2.1))
-    assert shared_kl([curve, curve[:2]]) == 1.0
 
 
 def test_blame_by_hand():

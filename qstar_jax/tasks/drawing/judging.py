@@ -58,11 +58,6 @@ class Judges:
         """Digit and boldness that the judging reader sees, whom no reward knows."""
         return self.readers.judging.predict(np.clip(images, -1, 1)), ink(images) > MIDDLE
 
-    def is_good(self, prompts: Int[np.ndarray, "N 4"], images: Float[np.ndarray, "N 64"]) -> Bool[np.ndarray, " N"]:
-        """Whether the judging reader sees what the prompt asks for."""
-        digit, bold = self.look(images)
-        return words.kinds(prompts)[np.arange(len(digit)), digit] & (bold == words.wants_bold(prompts))
-
     def faults(
         self, prompts: Int[np.ndarray, "N 4"], requests: Int[np.ndarray, "N 2"], images: Float[np.ndarray, "N 64"]
     ) -> Bool[np.ndarray, "N 2"]:

@@ -92,11 +92,6 @@ class Batcher:
         """How the arrays of a batch lie on the devices: by prompts."""
         return NamedSharding(self.mesh, BATCH if self.parts == 1 else PartitionSpec(None, *BATCH))
 
-    def of_prompts(self, values: np.ndarray) -> Array:
-        """Puts an array with one row per prompt beside a batch."""
-        values = values.reshape(self.parts, -1, *values.shape[1:]) if self.parts > 1 else values
-        return self._place(values)
-
 
 def padded_to(logp: Float[Array, "*B T"], length: int) -> Float[Array, "*B L"]:
     """Pads the last axis with zeros up to a length."""
