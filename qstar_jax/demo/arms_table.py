@@ -48,14 +48,19 @@ def summarize(
             *(_spread([reward_at_kl(curve, kl) for curve in curves]) for kl in kls),
             _spread([curve[-1].reward for curve in curves]),
             _spread([curve[-1].total_kl for curve in curves]),
-            *(_spread([one["finds"][name]["mean"] for one in blame]) for name in names),
-            _spread([one["tells"][names[0]]["mean"] for one in blame]),
+            *(_spread([_area(one["finds"][name]) for one in blame]) for name in names),
+            _spread([_area(one["tells"][names[0]]) for one in blame]),
         )
     return table
 
 
 def _curve(record: dict[str, Any]) -> list[Point]:
     return [Point(**point | {"kl": tuple(point["kl"]), "outputs": ()}) for point in record["curve"]]
+
+
+def _area(interval: dict[str, float] | None) -> float:
+    """The area under a ROC curve; NaN where a stage was never, or always, at fault."""
+    return float("nan") if interval is None else interval["mean"]
 
 
 def _spread(values: Sequence[float]) -> str:
