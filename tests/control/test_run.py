@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -148,6 +149,25 @@ def test_the_same_command_continues_and_another_is_refused(runs, capsys):
     assert (runs / "with_bc-0" / "metrics.jsonl").read_bytes() == before
     assert control(runs, "--loss.bias", "0.9") == 2
     assert "has a run with other options (loss" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_begins_anew_and_ends_equal(runs, tmp_path):
+    folder = shutil.copytree(runs, tmp_path / "lqr") / "with_bc-0"
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
+    (folder / "actor.npz").unlink()
+    (folder / "summary.json").unlink()
+    kept = (tmp_path / "lqr" / "without_bc-0" / "actor.npz").stat()
+    assert control(tmp_path / "lqr") == 0
+    assert (tmp_path / "lqr" / "without_bc-0" / "actor.npz").stat() == kept
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(
+        (runs / "with_bc-0" / "summary.json").read_text()
+    )
+    assert read_metrics(folder) == read_metrics(runs / "with_bc-0")
+    ended, whole = (np.load(run / "actor.npz", allow_pickle=False) for run in (folder, runs / "with_bc-0"))
+    assert sorted(ended) == sorted(whole)
+    for name in whole:
+        np.testing.assert_array_equal(ended[name], whole[name])
 
 
 @pytest.mark.parametrize("kind", ["deterministic", "squashed"])

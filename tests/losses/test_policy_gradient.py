@@ -197,6 +197,31 @@ def test_token_rewards_of_dpo_have_the_expected_gradient_of_the_sequence_reward(
     assert np.abs(weights - losses.returns_to_go(tabular.on_paths(TREE, sequence), MASK)).max() > 0.1
 
 
+def test_token_rewards_of_dpo_change_the_variance_of_the_gradient():
+    """Against the score less its mean: all responses of 200 trees, at a uniform reference, which the policy is."""
+    tree, betas = TokenTree(3, 4, eos=None), jnp.array([0.1, 0.3, 1.0, 3.0])
+    ref_logp, mask = jnp.full(tree.shape, -np.log(3)), jnp.asarray(tree.paths.mask)
+
+    @jax.jit
+    def to_go(returns):
+        sequence = reward_of_responses(tree, returns)
+
+        def of(beta):
+            dpo = tabular.soft_value_iteration(tree, sequence, ref_logp, beta=beta).log_policy
+            return losses.returns_to_go(beta * tabular.on_paths(tree, dpo - ref_logp), mask)
+
+        score = jnp.broadcast_to((returns - returns.mean())[:, None], mask.shape)
+        return jnp.concatenate([jax.vmap(of)(betas), score[None]]), sequence
+
+    variances = np.zeros(5)
+    for returns in jax.random.normal(KEYS[4], (200, len(mask))):
+        weights, sequence = to_go(returns)
+        # |gradient of log pi(a | s)|^2 is (1 - pi(a | s))^2 + sum over other tokens b of pi(b | s)^2: 2/3 here.
+        squares = 2 / 3 * np.square(weights).sum(-1).mean(-1)
+        variances += squares - np.square(exact_gradient(tree, ref_logp, sequence)).sum()
+    np.testing.assert_allclose(variances[:4] / variances[4], [3.5, 2.2, 1.10, 0.91], rtol=0.02)
+
+
 def test_rto_rewards_by_hand():
     token_rewards = jnp.array([[1.0, -3.0, 9.0, 0.5], [2.0, 7.0, 8.0, 9.0], [5.0, 5.0, 5.0, 5.0]])
     mask = jnp.array([[True, True, False, True], [True, False, False, False], [False] * 4])
