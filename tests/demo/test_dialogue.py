@@ -42,6 +42,7 @@ def test_everything_is_measured_and_shown(short):
     assert "tokens of users, tools and templates, which are not learned" in " ".join(printed.split())
 
 
+@pytest.mark.slow
 def test_the_record_can_be_shown_again(short, tmp_path):
     out, _ = short
     assert main(["report", "--dialogue", str(out / "dialogue"), "--out", str(tmp_path), "--title", "Once more"]) == 0
@@ -49,6 +50,7 @@ def test_the_record_can_be_shown_again(short, tmp_path):
     assert "Once more" in page and "Asking questions" in page and (tmp_path / "dialogue.png").exists()
 
 
+@pytest.mark.slow
 def test_runs_differ_in_what_is_an_action(short, one_device):
     out, _ = short
     lines = {name: (out / folder / "metrics.jsonl").read_text() for name, (folder, *_) in dialogue._RUNS.items()}
@@ -61,6 +63,7 @@ def test_runs_differ_in_what_is_an_action(short, one_device):
     assert all((one != other).any() for n, one in enumerate(embeddings) for other in embeddings[:n])
 
 
+@pytest.mark.slow
 def test_the_first_model_is_drawn_by_the_seed(short):
     weights = [(short[0] / "random" / "model.safetensors").read_bytes()]
     dialogue._write_random(short[0] / "again", 3)
@@ -69,6 +72,7 @@ def test_the_first_model_is_drawn_by_the_seed(short):
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.slow
 def test_options_without_effect_and_folders_in_use_are_refused(short, capsys):
     assert main(["demo", "--insight", "dialogue", "--from_scratch"]) == 2
     assert "--from_scratch has no effect with --insight dialogue" in capsys.readouterr().err

@@ -401,11 +401,16 @@ def test_a_torn_last_line_of_metrics_does_not_stop_a_resumed_run(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("option", "size"), [("batch_size", 7), ("batch_size", 0), ("eval_batch_size", 3)])
+@pytest.mark.parametrize(("option", "size"), [("batch_size", 7), ("eval_batch_size", 3)])
 def test_batches_that_do_not_divide_evenly_are_refused(option, size, make_config, tiny_train, tmp_path, eval_file):
     config = make_config(tmp_path / "run", data={"eval": str(eval_file)}, train={option: size}, mesh={"fsdp": 2})
     with pytest.raises(InputError, match=rf"--train\.{option} {size} does not divide evenly over 2 devices"):
         tiny_train(config)
+
+
+def test_a_batch_holds_at_least_one_row(make_config, tiny_train, tmp_path):
+    with pytest.raises(InputError, match=r"--train\.batch_size is 0; expected a number in \[1, 1e6\]"):
+        tiny_train(make_config(tmp_path / "run", train={"batch_size": 0}))
 
 
 def test_missing_training_data_is_named(make_config, tiny_train, tmp_path):
