@@ -33,6 +33,7 @@ from qstar_jax.decoding.decoder import Generation
 from qstar_jax.decoding.generate import generate
 from qstar_jax.evaluation.insights.reasoning import DPO, PRM, SIZES, HeldOut, Sampled, measure_reasoning
 from qstar_jax.evaluation.scored import ScoredResponse
+from qstar_jax.evaluation.step_marks import with_steps
 from qstar_jax.evaluation.token_rewards import score_dataset
 from qstar_jax.report.insights import show
 from qstar_jax.report.summary import write_report
@@ -40,6 +41,7 @@ from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.open import LoadedModel, load_model
 from qstar_jax.tasks.tiny_sums import TASK
 from qstar_jax.tasks.tiny_sums.rows import split_rows
+from qstar_jax.tasks.tiny_sums.sums import DELIMITER
 from qstar_jax.training.run import train
 
 
@@ -111,15 +113,12 @@ def _config(name: str, out: Path, seed: int, size: Size) -> DpoConfig:
 
 
 def _held_out(policies: dict[str, LoadedModel], base: LoadedModel, seed: int, size: Size, mesh: Mesh) -> HeldOut:
-    """Scores held-out solutions, and takes the entropies of the reference, whose rewards of itself are zero."""
+    """Scores held-out solutions, and takes the entropies of the reference."""
     options = DataOptions(**LENGTHS)
     dataset = load_examples(_source(seed), "steps", "completions", base.tokenizer, options, size.held_out)
-    own = _score(base, base, dataset, 1.0, mesh, alternatives=base.model.config.vocab_size)
-    logps = [[[one.logp for one in place] for place in scored.alternatives] for scored in own]
     return HeldOut(
         split_rows("steps", seed, size.held_out),
-        {name: _score(policy, base, dataset, BETAS[name], mesh) for name, policy in policies.items()},
-        [-np.sum(np.exp(values) * np.array(values), axis=-1) for values in logps],
+        {name: _score(policy, base, dataset, BETAS[name], mesh, entropies=True) for name, policy in policies.items()},
     )
 
 
@@ -159,7 +158,7 @@ def _step_beams(beams: int, continuations: int, seed: int) -> DecodeOptions:
         beams=beams,
         samples=continuations,
         chunk_length=12,
-        delimiters=[";"],
+        delimiters=[DELIMITER],
         seed=seed,
     )
 
@@ -177,11 +176,13 @@ def _by_sum(scored: Sequence[ScoredResponse]) -> list[Sequence[ScoredResponse]]:
 
 
 def _score(
-    policy: LoadedModel, base: LoadedModel, dataset: Dataset, beta: float, mesh: Mesh, alternatives: int = 0
+    policy: LoadedModel, base: LoadedModel, dataset: Dataset, beta: float, mesh: Mesh, *, entropies: bool = False
 ) -> list[ScoredResponse]:
-    return score_dataset(
-        policy, base.params, dataset, beta=beta, batch_size=SCORED_AT_ONCE, mesh=mesh, alternatives=alternatives
+    """Scores responses, and finds their steps."""
+    scored = score_dataset(
+        policy, base.params, dataset, beta=beta, batch_size=SCORED_AT_ONCE, mesh=mesh, entropies=entropies
     )
+    return with_steps(scored, (), DataOptions(step_delimiter=DELIMITER), base.tokenizer.all_special_ids)
 
 
 def _source(seed: int) -> str:

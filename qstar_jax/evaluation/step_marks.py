@@ -17,7 +17,10 @@ from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.evaluation.steps import ALL_RIGHT
 
 WRONG, RIGHT, UNKNOWN = 1, 0, -1
-REWARD = "step reward"
+# Detectors of wrong steps
+REWARD, VALUE, OUTCOME = "step reward", "value after the step", "outcome reward"
+REFERENCE, ENTROPY = "lowest reference log-probability", "highest reference entropy"
+ENDOGENOUS = "endogenous reward"
 _EXPECTED = (
     "the number of the first wrong step, from 0, or -1 if all are right; or a list of numbers, or of marks, of what is "
     "wrong"
@@ -124,24 +127,34 @@ def step_scores(response: ScoredResponse) -> dict[str, Float[np.ndarray, " N"]]:
 
     return {
         REWARD: of_steps(lambda at: reward[at].sum()),
-        "value after the step": of_steps(lambda at: so_far[at[-1]]),
-        "outcome reward": of_steps(lambda at: so_far[-1]),
-        "lowest reference log-probability": of_steps(lambda at: ref_logp[at].min()),
-        "highest reference entropy": of_steps(lambda at: -entropy[at].max()),
-        "endogenous reward": of_steps(lambda at: endogenous[at].sum()),
+        VALUE: of_steps(lambda at: so_far[at[-1]]),
+        OUTCOME: of_steps(lambda at: so_far[-1]),
+        REFERENCE: of_steps(lambda at: ref_logp[at].min()),
+        ENTROPY: of_steps(lambda at: -entropy[at].max()),
+        ENDOGENOUS: of_steps(lambda at: endogenous[at].sum()),
     }
+
+
+def after_first_error(first: int, count: int) -> Int[np.ndarray, " N"]:
+    """Judges steps by the first wrong one: those after it go on from what is wrong, and no label speaks of them.
+
+    Args:
+        first: The first wrong step; `ALL_RIGHT` if there is none.
+        count: How many steps there are.
+    """
+    wrong = np.full(count, RIGHT)
+    if first != ALL_RIGHT:
+        wrong[first], wrong[first + 1 :] = WRONG, UNKNOWN
+    return wrong
 
 
 def _wrong_steps(value: Any, response: ScoredResponse, record: Record, where: str) -> Int[np.ndarray, " N"]:
     count = max(response.step) + 1
-    wrong = np.full(count, RIGHT)
     if type(value) is int and value >= ALL_RIGHT:
-        if value != ALL_RIGHT:
-            wrong[_step(value, count, where)] = WRONG
-            wrong[value + 1 :] = UNKNOWN
-        return wrong
+        return after_first_error(value if value == ALL_RIGHT else _step(value, count, where), count)
     if not isinstance(value, list):
         raise InputError(f"{where}: found {value!r}; expected {_EXPECTED}")
+    wrong = np.full(count, RIGHT)
     for step in (entry for entry in value if type(entry) is int):
         wrong[_step(step, count, where)] = WRONG
     if marks := [entry for entry in value if type(entry) is not int]:

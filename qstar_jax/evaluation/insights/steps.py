@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from jaxtyping import Int
 
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.insights.record import Finding, Record
 from qstar_jax.evaluation.intervals import Interval, Statistic, auc, bootstrap
-from qstar_jax.evaluation.step_marks import REWARD, RIGHT, UNKNOWN, WRONG, JudgedSteps
+from qstar_jax.evaluation.step_marks import REWARD, RIGHT, UNKNOWN, VALUE, WRONG, JudgedSteps
 from qstar_jax.evaluation.steps import ALL_RIGHT, calibrate_threshold, first_error, first_error_accuracy
 
-OUTCOME = "outcome reward"
-_PROCESS = (REWARD, "value after the step")  # read from rewards of steps; all others are controls
+_PROCESS = (REWARD, VALUE)  # read from rewards of steps; all others are controls
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,12 @@ def compute_step_errors(
     """
     calibrating, measured = _split(judged, calibration, seed)
     names = list(measured[0].scores)
-    truth = [response.first_error for response in calibrating]
-    thresholds = {name: calibrate_threshold([r.scores[name] for r in calibrating], truth) for name in names}
+    thresholds = calibrated_thresholds(calibrating)
     if threshold is not None:
         thresholds[REWARD] = threshold
     questions = np.unique([response.question for response in measured], return_inverse=True)[1]
     count = int(questions.max()) + 1
-    statistics = {name: _statistics(measured, questions, name, thresholds[name]) for name in names}
+    statistics = {name: detector_statistics(measured, questions, name, thresholds[name]) for name in names}
 
     def interval(statistic: Statistic) -> Interval:
         return bootstrap(statistic, count, seed=seed)
@@ -196,10 +195,29 @@ def _split(judged: Sequence[JudgedSteps], share: float, seed: int) -> tuple[list
     return sides[0], sides[1]
 
 
-def _statistics(
-    measured: Sequence[JudgedSteps], questions: np.ndarray, name: str, threshold: float
+def calibrated_thresholds(calibrating: Sequence[JudgedSteps]) -> dict[str, float]:
+    """Finds the threshold of each detector with the highest F1 of first errors on some responses."""
+    truth = [response.first_error for response in calibrating]
+    return {
+        name: calibrate_threshold([response.scores[name] for response in calibrating], truth)
+        for name in calibrating[0].scores
+    }
+
+
+def detector_statistics(
+    measured: Sequence[JudgedSteps], questions: Int[np.ndarray, " R"], name: str, threshold: float
 ) -> dict[str, Statistic]:
-    """What a detector finds, as statistics for the bootstrap over prompts."""
+    """Measures what a detector finds, as statistics for the bootstrap over prompts.
+
+    Args:
+        measured: Responses that were not calibrated with. R of them.
+        questions: Which prompt each responds to, counted from 0. Shape [R].
+        name: The detector.
+        threshold: Steps that score below it are suspected.
+
+    Returns:
+        `f1`, `erroneous`, `correct` and `auc` (see `StepDetector`).
+    """
     scores = [response.scores[name] for response in measured]
     predicted = [first_error(s, threshold) for s in scores]
     erroneous, correct, f1 = first_error_accuracy(predicted, [r.first_error for r in measured], questions)

@@ -6,6 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from qstar_jax.config import DataOptions
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.insights.reasoning import (
     AUC,
@@ -25,10 +26,11 @@ from qstar_jax.evaluation.insights.reasoning import (
     measure_reasoning,
 )
 from qstar_jax.evaluation.scored import ScoredResponse
+from qstar_jax.evaluation.step_marks import with_steps
 from qstar_jax.tasks.tiny_sums.oracle import Oracle, prefix_success
 from qstar_jax.tasks.tiny_sums.rows import split_rows
 from qstar_jax.tasks.tiny_sums.solver import solve
-from qstar_jax.tasks.tiny_sums.sums import read_sum
+from qstar_jax.tasks.tiny_sums.sums import DELIMITER, read_sum
 from qstar_jax.tasks.tiny_sums.tokenizer import make_tokenizer
 
 BETA = 0.2
@@ -45,7 +47,7 @@ def scored(prompt, text, row, *, sign=1.0):
     places = np.array([piece == " =" for piece in pieces])
     ref_logp = np.where(np.roll(places, 1), -1.0, -0.01)
     zero = (0.0,) * len(ids)
-    return ScoredResponse(
+    response = ScoredResponse(
         row=row,
         role="answer",
         prompt=prompt,
@@ -58,7 +60,11 @@ def scored(prompt, text, row, *, sign=1.0):
         v=zero,
         truncated=False,
         beta=BETA,
+        entropy=zero,
+        endogenous=zero,
     )
+    (found,) = with_steps([response], (), DataOptions(step_delimiter=DELIMITER), TOKENIZER.all_special_ids)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +74,8 @@ def material():
     rng, prompts = Random(0), [row["prompt"] for row in rows[:6]]
     samples = [[scored(p, solve(read_sum(p), rng).text, n) for _ in range(SIZES[-1])] for n, p in enumerate(prompts)]
     right = [read_sum(prompt).write(read_sum(prompt).results) for prompt in prompts]
-    entropy = [np.zeros(len(one.token_ids)) for one in solutions]
     sampled = Sampled(prompts, dict.fromkeys((PRM, DPO), samples), {"4 x 4 beams over steps": right}, 16)
-    return HeldOut(rows, dict.fromkeys((PRM, DPO), solutions), entropy), sampled
+    return HeldOut(rows, dict.fromkeys((PRM, DPO), solutions)), sampled
 
 
 @pytest.fixture(scope="module")
