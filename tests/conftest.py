@@ -359,7 +359,7 @@ def on_devices(kept_programs):
                 "evaluation.score",
                 "evaluation.selecting",
                 "evaluation.rewards",
-                "evaluation.insights.sweep",
+                "evaluation.insights.sweep.measure",
             )
             for module in modules:
                 patch.setattr(f"qstar_jax.{module}.make_mesh", make)
