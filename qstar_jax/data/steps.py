@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import regex
 
+from qstar_jax.data.patterns import Pattern
 from qstar_jax.errors import InputError
 
 REGULAR, COLUMN = "re:", "column:"
@@ -36,7 +38,7 @@ class StepDelimiter:
         column: Column that lists the texts of the steps; None where a pattern finds them.
     """
 
-    pattern: re.Pattern[str] | None = None
+    pattern: Pattern | None = None
     column: str | None = None
 
 
@@ -58,17 +60,15 @@ def parse_delimiter(option: str, flag: str = "--data.step_delimiter") -> StepDel
     if not option.startswith(REGULAR):
         if not option:
             raise InputError(f"{name}: expected a text, {REGULAR}REGULAR_EXPRESSION or {COLUMN}NAME")
-        return StepDelimiter(re.compile(re.escape(_ESCAPE.sub(lambda match: _ESCAPED[match[1]], option))))
-    try:
-        pattern = re.compile(option.removeprefix(REGULAR))
-    except re.error as error:
-        raise InputError(f"{name}: no regular expression ({error})") from error
-    if pattern.search(""):
+        text = _ESCAPE.sub(lambda match: _ESCAPED[match[1]], option)
+        return StepDelimiter(Pattern.compile(regex.escape(text), name))
+    pattern = Pattern.compile(option.removeprefix(REGULAR), name)
+    if pattern.find(""):
         raise InputError(f"{name}: it matches the empty text; expected one that matches what ends a step")
     return StepDelimiter(pattern)
 
 
-def delimited_ends(text: str, pattern: re.Pattern[str]) -> list[int]:
+def delimited_ends(text: str, pattern: Pattern) -> list[int]:
     """Finds where the steps of a text end.
 
     Args:
@@ -77,10 +77,13 @@ def delimited_ends(text: str, pattern: re.Pattern[str]) -> list[int]:
 
     Returns:
         End of each step, exclusive, in characters; the last one is that of the text.
+
+    Raises:
+        InputError: If there is no end to searching the text.
     """
     ends: list[int] = []
     begin = 0  # of what follows the last delimiter
-    for match in pattern.finditer(text):
+    for match in pattern.find(text):
         if text[begin : match.start()].strip():
             ends.append(match.end())
         elif ends:

@@ -4,6 +4,9 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
+import regex
+
+from qstar_jax.data.patterns import Pattern
 from qstar_jax.errors import InputError
 
 Extractor = Callable[[str], str | None]
@@ -58,20 +61,18 @@ def pattern_extractor(pattern: str) -> Extractor:
         pattern: Such as `A: (.+)`; `^` and `$` match at line breaks.
 
     Raises:
-        InputError: It is no regular expression, or has not exactly one group.
+        InputError: It is no regular expression, or has not exactly one group. The extractor raises it where there is no
+            end to searching a text.
     """
-    try:
-        compiled = re.compile(pattern, re.MULTILINE)
-    except re.error as error:
-        raise InputError(f"{pattern!r} is not a regular expression ({error})") from error
-    if compiled.groups != 1:
+    compiled = Pattern.compile(pattern, f"--pattern {pattern!r}", regex.MULTILINE)
+    if (groups := compiled.compiled.groups) != 1:
         raise InputError(
-            f"{pattern!r} has {compiled.groups} groups; expected one, around the final answer, such as 'A: (.+)'"
+            f"{compiled.name} has {groups} groups; expected one, around the final answer, such as 'A: (.+)'"
         )
 
     def extract(text: str) -> str | None:
-        matches = compiled.findall(text)
-        return matches[-1].strip() or None if matches else None
+        matches = compiled.find(text)
+        return (matches[-1][1] or "").strip() or None if matches else None
 
     return extract
 

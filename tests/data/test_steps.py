@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qstar_jax.data import patterns
 from qstar_jax.data.steps import delimited_ends, find_steps, listed_ends, parse_delimiter, steps_of_tokens
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.pieces import token_pieces
@@ -28,6 +29,9 @@ def texts(option, text):
         (".", "a.b.", ["a.", "b."]),  # a text, no regular expression
         (r"re:[.!]\s*", "One. Two!  Three", ["One. ", "Two!  ", "Three"]),
         (r"re:(?=Step \d+:)", "Step 1: a Step 2: b", ["Step 1: a ", "Step 2: b"]),
+        # What is between two places that match without a character is a step.
+        (r"re:\b(?=[A-Z])", "One Two.Three", ["One ", "Two.", "Three"]),
+        (r"re:(?<=a)x*", "axxba b", ["axx", "ba", " b"]),
         # What is empty belongs to the step before it, or, at the beginning, to the first.
         (r"\n", "\n\na\n \n\nb\n", ["\n\na\n \n\n", "b\n"]),
         (";", "no delimiter", ["no delimiter"]),
@@ -53,6 +57,15 @@ def test_steps_of_a_text(option, text, expected):
 def test_delimiters_that_cannot_be_used_are_refused(option, message):
     with pytest.raises(InputError, match=re.escape(f"--data.step_delimiter {option!r}: ") + f".*{message}"):
         parse_delimiter(option)
+
+
+def test_a_pattern_without_an_end_is_refused_by_name(monkeypatch):
+    # Patterns that are slow elsewhere: these need no limit.
+    assert texts("re:(a+)+$", "a" * 60 + "b") == ["a" * 60 + "b"]
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.05)
+    message = r"--data.step_delimiter 're:\(a\|aa\)\+\$': still searching after 0.05 s in a text of 61 characters"
+    with pytest.raises(InputError, match=message):
+        texts("re:(a|aa)+$", "a" * 60 + "b")
 
 
 def test_listed_steps_spell_the_text_but_for_spaces():

@@ -1,5 +1,6 @@
 import pytest
 
+from qstar_jax.data import patterns
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.final_answers import EXTRACTORS, final_answer, normalize, pattern_extractor, right_answer
 
@@ -50,7 +51,7 @@ def test_a_pattern_finds_what_its_group_matches_last():
 
 @pytest.mark.parametrize("pattern", ["A: .+", "(A): (.+)", "A: (.+"])
 def test_a_pattern_has_one_group(pattern):
-    with pytest.raises(InputError, match=r"expected one|is not a regular expression"):
+    with pytest.raises(InputError, match=r"^--pattern .*(expected one|no regular expression)"):
         pattern_extractor(pattern)
 
 
@@ -58,3 +59,10 @@ def test_the_right_answer_may_be_a_whole_solution():
     assert right_answer("He has 9 * 2 = 18\n#### 18", EXTRACTORS["marked"]) == "18"
     assert right_answer("18.0", EXTRACTORS["marked"]) == "18"
     assert right_answer("blue", EXTRACTORS["number"]) == "blue"
+
+
+def test_a_pattern_without_an_end_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.05)
+    with pytest.raises(InputError, match=r"^--pattern .*still searching after 0.05 s"):
+        pattern_extractor("((?:a|aa)+)$")("a" * 60 + "b")
+    assert pattern_extractor("(x)?$")("a") is None  # a group that matched nothing
