@@ -33,11 +33,27 @@ METRICS = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, make_rl_config, tiny_rl, eval_file):
-    """(run folder, summary) of an uninterrupted run that evaluates with each checkpoint."""
-    out = tmp_path_factory.mktemp("runs") / "rl"
+def programs():
+    """Programs that were compiled so far, one entry each."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory, make_rl_config, tiny_rl, eval_file, programs):
+    """(run folder, summary, programs compiled at each line) of a run that evaluates with each checkpoint."""
+    out, at_line = tmp_path_factory.mktemp("runs") / "rl", []
     config = make_rl_config(out, data={"eval": str(eval_file)}, train={"eval_every": 2, "eval_batch_size": 4})
-    return out, tiny_rl(config)
+    return out, tiny_rl(config, watch=lambda: at_line.append(len(programs))), at_line
+
+
+@pytest.fixture(scope="module")
+def whole(watched):
+    """(run folder, summary) of an uninterrupted run that evaluates with each checkpoint."""
+    return watched[:2]
 
 
 def test_run_folder_and_metric_names(whole, metric_lines):
@@ -182,13 +198,18 @@ def test_ppo_with_one_update_is_rloo_in_any_layout_and_number_of_micro_batches(
     same_numbers(lines, expected)
 
 
+def test_nothing_is_compiled_after_the_first_step(watched, metric_lines):
+    out, _, at_line = watched
+    lines = metric_lines(out)
+    first = next(number for number, line in enumerate(lines) if "loss" in line)
+    assert len(at_line) == len(lines) and at_line[0] > 0
+    assert at_line[first + 1] == at_line[-1]
+
+
 def test_ppo_updates_several_times_and_compiles_nothing_after_the_first_steps(
-    whole, tmp_path, make_rl_config, tiny_rl, metric_lines
+    whole, programs, tmp_path, make_rl_config, tiny_rl, metric_lines
 ):
-    programs, at_line = [], []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: programs.append(event) if "backend_compile" in event else None
-    )
+    at_line = []
     rl = {"algorithm": "ppo", "inner_epochs": 2, "minibatches": 2, "clip_ratio": 0.01}
     config = make_rl_config(tmp_path / "rl", rl=rl, train={"accumulate": 2, "save_every": 0})
     tiny_rl(config, watch=lambda: at_line.append(len(programs)))
