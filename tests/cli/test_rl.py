@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -112,23 +113,49 @@ def test_a_classifier_scores_the_samples(
     assert "reward.beta has no effect on a classifier" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_dpo_run_is_a_reward_model_whose_program_is_compiled_once(
-    dpo_run, hf_folder, train_file, tmp_path, one_device_only
-):
-    programs, at_line = [], []
+@pytest.fixture
+def train_watched(hf_folder, tmp_path, one_device_only):
+    """`train_watched(file, steps, **sections)` trains, and returns how many programs were compiled at each line."""
+    programs = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: programs.append(event) if "backend_compile" in event else None
     )
-    config = RlConfig(
-        model=str(hf_folder),
-        out=str(tmp_path / "rl"),
-        data=DataOptions(train=str(train_file), layout="shared"),
-        rl=RlOptions(max_new_tokens=6, samples_per_prompt=2),
-        reward=RewardOptions(kind="reward_model", model=str(dpo_run), batch_size=8),
-        optimizer=OptimizerOptions(learning_rate=1e-2),
-        train=TrainOptions(steps=12, batch_size=8, log_every=1, reference_samples=0),
-    )
-    train_rl(config, reward_maker(config), Console(quiet=True), lambda: at_line.append(len(programs)))
+
+    def run(file, steps, rl=RlOptions(), **sections):
+        config = RlConfig(
+            model=str(hf_folder),
+            out=str(tmp_path / "rl"),
+            data=DataOptions(train=str(file), layout="shared"),
+            rl=replace(rl, max_new_tokens=6, samples_per_prompt=2),
+            optimizer=OptimizerOptions(learning_rate=1e-2),
+            train=TrainOptions(steps=steps, batch_size=8, log_every=1, reference_samples=0),
+            **sections,
+        )
+        at_line = []
+        train_rl(config, reward_maker(config), Console(quiet=True), lambda: at_line.append(len(programs)))
+        return at_line
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_dpo_run_is_a_reward_model_whose_program_is_compiled_once(dpo_run, train_file, tmp_path, train_watched):
+    reward = RewardOptions(kind="reward_model", model=str(dpo_run), batch_size=8)
+    at_line = train_watched(train_file, 12, reward=reward)
     scores = read_metrics(tmp_path / "rl")["objective/scores"][1]
     assert at_line[1] == at_line[-1] and sum(scores[-3:]) > sum(scores[:3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rl", "reward"),
+    [
+        (RlOptions(), RewardOptions(kind="verifier", extract="hash")),
+        (RlOptions(algorithm="ppo", inner_epochs=2), RewardOptions(kind="reward_model", batch_size=8)),
+    ],
+    ids=["rloo-verifier", "ppo-reward-model"],
+)
+def test_a_guide_beside_any_score_compiles_nothing_after_the_first_steps(rl, reward, dpo_run, sums, train_watched):
+    model = str(dpo_run) if reward.kind == "reward_model" else None
+    at_line = train_watched(sums, 4, rl, reward=replace(reward, model=model, guide=str(dpo_run), guide_clip=0.05))
+    assert len(at_line) == 4 and at_line[0] > 0 and at_line[1] == at_line[3]
