@@ -106,8 +106,8 @@ def rl(
     Args:
         model: A model, or what `load` opens.
         prompts: Rows with a prompt, or whatever else `qstar rl --data.train` reads; or a file.
-        reward: A function of a list of (prompt, response) texts that returns a number for each; None: what
-            `config.reward` names.
+        reward: A function of a list of (prompt, response) texts that returns a number for each; prompts are those of
+            the rows, without the chat template. None: what `config.reward` names.
         eval_prompts: Held-out rows.
         out: Folder of the run; None: a new temporary folder. Rows that are given in Python are kept in it.
         config: All options of `qstar rl`; its model, out and files are replaced.

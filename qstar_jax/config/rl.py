@@ -48,6 +48,8 @@ class RlOptions:
 class RewardOptions:
     """What responses earn: a score at their last token, rewards of each token, or both. Brackets name the kinds.
 
+    Scores are of the prompt as its file has it, without the policy's chat template, and of the response as text.
+
     Args:
         kind: What gives the score: `true_reward`, the built-in task whose prompts are read; `reward_model`, a DPO run
             or a classifier; `verifier`, 1 if the final answer is that of the row and 0 if not; `function`, a

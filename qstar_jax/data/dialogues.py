@@ -1,5 +1,6 @@
 """Splits dialogues into prompt and responses, and brings text and chat messages into one form."""
 
+import json
 from itertools import takewhile
 
 from qstar_jax.data.columns import Messages, Turns
@@ -148,3 +149,14 @@ def unify_form(prompt: Turns, responses: list[Turns], as_chat: bool) -> tuple[Tu
 def text_of(response: Turns) -> str:
     """Returns the text of a response, whatever its form."""
     return response if isinstance(response, str) else "".join(message["content"] for message in response)
+
+
+def plain_text(turns: Turns) -> str:
+    """Returns the text of one chat message, with its tool calls as JSON; several are labelled with their roles."""
+    if isinstance(turns, str):
+        return turns
+    calls = [json.dumps(turn["tool_calls"], ensure_ascii=False) if turn.get("tool_calls") else "" for turn in turns]
+    texts = ["\n".join(filter(None, [turn["content"], call])) for turn, call in zip(turns, calls, strict=True)]
+    if len(turns) == 1:
+        return texts[0]
+    return "\n\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns, texts, strict=True))

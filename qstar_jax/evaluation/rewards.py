@@ -54,7 +54,12 @@ def reward_maker(config: RlConfig) -> RewardMaker:
             case "true_reward":
                 return _true_reward(prompts.dataset.source)
             case "reward_model":
-                return reward_model()
+                reward = reward_model()
+                if not options.as_chat:
+                    return reward
+                # Its template wraps all turns of a dialogue.
+                turns_of = {text: prompts.turns[row] for row, text in prompts.texts.items()}
+                return lambda pairs: reward([(turns_of[prompt], response) for prompt, response in pairs])
             case "verifier":
                 rows = read_rows(prompts.dataset.source, prompts.split, max(prompts.texts) + 1, config.data.name)
                 return Verifier(prompts, rows, options.answer or "answer", options.extract or "marked")

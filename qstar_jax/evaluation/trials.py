@@ -1,6 +1,5 @@
 """Responses compared against a baseline: prompts whose file has a response too, and what a decoder responds."""
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from qstar_jax.config import DataOptions, DecodeOptions, SweepConfig
 from qstar_jax.console import track
-from qstar_jax.data.columns import Turns
+from qstar_jax.data.dialogues import plain_text
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.loading import Dataset, make_dataset, read_records
 from qstar_jax.data.records import Record, last_turn
@@ -84,18 +83,7 @@ def distinct_prompts(dataset: Dataset) -> Dataset:
 
 def _texts(record: Record) -> tuple[str, str]:
     """Prompt and response as plain text, untruncated."""
-    return _plain(record.prompt), _plain(record.responses[0])
-
-
-def _plain(turns: Turns) -> str:
-    """The text of one chat message, with its tool calls as JSON; several are labelled with their roles."""
-    if isinstance(turns, str):
-        return turns
-    calls = [json.dumps(turn["tool_calls"], ensure_ascii=False) if turn.get("tool_calls") else "" for turn in turns]
-    texts = ["\n".join(filter(None, [turn["content"], call])) for turn, call in zip(turns, calls, strict=True)]
-    if len(turns) == 1:
-        return texts[0]
-    return "\n\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns, texts, strict=True))
+    return plain_text(record.prompt), plain_text(record.responses[0])
 
 
 def open_generations(config: SweepConfig, model: str, options: DecodeOptions, folder: Path) -> GenerationsFile:

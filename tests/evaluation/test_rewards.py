@@ -1,5 +1,7 @@
 """Rewards of responses for training."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,8 @@ from qstar_jax.config import DataOptions, RewardOptions, RlConfig
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
+from qstar_jax.evaluation import rewards
+from qstar_jax.evaluation.judges.classifier import as_messages
 from qstar_jax.evaluation.rewards import Verifier, reward_maker
 from qstar_jax.tasks import find
 from qstar_jax.training.rl.prompts import Prompts
@@ -46,3 +50,34 @@ def test_the_true_reward_is_the_tasks():
     reward = reward_maker(config)(prompts_of([row], "builtin:tiny-tldr"))
     pairs = [(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])]
     assert reward(pairs) == [task.true_reward(*pair) for pair in pairs] and reward(pairs)[0] != reward(pairs)[1]
+
+
+def chats_of(rows, source):
+    """The same prompts as chats, which the policy reads with its template."""
+    prompts = prompts_of(rows, source)
+    return replace(prompts, turns={row: [{"role": "user", "content": text}] for row, text in prompts.turns.items()})
+
+
+def test_rewards_of_chats_are_those_of_their_text():
+    config = RlConfig(model="m", out="o", data=DataOptions(train="builtin:tiny-tldr"), reward=RewardOptions())
+    [row] = find("builtin:tiny-tldr")[0].rows("train", 0, 1)
+    text, chat = (make([row], "builtin:tiny-tldr") for make in (prompts_of, chats_of))
+    assert chat.texts == text.texts
+    pairs = [(chat.texts[0], row["chosen"])]
+    assert reward_maker(config)(chat)(pairs) == reward_maker(config)(text)(pairs) != [None]
+    assert Verifier(chats_of(ROWS, "f"), ROWS, "answer", "hash")([("1 + 1 =", "so # 2")]) == [1.0]
+
+
+def test_a_reward_models_template_wraps_the_turns_of_a_chat(monkeypatch):
+    monkeypatch.setattr(rewards, "load_reward", lambda model, **options: list)  # returns the pairs it gets
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    prompts = replace(prompts_of(ROWS), turns={0: turns, 1: [turns[0]]})
+    assert prompts.texts == {0: "user: a\n\nassistant: b\n\nuser: c", 1: "a"}
+    pairs = [(prompts.texts[0], "x"), ("a", "y")]
+
+    def read(as_chat):
+        reward = RewardOptions(kind="reward_model", model="rm", as_chat=as_chat)
+        return reward_maker(RlConfig(model="m", out="o", data=DataOptions(train="f"), reward=reward))(prompts)(pairs)
+
+    assert read(False) == pairs and read(True) == [(turns, "x"), ([turns[0]], "y")]
+    assert as_messages(turns, "x")[0] == turns and as_messages("a", "y")[0] == [turns[0]]

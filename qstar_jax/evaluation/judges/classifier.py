@@ -17,7 +17,7 @@ from rich.console import Console
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.console import say, track
 from qstar_jax.data.chat_templates import ChatTemplate
-from qstar_jax.data.columns import Messages
+from qstar_jax.data.columns import Messages, Turns
 from qstar_jax.data.dropped import DroppedRow
 from qstar_jax.data.records import Record
 from qstar_jax.data.tokenization import check_vocabulary, tokenize
@@ -94,7 +94,7 @@ class ClassifierReward:
         head = jax.device_put(head, NamedSharding(more["mesh"], PartitionSpec()))
         return cls(model, params, head, hub.read_tokenizer(folder), config.get("pad_token_id"), **more)
 
-    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def __call__(self, pairs: Sequence[tuple[Turns, str]]) -> list[float]:
         """Scores (prompt, response) pairs; NaN where one cannot be tokenized."""
         ids = self._encode(pairs)
         longest = max(map(len, ids.values()), default=0)
@@ -124,7 +124,7 @@ class ClassifierReward:
             last[i] = max(np.flatnonzero(ids != self.pad_id), default=0) if self.pad_id is not None else len(ids) - 1
         return tokens, lengths, last
 
-    def _encode(self, pairs: Sequence[tuple[str, str]]) -> dict[int, np.ndarray]:
+    def _encode(self, pairs: Sequence[tuple[Turns, str]]) -> dict[int, np.ndarray]:
         """Token ids by row, without those that cannot be read."""
         if self.data.as_chat:
             ids, truncated, dropped = self._encode_chats(pairs)
@@ -141,7 +141,7 @@ class ClassifierReward:
             say(self.console, f"{truncated} of {len(ids)} {part}: they exceed {self.block}.max_length")
         return ids
 
-    def _encode_chats(self, pairs: Sequence[tuple[str, str]]) -> tuple[dict[int, np.ndarray], int, list[str]]:
+    def _encode_chats(self, pairs: Sequence[tuple[Turns, str]]) -> tuple[dict[int, np.ndarray], int, list[str]]:
         if not self.tokenizer.chat_template:
             raise InputError(f"{self.block}.as_chat: the reward model's tokenizer has no chat template; leave it off")
         template = ChatTemplate.find(self.tokenizer, self.data)
@@ -169,9 +169,10 @@ def is_classifier(folder: Path) -> bool:
     return any(str(name).endswith(SUFFIX) for name in hub.read_config(folder).get("architectures") or ())
 
 
-def as_messages(prompt: str, answer: str) -> tuple[Messages, Messages]:
-    """Wraps a prompt as a user's message and a response as the assistant's."""
-    return [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
+def as_messages(prompt: Turns, answer: str) -> tuple[Messages, Messages]:
+    """Wraps a prompt as a user's message, unless it is messages already, and a response as the assistant's."""
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return asked, [{"role": "assistant", "content": answer}]
 
 
 @cache

@@ -14,6 +14,7 @@ from rich.console import Console
 from qstar_jax.config import ComputeOptions, DataOptions, MeshOptions
 from qstar_jax.console import say, track
 from qstar_jax.data.batches import Batch
+from qstar_jax.data.columns import Turns
 from qstar_jax.data.dropped import counted_reasons
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.ragged import Lengths
@@ -62,7 +63,7 @@ class SummedReward:
     console: Console | None = None
     block: str = "judge"
 
-    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def __call__(self, pairs: Sequence[tuple[Turns, str]]) -> list[float]:
         """Scores (prompt, response) pairs; NaN where one cannot be tokenized (it has an EOS token inside, say)."""
         texts = [as_messages(*pair) if self.data.as_chat else pair for pair in pairs]
         records = [Record(prompt, (response,), row) for row, (prompt, response) in enumerate(texts)]

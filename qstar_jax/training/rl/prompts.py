@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
 
 from qstar_jax.console import say
-from qstar_jax.data.loading import Dataset, load_examples
+from qstar_jax.data.columns import Turns
+from qstar_jax.data.dialogues import plain_text
+from qstar_jax.data.loading import Dataset, load_examples, read_records
 from qstar_jax.data.ragged import Lengths
 from qstar_jax.decoding.eos import eos_token_ids
-from qstar_jax.decoding.generations_file import prompt_texts
 from qstar_jax.training.continuation import check_same_data, data_identity
 from qstar_jax.training.plan import RunPlan
 from qstar_jax.training.rl.rewards import Guide, Reward
@@ -24,12 +26,18 @@ class Prompts:
     Attributes:
         dataset: Their tokens.
         split: Split of the file.
-        texts: Row -> prompt as the model reads it.
+        turns: Row -> prompt as its file has it, text or chat messages: without the chat template and the BOS token that
+            the policy reads, and not truncated.
     """
 
     dataset: Dataset
     split: str
-    texts: dict[int, str]
+    turns: dict[int, Turns]
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """Row -> prompt as plain text."""
+        return {row: plain_text(turns) for row, turns in self.turns.items()}
 
     @property
     def lengths(self) -> list[int]:
@@ -72,8 +80,9 @@ def load_prompts(plan: RunPlan, start: Start, guide: Guide | None, console: Cons
     def load(source: str, split: str, limit: int | None) -> Prompts:
         dataset = load_examples(source, split, "prompts", start.tokenizer, data, limit, **model)
         say(console, dataset.report(start.model, plan.config.rl.max_new_tokens))
-        texts = prompt_texts(dataset, start.tokenizer)
-        return Prompts(dataset, split, {row: text for row, text in texts.items() if text is not None})
+        used = {example.row for example in dataset.examples}
+        _, records, _ = read_records(source, split, "prompts", data, limit)
+        return Prompts(dataset, split, {record.row: record.prompt for record in records if record.row in used})
 
     train = load(data.train, data.train_split, data.max_train_rows)
     held_out = None if data.eval is None else load(data.eval, data.eval_split, data.max_eval_rows)

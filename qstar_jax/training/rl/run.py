@@ -224,7 +224,7 @@ def _parts(
 
 def _scorer(run: Run, prompts: Prompts, make_reward: RewardMaker) -> Scorer:
     penalty = run.plan.config.rl.missing_eos_penalty or 0.0
-    return Scorer(prompts.dataset, run.start.tokenizer, make_reward(prompts), penalty)
+    return Scorer(prompts.dataset.source, prompts.texts, run.start.tokenizer, make_reward(prompts), penalty)
 
 
 def _source(run: Run, guide: Guide | None, make_reward: RewardMaker) -> SampleSource:

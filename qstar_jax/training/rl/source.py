@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,13 +27,15 @@ class Scorer:
     """Scores samples: token ids in, scores out.
 
     Attributes:
-        dataset: The prompts.
-        tokenizer: Spells prompts and responses.
+        source: Name of the file of prompts, for errors.
+        texts: Row of the file -> prompt as plain text.
+        tokenizer: Spells responses.
         reward: Scores (prompt, response) pairs; None: every score is 0.
         missing_eos_penalty: Subtracted where a response reached the limit.
     """
 
-    dataset: Dataset
+    source: str
+    texts: Mapping[int, str]
     tokenizer: "PreTrainedTokenizerBase"
     reward: Reward | None
     missing_eos_penalty: float = 0.0
@@ -48,25 +50,25 @@ class Scorer:
         truncated = np.array([[one.truncated for one in several] for several in responses])
         if self.reward is None:
             return (-self.missing_eos_penalty * truncated).astype(np.float32)
-        prompts = [self._spell(example.prompt, special=False) for example in examples]
         pairs = [
-            (prompt, self._spell(response.ids, special=True))
-            for prompt, several in zip(prompts, responses, strict=True)
+            (self.texts[example.row], self._spell(response))
+            for example, several in zip(examples, responses, strict=True)
             for response in several
         ]
         scores = np.array([math.nan if score is None else score for score in self.reward(pairs)], np.float32)
         if bad := np.flatnonzero(~np.isfinite(scores)).tolist():
             (prompt, response), row = pairs[bad[0]], examples[bad[0] // shape[1]].row
             raise InputError(
-                f"{self.dataset.source} row {row + 1}: the reward of the response {response[:200]!r} to the prompt "
+                f"{self.source} row {row + 1}: the reward of the response {response[:200]!r} to the prompt "
                 f"{prompt[-200:]!r} is {scores[bad[0]]}; expected a number for every response: use prompts that "
                 "the source of rewards knows, or another reward.kind"
             )
         return scores.reshape(shape) - self.missing_eos_penalty * truncated.astype(np.float32)
 
-    def _spell(self, ids: np.ndarray, *, special: bool) -> str:
-        """Spells tokens as `qstar generate` does: prompts with special tokens, responses without."""
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=special, clean_up_tokenization_spaces=False)
+    def _spell(self, response: Response) -> str:
+        """Spells a response as `qstar generate` does: without special tokens."""
+        ids = response.ids.tolist()
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @dataclass

@@ -7,11 +7,13 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from qstar_jax.config import ComputeOptions, LoraOptions, MeshOptions
 from qstar_jax.errors import InputError
 from qstar_jax.store.open import load_model
 from qstar_jax.store.references import find_beta
+from qstar_jax.training.rl.run import train_rl
 from qstar_jax.training.run_log import read_metrics
 
 OBJECTIVE = {f"objective/{name}" for name in ("scores", "kl", "rlhf_reward", "non_score_reward", "entropy")}
@@ -166,6 +168,22 @@ def test_a_run_does_not_resume_with_another_reward(whole, make_rl_config, tiny_r
     config = make_rl_config(whole[0], data={"eval": str(eval_file)}, rl={"kl_coef": 0.1})
     with pytest.raises(InputError, match=r"rl\.kl_coef was 0\.05"):
         tiny_rl(replace(config, resume=True))
+
+
+def test_rewards_see_prompts_as_their_file_has_them(make_rl_config, train_file, tmp_path, on_devices):
+    seen = []
+
+    def stop(prompts):
+        seen.append(prompts)
+        raise InputError("seen enough")
+
+    config = make_rl_config(tmp_path / "rl", data={"max_prompt_length": 2, "max_length": 8})
+    with on_devices(1), pytest.raises(InputError, match="seen enough"):
+        train_rl(config, stop, Console(quiet=True))
+    rows = [json.loads(line) for line in train_file.read_text().splitlines()]
+    # The policy reads a BOS token first, and of long prompts the end only.
+    assert any(example.prompt_truncated for example in seen[0].dataset.examples)
+    assert seen[0].texts == {row: rows[row]["prompt"] for row in range(len(rows))}
 
 
 def same_numbers(lines, expected):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.decoding import SampleOptions
 from qstar_jax.errors import InputError
@@ -94,9 +93,8 @@ def test_batches_have_one_shape(prompts, one_device):
 
 @pytest.fixture
 def scorer(tiny_tokenizer, prompts):
-    return Scorer(
-        Dataset(prompts, (), "prompts.jsonl"), tiny_tokenizer, lambda pairs: [float(len(r)) for _, r in pairs]
-    )
+    texts = {example.row: f"prompt {example.row}" for example in prompts}
+    return Scorer("prompts.jsonl", texts, tiny_tokenizer, lambda pairs: [float(len(r)) for _, r in pairs])
 
 
 def test_scores_are_of_texts_without_eos_and_truncation_costs_its_penalty(scorer, prompts, tiny_tokenizer):
