@@ -1,6 +1,6 @@
 """Evaluation of a policy that is trained on a reward: one sample to each held-out prompt."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -20,8 +20,9 @@ class SampleEvaluator:
     """Draws with the same keys at every evaluation, and returns means of `objective/...` metrics.
 
     Attributes:
+        examples: The held-out prompts.
         sampler: Draws one response per prompt.
-        scorer: Scores them; its dataset has the held-out prompts.
+        scorer: Scores them.
         batcher: Puts them on the devices.
         assess: Adds what they earn (see `rewards.Assessor`).
         metrics: `batch -> metrics`, pure.
@@ -29,6 +30,7 @@ class SampleEvaluator:
         batch_size: Prompts per batch.
     """
 
+    examples: Sequence[Example]
     sampler: PolicySampler
     scorer: Scorer
     batcher: Batcher
@@ -54,6 +56,5 @@ class SampleEvaluator:
         return {f"eval_{name}": value for name, value in mean_metrics(parts).items()}
 
     def _batches(self) -> Iterator[list[Example]]:
-        examples = self.scorer.dataset.examples
-        for first in range(0, len(examples), self.batch_size):
-            yield [examples[i] for i in range(first, min(first + self.batch_size, len(examples)))]
+        for first in range(0, len(self.examples), self.batch_size):
+            yield self.examples[first : first + self.batch_size]

@@ -246,6 +246,7 @@ def _evaluator(run: Run, guide: Guide | None, make_reward: RewardMaker) -> Sampl
     size = config.train.eval_batch_size or config.train.batch_size
     reward = config.reward
     return SampleEvaluator(
+        examples=prompts.dataset.examples,
         scorer=_scorer(run, prompts, make_reward),
         metrics=partial(
             sample_metrics,
