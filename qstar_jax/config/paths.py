@@ -1,8 +1,10 @@
 """Options that name files: paths of this machine, or addresses elsewhere, which commands replace by paths."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qstar_jax.errors import InputError
@@ -22,6 +24,23 @@ def check_paths(options: Any):
             f"--{name} {value}: expected a path on this machine (or a hub name, where models and data are read); "
             "commands open such addresses, and in Python `with qstar_jax.store.cloud.at_hand(config) as config`"
         )
+
+
+def check_out(options: Any):
+    """Refuses an `out` where no folder can be, before anything is loaded.
+
+    Raises:
+        InputError: If it is empty, or a file, or inside of one.
+    """
+    out = getattr(options, "out", None)
+    if out is None:
+        return
+    if not out.strip():
+        raise InputError("--out is empty; name a folder to write")
+    path = Path(out).expanduser().absolute()
+    nearest = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
+    if nearest and not nearest.is_dir():
+        raise InputError(f"--out {out}: {nearest} is no folder; name another, or remove it")
 
 
 def addresses(options: Any) -> Iterator[tuple[str, str]]:

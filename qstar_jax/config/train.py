@@ -70,7 +70,7 @@ class TrainOptions:
     ) = None
     patience: int = 0
     reference_samples: int = 16
-    show_responses: int = 0
+    show_responses: int = ranged(0, "[0, inf)")
     profile: str | None = None
 
 

@@ -121,6 +121,17 @@ def read_generated(
     return [tuple(several) for several in replies.values()]
 
 
+def check_right(data: DataOptions, extract: Extractor, right: str):
+    """Refuses prompts whose rows do not say the right answer, before responses to them are sampled.
+
+    Raises:
+        InputError: If there is one.
+    """
+    rows, records, _ = read_records(data.eval, data.eval_split, "prompts", data, data.max_eval_rows)
+    for record in records:
+        _right(rows[record.row], record.row, data.eval, right, extract)
+
+
 def with_scores(questions: Sequence[Question], scores: Mapping[Place, Mapping[str, float]]) -> list[Question]:
     """Gives responses their scores; a response without scores is left out, and so is a question without responses."""
     scored = [

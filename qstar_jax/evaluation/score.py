@@ -17,20 +17,21 @@ from qstar_jax.config.unread import check_unread
 from qstar_jax.console import say
 from qstar_jax.data.dropped import Dropped
 from qstar_jax.data.identity import examples_identity
-from qstar_jax.data.loading import load_examples, read_records
+from qstar_jax.data.loading import Dataset, load_examples, read_records
 from qstar_jax.data.steps import parse_delimiter
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.insights.steps import StepErrors, compute_step_errors
+from qstar_jax.evaluation.insights.steps import StepErrors, compute_step_errors, split_questions
+from qstar_jax.evaluation.marks import mark_responses
 from qstar_jax.evaluation.partial_scores import PartialScores
 from qstar_jax.evaluation.scored import ScoredResponse, unscored_line
 from qstar_jax.evaluation.step_marks import REWARD, judge_steps, with_steps
 from qstar_jax.evaluation.steps import ALL_RIGHT, first_error
-from qstar_jax.evaluation.token_rewards import score_dataset
+from qstar_jax.evaluation.token_rewards import score_dataset, unscored
 from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.files import write_atomically
 from qstar_jax.store.identity import write_identity
-from qstar_jax.store.open import load_model
+from qstar_jax.store.open import LoadedModel, load_model
 from qstar_jax.store.references import IDENTICAL, are_identical, find_beta, open_reference
 
 SCORES = "scores.jsonl"
@@ -99,6 +100,7 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
         vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy), "console": console}
         dataset = load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows, **vocab)
         say(console, dataset.report(policy.model))
+        _check_marks(config, dataset, policy, beta)
         settled = replace(config, data=replace(data, date=dataset.date))
         identity = {"model": policy.identity(), "reference": reference.identity(), "beta": beta}
         identity |= {"data": examples_identity(dataset.examples), "options": recorded(settled)}
@@ -139,6 +141,8 @@ def _check_options(config: ScoreConfig):
         check_unread(config, unset, names, "without --steps")
     if config.wrong_step is None:
         check_unread(config, unset, ["calibration"], "without --wrong_step")
+    if config.wrong is None:
+        check_unread(config, unset, ["kind"], "without --wrong")
     if not 0 < config.calibration < 1:
         raise InputError(f"--calibration {config.calibration:g}: expected a share in (0, 1)")
     if config.threshold is not None and not math.isfinite(config.threshold):
@@ -146,6 +150,30 @@ def _check_options(config: ScoreConfig):
     parse_delimiter(config.data.step_delimiter)
     if config.wrong_step is not None and config.answers != "single":
         raise InputError("--wrong_step tells of the steps of one response; expected --answers single")
+
+
+def _check_marks(config: ScoreConfig, dataset: Dataset, policy: LoadedModel, beta: float):
+    """Refuses columns that do not fit the responses; scoring would find that at its end.
+
+    Raises:
+        InputError: If marks, steps or first errors are missing, or are those of other responses.
+    """
+    if not (config.wrong or config.steps):
+        return
+    data, responses = config.data, unscored(policy, dataset, beta)
+    rows, records, _ = read_records(data.eval, data.eval_split, KINDS[config.answers], data, data.max_eval_rows)
+    if config.wrong:
+        if config.kind != ScoreConfig.kind and not any(config.kind in rows[response.row] for response in responses):
+            raise InputError(
+                f"--kind {config.kind}: {data.eval} has no such column (found: {', '.join(map(repr, rows[0]))}); name "
+                "the one that says of which kind a mistake is, or leave it out"
+            )
+        mark_responses(responses, rows, records, wrong=config.wrong, kind=config.kind, source=data.eval)
+    if config.steps:
+        responses = with_steps(responses, rows, data, policy.tokenizer.all_special_ids)
+    if config.wrong_step is not None:
+        judged = judge_steps(responses, rows, records, column=config.wrong_step, source=data.eval)
+        split_questions(judged, config.calibration)
 
 
 def _find_steps(scored: ScoredFile, beta: float) -> ScoredFile:

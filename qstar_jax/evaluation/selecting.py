@@ -28,6 +28,7 @@ from qstar_jax.evaluation.questions import (
     Place,
     Question,
     candidates_of,
+    check_right,
     read_generated,
     read_questions,
     with_scores,
@@ -76,6 +77,8 @@ def measure_selection(config: SelectConfig, console: Console) -> Selection:
         questions = _read(config, extract)
         _check_answers(questions, config)
         choose_sizes(list(map(candidates_of, questions)), config.sizes)
+    else:
+        check_right(config.data, extract, config.right)
     if config.model is not None:
         mesh = make_mesh(config.mesh)
         keep_programs()

@@ -27,6 +27,7 @@ from qstar_jax.shaping import successor_values
 from qstar_jax.store.open import LoadedModel
 
 ROLES = {1: ("answer",), 2: ("chosen", "rejected")}
+_COLUMNS = ("logp", "ref_logp", "reward", "q", "v", "endogenous", "entropy")
 
 
 def score_dataset(
@@ -106,6 +107,16 @@ def score_dataset(
                 if response.truncated:  # the state after it has a value, which nobody has computed
                     columns["endogenous"] = _without_last_action(columns["endogenous"], response.action_mask)
                 records.append(_record(policy, example, r, beta, alternatives=others, **columns))
+    return records
+
+
+def unscored(policy: LoadedModel, dataset: Dataset, beta: float) -> list[ScoredResponse]:
+    """The records of `score_dataset` with zeros for all numbers: what can be told of responses before that."""
+    records = []
+    for example in dataset.examples:
+        for r, response in enumerate(example.responses):
+            zeros = dict.fromkeys(_COLUMNS, (0.0,) * len(response.ids))
+            records.append(_record(policy, example, r, beta, **zeros))
     return records
 
 

@@ -29,6 +29,7 @@ from qstar_jax.store.checkpoints import (
     step_folders,
 )
 from qstar_jax.store.checksums import are_listed, write_checksums
+from qstar_jax.store.files import missing_folders, remove_empty
 from qstar_jax.store.tokenizer_folder import write_tokenizer_folder
 
 _log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class CheckpointStore:
     """The checkpoints of one run; a context manager that waits for pending writes.
 
     A checkpoint that cannot be written, for want of space or permission, is given up with a line in the log, and those
-    before it are kept; only if it is the last one is that an error.
+    before it are kept; only if it is the last one is that an error. Without any, its folders are removed at the end.
 
     Args:
         run: Folder of the run.
@@ -65,6 +66,7 @@ class CheckpointStore:
     def __init__(self, run: Path, keep: int):
         self.run = run
         _remove_unfinished(run / STEPS, "*")  # what a process that was killed has left
+        self._made = missing_folders(run / STEPS) if jax.process_index() == 0 else []
         self._steps = ocp.training.Checkpointer(
             (run / STEPS).absolute(),
             context=orbax_context(),
@@ -89,6 +91,7 @@ class CheckpointStore:
         except (OSError, ValueError) as error:  # of a save that `_wait` has reported
             if self._failure is None:
                 raise CheckpointError(f"checkpoints were not written ({_reason(error)})") from error
+        remove_empty(self._made)
         if self._failure and not (kind and issubclass(kind, Exception)):
             raise self._failure
 

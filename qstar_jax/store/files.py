@@ -1,8 +1,11 @@
-"""Writes files that appear under their names complete or not at all."""
+"""Writes files that appear under their names complete or not at all, and removes folders that stayed empty."""
 
 import json
 import os
 import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +27,15 @@ def write_atomically(file: Path, content: bytes):
 def write_json(file: Path, value: Any):
     """Writes a value as indented JSON, atomically (see `write_atomically`)."""
     write_atomically(file, json.dumps(value, indent=2).encode() + b"\n")
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Lists the folders that `folder.mkdir(parents=True)` would make, the deepest first."""
+    return list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+
+
+def remove_empty(folders: Iterable[Path]):
+    """Removes those folders that are empty: what is refused leaves nothing behind."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()

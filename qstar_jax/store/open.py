@@ -90,6 +90,15 @@ def load_model(source: str | Path, compute: ComputeOptions, mesh: Mesh, mesh_opt
     return _load_folder(folder, compute, mesh, mesh_options)
 
 
+def find_model(source: str | Path) -> Path:
+    """Finds what `load_model` would open: a checkpoint, or a folder.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    return find_checkpoint(Path(source).expanduser()) or hub.open_folder(str(source))
+
+
 def _load_folder(folder: Path, compute: ComputeOptions, mesh: Mesh, mesh_options: MeshOptions) -> LoadedModel:
     model = hub.read_model(folder, compute)
     params = hub.read_params(folder, model, param_shardings(model, mesh, mesh_options))

@@ -10,19 +10,21 @@ from filelock import FileLock, Timeout
 from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from qstar_jax.errors import InputError
+from qstar_jax.store.files import missing_folders, remove_empty
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Holds a folder against other runs, which the operating system ends with the process, however that ends.
 
-    All processes of a job must call this together.
+    It is made if it is missing, and removed again if it stays empty. All processes of a job must call this together.
 
     Raises:
         InputError: If another run holds it.
     """
-    lock, is_free = None, True
+    lock, is_free, made = None, True, []
     if jax.process_index() == 0:
+        made = missing_folders(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         try:
@@ -41,3 +43,4 @@ def sole_writer(folder: Path) -> Iterator[None]:
         if lock:
             (folder / ".lock").unlink(missing_ok=True)  # while it is held
             lock.release()
+        remove_empty(made)

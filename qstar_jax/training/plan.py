@@ -115,6 +115,10 @@ def check_train(config: SftConfig | DpoConfig | RlConfig, metrics: Collection[st
     intervals = {f"train.{name}": getattr(train, name) for name in ("log_every", "eval_every", "save_every")}
     for name, value in (intervals | {"optimizer.warmup_steps": config.optimizer.warmup_steps}).items():
         check_steps(name, value)
+    if train.reference_samples < 0 or train.reference_samples == 1:
+        raise InputError(
+            f"train.reference_samples is {train.reference_samples}; expected 0, or at least 2 for a standard error"
+        )
     if train.patience < 0 or (train.patience and train.keep_best is None):
         raise InputError(
             f"train.patience {train.patience}: expected 0, or a number of evaluations of train.keep_best, the metric "

@@ -42,7 +42,7 @@ from qstar_jax.training.objectives import LossFn
 from qstar_jax.training.objectives.responses import token_counts
 from qstar_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from qstar_jax.training.plan import RunPlan, make_plan
-from qstar_jax.training.profile import make_profile
+from qstar_jax.training.profile import StepProfile, make_profile
 from qstar_jax.training.run_log import RunLog
 from qstar_jax.training.setup import Start, build_state, describe, find_start, jit_step, saved_arrays
 from qstar_jax.training.source import DatasetSource
@@ -66,6 +66,7 @@ class Run:
         optimizer: The optax transformation.
         description: What is stored beside the parameters.
         best: Which evaluation was the best, if its checkpoint is kept.
+        profile: Traces some steps, if that was asked for.
         mesh: The devices.
         console: Where to show progress.
     """
@@ -78,6 +79,7 @@ class Run:
     optimizer: optax.GradientTransformation
     description: Description
     best: BestEvaluation | None
+    profile: StepProfile | None
     mesh: Mesh
     console: Console
 
@@ -161,6 +163,7 @@ def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console
         optimizer=make_optimizer(plan.config.optimizer, steps),
         description=describe(plan, start, inputs.identity),
         best=best_evaluation(plan, start.step),
+        profile=make_profile(options.profile, plan.out, steps),
         mesh=mesh,
         console=console,
     )
@@ -258,7 +261,7 @@ def _make_loop(
         respond=make_responder(plan, run.start, run.inputs.prompts.dataset, run.mesh, run.console),
         best=run.best,
         log=log,
-        profile=make_profile(options.profile, plan.out, run.steps),
+        profile=run.profile,
         window=run.start.window,
         stop=stop,
     )

@@ -142,7 +142,7 @@ def compute_step_errors(
     Raises:
         InputError: If one of the two splits has no response with an error, or none without.
     """
-    calibrating, measured = _split(judged, calibration, seed)
+    calibrating, measured = split_questions(judged, calibration, seed)
     names = list(measured[0].scores)
     thresholds = calibrated_thresholds(calibrating)
     if threshold is not None:
@@ -179,8 +179,14 @@ def compute_step_errors(
     )
 
 
-def _split(judged: Sequence[JudgedSteps], share: float, seed: int) -> tuple[list[JudgedSteps], list[JudgedSteps]]:
-    """Responses to calibrate with, and those to measure; all responses to a prompt are on the same side."""
+def split_questions(
+    judged: Sequence[JudgedSteps], share: float, seed: int = 0
+) -> tuple[list[JudgedSteps], list[JudgedSteps]]:
+    """Splits responses into those to calibrate with and those to measure; those to a prompt are on the same side.
+
+    Raises:
+        InputError: If one side has no response with an error, or none without.
+    """
     questions = sorted({response.question for response in judged})
     order = np.random.default_rng(seed).permutation(questions)
     chosen = set(order[: round(share * len(order))].tolist())

@@ -22,7 +22,6 @@ from qstar_jax.data.loading import Dataset, Kind
 from qstar_jax.data.ragged import Lengths
 from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.eos import eos_token_ids
-from qstar_jax.errors import InputError
 from qstar_jax.models import CausalLM
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.store.identity import check_identity, write_identity
@@ -114,11 +113,9 @@ def make_probe(
         The probe; None if the loss has no reference or moves it, the option is 0, or a resumed run has no samples.
 
     Raises:
-        InputError: If the option has no meaning, or the samples are damaged or those of another reference.
+        InputError: If the samples are damaged, or those of another reference.
     """
     count, path = plan.config.train.reference_samples, plan.out / FILE
-    if count < 0 or count == 1:
-        raise InputError(f"train.reference_samples is {count}; expected 0, or at least 2 for a standard error")
     # Rewards that are measured from a moving point have no expectation.
     if count == 0 or not plan.objective.uses_reference or plan.moves_reference:
         return None

@@ -12,7 +12,6 @@ from qstar_jax.console import one_line, say
 from qstar_jax.data.loading import Dataset
 from qstar_jax.data.ragged import Lengths
 from qstar_jax.decoding.eos import eos_token_ids
-from qstar_jax.errors import InputError
 from qstar_jax.models.causal_lm import Params
 from qstar_jax.store.files import write_atomically
 from qstar_jax.training.diagnostics.reference_samples import draw
@@ -41,13 +40,8 @@ def make_responder(
 
     Returns:
         The function, which all processes call together; None where none are asked for.
-
-    Raises:
-        InputError: If a negative number is asked for.
     """
     count, path = plan.config.train.show_responses, plan.out / RESPONSES
-    if count < 0:
-        raise InputError(f"train.show_responses is {count}; expected 0, or the number of prompts to respond to")
     if count == 0:
         return None
     examples = [dataset.examples[i] for i in range(min(count, len(dataset.examples)))]

@@ -1,7 +1,7 @@
 """A whole run on a reward, from its configuration to its summary: what `qstar rl` does."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -102,12 +102,14 @@ def train_rl(
             run, guide = _prepare(plan, store, mesh, console)
             if is_complete(run):
                 return read_summary(run)
+            source = _source(run, guide, make_reward)  # before anything is written, as rewards may be refused
+            evaluators = [_evaluator(run, guide, make_reward)] if run.inputs.held_out else []
             # State: put parameters and optimizer on the mesh.
             state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
             begin_folder(run)
             # Loop: sample, train, evaluate and save.
             with open_log(run, watch, trackers) as log:
-                loop = _make_loop(run, guide, make_reward, state, store, log, stop)
+                loop = _make_loop(run, source, evaluators, state, store, log, stop)
                 _, summary = loop.run(state, run.start.step)
         # Summary.
         return finish(run, summary, None, time.perf_counter() - began, trackers)
@@ -134,6 +136,7 @@ def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console
         optimizer=make_optimizer(optimizer, steps * updates),
         description=describe(plan, start, inputs.identity),
         best=best_evaluation(plan, start.step),
+        profile=make_profile(options.profile, plan.out, steps),
         mesh=mesh,
         console=console,
     )
@@ -142,8 +145,8 @@ def _prepare(plan: RunPlan, store: CheckpointStore, mesh: Mesh, console: Console
 
 def _make_loop(
     run: Run,
-    guide: Guide | None,
-    make_reward: RewardMaker,
+    source: SampleSource,
+    evaluators: Sequence[SampleEvaluator],
     state: TrainState,
     store: CheckpointStore,
     log: RunLog | None,
@@ -152,9 +155,7 @@ def _make_loop(
     """Makes the training loop; estimates what a step needs before anything is compiled."""
     plan, config, model, inputs = run.plan, run.plan.config, run.start.model, run.inputs
     updates = updates_per_step(config.rl)
-    source = _source(run, guide, make_reward)
     say(run.console, _estimate(run, state, source))
-    evaluators = [_evaluator(run, guide, make_reward)] if inputs.held_out else []
     accumulate = config.train.accumulate
     update = make_train_step(run.loss_fn, run.optimizer, accumulate=accumulate)
     passes = {"inner_epochs": config.rl.inner_epochs or 1, "minibatches": config.rl.minibatches or 1}
@@ -177,7 +178,7 @@ def _make_loop(
         respond=make_responder(plan, run.start, shown, run.mesh, run.console, limit=config.rl.max_new_tokens),
         best=run.best,
         log=log,
-        profile=make_profile(config.train.profile, plan.out, run.steps),
+        profile=run.profile,
         window=run.start.window,
         stop=stop,
     )

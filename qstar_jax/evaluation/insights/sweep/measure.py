@@ -29,7 +29,7 @@ from qstar_jax.evaluation.judges.alpaca_eval import export
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.sharding import make_mesh, use_mesh
 from qstar_jax.store.identity import write_identity
-from qstar_jax.store.open import load_model
+from qstar_jax.store.open import find_model, load_model
 from qstar_jax.store.references import find_beta, open_reference
 from qstar_jax.store.sole_writer import sole_writer
 from qstar_jax.store.user_cache import keep_programs
@@ -46,6 +46,8 @@ def measure_sweep(config: SweepConfig, console: Console) -> Sweep:
     decoders, models = settings(config), _names(config.model)
     if config.data.eval is None:
         raise InputError("--data.eval is missing: name a file with prompts and the responses to compare with")
+    for source in [*models.values(), *filter(None, [config.reference])]:
+        find_model(source)
     out, mesh = Path(config.out), make_mesh(config.mesh)
     files = {
         name: {s: trials.open_generations(config, model, s.options(config), out / name / s.folder) for s in decoders}
