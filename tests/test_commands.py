@@ -40,6 +40,7 @@ NOT_RUN = {
     "qstar report": "shows the sweep; `qstar demo` writes the same page",
     "qstar play": "hundreds of games; see tests/tasks/test_textarena.py",
     "qstar dpo --model $MODEL --out runs/player": "reads those games; see tests/cli/test_main.py for its losses",
+    "qstar dpo --config runs/demo/dpo-0.3": "goes on from a run of `qstar demo`; minutes, and see tests/demo/",
     "qstar dpo --model $MODEL --out runs/prm": "reads solutions with labels; see tests/losses/test_pointwise.py",
     "qstar score --model runs/prm": "reads solutions with marked steps; see tests/cli/test_score_steps.py",
     "qstar select": "reads several solutions of each question; see tests/evaluation/insights/test_selection.py",
