@@ -15,6 +15,7 @@ spec.loader.exec_module(runner)
 
 SEEDS = [0, 1, 2]
 CASES = [pytest.param(case, id=case.id) for case in runner.CASES]
+EACH_ONCE = [f"{case.id}-{SEEDS[i % len(SEEDS)]}" for i, case in enumerate(runner.CASES)]
 GOLDEN_CASES = [pytest.param(case, id=case.id) for case in runner.CASES if case.golden]
 # Of one row, the mean over the batch's tokens is the mean over the response's.
 BY_ANSWER = {"normalize": "answer_tokens"}
@@ -96,6 +97,7 @@ def test_golden_numbers_are_those_of_the_installed_trl(golden, run_trl):
 
 
 @pytest.mark.parity
+@pytest.mark.thin(*EACH_ONCE)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_trl(case, seed, run_trl):
