@@ -512,7 +512,7 @@ TRANSFORMED = {
 def test_functions_can_be_compiled_mapped_and_differentiated(name):
     tree = TokenTree(2, 2)
     rewards, ref_logp, _ = random_mdps(tree, count=3)
-    function = partial(TRANSFORMED[name], tree)
+    function = jax.jit(partial(TRANSFORMED[name], tree))
     mapped = jax.jit(jax.vmap(function))(rewards, ref_logp)
     np.testing.assert_allclose(mapped[1], function(rewards[1], ref_logp[1]), **EXACT)
     check_grads(lambda r: function(r, ref_logp[0]), (rewards[0],), order=1, modes="rev")
