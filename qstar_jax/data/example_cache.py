@@ -177,7 +177,8 @@ class ExampleCache:
                 os.fsync(file.fileno())
             content = {"table": _digest_files([unfinished / _TABLE]), "facts": builder.facts.to_json()}
             (unfinished / _SEAL).write_text(json.dumps(content), encoding="utf-8")
-            shutil.rmtree(self.path, ignore_errors=True)  # it was damaged
+            if isinstance(self.read(), str):  # it is damaged
+                shutil.rmtree(self.path, ignore_errors=True)
             with suppress(OSError):  # without locks, another process may have been faster
                 unfinished.rename(self.path)
             return self._open(builder.facts)

@@ -270,6 +270,15 @@ def test_where_files_cannot_be_locked_all_get_the_same(source, tiny_tokenizer, f
     assert len(kept(folder)) == 1
 
 
+def test_what_a_faster_process_wrote_stays(source, tiny_tokenizer, folder, monkeypatch):
+    first = load(source, tiny_tokenizer)
+    written = kept(folder)[0].stat().st_ino
+    read, found = example_cache.ExampleCache.read, iter([None])  # the second looks before the first is ready
+    monkeypatch.setattr(example_cache.ExampleCache, "read", lambda self: next(found, read(self)))
+    same(load(source, tiny_tokenizer), first)
+    assert [path.stat().st_ino for path in kept(folder)] == [written]
+
+
 PROGRAM = """
 import sys
 from qstar_jax.config import DataOptions
