@@ -55,7 +55,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "env": (config.EnvConfig, "print versions and devices, for a bug report"),
 }
 
-RESUMABLE = ("sft", "dpo", "rl", "generate", "score", "sweep")  # verbs that go on where they were stopped
+RESUMABLE = ("sft", "dpo", "rl", "control", "generate", "score", "sweep")  # verbs that go on where they were stopped
 POSITIONAL = {"data": "FILE ", "chat": "MODEL ", "view": "MODEL "}  # verbs whose first option is given without its name
 
 _LONGEST_MESSAGE = 2000  # characters: errors quote what they found, which may be immense

@@ -109,7 +109,7 @@ class ControlConfig:
             lengths [E], and values [E, T + 1], NaN where unknown, for labels by regret).
         out: Folder with a run ARM-SEED for each arm and seed (config.yaml, metrics.jsonl, actor.npz, summary.json),
             summary.json, control.json and control.png; with the same command, finished runs stay and an interrupted
-            one begins anew.
+            one begins anew (SIGTERM ends it at once, with exit code 75).
         arms: with_bc: cloning of all segments, then CPL; without_bc: CPL from a random policy; with_bc_kl: cloning,
             then CPL-KL, on log-ratios; best_bc: cloning of the best 30 % by score only.
         seeds: Seeds of the policy and of the batches; each makes a run of each arm.

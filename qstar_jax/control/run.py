@@ -23,6 +23,7 @@ from qstar_jax.control.options import resolve
 from qstar_jax.control.segments import Segments
 from qstar_jax.control.tasks import Task, load_task
 from qstar_jax.errors import InputError
+from qstar_jax.interruption import Stopped
 from qstar_jax.store.files import write_json
 from qstar_jax.store.user_cache import keep_programs
 from qstar_jax.training.diagnostics.verdict import collect, sentence
@@ -66,6 +67,7 @@ def train_control(config: ControlConfig, console: Console | None = None) -> dict
 
     Raises:
         InputError: If the task, its file or the options cannot be used.
+        Stopped: If a signal asked for it, where `StopSignals` listens.
     """
     console, config = console or Console(), resolve(config)
     keep_programs()
@@ -78,7 +80,11 @@ def train_control(config: ControlConfig, console: Console | None = None) -> dict
         cloned = cache(partial(_clone, setting, train, seed))
         for arm in config.arms:
             folder = Path(config.out).expanduser() / f"{arm}-{seed}"
-            summaries[folder.name] = _finished(setting, arm, seed, folder) or _run(setting, arm, seed, folder, cloned)
+            try:
+                summary = _finished(setting, arm, seed, folder) or _run(setting, arm, seed, folder, cloned)
+            except Stopped as stop:  # at once: a run is minutes long, and has no checkpoints
+                raise Stopped(f"stopped; finished runs are kept, {folder.name} begins anew", stop.code) from None
+            summaries[folder.name] = summary
     write_json(Path(config.out).expanduser() / "summary.json", summaries)
     return summaries
 

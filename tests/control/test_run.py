@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import jax
@@ -12,12 +14,13 @@ from scipy.linalg import solve_discrete_lyapunov
 from qstar_jax.cli.main import main
 from qstar_jax.config import ControlConfig
 from qstar_jax.config.control import with_task_defaults
-from qstar_jax.control import lqr
+from qstar_jax.control import learning, lqr
 from qstar_jax.control.actor import Actor
 from qstar_jax.control.options import resolve
 from qstar_jax.control.tasks import load_task
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.insights.control import Control
+from qstar_jax.interruption import CTRL_C, TEMPORARY
 from qstar_jax.training.run_log import read_metrics
 
 SMALL = """--train.steps 100 --train.eval_every 50 --train.batch_size 16 --segments.count 200
@@ -168,6 +171,25 @@ def test_a_run_that_was_killed_begins_anew_and_ends_equal(runs, tmp_path):
     assert sorted(ended) == sorted(whole)
     for name in whole:
         np.testing.assert_array_equal(ended[name], whole[name])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, TEMPORARY), (signal.SIGINT, CTRL_C)])
+def test_a_signal_ends_the_run_and_the_command_says_how_to_go_on(number, code, runs, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(runs, tmp_path / "lqr")
+    (out / "without_bc-0" / "summary.json").unlink()
+
+    def signalled(*_, **__):
+        os.kill(os.getpid(), number)
+        raise AssertionError("the run went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "minimizer", signalled)
+        assert control(out) == code
+    said = capsys.readouterr().err.splitlines()
+    expected = "qstar control: stopped; finished runs are kept, without_bc-0 begins anew; go on with"
+    assert said[-2] == expected and said[-1].startswith("qstar control --task lqr --out ")
+    assert control(out) == 0
+    assert read_metrics(out / "without_bc-0") == read_metrics(runs / "without_bc-0")
 
 
 @pytest.mark.parametrize("kind", ["deterministic", "squashed"])
