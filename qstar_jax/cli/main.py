@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from qstar_jax import __version__, config
 from qstar_jax.cli.help import HelpFormatter
 from qstar_jax.config.compare import drop_unread_defaults
-from qstar_jax.config.paths import addresses, check_out
+from qstar_jax.config.paths import addresses, check_written
 from qstar_jax.config.trl import translate
 from qstar_jax.console import shorten_middle, visible
 from qstar_jax.errors import InputError
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that torch is missing
     try:
         options = _options(parser, parsed)
-        check_out(options)
+        check_written(options)
         with StopSignals() if parsed.verb in RESUMABLE else nullcontext(), _at_hand(options) as options:
             importlib.import_module(f"qstar_jax.cli.{parsed.verb}").run(options)
     except InputError as error:

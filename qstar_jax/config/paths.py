@@ -4,10 +4,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from qstar_jax.errors import InputError
+
+WRITTEN = ("out", "export", "reference.cache", "judge.cache")  # options that name a folder to write
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/.*", re.DOTALL)  # two letters at least: C:/ is a drive
 _COPY = re.compile(r".*/qstar_jax/cloud/(?:copies|folders)/([^/]+)/(.*)", re.DOTALL)  # see `store.cloud`
@@ -26,21 +29,22 @@ def check_paths(options: Any):
         )
 
 
-def check_out(options: Any):
-    """Refuses an `out` where no folder can be, before anything is loaded.
+def check_written(options: Any):
+    """Refuses a folder to write (`WRITTEN`) where no folder can be, before anything is loaded.
 
     Raises:
-        InputError: If it is empty, or a file, or inside of one.
+        InputError: If one is empty, or a file, or inside of one.
     """
-    out = getattr(options, "out", None)
-    if out is None:
-        return
-    if not out.strip():
-        raise InputError("--out is empty; name a folder to write")
-    path = Path(out).expanduser().absolute()
-    nearest = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
-    if nearest and not nearest.is_dir():
-        raise InputError(f"--out {out}: {nearest} is no folder; name another, or remove it")
+    for option in WRITTEN:
+        folder = reduce(lambda part, name: getattr(part, name, None), option.split("."), options)
+        if not isinstance(folder, str):  # not given, or a flag of the same name
+            continue
+        if not folder.strip():
+            raise InputError(f"--{option} is empty; name a folder to write")
+        path = Path(folder).expanduser().absolute()
+        nearest = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
+        if nearest and not nearest.is_dir():
+            raise InputError(f"--{option} {folder}: {nearest} is no folder; name another, or remove it")
 
 
 def addresses(options: Any) -> Iterator[tuple[str, str]]:

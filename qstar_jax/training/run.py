@@ -125,6 +125,9 @@ def train(
             run = _prepare(plan, store, mesh, console, change)
             if is_complete(run):
                 return read_summary(run)
+            trackers.start(
+                recorded(run.plan.config), run.start.step
+            )  # before anything is written, as it may be refused
             run = replace(run, inputs=with_cached_reference(run.plan, run.start, run.inputs, console))
             # State: put parameters and optimizer on the mesh.
             state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
@@ -222,7 +225,6 @@ def open_log(run: Run, watch: Callable[[], None] | None, trackers: Trackers) -> 
         return nullcontext()
     headline = (*run.plan.objective.headline, "perf/tokens_per_second")
     progress = {"steps": run.steps, "start": run.start.step, "console": run.console}
-    trackers.start(recorded(run.plan.config), run.start.step)
     return RunLog(run.plan.out, **progress, headline=headline, watch=watch, trackers=trackers)
 
 

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from qstar_jax.config import LogOptions
 from qstar_jax.errors import InputError
 from qstar_jax.store.files import write_json
@@ -51,7 +53,9 @@ class Trackers:
             run.finish(**({"exit_code": int(kind is not None)} if package == "wandb" else {}))
 
     def start(self, config: Mapping[str, Any], step: int):
-        """Opens a run in each project: that of this folder if it goes on, else a new one. The first process calls this.
+        """Opens a run in each project, on the first process: that of this folder if it goes on, else a new one.
+
+        Nothing is written into the folder unless all begin.
 
         Args:
             config: All options of the run.
@@ -60,9 +64,11 @@ class Trackers:
         Raises:
             InputError: If a tracker cannot begin, for instance because nobody is logged in.
         """
-        if not self._projects:
+        if not self._projects or jax.process_index() != 0:
             return
-        identity = self._identity(anew=step == 0)
+        path = self._folder / IDENTITY
+        known = step > 0 and path.exists()
+        identity = json.loads(path.read_text(encoding="utf-8"))["id"] if known else uuid.uuid4().hex[:8]
         for package, project in self._projects.items():
             name = self._folder.absolute().name
             own = (
@@ -76,6 +82,7 @@ class Trackers:
             except Exception as error:  # each has types of its own, of which some appear only when it cannot log in
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise InputError(f"log.{package} {project}: {package} does not begin ({reason})") from error
+        write_json(path, {"id": identity})
 
     def log(self, step: int, metrics: Mapping[str, float]):
         """Sends a line of metrics."""
@@ -89,12 +96,3 @@ class Trackers:
                 run.summary.update(dict(summary))
             else:
                 run.log({f"summary/{name}": value for name, value in summary.items()}, step=int(summary["steps"]))
-
-    def _identity(self, anew: bool) -> str:
-        """The name by which trackers know this run, kept in its folder."""
-        path = self._folder / IDENTITY
-        if path.exists() and not anew:
-            return json.loads(path.read_text(encoding="utf-8"))["id"]
-        identity = uuid.uuid4().hex[:8]
-        write_json(path, {"id": identity})
-        return identity

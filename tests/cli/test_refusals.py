@@ -112,3 +112,14 @@ def test_a_folder_that_cannot_be(verb, name, message, tmp_path, capsys):
     out = str(tmp_path / name) if name else " "
     assert main([verb, *(["--model", "m"] if verb == "dpo" else []), "--out", out]) == 2
     assert message in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"), [("dpo", "reference.cache"), ("dpo", "export"), ("rl", "export"), ("sweep", "judge.cache")]
+)
+def test_another_folder_that_cannot_be(verb, option, refused, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    model = f"[{tmp_path}]" if verb == "sweep" else tmp_path
+    refused(f"--{option} {file}: {file} is no folder; name another", verb, "--model", model, f"--{option}", file)
+    assert file.read_text() == "mine"

@@ -2,12 +2,15 @@
 
 import json
 import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from qstar_jax.cli.main import main
 from qstar_jax.config import LogOptions
 from qstar_jax.errors import InputError
 from qstar_jax.training import trackers
@@ -123,15 +126,48 @@ def test_a_tracker_that_does_not_begin_is_one_sentence(tmp_path):
         tracking.start({}, 0)
 
 
-def test_a_run_that_begins_anew_is_another_one(tmp_path):
-    tracking = trackers.Trackers(LogOptions(trackio="q"), tmp_path)
-    first = tracking._identity(anew=True)
-    assert tracking._identity(anew=False) == first != tracking._identity(anew=True)
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the runs that a stand-in for trackio was asked to open."""
+    names = []
+
+    def init(**given):
+        names.append(given["name"])
+        return SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init))
+    return names
 
 
-def test_other_processes_than_the_first_log_nothing(tmp_path, monkeypatch):
+def test_a_run_that_begins_anew_is_another_one(opened, tmp_path):
+    for step in (0, 4, 0):
+        trackers.Trackers(LogOptions(trackio="q"), tmp_path).start({}, step)
+    assert opened[0] == opened[1] != opened[2]
+
+
+@pytest.mark.parametrize("verb", ["dpo", "rl"])
+def test_where_nobody_is_logged_in_nothing_is_written(
+    verb, hf_folder, train_file, tmp_path, monkeypatch, one_device_only, capsys
+):
+    def init(**_):
+        raise ValueError("No API key configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name)
+    words = [verb, f"--model={hf_folder}", f"--out={tmp_path / 'run'}", f"--data.train={train_file}"]
+    words += ["--train.batch_size=8", "--train.steps=1", "--log.wandb=mine"]
+    if verb == "rl":
+        words += ["--reward.kind=verifier", "--reward.answer=chosen", "--rl.max_new_tokens=4"]
+    assert main(words) == 2
+    assert "log.wandb mine: wandb does not begin (No API key configured)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_processes_than_the_first_log_nothing(opened, tmp_path, monkeypatch):
     monkeypatch.setattr("qstar_jax.training.run.jax.process_index", lambda: 1)
     tracking = trackers.Trackers(LogOptions(trackio="q"), tmp_path)
+    tracking.start({}, 0)
+    assert not opened
     with open_log(None, None, tracking) as log:  # nothing of the run is asked for
         assert log is None
     assert not tracking._runs and not list(tmp_path.iterdir())

@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from qstar_jax.config.paths import replace_addresses
+from qstar_jax.config.paths import WRITTEN, replace_addresses
 from qstar_jax.errors import InputError
 from qstar_jax.store.cloud.place import Place
 from qstar_jax.store.cloud.reading import copy
 from qstar_jax.store.cloud.writing import CloudError as CloudError
 from qstar_jax.store.cloud.writing import Mirror
-
-_WRITTEN = ("out", "export", "cache")  # last names of options under which something is written
 
 
 @contextmanager
@@ -34,7 +32,7 @@ def at_hand(options: Any) -> Iterator[Any]:
 
         def local(name: str, address: str) -> str:
             place = Place.at(name, address)
-            if name.rpartition(".")[2] not in _WRITTEN:
+            if name not in WRITTEN:
                 return str(copy(place))
             if getattr(getattr(options, "mesh", None), "multi_process", False):
                 raise InputError(

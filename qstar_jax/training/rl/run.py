@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from qstar_jax.config import RlConfig
+from qstar_jax.config.paths import recorded
 from qstar_jax.console import say
 from qstar_jax.data.batches import Batch
 from qstar_jax.data.tokenization import Response
@@ -102,8 +103,10 @@ def train_rl(
             run, guide = _prepare(plan, store, mesh, console)
             if is_complete(run):
                 return read_summary(run)
-            source = _source(run, guide, make_reward)  # before anything is written, as rewards may be refused
+            # Before anything is written, as rewards and trackers may be refused.
+            source = _source(run, guide, make_reward)
             evaluators = [_evaluator(run, guide, make_reward)] if run.inputs.held_out else []
+            trackers.start(recorded(run.plan.config), run.start.step)
             # State: put parameters and optimizer on the mesh.
             state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
             begin_folder(run)
