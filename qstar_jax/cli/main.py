@@ -56,6 +56,7 @@ VERBS: dict[str, tuple[type, str]] = {
 }
 
 RESUMABLE = ("sft", "dpo", "rl", "control", "generate", "score", "sweep")  # verbs that go on where they were stopped
+SHARED = ("sft", "dpo", "rl", "pipeline", "export", "plan")  # verbs that several processes run together, or plan to
 POSITIONAL = {"data": "FILE ", "chat": "MODEL ", "view": "MODEL "}  # verbs whose first option is given without its name
 
 _LONGEST_MESSAGE = 2000  # characters: errors quote what they found, which may be immense
@@ -215,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = _options(parser, parsed)
         check_written(options)
+        _check_alone(parsed.verb, options)
         with StopSignals() if parsed.verb in RESUMABLE else nullcontext(), _at_hand(options) as options:
             importlib.import_module(f"qstar_jax.cli.{parsed.verb}").run(options)
     except InputError as error:
@@ -292,6 +294,19 @@ def _show_log():
 class _Visible(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
+
+
+def _check_alone(verb: str, options: Any):
+    """Refuses several processes where each would do all the work, in one folder.
+
+    Raises:
+        InputError: If the options ask for them, and the verb knows nothing of others.
+    """
+    if verb not in SHARED and getattr(getattr(options, "mesh", None), "multi_process", False):
+        raise InputError(
+            f"--mesh.multi_process true: {verb} runs in one process, on the devices of one machine; leave it out, and "
+            "start one process, or give each its own part of the data and its own --out"
+        )
 
 
 def _at_hand(options: Any) -> AbstractContextManager[Any]:

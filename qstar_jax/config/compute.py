@@ -48,8 +48,8 @@ class MeshOptions:
         tensor: Devices along the axis that shards parameters only (tensor parallelism).
         min_shard_size: Arrays with fewer elements are replicated.
         overrides: Regular expression on a parameter's path -> one axis name (or null) for each of its dimensions.
-        multi_process: Join the other processes of this job. Slurm, Open MPI, Kubernetes and TPU pods are recognized;
-            elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+        multi_process: Join the other processes of this job, where a verb trains or exports. Slurm, Open MPI, Kubernetes
+            and TPU pods are recognized; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
         join_timeout: Seconds to wait for the others at the start; large pods need more.
     """
 

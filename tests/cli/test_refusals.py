@@ -123,3 +123,10 @@ def test_another_folder_that_cannot_be(verb, option, refused, tmp_path):
     model = f"[{tmp_path}]" if verb == "sweep" else tmp_path
     refused(f"--{option} {file}: {file} is no folder; name another", verb, "--model", model, f"--{option}", file)
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", ["generate", "score", "sweep", "select", "play"])
+def test_verbs_that_run_in_one_process_do_not_join_others(verb, refused, tmp_path):
+    model = f"[{tmp_path}]" if verb == "sweep" else tmp_path
+    words = [verb, "--model", model, "--mesh.multi_process", "true", *(["--game", "Any-v0"] if verb == "play" else [])]
+    refused(f"multi_process true: {verb} runs in one process", *words)
