@@ -1,11 +1,13 @@
 """The adapter_config.json of PEFT: every key is applied as in PEFT, listed as harmless, or refused by name."""
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+
+from qstar_jax.data.patterns import Pattern
 from qstar_jax.errors import InputError
 from qstar_jax.store.hub.folder import read_json_object
 
@@ -84,7 +86,7 @@ class AdapterConfig:
 
     def _selects(self, names: str | tuple[str, ...], module: str) -> bool:
         if isinstance(names, str):
-            return bool(names) and bool(_matches(names, module, re.fullmatch))
+            return bool(names) and bool(_matches(names, module, whole=True))
         return any(f".{module}".endswith(f".{name}") for name in names)
 
     def _in_layers(self, module: str) -> bool:
@@ -111,11 +113,8 @@ class AdapterConfig:
         return any(ancestor.endswith(name) for ancestor in ancestors for name in self.saved)
 
 
-def _matches(pattern: str, text: str, match=re.match) -> re.Match | None:
-    try:
-        return match(pattern, text)
-    except re.error as error:
-        raise InputError(f"{CONFIG}: {pattern!r} is not a regular expression ({error})") from error
+def _matches(pattern: str, text: str, *, whole: bool = False) -> regex.Match[str] | None:
+    return Pattern.compile(pattern, f"{CONFIG}: {pattern!r}").match(text, whole=whole)
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:

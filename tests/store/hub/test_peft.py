@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qstar_jax.config import ComputeOptions, MeshOptions
+from qstar_jax.data import patterns
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.errors import InputError
 from qstar_jax.models.lora import attach_adapter, merge_adapter
@@ -131,7 +132,9 @@ def test_a_file_of_peft_is_opened_as_a_model(hf_folder, tmp_path, one_device, ad
         ({"rank_pattern": {"q_proj": 2}}, r"q_proj\.lora_A\.weight: shape \(3, 32\); expected shape \(2, 32\)"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern is .*whole numbers of at least 1"),
         ({"alpha_pattern": {"q_proj": "2"}}, r"alpha_pattern is .*numbers"),
-        ({"alpha_pattern": {"q_proj(": 2}}, r"q_proj\(.* is not a regular expression"),
+        ({"alpha_pattern": {"q_proj(": 2}}, r"q_proj\(.*: no regular expression"),
+        ({"alpha_pattern": {"((a{999}){999}){999}": 2}}, r"997,002,999 repeats in all; expected at most 1,000,000"),
+        ({"alpha_pattern": {"(" * 4000 + ")" * 4000: 2}}, r"nested too deeply"),
         ({"lora_alpha": None}, r"lora_alpha is None; expected a number"),
         ({"r": 0}, r"r is 0; expected a whole number of at least 1"),
         ({"modules_to_save": ["lm_head"]}, r"no lm_head\.weight, which modules_to_save selects"),
@@ -155,6 +158,24 @@ def test_what_is_not_built_is_refused_by_name(change, message, folder, tiny_mode
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=message):
+        read(folder, tiny_model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank_pattern": {r"((\w|\w\w|\.)*)*\d{4}": 3}},
+        {"alpha_pattern": {r"((\w|\w\w|\.)*)*\d{4}": 3}},
+        {"target_modules": r"((\w|\w\w|\.)*)*\d{4}"},
+        {"exclude_modules": r"((\w|\w\w|\.)*)*\d{4}"},
+    ],
+    ids=str,
+)
+def test_an_expression_without_an_end_is_refused(change, folder, tiny_model, monkeypatch):
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.05)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=r"adapter_config\.json: .*: still searching after 0\.05 s in a text of"):
         read(folder, tiny_model)
 
 
