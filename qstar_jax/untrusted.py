@@ -1,13 +1,14 @@
 """Reads files that anybody may have written: regular ones, of limited size and depth, and never runs what they hold."""
 
 import json
+import math
 import os
 import select
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from qstar_jax.errors import InputError
 
@@ -17,6 +18,7 @@ _MAX_DEPTH = 100  # brackets inside each other; real files have ten, and Python'
 _MAX_VALUES = 100_000  # of a file of options, counted with what its aliases repeat
 _MAX_DIGITS = 30
 _MAX_WAIT = 30  # seconds for the writer of a pipe
+T = TypeVar("T")
 _OTHER = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
 
@@ -98,6 +100,36 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({_reason(error)})") from error
     return value
+
+
+def read_json_lines(path: Path, parse: Callable[[Any], T], kind: str) -> Iterator[T]:
+    """Reads a file of records that the library wrote, one object of JSON per line, and somebody may have changed.
+
+    Args:
+        path: A regular file.
+        parse: Makes a record of a line's object; raises a KeyError, TypeError, AttributeError or ValueError for others,
+            and an InputError for one that is no use.
+        kind: What a line is, such as "a generation".
+
+    Raises:
+        InputError: If a line is no such record, or holds a number that is not finite.
+    """
+    with open_regular(path) as file:  # texts may hold what `splitlines` splits at
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(
+                    line,
+                    object_pairs_hook=unique_keys,
+                    parse_int=_whole_number,
+                    parse_float=_finite,
+                    parse_constant=_finite,
+                )
+                yield parse(record)
+            except InputError as error:
+                raise InputError(f"{path} line {number}: {error}") from error
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                problem = f"no {error}" if isinstance(error, KeyError) else _reason(error)
+                raise InputError(f"{path} line {number}: not {kind} ({problem})") from error
 
 
 def read_yaml(path: Path, *, pipes: bool = False) -> Any:
@@ -184,6 +216,12 @@ def _whole_number(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"a whole number of {len(digits):,} digits")
     return int(digits)
+
+
+def _finite(text: str) -> float:
+    if math.isfinite(value := float(text)):
+        return value
+    raise ValueError(f"found the number {text}; expected finite ones")
 
 
 def _reason(error: Exception) -> str:

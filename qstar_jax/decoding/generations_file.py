@@ -20,6 +20,7 @@ from qstar_jax.interruption import StopSignals
 from qstar_jax.store.files import write_atomically
 from qstar_jax.store.identity import check_identity, write_identity
 from qstar_jax.store.open import LoadedModel
+from qstar_jax.untrusted import read_json_lines
 
 # What may differ between a run and its continuation: where and how responses are computed, which changes them by
 # rounding at most. All other options decide what the responses are.
@@ -165,9 +166,18 @@ def _with_date(settings: dict[str, Any], date: str | None) -> dict[str, Any]:
 
 
 def read_generations(folder: Path) -> list[dict]:
-    """Reads a complete generations.jsonl; the record of a dropped row has `finish` "dropped" and no response."""
-    with (folder / "generations.jsonl").open(encoding="utf-8") as file:  # `splitlines` splits at more than newlines
-        return [json.loads(line) for line in file]
+    """Reads a complete generations.jsonl; the record of a dropped row has `finish` "dropped" and no response.
+
+    Raises:
+        InputError: If a line is no generation.
+    """
+
+    def parse(record: dict) -> dict:
+        if missing := [key for key in _REQUIRED if key not in record]:
+            raise ValueError(f"no {', '.join(missing)}")
+        return record
+
+    return list(read_json_lines(folder / "generations.jsonl", parse, "a generation"))
 
 
 def generation_identity(

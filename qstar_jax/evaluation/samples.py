@@ -1,6 +1,5 @@
 """Samples to make pairs of, from scores.jsonl or from rows of a file."""
 
-import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,8 @@ from qstar_jax.data.reading import read_rows
 from qstar_jax.data.steps import StepDelimiter, delimited_ends, listed_ends, parse_delimiter
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.pairs import Sample
+from qstar_jax.evaluation.scored import SCORE_LINE
+from qstar_jax.untrusted import read_json_lines
 
 SCORES = "scores.jsonl"
 
@@ -67,19 +68,15 @@ def _check_options(config: PairsConfig, is_scored: bool):
 
 
 def _scored(path: Path, config: PairsConfig) -> tuple[list[Sample], Counter[str]]:
+    def parse(record: dict) -> Sample | str:
+        return _unusable(record) or _scored_sample(record, config.steps)
+
     samples, dropped = [], Counter()
-    with path.open(encoding="utf-8") as file:  # texts may hold what `splitlines` splits at
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                unusable = _unusable(record)
-                sample = None if unusable else _scored_sample(record, config.steps, f"{path} line {number}")
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{path} line {number}: no line of qstar score ({error!r})") from error
-            if unusable:
-                dropped[unusable] += 1
-            else:
-                samples.append(sample)
+    for found in read_json_lines(path, parse, SCORE_LINE):
+        if isinstance(found, str):
+            dropped[found] += 1
+        else:
+            samples.append(found)
     return samples, dropped
 
 
@@ -95,13 +92,13 @@ def _unusable(record: dict) -> str | None:
     return None
 
 
-def _scored_sample(record: dict, in_steps: bool, where: str) -> Sample:
+def _scored_sample(record: dict, in_steps: bool) -> Sample:
     # The last token is EOS, which training adds itself.
     pieces, total = record["pieces"][:-1], float(record["total_reward"])
     if not in_steps:
         return Sample(record["row"], record["prompt"], ("".join(pieces),), total=total)
     if not record.get("steps"):
-        raise InputError(f"{where}: it has no steps; score the file with --steps")
+        raise InputError("it has no steps; score the file with --steps")
     of_token = record["step"][: len(pieces)]
     texts = [
         "".join(piece for piece, step in zip(pieces, of_token, strict=True) if step == part["step"])

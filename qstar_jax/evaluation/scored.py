@@ -1,6 +1,5 @@
 """A response with the numbers of each of its tokens: the record that every view reads."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate, compress
@@ -9,7 +8,9 @@ from typing import Any, Self
 
 from qstar_jax.console import shorten_middle
 from qstar_jax.evaluation.steps import StepTotals, step_totals
+from qstar_jax.untrusted import read_json_lines
 
+SCORE_LINE = "a line of `qstar score`"
 _PER_TOKEN = ("logp", "ref_logp", "reward", "q", "v")
 _REPR_CHARACTERS = 60
 _IF_KNOWN = (
@@ -222,7 +223,13 @@ class ScoredResponse:
         """Reads back what `to_json` wrote, so that views can be drawn from scores.jsonl.
 
         Keys that are no field (`total_reward`, `turns`, `steps`) are ignored, and fields with a default may be missing.
+
+        Raises:
+            ValueError: If something else than numbers is said of its tokens. Others are errors of Python.
         """
+        for name in _PER_TOKEN:
+            if not all(isinstance(value, int | float) for value in record[name]):
+                raise ValueError(f"{name}: expected numbers")
         values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         values["alternatives"] = [
             tuple(Alternative(**alternative) for alternative in place) for place in record.get("alternatives", ())
@@ -244,10 +251,16 @@ def unscored_line(row: int, reason: str) -> dict[str, Any]:
 
 
 def read_scores(path: Path) -> list[ScoredResponse]:
-    """Reads the responses of scores.jsonl in file order, without rows that have no score."""
-    with path.open(encoding="utf-8") as file:  # texts may hold what `splitlines` splits at
-        records = [json.loads(line) for line in file]
-    return [ScoredResponse.from_json(record) for record in records if record.get("reason") is None]
+    """Reads the responses of scores.jsonl in file order, without rows that have no score.
+
+    Raises:
+        InputError: A line is not what `ScoredResponse.to_json` or `unscored_line` writes.
+    """
+
+    def parse(record: dict[str, Any]) -> ScoredResponse | None:
+        return ScoredResponse.from_json(record) if record.get("reason") is None else None
+
+    return [response for response in read_json_lines(path, parse, SCORE_LINE) if response is not None]
 
 
 def by_row(responses: Iterable[ScoredResponse]) -> list[list[ScoredResponse]]:

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qstar_jax.errors import InputError
 from qstar_jax.evaluation.pieces import lone_piece, token_pieces
 from qstar_jax.evaluation.scored import (
     Alternative,
@@ -28,6 +29,26 @@ def test_lines_are_read_back_whatever_their_texts_hold(respond, tmp_path):
     responses = read_scores(path)
     assert responses[0] == first and [response.row for response in responses] == [0, 2]
     assert lines[0].keys() == lines[1].keys() and lines[1]["reason"] == "no\u2029 prompt"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"{", "Expecting property name"),
+        (b"[]", "'list' object has no attribute 'get'"),
+        (b"\xff", "codec can't decode"),
+        ({"q": ["high", 0.0]}, "q: expected numbers"),
+        ({"v": [0.0]}, "expected one entry per token"),
+        ({"reward": None}, "'NoneType' object is not iterable"),
+        ({"reward": [float("nan"), 0.0]}, "found the number NaN; expected finite ones"),
+    ],
+)
+def test_damaged_lines_are_refused_by_number(line, problem, respond, tmp_path):
+    whole = respond(["a", "b"], [0.1, 0.2]).to_json()
+    damaged = line if isinstance(line, bytes) else json.dumps(whole | line).encode()
+    (path := tmp_path / "scores.jsonl").write_bytes(json.dumps(whole).encode() + b"\n" + damaged + b"\n")
+    with pytest.raises(InputError, match=rf"scores\.jsonl line 2: not a line of `qstar score` \(.*{problem}"):
+        read_scores(path)
 
 
 def test_json_round_trip(respond):
