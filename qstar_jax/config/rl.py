@@ -99,7 +99,7 @@ class RlConfig:
             a checkpoint, begin at step 0. `auto` means the same: launchers may always pass it.
         export: Folder for the trained model in Hugging Face's format, once the run is complete (see `qstar export`);
             null: none.
-        data: Prompts, in any file with a prompt column; what else its rows hold is not read.
+        data: Prompts, in any file with a prompt column; of what else its rows hold, a verifier reads `reward.answer`.
         train: A row is a prompt: `train.batch_size` counts prompts.
     """
 

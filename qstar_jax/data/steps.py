@@ -7,9 +7,8 @@ r"""Steps of a response: where its text ends each of them, and which tokens belo
 - `column:` and the name of a column that lists the texts of the steps, in order.
 
 A step ends with its delimiter, and a token that straddles the end belongs to the earlier step; the space with which the
-token of a word begins does not count. A step holds more than
-spaces and delimiters: what is empty joins the step before it, or, at the beginning, the one after it. A turn of a
-dialogue ends a step too.
+token of a word begins does not count. A step holds more than spaces and delimiters: what is empty joins the step before
+it, or, at the beginning, the one after it. A turn of a dialogue ends a step too.
 """
 
 import re

@@ -59,7 +59,7 @@ def _selection_panel(reasoning: Reasoning) -> Panel:
         f"Accuracy with {reasoning.sizes[-1]} samples: {words}.",
         partial(_draw_selection, sizes=reasoning.sizes, curves=curves),
         2.6,
-        f"Of {reasoning.sizes[-1]} samples, the best by reward {verb} the majority: {signed_interval(gain)}.",
+        f"Of {reasoning.sizes[-1]} samples, the best by DPO's reward {verb} the majority: {signed_interval(gain)}.",
     )
 
 

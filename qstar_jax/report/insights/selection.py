@@ -6,19 +6,17 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from qstar_jax.console import one_line
-from qstar_jax.evaluation.insights.selection import SUM, Selection, Separation
-from qstar_jax.evaluation.intervals import Interval
+from qstar_jax.evaluation.insights.selection import SUM, Selection
 from qstar_jax.evaluation.votes import CHANCE, MAJORITY, ORACLE, best_by, vote_by
 from qstar_jax.report.dots import draw_dots
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.numbers import NONE, decimal, signed_interval, with_interval
 from qstar_jax.report.panel import Panel, Style
-from qstar_jax.report.tables import Table, print_table
+from qstar_jax.report.tables import Table, cell, print_table
 
 _DRAWN = (SUM, "min")  # scores whose curves are drawn: the outcome reward, and the process reward
 _DODGE = 0.035  # between the intervals of two methods
 _RIVALS = (MAJORITY, best_by(SUM))  # of step search
-_KINDS = ("overall", "by question")  # of areas under the curve
 
 
 def panels(selection: Selection) -> list[Panel]:
@@ -35,23 +33,19 @@ def panels(selection: Selection) -> list[Panel]:
         shown.append(
             Panel(f"Gains over the majority, N = {last}", alt, draw, 0.7 + 0.3 * len(gains), _gains(selection))
         )
+    # A line for each of the two areas: as series, they would look like methods of the first panel.
     areas = {
-        one_line(name): {kind: area for kind, area in _areas(both).items() if area is not None}
+        f"{one_line(name)}, {kind}": {"AUC": area}
         for name, both in selection.separation.items()
+        for kind, area in (("overall", both.overall), ("by question", both.by_question))
+        if area is not None
     }
-    if any(areas.values()):
-        draw = partial(draw_dots, groups=areas, series=list(_KINDS), label="AUC", line=0.5, line_label="chance")
-        words = "; ".join(
-            f"{name}, {kind}: {with_interval(area, 3)}" for name, group in areas.items() for kind, area in group.items()
-        )
+    if areas:
+        draw = partial(draw_dots, groups=areas, series=["AUC"], label="AUC", line=0.5)
+        words = "; ".join(f"{name}: {with_interval(group['AUC'], 3)}" for name, group in areas.items())
         alt = f"Area under the curve of right against wrong responses: {words}."
-        height = 0.7 + 0.5 * len(areas)
-        shown.append(Panel("Right against wrong responses", alt, draw, height, _separates(selection)))
+        shown.append(Panel("Right against wrong responses", alt, draw, 0.7 + 0.3 * len(areas), _separates(selection)))
     return shown + _search_panels(selection)
-
-
-def _areas(separation: Separation) -> dict[str, Interval | None]:
-    return dict(zip(_KINDS, (separation.overall, separation.by_question), strict=True))
 
 
 def _search_panels(selection: Selection) -> list[Panel]:
@@ -88,11 +82,13 @@ def _gains(selection: Selection) -> str:
 
 
 def _separates(selection: Selection) -> str:
-    areas = {name: area for name, both in selection.separation.items() if (area := both.by_question or both.overall)}
+    where, areas = "Within questions", {name: both.by_question for name, both in selection.separation.items()}
+    if None in areas.values():
+        where, areas = "Over all responses", {name: both.overall for name, both in selection.separation.items()}
     best = max(areas, key=lambda name: areas[name].mean)
     better = areas[best].low > 0.5
     verb = "tells right from wrong best" if better else "is the best, and cannot be told from chance"
-    return f"{one_line(best)} {verb}: AUC {with_interval(areas[best], 3)}."
+    return f"{where}, {one_line(best)} {verb}: AUC {with_interval(areas[best], 3)}."
 
 
 def _drawn(selection: Selection) -> list[str]:
@@ -135,12 +131,12 @@ def _values(selection: Selection, name: str) -> str:
 def tables(selection: Selection, *, brief: bool = False) -> list[Table]:
     """Accuracy of each method at each N, gains, separation of right and wrong, and step searches.
 
-    `brief` leaves out the intervals of all N but the largest, for narrow terminals.
+    `brief` leaves out the intervals of all N but the largest, and of samples beside searches, for narrow terminals.
     """
     rows = []
     for name, values in selection.methods.items():
         *smaller, last = values
-        cells = [decimal(value.mean, 3) if brief else with_interval(value, 3) for value in smaller]
+        cells = [cell(value, 3, lone=brief) for value in smaller]
         rows.append((one_line(name), *cells, with_interval(last, 3)))
     caption = f"Share of right selections among N responses, {selection.questions:,} questions"
     shown = [Table(caption, ("method", *(f"N {n}" for n in selection.sizes)), tuple(rows))]
@@ -160,10 +156,10 @@ def tables(selection: Selection, *, brief: bool = False) -> list[Table]:
         for name, area in selection.separation.items()
     ]
     shown.append(Table("AUC of right against wrong responses", ("score", "overall", "by question"), tuple(rows)))
-    return [*shown, *_search_tables(selection)]
+    return [*shown, *_search_tables(selection, brief=brief)]
 
 
-def _search_tables(selection: Selection) -> list[Table]:
+def _search_tables(selection: Selection, *, brief: bool) -> list[Table]:
     rows = []
     for search in selection.search:
         sampled = [search.sampled.get(name) for name in (MAJORITY, best_by(SUM), vote_by(SUM))]
@@ -174,7 +170,7 @@ def _search_tables(selection: Selection) -> list[Table]:
                 f"{search.tokens:,.0f}",
                 samples,
                 with_interval(search.accuracy, 3),
-                *(with_interval(value, 3) for value in sampled),
+                *(cell(value, 3, lone=brief) for value in sampled),
             )
         )
     columns = ("step search", "tokens", "samples", "right", MAJORITY, best_by(SUM), vote_by(SUM))

@@ -36,7 +36,7 @@ def test_captions_say_what_was_found(informed):
     first, gains, areas, search = panels(informed)
     assert "beats the majority" in first.finding and "Best of 4 by sum" in first.finding
     assert gains.finding.startswith("The most is gained with best by sum: +0.")
-    assert areas.finding.startswith("sum tells right from wrong best: AUC 1.000") or "AUC 0.9" in areas.finding
+    assert areas.finding == "Within questions, sum tells right from wrong best: AUC 1.000 [1.000, 1.000]."
     assert "step search gains most with 2 beams of 2 against majority" in search.finding
     zeros = {"sum": np.zeros(4)}
     knows_nothing = compute_selection([Candidates(q.correct, q.answers, zeros) for q in questions_of(0.0)])
@@ -44,6 +44,9 @@ def test_captions_say_what_was_found(informed):
     assert "cannot be told from the majority" in first.finding
     assert gains.finding == "No way to select gains on the majority beyond noise."
     assert "cannot be told from chance" in areas.finding
+    one_each = [Candidates(np.array([right]), ["1"], {"sum": np.array([float(right)])}) for right in (True, False)]
+    *_, areas = panels(compute_selection(one_each, sizes=[1]))
+    assert areas.finding.startswith("Over all responses, sum")
     without_scores = compute_selection([Candidates(q.correct, q.answers) for q in questions_of(0.0)])
     (votes,) = panels(without_scores)
     assert votes.finding.startswith("The majority (")
@@ -59,8 +62,9 @@ def test_tables_and_facts_have_every_number(informed, tmp_path):
     assert gains.rows[0][0] == "majority" and gains.rows[0][2] == "\N{EN DASH}"
     assert len(areas.rows) == 2 and search.rows[0][:3] == ("2 beams of 2", "25", "2.5")
     assert any("3 labels of the file contradict" in fact for fact in facts(informed))
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=80)
     print_selection(informed, console)
     text = console.file.getvalue()
     assert "[bold]" in text and "\u202e" not in text and "best by min" in text
+    assert "2 beams of 2 " in text, "a step search has a line, also in a narrow terminal"
     assert imread(write_figure(informed, tmp_path)).shape[1] > 700

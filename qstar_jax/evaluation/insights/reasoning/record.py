@@ -100,7 +100,7 @@ class Reasoning(Record):
             measured=f"{F1}: {prm.f1:.2f} from labelled solutions, {dpo.f1:.2f} from pairs; log pi_ref "
             f"{reference.f1:.2f}, exact advantages {ceiling.f1:.2f}. {AUC}: {prm.auc:.3f} and {dpo.auc:.3f}; log "
             f"pi_ref {reference.auc:.3f}. Rank correlation with exact values: {prm.rank_correlation:.2f} and "
-            f"{dpo.rank_correlation:.2f}. Of {self.sizes[-1]} samples, the best by reward is right in "
+            f"{dpo.rank_correlation:.2f}. Of {self.sizes[-1]} samples, the best by DPO's reward is right in "
             f"{last[best(DPO, 'sum')].mean:.0%} of the sums, the majority in {last['majority'].mean:.0%}.",
             reproduced=reproduced,
             command=self.COMMAND,
