@@ -184,3 +184,87 @@ def test_pages_of_view_and_notebooks(hostile):
         assert row["chosen"] in "".join(page.fields)  # what was typed stays, to be sent again
     page = check_page(client.post("/", data={"prompt": row["prompt"], "response": "", "score": "1"}).text)
     check_page(answers_table([row["prompt"]], model.generate([row["prompt"]], max_new_tokens=6)), *SIGNS)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_sweep_its_files_for_alpaca_eval_and_its_report(hostile, shown, tmp_path):
+    model, rows, _ = hostile
+    out = tmp_path / f"sweep {NAME}"
+    words = ["sweep", "--model", model, "--reference", model, "--beta", "0.1", "--data.eval", rows, "--out", out]
+    words += ["--judge.kind", "reward_model", "--judge.model", model, "--judge.reference", model, "--judge.beta", "1"]
+    words += ["--widths", "[2]", "--seeds", "[0]", "--max_new_tokens", "6", "--export", "--data.cache", "false"]
+    assert "␛[31m⟨U+202E⟩<img" in shown(0, *words)
+    folders = [path.parent for path in (out / "alpaca_eval").rglob("annotations.json")]
+    assert len(folders) == 3 and all(out / "alpaca_eval" in folder.parents for folder in folders)
+    [greedy] = json.loads((out / "alpaca_eval" / model.name / "greedy" / "model_outputs.json").read_text())
+    assert any(evil in greedy["output"] for evil in EVIL)  # data stay as they are
+    shown(0, "report", "--sweep", out, "--out", tmp_path / "report")
+    check_page((tmp_path / "report" / "report.html").read_text(), NAME[6:])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_decline_and_its_report(shown, tmp_path):
+    run, out = tmp_path / f"run {NAME}", tmp_path / f"out {NAME}"
+    run.mkdir()
+    lines = [
+        {"step": s, **{f"eval_rewards/{kind}": -0.1 * s for kind in ("chosen", "rejected", "margins")}} for s in (0, 1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line | {NAME: 1.0}) + "\n" for line in lines))
+    (run / "config.yaml").write_text(json.dumps({"loss": {"name": "sigmoid", "beta": 0.1}, "model": NAME}))
+    (run / "summary.json").write_text(json.dumps({"verdict": " ".join(EVIL)}))
+    said = shown(0, "decline", "--with_sft", run, "--out", out)
+    assert all(sign in said for sign in SIGNS), said
+    shown(0, "report", "--decline", out, "--out", tmp_path / "report")
+    check_page((tmp_path / "report" / "report.html").read_text())
+    (run / "config.yaml").write_text(json.dumps({"loss": {"name": NAME, "beta": 0.1}}))
+    assert "is unknown" in shown(2, "decline", "--with_sft", run, "--out", out)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_select_and_its_report(hostile, shown, tmp_path):
+    rows, out = tmp_path / f"answers {NAME}.jsonl", tmp_path / f"out {NAME}"
+    lines = [
+        {"prompt": EVIL[q], "completion": f"{EVIL[q]} # {EVIL[(q + n) % 12]}", NAME: f"# {EVIL[q]}"}
+        for q in range(12)
+        for n in range(4)
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["select", "--data.eval", rows, "--data.cache", "false"]
+    shown(0, *words, "--right", NAME, "--out", out)
+    shown(0, "report", "--selection", out, "--out", tmp_path / "report")
+    check_page((tmp_path / "report" / "report.html").read_text())
+    assert "␛[31m" in shown(2, *words, "--right", f"no {NAME}", "--out", tmp_path / "other")
+    pattern = ["--final_answer", "pattern", "--pattern", f"({NAME}"]
+    assert "no regular expression" in shown(2, *words, *pattern, "--out", tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_play(hostile, shown, tmp_path, monkeypatch):
+    pytest.importorskip("textarena", reason="games need the extra `textarena`")
+    from qstar_jax.evaluation import play
+
+    class Game:
+        def __init__(self):
+            self.messages, self.reward, self.turns, self.reason = [{"role": "user", "content": EVIL[5]}], None, 0, ""
+
+        def say(self, text):
+            self.messages.append({"role": "assistant", "content": text})
+            self.turns, self.reward, self.reason = 1, 0.0, " ".join(EVIL)
+
+    model, _, _ = hostile
+    assert "␛[31m" in shown(2, "play", "--model", model, "--out", tmp_path / "other", "--game", NAME)
+    monkeypatch.setattr(play, "Game", lambda *_: Game())
+    words = [
+        "play",
+        "--model",
+        model,
+        "--games",
+        "2",
+        "--decode.max_new_tokens",
+        "4",
+        "--out",
+        tmp_path / f"out {NAME}",
+    ]
+    said = shown(0, *words, "--game", "GuessTheNumber-v0")
+    assert "<script>alert(1)</script>" in said

@@ -6,6 +6,8 @@ import yaml
 
 from qstar_jax.cli.main import main
 from qstar_jax.decoding.generations_file import read_generations
+from qstar_jax.errors import InputError
+from qstar_jax.evaluation.insights.sweep.measure import _names
 
 pytestmark = pytest.mark.usefixtures("one_device_only")
 
@@ -132,6 +134,15 @@ def test_bad_input_is_told_before_anything_is_decoded(words, message, dpo_run, e
     words = [word.format(run=dpo_run, eval=eval_file) for word in words]
     assert main(["sweep", "--model", str(dpo_run), "--out", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_no_run_takes_the_place_of_another_of_the_same_name(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    runs = [str(tmp_path / place / "dpo" / "final") for place in ("a", "b")]
+    assert _names(runs) == dict(zip(("a-dpo-final", "b-dpo-final"), runs, strict=True))
+    assert list(_names([f"{runs[0]}/../final", str(tmp_path / "c")])) == ["final", "c"]
+    with pytest.raises(InputError, match="several different runs"):
+        _names([str(tmp_path / "c"), str(tmp_path / "link")])
 
 
 def test_several_runs_are_named_apart_and_rows_that_are_not_tried_are_named(dpo_run, eval_file, tmp_path, capsys):

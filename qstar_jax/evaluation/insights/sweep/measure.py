@@ -77,15 +77,14 @@ def measure_sweep(config: SweepConfig, console: Console) -> Sweep:
 
 
 def _names(model: list[str] | str) -> dict[str, str]:
-    """Names each model by its folder, or by two levels of folders where one level is ambiguous."""
+    """Names each model by its folder, or by as many levels of folders as tell them apart."""
     models = [model] if isinstance(model, str) else model
-    if not models or len(set(models)) < len(models):
-        raise InputError(f"--model {models}: expected one or several different runs")
-    for depth in (1, 2):
-        names = ["-".join(Path(source).resolve().parts[-depth:]) for source in models]
+    paths = [Path(source).resolve().parts[1:] for source in models]
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        names = ["-".join(path[-depth:]) for path in paths]
         if len(set(names)) == len(names):
-            break
-    return dict(zip(names, models, strict=True))
+            return dict(zip(names, models, strict=True))
+    raise InputError(f"--model {models}: expected one or several different runs")
 
 
 def _remove_earlier(out: Path, models: Iterable[str]):
