@@ -1,10 +1,11 @@
 """Parses what judges said of responses: labels and rewards."""
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.dropped import BadRow
@@ -15,6 +16,8 @@ LABEL, REWARD, OPEN_END, OTHER = "(label)", "(reward)", "(open end)", "(other)"
 _SCORE = re.compile(r"reward|return|score|rating|\brank\b", re.IGNORECASE)
 _LABELS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "-1": False, "no": False}
 _SAMPLE = 100  # rows
+_LARGEST = float(np.finfo(np.float32).max)  # training computes in float32, where more is infinite
+_NUMBER = f"a number from {-_LARGEST:.1e} to {_LARGEST:.1e}"
 
 
 def parse_label(row: dict, column: str) -> bool:
@@ -24,7 +27,7 @@ def parse_label(row: dict, column: str) -> bool:
         BadRow: It is something else.
     """
     value = row.get(column)
-    text = str(value) if (parsed := number(value)) is None else f"{parsed:g}"
+    text = str(value) if (parsed := number(value)) is None else f"{parsed:.17g}"
     if (label := _LABELS.get(text.strip().lower())) is None:
         problem = "is null" if value is None else "holds no label"
         raise BadRow(f"column {column!r} {problem}", f" (found {value!r}); expected true or false, or 1 and 0")
@@ -32,14 +35,14 @@ def parse_label(row: dict, column: str) -> bool:
 
 
 def parse_reward(row: dict, column: str) -> float:
-    """Parses a reward: a finite number, or its text.
+    """Parses a reward: a number that float32 holds, or its text.
 
     Raises:
         BadRow: It is something else.
     """
     if (reward := number(value := nested(row, column))) is None:
         problem = "is null" if value is None else "holds no number"
-        raise BadRow(f"column {column!r} {problem}", f" (found {value!r}); expected a finite number")
+        raise BadRow(f"column {column!r} {problem}", f" (found {value!r}); expected {_NUMBER}")
     return reward
 
 
@@ -53,7 +56,7 @@ def parse_rewards(row: dict, column: str) -> list[float]:
     values = values if isinstance(values, list) else [values]
     numbers = [number(value) for value in values]
     if not numbers or None in numbers:
-        raise BadRow(f"column {column!r} holds no rewards", f" (found {values!r}); expected a list of finite numbers")
+        raise BadRow(f"column {column!r} holds no rewards", f" (found {values!r}); expected a list, each {_NUMBER}")
     return numbers
 
 
@@ -116,14 +119,20 @@ def decoded(value: Any) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """Returns a finite number, perhaps from its text; None if it is something else."""
+    """Returns a number that float32 holds, perhaps from its text; None if it is something else, NaN or infinite."""
     if not isinstance(value, int | float | str):
         return None
     try:
         parsed = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-    return parsed if math.isfinite(parsed) else None
+    return parsed if abs(parsed) <= _LARGEST else None  # NaN is not
+
+
+def whole_number(value: Any) -> int | None:
+    """Returns a whole number, perhaps from its text or a float, as tables hold it; None if it is something else."""
+    parsed = None if isinstance(value, bool) else number(value)
+    return int(parsed) if parsed is not None and parsed.is_integer() else None
 
 
 def _numeric(entries: Any) -> list[str]:
@@ -132,14 +141,14 @@ def _numeric(entries: Any) -> list[str]:
     for name, value in entries.items() if isinstance(entries, dict) else ():
         if isinstance(value, dict):
             names += [f"{name}.{inner}" for inner in _numeric(value)]
-        elif _SCORE.search(name) and (number(value) is not None or _is_infinite(value)):
+        elif _SCORE.search(name) and (number(value) is not None or _is_too_large(value)):
             names.append(name)
     return names
 
 
-def _is_infinite(value: Any) -> bool:
-    """Whether it is a number, but not a finite one: a reward that cannot be used, but no other column."""
-    return isinstance(value, float) and not math.isfinite(value)
+def _is_too_large(value: Any) -> bool:
+    """Whether it is a number, but none that float32 holds: a reward that cannot be used, but no other column."""
+    return isinstance(value, int | float) and number(value) is None
 
 
 def _is_numbers(value: Any) -> bool:

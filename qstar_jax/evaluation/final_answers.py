@@ -1,8 +1,10 @@
 """Final answers of responses: found by a mark or a pattern, and normalized so that equal numbers are equal texts."""
 
+import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import regex
 
@@ -100,6 +102,27 @@ def final_answer(text: str, extract: Extractor) -> str | None:
     return None if answer is None else normalize(answer) or None
 
 
-def right_answer(text: str, extract: Extractor) -> str:
-    """The normalized right answer of a row: what the extractor finds in it (GSM8K's "... #### 18"), or all of it."""
-    return final_answer(text, extract) or normalize(text)
+def right_answer(row: Any, column: str, extract: Extractor, *, where: str, option: str) -> str:
+    """The normalized right answer of a row: what the extractor finds in it (GSM8K's "... #### 18"), or all of it.
+
+    Args:
+        row: The row.
+        column: Column of the right answer, or of a solution that ends with it: a text or a number.
+        extract: Finds final answers.
+        where: File and row, for errors.
+        option: The option that names the column, for errors.
+
+    Raises:
+        InputError: The row has no answer there.
+    """
+    value = row.get(column) if isinstance(row, dict) else None
+    is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+    text = str(value) if is_number or isinstance(value, str) else ""
+    if answer := final_answer(text, extract) or normalize(text):
+        return answer
+    found = ", ".join(map(repr, row)) if isinstance(row, dict) else "no object"
+    problem = f"holds {value!r}" if isinstance(row, dict) and column in row else f"is missing (found: {found})"
+    raise InputError(
+        f"{where}: column {column!r} {problem}; expected the right answer, a text or a finite number, in the column "
+        f"that {option} names"
+    )

@@ -168,12 +168,4 @@ def _label(row: dict, number: int, data: DataOptions) -> bool:
 
 
 def _right(row: Any, number: int, source: str, column: str, extract: Extractor) -> str:
-    value = row.get(column) if isinstance(row, dict) else None
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        found = ", ".join(map(repr, row)) if isinstance(row, dict) else "no object"
-        problem = f"holds {value!r}" if isinstance(row, dict) and column in row else f"is missing (found: {found})"
-        raise InputError(
-            f"{source} row {number + 1}: column {column!r} {problem}; expected the right answer, a text or a number, "
-            "in the column that --right names"
-        )
-    return right_answer(str(value), extract)
+    return right_answer(row, column, extract, where=f"{source} row {number + 1}", option="--right")

@@ -1,6 +1,5 @@
 """Rewards of responses for training: a task's own, a reward model's, or that of the right final answer."""
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -96,17 +95,11 @@ class Verifier:
         self._extract, self._answers = EXTRACTORS[extract], {}
         source = prompts.dataset.source
         for row, prompt in prompts.texts.items():
-            value = rows[row].get(column) if isinstance(rows[row], dict) else None
-            if value is None or (isinstance(value, float) and math.isnan(value)):
-                keys = ", ".join(rows[row]) if isinstance(rows[row], dict) else "nothing"
-                raise InputError(
-                    f"{source} row {row + 1}: no {column!r} (found: {keys}); set --reward.answer to the column of the "
-                    "right answer"
-                )
-            answer = right_answer(str(value), self._extract)
+            where = f"{source} row {row + 1}"
+            answer = right_answer(rows[row], column, self._extract, where=where, option="--reward.answer")
             if self._answers.setdefault(prompt, answer) != answer:
                 raise InputError(
-                    f"{source} row {row + 1}: its prompt occurs before with the answer {self._answers[prompt]!r}, and "
+                    f"{where}: its prompt occurs before with the answer {self._answers[prompt]!r}, and "
                     f"here it is {answer!r}; keep one of them"
                 )
 

@@ -9,6 +9,7 @@ from qstar_jax.config import PairsConfig
 from qstar_jax.config.ranges import check_ranges
 from qstar_jax.config.unread import check_unread
 from qstar_jax.data.dropped import BadRow
+from qstar_jax.data.outcomes import parse_label, parse_reward, whole_number
 from qstar_jax.data.reading import read_rows
 from qstar_jax.data.steps import StepDelimiter, delimited_ends, listed_ends, parse_delimiter
 from qstar_jax.errors import InputError
@@ -148,8 +149,8 @@ def _steps(row: dict, text: str, delimiter: StepDelimiter, where: str) -> tuple[
 
 def _first_wrong(row: dict, column: str, count: int, where: str) -> int:
     value = _value(row, column, where)
-    if type(value) is int and -1 <= value < count:
-        return value
+    if (first := whole_number(value)) is not None and -1 <= first < count:
+        return first
     raise InputError(
         f"{where}, column {column!r}: found {value!r}; expected the number of the first wrong of {count} steps, from "
         "0, or -1 if all are right (does --step_delimiter find the same steps?)"
@@ -158,9 +159,9 @@ def _first_wrong(row: dict, column: str, count: int, where: str) -> int:
 
 def _total(row: dict, config: PairsConfig, where: str) -> float:
     column = config.label if config.reward is None else config.reward
-    value = _value(row, column, where)
-    if config.reward is None and not (isinstance(value, bool) or value in (0, 1)):
-        raise InputError(f"{where}, column {column!r}: found {value!r}; expected true or false, or name --reward")
-    if not isinstance(value, int | float):
-        raise InputError(f"{where}, column {column!r}: found {value!r}; expected a number")
-    return float(value)
+    _value(row, column, where)
+    try:
+        return float(parse_label(row, column)) if config.reward is None else parse_reward(row, column)
+    except BadRow as error:
+        fix = "; name a column of rewards with --reward" if config.reward is None else ""
+        raise InputError(f"{where}: {error.fault}{fix}") from error

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from qstar_jax.config import DataOptions
 from qstar_jax.data.dialogues import text_of
+from qstar_jax.data.outcomes import whole_number
 from qstar_jax.data.records import Record
 from qstar_jax.data.steps import find_steps, parse_delimiter
 from qstar_jax.errors import InputError
@@ -150,8 +151,8 @@ def after_first_error(first: int, count: int) -> Int[np.ndarray, " N"]:
 
 def _wrong_steps(value: Any, response: ScoredResponse, record: Record, where: str) -> Int[np.ndarray, " N"]:
     count = max(response.step) + 1
-    if type(value) is int and value >= ALL_RIGHT:
-        return after_first_error(value if value == ALL_RIGHT else _step(value, count, where), count)
+    if (first := whole_number(value)) is not None and first >= ALL_RIGHT:
+        return after_first_error(first if first == ALL_RIGHT else _step(first, count, where), count)
     if not isinstance(value, list):
         raise InputError(f"{where}: found {value!r}; expected {_EXPECTED}")
     wrong = np.full(count, RIGHT)

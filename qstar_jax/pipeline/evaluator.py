@@ -1,5 +1,6 @@
 """What a training of a pipeline measures on the way: rewards of held-out rows, and runs of its own."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,9 +80,14 @@ def reward_of(plan: PipelinePlan, prompt: str, text: str) -> float:
     """Returns the true reward of the last text.
 
     Raises:
-        InputError: If the prompt is not one of the task.
+        InputError: If the prompt is not one of the task, or the reward not finite.
     """
     reward = plan.task.true_reward(prompt, text)
     if reward is None:
         raise InputError(f"--task {plan.config.task} does not know the prompt {prompt[-200:]!r}; use its own prompts")
+    if not math.isfinite(reward):
+        raise InputError(
+            f"--task {plan.config.task}: the true reward of {text[:200]!r} to the prompt {prompt[-200:]!r} is "
+            f"{reward}; expected a finite number: correct the task"
+        )
     return reward

@@ -59,7 +59,7 @@ def test_rewards_of_held_out_prompts(refused, hf_folder, rows, tmp_path):
     held_out.write_text('{"prompt": "w1"}\n')
     words = ["rl", "--model", hf_folder, "--data.train", rows, "--train.batch_size", "8", "--rl.max_new_tokens", "4"]
     words += ["--data.eval", held_out, "--reward.kind", "verifier", "--reward.answer", "first"]
-    refused("held_out.jsonl row 1: no 'first'", *words)
+    refused("held_out.jsonl row 1: column 'first' is missing (found: 'prompt')", *words)
 
 
 def test_pipeline(refused, hf_folder, rows, tmp_path):

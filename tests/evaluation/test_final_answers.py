@@ -56,9 +56,26 @@ def test_a_pattern_has_one_group(pattern):
 
 
 def test_the_right_answer_may_be_a_whole_solution():
-    assert right_answer("He has 9 * 2 = 18\n#### 18", EXTRACTORS["marked"]) == "18"
-    assert right_answer("18.0", EXTRACTORS["marked"]) == "18"
-    assert right_answer("blue", EXTRACTORS["number"]) == "blue"
+    names = {"where": "rows.jsonl row 1", "option": "--right"}
+    for value, how, answer in (
+        ("He has 9 * 2 = 18\n#### 18", "marked", "18"),
+        ("18.0", "marked", "18"),
+        (18, "marked", "18"),
+        (0.5, "marked", "1/2"),
+        ("blue", "number", "blue"),
+        (10**400, "number", str(10**400)),
+    ):
+        assert right_answer({"a": value}, "a", EXTRACTORS[how], **names) == answer
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, True, "", " ", "$", [18], {"a": 18}])
+def test_what_is_no_right_answer_is_refused(value):
+    """Responses would be compared with the text "nan", or with one that no response can give."""
+    message = r"row 1: column 'a' holds .*; expected the right answer, a text or a finite number, .* --right names"
+    with pytest.raises(InputError, match=message):
+        right_answer({"a": value}, "a", EXTRACTORS["marked"], where="row 1", option="--right")
+    with pytest.raises(InputError, match=r"column 'b' is missing \(found: 'a'\)"):
+        right_answer({"a": 1}, "b", EXTRACTORS["marked"], where="row 1", option="--right")
 
 
 def test_a_pattern_without_an_end_is_refused_by_name(monkeypatch):

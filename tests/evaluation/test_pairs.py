@@ -266,6 +266,7 @@ def test_scores_that_cannot_be_used_are_refused(lines, options, message, write):
         read_samples(PairsConfig(samples=write(lines), out="o", **options))
 
 
+NOT_FINITE = (float("nan"), float("inf"), -float("inf"), 1e39, 10**400)  # in float32, with which training computes
 ROW = {"prompt": "p", "completion": "a\nb", "label": True, "n": 0.5, "w": 1}
 
 
@@ -284,8 +285,19 @@ ROW = {"prompt": "p", "completion": "a\nb", "label": True, "n": 0.5, "w": 1}
         (ROW, {"steps": True, "wrong_step": "w", "label": "n"}, "--label n has no effect with --steps"),
         (ROW, {"reward": "n", "label": "w"}, "--label w has no effect beside --reward n"),
         (ROW, {"steps": True, "wrong_step": "w", "step_delimiter": "re:("}, r"^--step_delimiter 're:\(': no regular"),
-        (ROW | {"label": 0.5}, {}, "column 'label': found 0.5; expected true or false"),
-        (ROW | {"n": "1"}, {"reward": "n"}, "column 'n': found '1'; expected a number"),
+        (ROW, {"reward": "r"}, "row 1: no column 'r'"),
+        *(
+            (ROW | {"n": value}, {"reward": "n"}, "row 1: column 'n' .*found .*; expected a number from -3.4e")
+            for value in (*NOT_FINITE, "nan", "five", "", None, [1])
+        ),
+        *(
+            (ROW | {"label": value}, {}, "row 1: column 'label' .*found .*; expected true or false, .* with --reward")
+            for value in (*NOT_FINITE, 1.0000001, "nan", "", None, [1])
+        ),
+        *(
+            (ROW | {"w": value}, {"steps": True, "wrong_step": "w"}, "row 1, column 'w': found .* of the first wrong")
+            for value in (*NOT_FINITE, 0.5, "first", "", None, [1])
+        ),
         (ROW | {"prompt": [1]}, {}, "column 'prompt': found list; expected a text"),
     ],
 )
@@ -300,3 +312,14 @@ def test_rows_become_samples(write):
     assert read_samples(PairsConfig(samples=file, out="o", reward="n"))[0][0].total == 0.5
     config = PairsConfig(samples=file, out="o", steps=True, wrong_step="w")
     assert read_samples(config)[0][0] == Sample(0, "p", ("a\n", "b"), first_wrong=1)
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_numbers_of_tables_are_read_though_they_are_text(suffix, separator, tmp_path):
+    lines = ["prompt completion n label w".split(), ["p", "a;b", "0.5", "true", "1"], ["p", "c", "-1e-3", "0", "-1.0"]]
+    file = tmp_path / f"rows.{suffix}"
+    file.write_text("".join(separator.join(line) + "\n" for line in lines))
+    assert [one.total for one in read_samples(PairsConfig(str(file), "o", reward="n"))[0]] == [0.5, -0.001]
+    assert [one.total for one in read_samples(PairsConfig(str(file), "o"))[0]] == [1.0, 0.0]
+    config = PairsConfig(str(file), "o", steps=True, wrong_step="w", step_delimiter=";")
+    assert [one.first_wrong for one in read_samples(config)[0]] == [1, -1]

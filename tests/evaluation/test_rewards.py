@@ -81,3 +81,11 @@ def test_a_reward_models_template_wraps_the_turns_of_a_chat(monkeypatch):
 
     assert read(False) == pairs and read(True) == [(turns, "x"), ([turns[0]], "y")]
     assert as_messages(turns, "x")[0] == turns and as_messages("a", "y")[0] == [turns[0]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, True, "", ["2"]])
+def test_what_is_no_right_answer_is_refused(value):
+    """No response could give it, and each would earn 0."""
+    rows = [*ROWS, {"prompt": "3 + 4 =", "answer": value}]
+    with pytest.raises(InputError, match=r"sums\.jsonl row 3: column 'answer' holds .* that --reward\.answer names"):
+        Verifier(prompts_of(rows), rows, "answer", "hash")

@@ -72,6 +72,8 @@ def test_detectors_by_hand(response):
         (-1, [RIGHT, RIGHT, RIGHT], ALL_RIGHT),
         (0, [WRONG, UNKNOWN, UNKNOWN], 0),
         (1, [RIGHT, WRONG, UNKNOWN], 1),
+        ("1", [RIGHT, WRONG, UNKNOWN], 1),  # as CSV files hold it
+        (1.0, [RIGHT, WRONG, UNKNOWN], 1),  # as a column with gaps holds it
         ([], [RIGHT, RIGHT, RIGHT], ALL_RIGHT),
         ([1, 2], [RIGHT, WRONG, WRONG], 1),
         (["three"], [RIGHT, WRONG, RIGHT], 1),
@@ -90,7 +92,12 @@ def test_what_is_wrong(value, wrong, first, response):
         (None, "found None; expected the number of the first wrong step"),
         (True, "found True"),
         (-2, "found -2"),
-        ("1", "found '1'"),
+        ("first", "found 'first'"),
+        (float("nan"), "found nan"),
+        (float("inf"), "found inf"),
+        (10**400, "found 1000"),
+        (0.5, "found 0.5"),
+        ("3", "found step 3 of a response of 3 steps"),
         (3, "found step 3 of a response of 3 steps"),
         ([-1], "found step -1"),
         (["five"], "occurs 0 times"),

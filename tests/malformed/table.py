@@ -2,6 +2,7 @@
 
 import adapters
 import options
+import outcomes
 import rows
 import templates
 import tensors
@@ -9,4 +10,13 @@ import values
 
 import configs
 
-CASES = [*adapters.CASES, *configs.CASES, *tensors.CASES, *rows.CASES, *options.CASES, *templates.CASES, *values.CASES]
+CASES = [
+    *adapters.CASES,
+    *configs.CASES,
+    *tensors.CASES,
+    *rows.CASES,
+    *outcomes.CASES,
+    *options.CASES,
+    *templates.CASES,
+    *values.CASES,
+]

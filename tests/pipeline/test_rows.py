@@ -1,11 +1,13 @@
 """Rows of preferences: what is read, and what is refused by name."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from qstar_jax.errors import InputError
+from qstar_jax.pipeline.evaluator import reward_of
 from qstar_jax.pipeline.rows import labelled, read_pairs
 from qstar_jax.pipeline.sampling import TextRun, make_rows
 
@@ -73,6 +75,16 @@ def test_labels_follow_the_true_reward_of_the_last_text():
         [],
         {"a stage reached its max_new_tokens": 1},
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(None, "does not know the prompt 'p'"), (float("nan"), "is nan; expected a finite"), (float("inf"), "is inf")],
+)
+def test_true_rewards_that_are_no_numbers_are_refused(value, message):
+    task = SimpleNamespace(true_reward=lambda prompt, text: value)
+    with pytest.raises(InputError, match=message):
+        reward_of(SimpleNamespace(task=task, config=SimpleNamespace(task="t")), "p", "text")
 
 
 def test_rows_for_people_are_read_back_once_they_are_labelled(tmp_path):

@@ -44,7 +44,7 @@ class Scorer:
         """Returns the score of each response, [B, N] float32.
 
         Raises:
-            InputError: If one has no score.
+            InputError: If one has no score, or not a finite one.
         """
         shape = len(responses), len(responses[0])
         truncated = np.array([[one.truncated for one in several] for several in responses])
@@ -55,13 +55,17 @@ class Scorer:
             for example, several in zip(examples, responses, strict=True)
             for response in several
         ]
-        scores = np.array([math.nan if score is None else score for score in self.reward(pairs)], np.float32)
+        values = [math.nan if score is None else score for score in self.reward(pairs)]
+        if len(values) != len(pairs):
+            raise InputError(f"{self.source}: {len(values)} rewards of {len(pairs)} responses; expected one each")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+            scores = np.array(values, np.float32)
         if bad := np.flatnonzero(~np.isfinite(scores)).tolist():
             (prompt, response), row = pairs[bad[0]], examples[bad[0] // shape[1]].row
             raise InputError(
                 f"{self.source} row {row + 1}: the reward of the response {response[:200]!r} to the prompt "
-                f"{prompt[-200:]!r} is {scores[bad[0]]}; expected a number for every response: use prompts that "
-                "the source of rewards knows, or another reward.kind"
+                f"{prompt[-200:]!r} is {values[bad[0]]}; expected a number for every response, finite in float32: use "
+                "prompts that the source of rewards knows, or another reward.kind"
             )
         return scores.reshape(shape) - self.missing_eos_penalty * truncated.astype(np.float32)
 

@@ -107,8 +107,10 @@ def test_scores_are_of_texts_without_eos_and_truncation_costs_its_penalty(scorer
     np.testing.assert_array_equal(without(prompts[:1], [(ended, truncated)]), [[0.0, -1.5]])
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), 1e39])
 def test_a_response_without_a_reward_is_named(value, scorer, prompts, tiny_tokenizer):
     response = Response(np.array([*tiny_tokenizer.convert_tokens_to_ids(["w1"]), EOS], np.int32), False)
-    with pytest.raises(InputError, match=r"prompts\.jsonl row 2: the reward of the response 'w1'"):
+    with pytest.raises(InputError, match=r"prompts\.jsonl row 2: the reward of the response 'w1'.*finite"):
         replace(scorer, reward=lambda pairs: [1.0, 1.0, value, 1.0])(prompts[:2], [(response, response)] * 2)
+    with pytest.raises(InputError, match=r"prompts\.jsonl: 3 rewards of 4 responses; expected one each"):
+        replace(scorer, reward=lambda pairs: [1.0] * 3)(prompts[:2], [(response, response)] * 2)
