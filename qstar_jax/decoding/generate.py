@@ -1,7 +1,7 @@
 """From models and a `decode:` block to a decoder: prompts as token ids in, responses as text out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from qstar_jax.config import DecodeOptions
 from qstar_jax.decoding.decoder import Decoder, Generation
 from qstar_jax.decoding.eos import eos_token_ids
+from qstar_jax.decoding.objectives import JudgedReference
 from qstar_jax.decoding.options import DecodePlan, interpret
 from qstar_jax.decoding.policies import Ensemble
 from qstar_jax.decoding.stop_strings import compile_stop_strings, token_texts
@@ -87,6 +88,15 @@ def prepare(
         vocabulary=vocabulary,
         mesh=mesh,
     )
+
+
+def judge_reference(decoder: Decoder) -> Decoder:
+    """Lets the reference of a decoder write, while its policy only judges: prefixes compete by their implicit reward.
+
+    Args:
+        decoder: One whose objective is `implicit_reward`.
+    """
+    return replace(decoder, objective=JudgedReference(decoder.beta), beta=None)
 
 
 def generate(

@@ -30,7 +30,8 @@ from qstar_jax.config import (
 from qstar_jax.data.loading import Dataset, load_examples
 from qstar_jax.data.tokenization import Example, Response
 from qstar_jax.decoding.decoder import Generation
-from qstar_jax.decoding.generate import generate
+from qstar_jax.decoding.generate import generate, judge_reference, prepare
+from qstar_jax.decoding.options import interpret
 from qstar_jax.evaluation.insights.reasoning import DPO, PRM, SIZES, HeldOut, Sampled, measure_reasoning
 from qstar_jax.evaluation.scored import ScoredResponse
 from qstar_jax.evaluation.step_marks import with_steps
@@ -141,11 +142,10 @@ def _sampled(policies: dict[str, LoadedModel], base: LoadedModel, seed: int, siz
     }
     searched = {}
     for beams, continuations in _BEAMS:
-        options = _step_beams(beams, continuations, seed)
-        # Samples are the base model's, and the score of a prefix is the trained policy's reward of it: as the base is
-        # what is decoded, and the policy beside it the "reference", the temperature changes its sign.
-        models = {"reference": policies[DPO], "beta": -BETAS[DPO]}
-        found = [one[0].text for part in _parts(len(ids)) for one in generate(base, ids[part], options, mesh, **models)]
+        plan = interpret(_step_beams(beams, continuations, seed))
+        # The base model writes here too, so that searches and samples choose among the same steps.
+        search = judge_reference(prepare(policies[DPO], plan, mesh, reference=base, beta=BETAS[DPO]))
+        found = [one[0].text for part in _parts(len(ids)) for one in search(ids[part])]
         searched[f"{beams} x {continuations} beams over steps"] = found
     return Sampled(prompts, scored, searched, BUDGET)
 

@@ -1,7 +1,7 @@
 """Fresh responses for `qstar select`: samples, and beam searches over steps, kept as `qstar generate` keeps its own."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from qstar_jax.config import DecodeOptions, SelectConfig
 from qstar_jax.console import track
 from qstar_jax.data.loading import Dataset
 from qstar_jax.decoding.decoder import Decoder
-from qstar_jax.decoding.generate import prepare
+from qstar_jax.decoding.generate import judge_reference, prepare
 from qstar_jax.decoding.generations_file import (
     GenerationsFile,
     generate_missing,
@@ -20,7 +20,6 @@ from qstar_jax.decoding.generations_file import (
     prompt_texts,
     read_generations,
 )
-from qstar_jax.decoding.objectives import JudgedReference
 from qstar_jax.decoding.options import interpret
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.final_answers import Extractor
@@ -129,9 +128,7 @@ def search_steps(
 
     def make() -> Decoder:
         decoder = prepare(judge.policy, interpret(options), judge.mesh, **models)
-        if config.sampler == "policy":
-            return decoder
-        return replace(decoder, objective=JudgedReference(judge.beta), beta=None)
+        return decoder if config.sampler == "policy" else judge_reference(decoder)
 
     file = _file(config, options, _folder(beams))
     identity = generation_identity(judge.policy, **models)

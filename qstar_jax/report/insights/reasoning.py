@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from qstar_jax.evaluation.insights.reasoning import AUC, CEILING, DPO, F1, PRM, Reasoning, best, vote
+from qstar_jax.evaluation.votes import CHANCE, MAJORITY, ORACLE
 from qstar_jax.report.dots import draw_dots
 from qstar_jax.report.insights.view import View
 from qstar_jax.report.numbers import decimal, signed_interval, with_interval
@@ -14,12 +15,12 @@ from qstar_jax.report.tables import Table, cell, print_table
 
 # Method of the record -> its label in the figure
 _CURVES = {
-    "oracle": "oracle",
+    ORACLE: ORACLE,
     best(DPO, "sum"): "best of N by reward, DPO",
     best(PRM, "sum"): f"best of N by reward, {PRM}",
     vote(DPO, "sum"): "vote weighted by reward, DPO",
-    "majority": "majority",
-    "chance": "chance",
+    MAJORITY: MAJORITY,
+    CHANCE: CHANCE,
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from qstar_jax.evaluation.insights.reasoning.record import DPO, PRM, best
 from qstar_jax.evaluation.intervals import Interval, mean_interval
 from qstar_jax.evaluation.scored import ScoredResponse
-from qstar_jax.evaluation.votes import Candidates, accuracies
+from qstar_jax.evaluation.votes import CHANCE, MAJORITY, ORACLE, Candidates, accuracies
 from qstar_jax.tasks.tiny_sums.sums import read_answer, true_reward
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -44,13 +44,13 @@ def choose(sampled: Sampled) -> tuple[dict[str, np.ndarray], dict[str, np.ndarra
         candidates = [_candidates(*question, policy) for question in zip(sampled.prompts, questions, strict=True)]
         shown |= accuracies(candidates, SIZES, weight=_WEIGHTS[policy])
     # In the order of the table: what is between chance and the oracle.
-    shown["oracle"] = shown.pop("oracle")
+    shown[ORACLE] = shown.pop(ORACLE)
     choice = {
         name: np.array([true_reward(*pair) for pair in zip(sampled.prompts, found, strict=True)])
         for name, found in sampled.searched.items()
     }
     place = SIZES.index(sampled.budget)
-    equal = {name: shown[name][:, place] for name in ("chance", "majority", best(DPO, "sum"), best(DPO, "min"))}
+    equal = {name: shown[name][:, place] for name in (CHANCE, MAJORITY, best(DPO, "sum"), best(DPO, "min"))}
     return shown, choice | {f"{name} of {sampled.budget}": values for name, values in equal.items()}
 
 
@@ -70,9 +70,9 @@ def _candidates(prompt: str, samples: Sequence[ScoredResponse], policy: str) -> 
 
 def selection_gains(selection: Mapping[str, np.ndarray]) -> dict[str, dict[str, Interval]]:
     """Measures what each selection gains over the majority, of all samples."""
-    last, majority = SIZES[-1], selection["majority"][:, -1]
-    names = [name for name in selection if name not in ("chance", "majority", "oracle")]
-    gains = {f"{name} - majority": mean_interval(selection[name][:, -1] - majority) for name in names}
+    last, majority = SIZES[-1], selection[MAJORITY][:, -1]
+    names = [name for name in selection if name not in (CHANCE, MAJORITY, ORACLE)]
+    gains = {f"{name} - {MAJORITY}": mean_interval(selection[name][:, -1] - majority) for name in names}
     return {f"accuracy of {last}": gains}
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from qstar_jax.evaluation.insights.record import Finding, Record
 from qstar_jax.evaluation.intervals import Interval
-from qstar_jax.evaluation.votes import best_by, vote_by
+from qstar_jax.evaluation.votes import MAJORITY, best_by, vote_by
 
 PRM, DPO = "implicit PRM", "DPO"
 REFERENCE, ENTROPY, OUTCOME, RANDOM, CEILING = "log pi_ref", "entropy", "outcome reward", "random", "exact advantage"
@@ -101,7 +101,7 @@ class Reasoning(Record):
             f"{reference.f1:.2f}, exact advantages {ceiling.f1:.2f}. {AUC}: {prm.auc:.3f} and {dpo.auc:.3f}; log "
             f"pi_ref {reference.auc:.3f}. Rank correlation with exact values: {prm.rank_correlation:.2f} and "
             f"{dpo.rank_correlation:.2f}. Of {self.sizes[-1]} samples, the best by DPO's reward is right in "
-            f"{last[best(DPO, 'sum')].mean:.0%} of the sums, the majority in {last['majority'].mean:.0%}.",
+            f"{last[best(DPO, 'sum')].mean:.0%} of the sums, the majority in {last[MAJORITY].mean:.0%}.",
             reproduced=reproduced,
             command=self.COMMAND,
         )

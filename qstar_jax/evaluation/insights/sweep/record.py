@@ -104,7 +104,7 @@ class Sweep(Record):
         return Finding(
             insight="search",
             title="Search",
-            claim="Beam search by likelihood, which is search by reward (Eq. 13), improves a DPO policy over one beam, "
+            claim="Beam search by likelihood, which is search by reward (Eq. 13), improves a policy over one beam, "
             "sampled or greedy; very wide beams gain nothing more, or lose.",
             paper="Five beams win 10 to 15 % more often against the preferred summary than one, which was sampled; "
             "beyond five, win rates fall and responses grow long (Fig. 2; no greedy control).",
