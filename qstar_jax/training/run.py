@@ -125,9 +125,7 @@ def train(
             run = _prepare(plan, store, mesh, console, change)
             if is_complete(run):
                 return read_summary(run)
-            trackers.start(
-                recorded(run.plan.config), run.start.step
-            )  # before anything is written, as it may be refused
+            trackers.start(recorded(run.plan.config), run.start.step)  # may be refused, before anything is written
             run = replace(run, inputs=with_cached_reference(run.plan, run.start, run.inputs, console))
             # State: put parameters and optimizer on the mesh.
             state = build_state(run.plan, run.start, run.optimizer, store, mesh, run.description)
