@@ -109,7 +109,10 @@ def judge_steps(
 
 
 def step_scores(response: ScoredResponse) -> dict[str, Float[np.ndarray, " N"]]:
-    """Scores each step by every detector; those after the first know nothing of steps, or nothing of preferences.
+    """Scores each step by every detector: three that read the trained policy step by step, and the controls.
+
+    `REWARD`, `VALUE` and `ENDOGENOUS` are read from the policy. `OUTCOME` knows nothing of steps, `REFERENCE` and
+    `ENTROPY` know nothing of preferences.
 
     Args:
         response: A response with steps, entropies, and the endogenous rewards of a response that has ended.

@@ -14,10 +14,10 @@ from jaxtyping import Int
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.insights.record import Finding, Record
 from qstar_jax.evaluation.intervals import Interval, Statistic, auc, bootstrap
-from qstar_jax.evaluation.step_marks import REWARD, RIGHT, UNKNOWN, VALUE, WRONG, JudgedSteps
+from qstar_jax.evaluation.step_marks import ENDOGENOUS, REWARD, RIGHT, UNKNOWN, VALUE, WRONG, JudgedSteps
 from qstar_jax.evaluation.steps import ALL_RIGHT, calibrate_threshold, first_error, first_error_accuracy
 
-_PROCESS = (REWARD, VALUE)  # read from rewards of steps; all others are controls
+_PROCESS = (REWARD, VALUE, ENDOGENOUS)  # what the trained policy says of each step; all others are controls
 
 
 @dataclass(frozen=True)
