@@ -289,6 +289,11 @@ def _show_log():
     log.handlers = [handler]  # not one more for each call
     log.propagate = False  # Orbax's import adds a handler that would show it again
     log.setLevel(logging.INFO)
+    if not os.environ.get("QSTAR_TRACEBACK"):
+        import absl.logging  # takes time
+
+        # Orbax logs the trace of every thread that fails, hundreds of lines for a full disk, and raises the error too.
+        absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 class _Visible(logging.Formatter):

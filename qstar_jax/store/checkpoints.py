@@ -94,6 +94,9 @@ def orbax_context() -> ocp.Context:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="description")
     context = ocp.Context()
     context.checkpointables.registry = registry
+    # A folder that cannot be made is told at once. In the background, Orbax's other threads would wait 5 minutes for
+    # it, and so would the end of the process; but there, processes learn of each other's failures.
+    context.asynchronous.create_directories_asynchronously = jax.process_count() > 1
     return context
 
 

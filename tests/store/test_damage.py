@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "faults"))
 from damage import damage, flip
 
+from qstar_jax.cli.main import main
 from qstar_jax.errors import InputError
 from qstar_jax.store.checkpoint_store import CheckpointError, CheckpointStore
 from qstar_jax.store.checkpoints import (
@@ -151,6 +153,15 @@ def test_a_full_disk_ends_no_run_and_loses_nothing_that_was_complete(small_disk,
         assert store.newest_whole() == 5
 
 
+def test_the_command_line_says_so_without_the_traces_of_threads(small_disk, caplog, monkeypatch):
+    monkeypatch.delenv("QSTAR_TRACEBACK", raising=False)
+    assert main(["env"]) == 0
+    with pytest.raises(CheckpointError), CheckpointStore(small_disk, keep=9) as store:
+        for step in (1, 2, 9):
+            store.save(step, big(step), DESCRIPTION)
+    assert not [record for record in caplog.records if record.name == "absl" and record.exc_info]
+
+
 def test_a_last_checkpoint_that_has_no_room_is_an_error(small_disk):
     message = r"9 was not written \(No space left .*complete one is 2: .*--resume"
     with pytest.raises(CheckpointError, match=message), CheckpointStore(small_disk, keep=9) as store:
@@ -174,6 +185,8 @@ def test_a_folder_without_permission_is_named(mode, others, run):
             finally:
                 os.seteuid(0)
         assert sorted(path.name for path in (moved / STEPS).iterdir()) == ["2", "4", "6"]
+    # Nothing waits for the folder, or the process would not end.
+    assert "_SignalingThread" not in {type(thread).__name__ for thread in threading.enumerate()}
 
 
 def test_a_second_run_into_one_folder_is_refused(tmp_path):
