@@ -1,6 +1,7 @@
 """`qstar VERB`: parses options, runs the verb, and turns errors into one plain sentence and an exit code."""
 
 import difflib
+import errno
 import importlib
 import json
 import logging
@@ -232,6 +233,9 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("QSTAR_TRACEBACK"):
             raise
         print(f"qstar {parsed.verb}: {_sentence(error)}\n(QSTAR_TRACEBACK=1 shows where)", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and parsed.verb in RESUMABLE:
+            command = _going_on(parsed.verb, words)
+            print(f"what is complete is kept; make room, and go on with\n{command}", file=sys.stderr)
         return 1
     return 0
 

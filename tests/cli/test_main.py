@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import sys
@@ -201,6 +202,18 @@ def test_failures_exit_with_1(error, monkeypatch, capsys):
     monkeypatch.setenv("QSTAR_TRACEBACK", "1")
     with pytest.raises(error):
         main(BASE)
+
+
+@pytest.mark.parametrize(("verb", "more"), [("dpo", " --resume"), ("generate", "")])
+def test_a_full_disk_says_how_to_go_on(verb, more, monkeypatch, capsys):
+    def fill(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"qstar_jax.cli.{verb}.run", fill)
+    assert main([verb, "--model", "m", "--out", "o"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"qstar {verb}: [Errno 28] No space left on device\n")
+    assert said.endswith(f"make room, and go on with\nqstar {verb} --model m --out o{more}\n")
 
 
 def test_streams_that_cannot_be_reconfigured(seen, monkeypatch):
