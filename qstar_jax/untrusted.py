@@ -6,9 +6,10 @@ import os
 import select
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from types import NoneType, UnionType
+from typing import Any, BinaryIO, TypeVar, get_args, get_origin
 
 from qstar_jax.errors import InputError
 
@@ -18,6 +19,9 @@ _MAX_DEPTH = 100  # brackets inside each other; real files have ten, and Python'
 _MAX_VALUES = 100_000  # of a file of options, counted with what its aliases repeat
 _MAX_DIGITS = 30
 _MAX_WAIT = 30  # seconds for the writer of a pipe
+_SHOWN = 40  # characters of a value
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object"}
+_KINDS |= {NoneType: "null"}
 T = TypeVar("T")
 _OTHER = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
@@ -124,12 +128,48 @@ def read_json_lines(path: Path, parse: Callable[[Any], T], kind: str) -> Iterato
                     parse_float=_finite,
                     parse_constant=_finite,
                 )
+                if not isinstance(record, dict):
+                    raise ValueError(f"found {repr(record)[:_SHOWN]}; expected an object")
                 yield parse(record)
             except InputError as error:
                 raise InputError(f"{path} line {number}: {error}") from error
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 problem = f"no {error}" if isinstance(error, KeyError) else _reason(error)
                 raise InputError(f"{path} line {number}: not {kind} ({problem})") from error
+
+
+def check_types(record: Mapping[str, Any], types: Mapping[str, Any]):
+    """Checks that an object of JSON has some keys, with values of their types; true and false are no numbers.
+
+    Args:
+        record: The object.
+        types: Name -> type of the value: int, float (a whole number is one), str, bool, dict, a list of one of them, or
+            one of them or None.
+
+    Raises:
+        ValueError: If a key is missing, or its value is something else.
+    """
+    for name, kind in types.items():
+        if name not in record:
+            raise ValueError(f"no {name}")
+        if not _has_type(record[name], kind):
+            raise ValueError(f"{name} is {repr(record[name])[:_SHOWN]}; expected {_kind_in_words(kind)}")
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_has_type(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_has_type(entry, get_args(kind)[0]) for entry in value)
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _kind_in_words(kind: Any) -> str:
+    if isinstance(kind, UnionType):
+        return " or ".join(map(_kind_in_words, get_args(kind)))
+    if get_origin(kind) is list:
+        return f"a list, each entry {_kind_in_words(get_args(kind)[0])}"
+    return _KINDS[kind]
 
 
 def read_yaml(path: Path, *, pipes: bool = False) -> Any:

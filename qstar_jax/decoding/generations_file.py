@@ -20,7 +20,7 @@ from qstar_jax.interruption import StopSignals
 from qstar_jax.store.files import write_atomically
 from qstar_jax.store.identity import check_identity, write_identity
 from qstar_jax.store.open import LoadedModel
-from qstar_jax.untrusted import read_json_lines
+from qstar_jax.untrusted import check_types, read_json_lines
 
 # What may differ between a run and its continuation: where and how responses are computed, which changes them by
 # rounding at most. All other options decide what the responses are.
@@ -35,6 +35,9 @@ FREE_OPTIONS = (
 )
 DROPPED = "dropped"  # the `finish` of a row without a response
 _REQUIRED = ("row", "answers", "prompt", "finish")
+_TYPES = {"row": int, "answers": int, "finish": str}
+_TYPES_OF_RESPONSE = {"rank": int, "prompt": str, "text": str, "tokens": list[int], "length": int}
+_TYPES_OF_RESPONSE |= {"logp": float | None, "reward": float | None, "drawn": int | None}
 _PAIR = ("tuned", "untuned")
 FIX = "choose another --out, or remove that folder to start over"
 
@@ -169,15 +172,29 @@ def read_generations(folder: Path) -> list[dict]:
     """Reads a complete generations.jsonl; the record of a dropped row has `finish` "dropped" and no response.
 
     Raises:
-        InputError: If a line is no generation.
+        InputError: If a line is no generation, or responses of a row are missing or occur twice.
     """
 
     def parse(record: dict) -> dict:
-        if missing := [key for key in _REQUIRED if key not in record]:
-            raise ValueError(f"no {', '.join(missing)}")
+        check_types(record, _TYPES)
+        if record["row"] < 0:
+            raise ValueError(f"row is {record['row']}; expected 0 or more")
+        if record["finish"] != DROPPED:
+            check_types(record, _TYPES_OF_RESPONSE)
         return record
 
-    return list(read_json_lines(folder / "generations.jsonl", parse, "a generation"))
+    path = folder / "generations.jsonl"
+    records = list(read_json_lines(path, parse, "a generation"))
+    ranks: dict[tuple[int, int], list[int]] = {}
+    for record in records:
+        ranks.setdefault((record["row"], record["answers"]), []).append(record["rank"] or 0)
+    for (row, answers), found in ranks.items():
+        if sorted(found) != list(range(max(answers, 1))):  # a dropped row has no answers, and a line that says so
+            raise InputError(
+                f"{path}: row {row} has responses of rank {', '.join(map(str, found))}, and `answers` says {answers}; "
+                "run the command that wrote it again, which completes it"
+            )
+    return records
 
 
 def generation_identity(

@@ -98,7 +98,8 @@ def read_generated(
     Their own rewards and likelihoods, where they have them, become the scores `sum` and `log pi`.
 
     Raises:
-        InputError: If there are no responses, or the file does not say which answers are right.
+        InputError: If there are no responses, some have scores that others have not, or the file does not say which
+            answers are right.
     """
     if right is None:
         raise InputError("responses that were generated have no labels: name the column of the right answer (--right)")
@@ -118,7 +119,15 @@ def read_generated(
         replies.setdefault(record["prompt"], []).append(reply)
     if not replies:
         raise InputError("the generations hold no response")
-    return [tuple(several) for several in replies.values()]
+    questions = [tuple(several) for several in replies.values()]
+    names = questions[0][0].scores.keys()
+    for reply in (reply for question in questions for reply in question):
+        if different := sorted(names ^ reply.scores.keys()):
+            raise InputError(
+                f"row {reply.row} of the generations: its response of rank {reply.rank} and the first response of all "
+                f"do not both have the score {different[0]!r}; expected the same scores of all: generate them again"
+            )
+    return questions
 
 
 def check_right(data: DataOptions, extract: Extractor, right: str):

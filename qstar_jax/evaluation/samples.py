@@ -14,7 +14,7 @@ from qstar_jax.data.reading import read_rows
 from qstar_jax.data.steps import StepDelimiter, delimited_ends, listed_ends, parse_delimiter
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.pairs import Sample
-from qstar_jax.evaluation.scored import SCORE_LINE
+from qstar_jax.evaluation.scored import SCORE_LINE, ScoredResponse
 from qstar_jax.untrusted import read_json_lines
 
 SCORES = "scores.jsonl"
@@ -70,7 +70,10 @@ def _check_options(config: PairsConfig, is_scored: bool):
 
 def _scored(path: Path, config: PairsConfig) -> tuple[list[Sample], Counter[str]]:
     def parse(record: dict) -> Sample | str:
-        return _unusable(record) or _scored_sample(record, config.steps)
+        if record["reason"] is not None:
+            return "not scored"
+        response = ScoredResponse.from_json(record)
+        return _unusable(response) or _scored_sample(response, config.steps)
 
     samples, dropped = [], Counter()
     for found in read_json_lines(path, parse, SCORE_LINE):
@@ -81,32 +84,29 @@ def _scored(path: Path, config: PairsConfig) -> tuple[list[Sample], Counter[str]
     return samples, dropped
 
 
-def _unusable(record: dict) -> str | None:
-    if record["reason"] is not None:
-        return "not scored"
-    if record["truncated"]:
+def _unusable(response: ScoredResponse) -> str | None:
+    if response.truncated:
         return "truncated, so that its end is missing"
-    if record["prompt_truncated"]:
+    if response.prompt_truncated:
         return "without the beginning of its prompt"
-    if not all(record["action_mask"]):
+    if not all(response.action_mask):
         return "a dialogue, with words of others between its actions"
     return None
 
 
-def _scored_sample(record: dict, in_steps: bool) -> Sample:
+def _scored_sample(response: ScoredResponse, in_steps: bool) -> Sample:
     # The last token is EOS, which training adds itself.
-    pieces, total = record["pieces"][:-1], float(record["total_reward"])
+    pieces, row, prompt, total = response.pieces[:-1], response.row, response.prompt, response.total_reward
     if not in_steps:
-        return Sample(record["row"], record["prompt"], ("".join(pieces),), total=total)
-    if not record.get("steps"):
+        return Sample(row, prompt, ("".join(pieces),), total=total)
+    if not response.step:
         raise InputError("it has no steps; score the file with --steps")
-    of_token = record["step"][: len(pieces)]
+    of_token = response.step[:-1]
     texts = [
-        "".join(piece for piece, step in zip(pieces, of_token, strict=True) if step == part["step"])
-        for part in record["steps"]
+        "".join(piece for piece, step in zip(pieces, of_token, strict=True) if step == part.step)
+        for part in response.steps
     ]
-    rewards = [float(part["reward"]) for part in record["steps"]]
-    return Sample(record["row"], record["prompt"], tuple(texts), tuple(rewards), total=total)
+    return Sample(row, prompt, tuple(texts), tuple(part.reward for part in response.steps), total=total)
 
 
 def _rows(config: PairsConfig) -> tuple[list[Sample], Counter[str]]:

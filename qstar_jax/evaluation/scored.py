@@ -1,5 +1,6 @@
 """A response with the numbers of each of its tokens: the record that every view reads."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate, compress
@@ -8,10 +9,25 @@ from typing import Any, Self
 
 from qstar_jax.console import shorten_middle
 from qstar_jax.evaluation.steps import StepTotals, step_totals
-from qstar_jax.untrusted import read_json_lines
+from qstar_jax.untrusted import check_types, read_json_lines
 
 SCORE_LINE = "a line of `qstar score`"
 _PER_TOKEN = ("logp", "ref_logp", "reward", "q", "v")
+_TYPES = {"row": int, "role": str, "prompt": str, "pieces": list[str], "token_ids": list[int]}
+_TYPES |= dict.fromkeys(_PER_TOKEN, list[float]) | {"truncated": bool, "beta": float}
+_OPTIONAL_TYPES = {
+    "alternatives": list[list[dict]],
+    "prompt_truncated": bool,
+    "action_mask": list[bool],
+    "turn": list[int],
+    "wrong": list[bool],
+    "endogenous": list[float | None],
+    "entropy": list[float],
+    "step": list[int],
+    "first_error": int | None,
+    "total_reward": float,
+    "steps": list[dict] | None,
+}
 _REPR_CHARACTERS = 60
 _IF_KNOWN = (
     "wrong",
@@ -222,19 +238,38 @@ class ScoredResponse:
     def from_json(cls, record: dict[str, Any]) -> Self:
         """Reads back what `to_json` wrote, so that views can be drawn from scores.jsonl.
 
-        Keys that are no field (`total_reward`, `turns`, `steps`) are ignored, and fields with a default may be missing.
+        Fields with a default may be missing. Keys that are no field (`turns`, `step_totals`) are ignored, except that
+        `total_reward` and the rewards of `steps` must be those of the tokens.
 
         Raises:
-            ValueError: If something else than numbers is said of its tokens. Others are errors of Python.
+            ValueError: If a field is missing or of another type, or rewards do not add up. Others are errors of Python.
         """
-        for name in _PER_TOKEN:
-            if not all(isinstance(value, int | float) for value in record[name]):
-                raise ValueError(f"{name}: expected numbers")
+        check_types(record, _TYPES)
+        check_types(record, {name: kind for name, kind in _OPTIONAL_TYPES.items() if name in record})
         values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         values["alternatives"] = [
             tuple(Alternative(**alternative) for alternative in place) for place in record.get("alternatives", ())
         ]
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        response = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        response._check_sums(record)
+        return response
+
+    def _check_sums(self, record: dict[str, Any]):
+        """Refuses sums beside the tokens that are not theirs."""
+        total = record.get("total_reward", self.total_reward)
+        if not _are_close(total, self.total_reward):
+            raise ValueError(f"total_reward is {total}, and the rewards of the tokens add up to {self.total_reward}")
+        if (steps := record.get("steps")) is None:
+            return
+        for step in steps:
+            check_types(step, {"reward": float})
+        found, own = [step["reward"] for step in steps], [step.reward for step in self.steps]
+        if len(found) != len(own) or not all(map(_are_close, found, own)):
+            raise ValueError(f"steps have the rewards {found}, and the rewards of their tokens add up to {own}")
+
+
+def _are_close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4)  # sums of float32 in another order
 
 
 def unscored_line(row: int, reason: str) -> dict[str, Any]:

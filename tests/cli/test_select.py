@@ -207,3 +207,15 @@ def test_generations_of_another_tokenizer_or_file_are_refused(questions, dpo_run
     capsys.readouterr()
     assert select(tmp_path / "out", *words, "--final_answer", "number", "--generations", out) == 2
     assert "responds to '[BOS] w10 w1', and the model reads '[BOS] w20 w2'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["reward", "logp"])
+def test_generations_of_which_some_lack_a_score_are_refused(name, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "answer": "1"}\n')
+    record = {"row": 0, "answers": 2, "prompt": "p", "text": "# 1", "tokens": [5], "length": 1, "finish": "eos"}
+    records = [record | {"rank": rank, "logp": -1.0, "reward": 0.5, "drawn": 1} for rank in range(2)]
+    records[1][name] = None
+    (tmp_path / "generations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["--data.eval", tmp_path / "rows.jsonl", "--right", "answer", "--generations", tmp_path]
+    assert select(tmp_path / "out", *words) == 2 and not (tmp_path / "out").exists()
+    assert "row 0 of the generations: its response of rank 1" in capsys.readouterr().err

@@ -244,11 +244,19 @@ def test_scores_become_samples_without_their_eos(write, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
-        ([scored_line(0, "p", ["a"], [1.0], steps=None)], {"steps": True}, "line 1: it has no steps; score the file"),
+        (
+            [scored_line(0, "p", ["a"], [1.0]) | {"step": [], "steps": None}],
+            {"steps": True},
+            "line 1: it has no steps; score the file",
+        ),
         ([{"row": 0}], {}, r"line 1: not a line of `qstar score` \(no 'reason'\)"),
         ([scored_line(0, "p", ["a"], [1.0], total_reward=math.nan)], {}, "line 1: .*found the number NaN"),
         ([scored_line(0, "p", ["a"], [math.inf])], {"steps": True}, "line 1: .*found the number Infinity"),
-        ([scored_line(0, "p", ["a"], [1.0], total_reward="much")], {}, "line 1: .*could not convert"),
+        (
+            [scored_line(0, "p", ["a"], [1.0], total_reward="much")],
+            {},
+            "line 1: .*total_reward is 'much'; expected a number",
+        ),
         ([{"row": 0, "reason": "x"}], {}, r"no sample can be used \(1 not scored\)"),
         ([], {"threshold": 0.0}, "--threshold 0.0 has no effect without --steps"),
         ([], {"threshold": float("nan"), "steps": True}, "--threshold is nan; expected a number"),
