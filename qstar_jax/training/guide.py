@@ -51,13 +51,14 @@ def with_guide(
     guide = load(name)
     check_guide(guide, start, name, "reference.guide")
     beta, identity = find_beta(guide, None, name, "reference.guide to a run that does"), _identity(guide)
+    what = f"token rewards of {name}, beta {beta:g}"
     if plan.objective.guide_beta is not None:
-        beta = plan.objective.guide_beta
+        beta, what = plan.objective.guide_beta, f"log-ratios of {name} at each token, in nats"
     logps = score(guide, identity)
     guide = replace(guide, params=None)  # frees them before others are loaded
     reference = open_reference(guide, None, name, load)
     ref_logps = score(reference, _identity(reference))
-    say(console, f"guide: token rewards of {name}, beta {beta:g}")
+    say(console, f"guide: {what}")
     rewards = [_differences(beta, *both) for both in zip(logps, ref_logps, strict=True)]
     return [feeder.with_guide(values) for feeder, values in zip(feeders, rewards, strict=True)], identity
 

@@ -132,8 +132,14 @@ def weighted(guide, make_config, tiny_train, tmp_path_factory):
 
     def run(out, loss="weighted_sigmoid", **weighting):
         settings = ReferenceOptions(guide=str(guide[0]), cache=str(cache), mode="cached")
-        block = WeightingOptions(**weighting)
-        return tiny_train(make_config(out, loss=LossOptions(name=loss), reference=settings, weighting=block))
+        console = Console(record=True, width=400, file=io.StringIO())
+        config = make_config(
+            out, loss=LossOptions(name=loss), reference=settings, weighting=WeightingOptions(**weighting)
+        )
+        summary = tiny_train(config, console)
+        # Weights are made of log-ratios, whatever the guide's beta is.
+        assert f"guide: log-ratios of {guide[0]} at each token, in nats" in console.export_text()
+        return summary
 
     return run
 
