@@ -8,6 +8,7 @@ from qstar_jax.models import CausalLM
 from qstar_jax.store import hub
 
 REWARD = ["--reference", "MODEL", "--beta", "1"]
+LONG = ["--rl.max_new_tokens", "5000", "--train.batch_size", "8"]
 JUDGE = ["--judge.beta", "1", "--judge.batch_size", "8"]
 
 
@@ -26,7 +27,9 @@ def short(tiny_tokenizer, tmp_path_factory):
     [
         ["dpo", "--data.train", "FILE", "--train.steps", "1"],
         ["sft", "--data.train", "FILE", "--train.steps", "1"],
+        ["rl", "--data.train", "FILE", "--reward.kind", "verifier", "--reward.answer", "chosen", *LONG],
         ["score", "--data.eval", "FILE", *REWARD],
+        ["select", "--data.eval", "FILE", *REWARD, "--right", "chosen", "--samples", "2"],
         ["generate", "--data.eval", "FILE"],
         ["generate", "--prompt", "w1"],
         ["sweep", "--data.eval", "FILE", *REWARD, "--judge.model", "MODEL", "--judge.reference", "MODEL", *JUDGE],
