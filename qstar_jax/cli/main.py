@@ -56,7 +56,8 @@ VERBS: dict[str, tuple[type, str]] = {
     "env": (config.EnvConfig, "print versions and devices, for a bug report"),
 }
 
-RESUMABLE = ("sft", "dpo", "rl", "control", "generate", "score", "sweep")  # verbs that go on where they were stopped
+# Verbs that go on where they were stopped.
+RESUMABLE = ("sft", "dpo", "rl", "control", "generate", "score", "sweep", "select")
 SHARED = ("sft", "dpo", "rl", "pipeline", "export", "plan")  # verbs that several processes run together, or plan to
 POSITIONAL = {"data": "FILE ", "chat": "MODEL ", "view": "MODEL "}  # verbs whose first option is given without its name
 

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from contextlib import nullcontext
 
 import numpy as np
@@ -9,6 +11,7 @@ from qstar_jax.config import DataOptions, SelectConfig
 from qstar_jax.decoding.generations_file import read_generations
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation.selecting import check_options
+from qstar_jax.interruption import TEMPORARY
 
 pytestmark = pytest.mark.usefixtures("one_device_only")
 
@@ -94,6 +97,18 @@ def test_options_change_the_result(selected, questions, tmp_path, capsys):
     pattern = record(tmp_path / "pattern")
     assert pattern["sizes"] == [3] and pattern["unanswered"] > 0
     assert {line["answer"] for line in responses(tmp_path / "pattern")} == {"w1", "w2", None}
+
+
+def test_sigterm_while_responses_are_scored(questions, dpo_run, tmp_path, monkeypatch, capsys):
+    def signalled(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the command went on")
+
+    words = ["--data.eval", questions, *COLUMNS, "--right", "answer", "--final_answer", "number", "--model", dpo_run]
+    monkeypatch.setattr("qstar_jax.evaluation.selecting.score_responses", signalled)
+    assert select(tmp_path / "out", *words) == TEMPORARY
+    said = f"qstar select: stopped; go on with\nqstar select --out {tmp_path / 'out'} "
+    assert capsys.readouterr().err.startswith(said)
 
 
 @pytest.mark.slow
