@@ -66,8 +66,9 @@ def run(config: DataConfig):
         if dataset is None:
             _show_text(records[number], console)
         elif number < len(dataset.examples):
-            say(console, f"\nrow {dataset.examples[number].row + 1}")
-            console.print(preview(dataset.examples[number], tokenizer))
+            example = dataset.examples[number]
+            say(console, f"\nrow {example.row + 1}")
+            console.print(preview(example, tokenizer, of_steps=example.row in dataset.steps))
     say(console, "")
     has_template = bool(getattr(tokenizer, "chat_template", None))
     for line in advice(kind, rows, records, options, dataset, whole, has_template):

@@ -14,10 +14,15 @@ _MISMATCHED = (("response", "green"), ("response to another prompt", "dim"))  # 
 _COLORS = ("green", "cyan", "yellow", "red")  # of the places of a ranking
 
 
-def preview(example: Example, tokenizer: Any) -> Text:
+def preview(example: Example, tokenizer: Any, *, of_steps: bool = False) -> Text:
     """Decodes an example: a dim prompt, colored actions, visible EOS, and labels that do not rely on color.
 
     What the environment says within a response is dim, between ⟨ and ⟩.
+
+    Args:
+        example: The example.
+        tokenizer: Its tokenizer.
+        of_steps: Whether its responses are single steps, which have no EOS that they could lose.
 
     Returns:
         Styled text; the data is never interpreted as markup.
@@ -31,7 +36,8 @@ def preview(example: Example, tokenizer: Any) -> Text:
     labels = places if len(example.responses) > 2 else _LABELS.get(len(responses), ())
     labels = _MISMATCHED if example.outcome and len(responses) == 2 else labels
     for (name, color), response in zip(labels, responses, strict=True):
-        note = "; truncated at the end, without EOS" if response.truncated else ""
+        ending = "a step, without EOS" if of_steps else "truncated at the end, without EOS"
+        note = f"; {ending}" if response.truncated else ""
         text.append(f"\n\n{name} ({_size(response)}, in the loss{note})\n", style="bold")
         for start, end, style in _stretches(response, color):
             said = _decode_after(example.prompt, response.ids[:start], response.ids[start:end], tokenizer)

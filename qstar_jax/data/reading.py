@@ -24,8 +24,8 @@ from qstar_jax.tasks import TASKS, Task, find
 
 _ACCEPTED = (
     ".jsonl, .json (one object per line, or one array of objects), .csv, .tsv (all also .gz), .parquet, .arrow, a "
-    "folder or a pattern of such files, a folder of save_to_disk, the name of a dataset on the Hugging Face Hub, or "
-    f"{', '.join(task.source for task in TASKS)}, or reasoning-gym:NAME"
+    "folder or a pattern of such files, a folder of save_to_disk, the name of a dataset on the Hugging Face Hub, "
+    f"{', '.join(task.source for task in TASKS)} or reasoning-gym:NAME"
 )
 _READERS: dict[str, Callable[[Path, str], Iterator[dict | BadRow]]] = {
     ".jsonl": json_rows,

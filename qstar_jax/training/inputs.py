@@ -75,7 +75,8 @@ def load_inputs(
 
     examples = load(data.train, data.train_split, limit=data.max_train_rows)
     say(console, examples.report(start.model))
-    console.print(preview(examples.examples[0], start.tokenizer))
+    first = examples.examples[0]
+    console.print(preview(first, start.tokenizer, of_steps=first.row in examples.steps))
     if plan.objective.by_turns and Lengths.of(examples.examples).turns.max() < 2:
         say(console, f"note: every response of {data.train} is a single turn, on which dmpo is DPO (sigmoid)")
     train = Feeder(examples, options.batch_size, mesh, data, "train.batch_size", accumulate=options.accumulate)

@@ -44,6 +44,12 @@ def test_truncation_is_shown(plain_tokenizer):
     assert "rejected (2 tokens, in the loss)\nq[E]" in plain
 
 
+def test_steps_are_not_called_truncated(plain_tokenizer):
+    [example], _ = tokenize([Record("ab", ("cd", "e"), 0, open_end=True)], plain_tokenizer, DataOptions())
+    plain = preview(example, plain_tokenizer, of_steps=True).plain
+    assert "chosen (2 tokens, in the loss; a step, without EOS)\ncd" in plain and "truncated" not in plain
+
+
 def test_data_is_neither_markup_nor_a_terminal_command(plain_tokenizer):
     text = shown(plain_tokenizer, "[red]", "\x1b[2J")
     assert "[red]" in text.plain and "red" not in styles(text).values()
