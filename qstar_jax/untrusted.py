@@ -20,7 +20,14 @@ _MAX_VALUES = 100_000  # of a file of options, counted with what its aliases rep
 _MAX_DIGITS = 30
 _MAX_WAIT = 30  # seconds for the writer of a pipe
 _SHOWN = 40  # characters of a value
-_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+}
 _KINDS |= {NoneType: "null"}
 T = TypeVar("T")
 _OTHER = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
@@ -143,8 +150,8 @@ def check_types(record: Mapping[str, Any], types: Mapping[str, Any]):
 
     Args:
         record: The object.
-        types: Name -> type of the value: int, float (a whole number is one), str, bool, dict, a list of one of them, or
-            one of them or None.
+        types: Name -> type of the value: int, float (a whole number is one), str, bool, dict, list, a list of
+            one of them, or one of them or None.
 
     Raises:
         ValueError: If a key is missing, or its value is something else.

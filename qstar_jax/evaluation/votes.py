@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.special import expit
 
+from qstar_jax.errors import InputError
+
 CHANCE, MAJORITY, ORACLE = "chance", "majority", "oracle"
 SUBSETS = 1024
 Weight = Literal["sigmoid", "softmax", "identity"]
@@ -52,7 +54,8 @@ class Candidates:
             raise ValueError(f"expected one entry per response in each field, and at least one; found {lengths}")
         for name, values in self.scores.items():
             if not np.isfinite(values).all():
-                raise ValueError(f"score {name!r} of a response is not finite")
+                bad = int(np.argmin(np.isfinite(values)))
+                raise InputError(f"score {name!r} of response {bad + 1} of a question is not finite ({values[bad]})")
 
 
 def oracle(correct: Bool[np.ndarray, " K"], n: int) -> float:

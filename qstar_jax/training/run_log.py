@@ -7,8 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from qstar_jax.console import Bar, say
+from qstar_jax.errors import InputError
 from qstar_jax.store.files import write_atomically
 from qstar_jax.training.trackers import Trackers
+from qstar_jax.untrusted import check_types
 
 
 class RunLog:
@@ -124,15 +126,25 @@ def _lines_before(path: Path, start: int) -> list[dict[str, float]]:
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, float]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            yield json.loads(line)
+            metrics = json.loads(line)
         except json.JSONDecodeError:
             continue  # half a line, from a process that was killed while writing
+        try:
+            check_types({"the line": metrics}, {"the line": dict})
+            check_types(metrics, {"step": int, **dict.fromkeys(metrics.keys() - {"step"}, float)})
+        except ValueError as error:
+            raise InputError(f"{path} line {number}: not metrics of a step ({error}); restore or remove it") from error
+        yield metrics
 
 
 def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Reads the metrics of a run: name -> (steps, values)."""
+    """Reads the metrics of a run: name -> (steps, values).
+
+    Raises:
+        InputError: If a line holds something else than a step and numbers.
+    """
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for metrics in _whole_lines(run / "metrics.jsonl"):
         for name, value in metrics.items():

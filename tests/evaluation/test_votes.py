@@ -6,6 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
+from qstar_jax.errors import InputError
 from qstar_jax.evaluation.votes import (
     Candidates,
     accuracies,
@@ -132,7 +133,7 @@ def test_questions_are_checked():
     assert vote(good.correct, [None, None], np.ones(2), np.ones((1, 2), bool)) == 0.0
     with pytest.raises(ValueError, match="one entry per response"):
         Candidates(np.array([True, False]), ["1"])
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(InputError, match=r"score '.*' of response \d of a question is not finite \("):
         Candidates(np.array([True, False]), ["1", "2"], {"sum": np.array([0.0, np.nan])})
     with pytest.raises(ValueError, match="different scores"):
         accuracies([good, Candidates(good.correct, good.answers)], [1])

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from qstar_jax.errors import InputError
 from qstar_jax.report.curves import draw_curves, write_curves
 from qstar_jax.training.run_log import read_metrics
 
@@ -22,6 +23,18 @@ def run(tmp_path):
 def test_metrics_are_read_with_their_steps(run):
     found = read_metrics(run)
     assert found["loss"] == ([0, 1], [0.69, 0.60]) and found["eval_loss"] == ([0, 2], [0.7, 0.5])
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "[]", '{"loss": 0.5}', '{"step": "1"}', '{"step": 1, "loss": "low"}', '{"step": 1, "loss": null}']
+)
+def test_lines_of_other_things_are_refused_by_number(line, run):
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "lo')  # a process that was killed leaves half a line
+    assert read_metrics(run)["loss"] == ([0, 1], [0.69, 0.60])
+    path.write_text(path.read_text() + f"\n{line}\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl line 6: not metrics of a step \(.*; restore or remove it"):
+        read_metrics(run)
 
 
 def test_every_curve_that_has_numbers_is_drawn(run):

@@ -1,6 +1,5 @@
 """What all insights share: a typed record in a JSON file, and a finding that compares it with the paper."""
 
-import json
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -8,6 +7,7 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from qstar_jax.errors import InputError
 from qstar_jax.store.files import write_json
+from qstar_jax.untrusted import check_types, read_json
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Record:
             source: Where it comes from, for the error.
 
         Raises:
-            InputError: If a field is missing.
+            InputError: If a field is missing, or has another type.
         """
         try:
             return _build(cls, value)
@@ -82,19 +82,20 @@ class Record:
             InputError: If the file is missing or holds something else.
         """
         path = folder / f"{cls.NAME}.json"
+        if not path.exists():
+            raise InputError(f"{path}: no such file; --{cls.NAME} expects a folder that `{cls.COMMAND}` wrote")
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{path}: no such file; --{cls.NAME} expects a folder that `{cls.COMMAND}` wrote"
-            ) from error
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error}); run `{cls.COMMAND}` again") from error
+            value = read_json(path)
+        except InputError as error:
+            raise InputError(f"{error}; run `{cls.COMMAND}` again") from error
         return cls.from_json(value, str(path))
 
 
-def _build(kind: Any, value: Any) -> Any:
-    """Turns parsed JSON into a value of a type: a dataclass, a container of them, X | None, or a plain value."""
+def _build(kind: Any, value: Any, name: str = "it") -> Any:
+    """Turns parsed JSON into a value of a type: a dataclass, a container of them, X | None, or a plain value.
+
+    Numbers that are not finite are measurements too: of a reward that ran away, or of a mean over nothing.
+    """
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         hints = get_type_hints(kind)
@@ -103,11 +104,16 @@ def _build(kind: Any, value: Any) -> Any:
         if missing:
             shown = f"one with {', '.join(value)}" if isinstance(value, dict) else repr(value)[:40]
             raise ValueError(f"expected an object with {', '.join(missing)}, found {shown}")
-        return kind(**{f.name: _build(hints[f.name], value[f.name]) for f in fields(kind) if f.name in value})
+        return kind(**{f.name: _build(hints[f.name], value[f.name], f.name) for f in fields(kind) if f.name in value})
     if origin is UnionType:
-        return None if value is None else _build(arguments[0], value)
+        return None if value is None else _build(arguments[0], value, name)
     if origin is dict:
-        return {key: _build(arguments[1], entry) for key, entry in value.items()}
-    if origin is tuple:
-        return tuple(_build(arguments[0], entry) for entry in value)
+        check_types({name: value}, {name: dict})
+        return {key: _build(arguments[1], entry, f"{name}, {key!r}") for key, entry in value.items()}
+    if origin in (list, tuple):
+        if not isinstance(value, tuple):  # `to_json` leaves tuples as they are
+            check_types({name: value}, {name: list})
+        return origin(_build(arguments[0], entry, f"an entry of {name}") for entry in value)
+    if kind in (int, float, str, bool):
+        check_types({name: value}, {name: kind})
     return value

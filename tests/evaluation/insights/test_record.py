@@ -44,10 +44,17 @@ def test_keys_that_are_no_field_are_skipped_and_defaults_filled_in():
     ("text", "message"),
     [
         (None, r"lengths\.json: no such file; --lengths expects a folder that `qstar measure` wrote"),
-        ("{", r"lengths\.json: not JSON .*; run `qstar measure` again"),
+        ("{", r"lengths\.json: not valid JSON .*; run `qstar measure` again"),
         ("[]", r"lengths\.json: expected an object with model, means, found \[\]; run `qstar measure` again"),
         ('{"model": "m"}', r"expected an object with means, found one with model; run `qstar measure` again"),
         ('{"model": "m", "means": {"greedy": 1}}', r"expected an object with mean, low, high, found 1; run"),
+        ("[" * 100_000, r"not valid JSON \(nested more than 100 deep\); run `qstar measure` again"),
+        ('{"model": 5, "means": {}}', r"lengths\.json: model is 5; expected a text; run `qstar measure` again"),
+        ('{"model": "m", "means": [1]}', r"means is \[1\]; expected an object; run"),
+        ('{"model": "m", "means": {"a": {"mean": "2", "low": 1, "high": 3}}}', "mean is '2'; expected a number; run"),
+        ('{"model": "m", "means": {"a": {"mean": true, "low": 1, "high": 3}}}', "mean is True; expected a number; run"),
+        ('{"model": "m", "means": {}, "runs": 5}', "runs is 5; expected a list; run"),
+        ('{"model": "m", "means": {}, "notes": [5]}', "an entry of notes is 5; expected a text; run"),
     ],
 )
 def test_what_is_no_such_file_is_refused(text, message, tmp_path):
