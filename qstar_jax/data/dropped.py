@@ -91,15 +91,6 @@ def separate(items: Iterable[Used | Dropped]) -> tuple[list[Used], list[Dropped]
     return used, dropped
 
 
-def sift(items: Iterable[tuple[int, Item]], use: Callable[[Item], Used]) -> tuple[list[Used], list[Dropped]]:
-    """Applies a function to items, collecting those that it drops; arguments as for `used_or_dropped`.
-
-    Returns:
-        The results for the other items, and the dropped rows, both in order.
-    """
-    return separate(used_or_dropped(items, use))
-
-
 def rows_by_reason(dropped: Sequence[Dropped]) -> dict[str, list[int]]:
     """Returns the rows (from 0, in order) of each reason, the most frequent reason first."""
     rows: dict[str, list[int]] = {}

@@ -117,7 +117,7 @@ def _rows(config: PairsConfig) -> tuple[list[Sample], Counter[str]]:
             dropped[f"not readable ({row.reason})"] += 1
             continue
         where = f"{config.samples} row {index + 1}"
-        prompt, text = (_text(row, column, where) for column in (config.prompt, config.completion))
+        prompt, text = (_text(row, getattr(config, name), where, f"--{name}") for name in ("prompt", "completion"))
         if config.steps:
             steps = _steps(row, text, delimiter, where)
             first = _first_wrong(row, config.wrong_step, len(steps), where)
@@ -127,28 +127,32 @@ def _rows(config: PairsConfig) -> tuple[list[Sample], Counter[str]]:
     return samples, dropped
 
 
-def _value(row: dict, column: str, where: str) -> Any:
+def _value(row: dict, column: str, where: str, option: str) -> Any:
     if column not in row:
-        raise InputError(f"{where}: no column {column!r} (found: {', '.join(map(repr, row))})")
+        raise InputError(
+            f"{where}: no column {column!r} (found: {', '.join(map(repr, row))}); name yours with {option}"
+        )
     return row[column]
 
 
-def _text(row: dict, column: str, where: str) -> str:
-    if isinstance(value := _value(row, column, where), str):
+def _text(row: dict, column: str, where: str, option: str) -> str:
+    if isinstance(value := _value(row, column, where, option), str):
         return value
     raise InputError(f"{where}, column {column!r}: found {type(value).__name__}; expected a text")
 
 
 def _steps(row: dict, text: str, delimiter: StepDelimiter, where: str) -> tuple[str, ...]:
     if delimiter.pattern is None:
-        ends = listed_ends(text, _value(row, delimiter.column, where), f"{where}, column {delimiter.column!r}")
+        ends = listed_ends(
+            text, _value(row, delimiter.column, where, "--step_delimiter"), f"{where}, column {delimiter.column!r}"
+        )
     else:
         ends = delimited_ends(text, delimiter.pattern)
     return tuple(text[begin:end] for begin, end in pairwise([0, *ends]))
 
 
 def _first_wrong(row: dict, column: str, count: int, where: str) -> int:
-    value = _value(row, column, where)
+    value = _value(row, column, where, "--wrong_step")
     if (first := whole_number(value)) is not None and -1 <= first < count:
         return first
     raise InputError(
@@ -158,10 +162,10 @@ def _first_wrong(row: dict, column: str, count: int, where: str) -> int:
 
 
 def _total(row: dict, config: PairsConfig, where: str) -> float:
-    column = config.label if config.reward is None else config.reward
-    _value(row, column, where)
+    fix = "--label, or a column of rewards with --reward" if config.reward is None else "--reward"
+    column, parse = (config.label, parse_label) if config.reward is None else (config.reward, parse_reward)
+    _value(row, column, where, fix)
     try:
-        return float(parse_label(row, column)) if config.reward is None else parse_reward(row, column)
+        return float(parse(row, column))
     except BadRow as error:
-        fix = "; name a column of rewards with --reward" if config.reward is None else ""
-        raise InputError(f"{where}: {error.fault}{fix}") from error
+        raise InputError(f"{where}: {error.fault}; name yours with {fix}") from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qstar_jax.config import ScoreConfig
+from qstar_jax.config import DataOptions, ScoreConfig
 from qstar_jax.config.paths import recorded
 from qstar_jax.config.ranges import check_ranges
 from qstar_jax.config.unread import check_unread
@@ -96,9 +96,7 @@ def score_file(config: ScoreConfig, console: Console) -> ScoredFile:
             )
         if are_identical(policy, reference):
             say(console, f"warning: {IDENTICAL}")
-        kind = KINDS[config.answers]
-        vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy), "console": console}
-        dataset = load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows, **vocab)
+        dataset = _load(config, policy, console)
         say(console, dataset.report(policy.model))
         _check_marks(config, dataset, policy, beta)
         settled = replace(config, data=replace(data, date=dataset.date))
@@ -150,6 +148,26 @@ def _check_options(config: ScoreConfig):
     parse_delimiter(config.data.step_delimiter)
     if config.wrong_step is not None and config.answers != "single":
         raise InputError("--wrong_step tells of the steps of one response; expected --answers single")
+
+
+def _load(config: ScoreConfig, policy: LoadedModel, console: Console) -> Dataset:
+    """Reads the responses, and says so where a file of single ones is read as pairs."""
+    data, kind = config.data, KINDS[config.answers]
+    vocab = {"vocabulary": policy.model.config.vocab_size, "eos_ids": eos_token_ids(policy), "console": console}
+    try:
+        return load_examples(data.eval, data.eval_split, kind, policy.tokenizer, data, data.max_eval_rows, **vocab)
+    except InputError as error:
+        if config.answers == "pairs" and _holds_single(data):
+            raise InputError(f"{error}; single responses are scored with --answers single") from error
+        raise
+
+
+def _holds_single(data: DataOptions) -> bool:
+    try:
+        read_records(data.eval, data.eval_split, KINDS["single"], data, limit=1)
+    except InputError:
+        return False
+    return True
 
 
 def _check_marks(config: ScoreConfig, dataset: Dataset, policy: LoadedModel, beta: float):

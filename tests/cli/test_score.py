@@ -132,6 +132,7 @@ def test_a_reference_that_is_gone_is_missed(dpo_run, eval_file, tmp_path, one_de
         (["--model", "{hf}", "--reference", "{hf}", "--data.eval", "{eval}"], "--beta"),
         (["--model", "{run}"], "--data.eval is missing"),
         (["--model", "{run}", "--data.eval", "{eval}", "--batch_size", "0"], "--batch_size 0"),
+        (["--model", "{run}", "--data.eval", "{single}"], "no column 'chosen'.* scored with --answers single"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(
@@ -139,7 +140,8 @@ def test_what_cannot_be_scored_is_refused(
 ):
     import re
 
-    names = {"hf": hf_folder, "run": dpo_run, "eval": eval_file}
+    (single := tmp_path / "single.jsonl").write_text('{"prompt": "w1", "completion": "w2"}\n')
+    names = {"hf": hf_folder, "run": dpo_run, "eval": eval_file, "single": single}
     assert score(tmp_path / "out", *[word.format(**names) for word in words]) == 2
     assert re.search(named, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

@@ -284,7 +284,7 @@ ROW = {"prompt": "p", "completion": "a\nb", "label": True, "n": 0.5, "w": 1}
         (ROW, {"steps": True}, "so it must say which steps are wrong; name the column with --wrong_step"),
         (ROW | {"w": 2}, {"steps": True, "wrong_step": "w"}, "row 1, column 'w': found 2; .* first wrong of 2 steps"),
         (ROW | {"w": True}, {"steps": True, "wrong_step": "w"}, "found True"),
-        (ROW, {"steps": True, "wrong_step": "x"}, "no column 'x'"),
+        (ROW, {"steps": True, "wrong_step": "x"}, "no column 'x' .*; name yours with --wrong_step"),
         (ROW, {"wrong_step": "w"}, "--wrong_step w has no effect"),
         (ROW, {"margin": 1.0}, "--margin 1.0 has no effect"),
         (ROW, {"threshold": 1.0}, "--threshold 1.0 has no effect"),
