@@ -87,10 +87,11 @@ def sample_metrics(
 
     `objective/scores` is the score before it is weighted, `objective/kl` the log-ratio to the reference summed over a
     response, `objective/non_score_reward` its price, `objective/token_reward` what a guide gives,
-    `objective/rlhf_reward` the sum of all, and `objective/entropy` -log pi of the response.
+    `objective/rlhf_reward` the sum of all, and `objective/entropy` -log pi of the response. `frac_reward_zero_std` is
+    the share of prompts whose samples, if they are several, all earn the same, so that rewards teach nothing there.
 
     References:
-        huggingface/trl, PPOTrainer and RLOOTrainer, "Explanation of the logged metrics".
+        huggingface/trl, PPOTrainer, RLOOTrainer and GRPOTrainer, "Explanation of the logged metrics", "Logged metrics".
     """
     outcome = batch.outcome
     logp = outcome["logp"].sum(-1)
@@ -100,6 +101,8 @@ def sample_metrics(
         "truncated/completion": batch.truncated,
     }
     reward = outcome["rewards"].sum(-1)
+    if reward.shape[-1] > 1:
+        values["frac_reward_zero_std"] = jnp.broadcast_to(jnp.ptp(reward, axis=-1, keepdims=True) == 0, reward.shape)
     if score_weight is not None:
         values["objective/scores"] = outcome["scores"]
         values[f"{SQUARES}objective/scores"] = outcome["scores"] ** 2

@@ -23,6 +23,7 @@ METRICS = {
     *OBJECTIVE,
     "objective/scores_stderr",
     "objective/rlhf_reward_stderr",
+    "frac_reward_zero_std",
     "policy/approxkl_avg",
     "policy/clipfrac_avg",
     "val/ratio",
