@@ -64,7 +64,9 @@ class RewardOptions:
         max_prompt_length: Longest prompt, in tokens of the reward model.
         batch_size: Responses that the reward model scores at once.
         answer: Column of the right answer.
-        extract: What a response's final answer is: `marked`, `hash`, `boxed` or `number` (see `qstar select`).
+        extract: What a response's final answer is: `marked`, `hash`, `boxed`, `number` or `pattern` (see
+            `qstar select`).
+        pattern: Regular expression with one group around the final answer, such as "A: (.+)"; its last match counts.
         guide: Folder of a DPO run whose token rewards are added (RTO, arXiv 2404.18922); its model has the same
             tokens.
         guide_weight: Multiplies the token rewards.
@@ -82,6 +84,7 @@ class RewardOptions:
     batch_size: int | None = option(["reward_model"], 16, bounds="[1, inf)")
     answer: str | None = option(["verifier"], "answer")
     extract: str | None = option(["verifier"], "marked")
+    pattern: str | None = option(["verifier"])
     guide: str | None = path(None)
     guide_weight: float = 1.0
     guide_clip: float | None = None

@@ -56,17 +56,18 @@ def last_number(text: str) -> str | None:
 EXTRACTORS: dict[str, Extractor] = {"marked": marked, "hash": after_hash, "boxed": boxed, "number": last_number}
 
 
-def pattern_extractor(pattern: str) -> Extractor:
+def pattern_extractor(pattern: str, option: str = "--pattern") -> Extractor:
     r"""Makes an extractor of a regular expression: what its only group matches, at its last match.
 
     Args:
         pattern: Such as `A: (.+)`; `^` and `$` match at line breaks.
+        option: The option that gives it, for errors.
 
     Raises:
         InputError: It is no regular expression, or has not exactly one group. The extractor raises it where there is no
             end to searching a text.
     """
-    compiled = Pattern.compile(pattern, f"--pattern {pattern!r}", regex.MULTILINE)
+    compiled = Pattern.compile(pattern, f"{option} {pattern!r}", regex.MULTILINE)
     if (groups := compiled.compiled.groups) != 1:
         raise InputError(
             f"{compiled.name} has {groups} groups; expected one, around the final answer, such as 'A: (.+)'"
@@ -77,6 +78,26 @@ def pattern_extractor(pattern: str) -> Extractor:
         return (matches[-1][1] or "").strip() or None if matches else None
 
     return extract
+
+
+def find_extractor(how: str, pattern: str | None, *, options: tuple[str, str]) -> Extractor:
+    """Finds the extractor that two options name.
+
+    Args:
+        how: Name of an extractor, or "pattern".
+        pattern: Regular expression of the latter, as for `pattern_extractor`.
+        options: The options that give them, for errors.
+
+    Raises:
+        InputError: There is no such extractor, or one option lacks the other.
+    """
+    if (how == "pattern") != (pattern is not None):
+        raise InputError(f"{options[1]} and {options[0]} pattern belong together: the pattern finds the final answer")
+    if pattern is not None:
+        return pattern_extractor(pattern, options[1])
+    if how not in EXTRACTORS:
+        raise InputError(f"{options[0]} {how!r} is unknown; choose from {', '.join(EXTRACTORS)}, pattern")
+    return EXTRACTORS[how]
 
 
 def normalize(answer: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from qstar_jax.config import DataOptions, RlConfig
 from qstar_jax.data.reading import read_rows
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.final_answers import EXTRACTORS, final_answer, right_answer
+from qstar_jax.evaluation.final_answers import Extractor, final_answer, find_extractor, right_answer
 from qstar_jax.evaluation.judges.reward_model import load_reward
 from qstar_jax.sharding import make_mesh
 from qstar_jax.tasks import find
@@ -27,8 +27,9 @@ def reward_maker(config: RlConfig) -> RewardMaker:
     if options.kind == "true_reward":
         for source in filter(None, (config.data.train, config.data.eval)):
             _true_reward(source)
-    if options.kind == "verifier" and options.extract is not None and options.extract not in EXTRACTORS:
-        raise InputError(f"reward.extract {options.extract!r} is unknown; choose from {', '.join(EXTRACTORS)}")
+    if options.kind == "verifier":
+        names = ("--reward.extract", "--reward.pattern")
+        extract = find_extractor(options.extract or "marked", options.pattern, options=names)
 
     @cache
     def reward_model() -> Reward:
@@ -61,7 +62,7 @@ def reward_maker(config: RlConfig) -> RewardMaker:
                 return lambda pairs: reward([(turns_of[prompt], response) for prompt, response in pairs])
             case "verifier":
                 rows = read_rows(prompts.dataset.source, prompts.split, max(prompts.texts) + 1, config.data.name)
-                return Verifier(prompts, rows, options.answer or "answer", options.extract or "marked")
+                return Verifier(prompts, rows, options.answer or "answer", extract)
         return None
 
     return make
@@ -85,14 +86,14 @@ class Verifier:
         prompts: The prompts.
         rows: All rows of their file.
         column: Column of the right answer.
-        extract: Name of an extractor (see `final_answers`).
+        extract: Finds final answers.
 
     Raises:
         InputError: If a row has no answer, or two rows with one prompt have different ones.
     """
 
-    def __init__(self, prompts: Prompts, rows: Sequence[dict[str, Any]], column: str, extract: str):
-        self._extract, self._answers = EXTRACTORS[extract], {}
+    def __init__(self, prompts: Prompts, rows: Sequence[dict[str, Any]], column: str, extract: Extractor):
+        self._extract, self._answers = extract, {}
         source = prompts.dataset.source
         for row, prompt in prompts.texts.items():
             where = f"{source} row {row + 1}"

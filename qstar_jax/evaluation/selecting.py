@@ -21,7 +21,7 @@ from qstar_jax.data.tokenization import Example
 from qstar_jax.decoding.eos import eos_token_ids
 from qstar_jax.decoding.generations_file import read_generations
 from qstar_jax.errors import InputError
-from qstar_jax.evaluation.final_answers import EXTRACTORS, Extractor, pattern_extractor
+from qstar_jax.evaluation.final_answers import Extractor, find_extractor
 from qstar_jax.evaluation.fresh import check_fresh, sample_responses, search_steps
 from qstar_jax.evaluation.insights.selection import Selection, choose_sizes, compute_selection
 from qstar_jax.evaluation.questions import (
@@ -128,14 +128,13 @@ def check_options(config: SelectConfig) -> Extractor:
     _check_unread(
         config, bool(scored), ("weight",), "scores, by which votes weigh: name --model, --scores or --generations"
     )
-    if (config.final_answer == "pattern") != (config.pattern is not None):
-        raise InputError("--pattern and --final_answer pattern belong together: the pattern finds the final answer")
+    extract = find_extractor(config.final_answer, config.pattern, options=("--final_answer", "--pattern"))
     parse_delimiter(config.data.step_delimiter)
     if config.samples is not None:
         if config.right is None:
             raise InputError("--right is missing: fresh responses have no labels; name the column of the right answer")
         check_fresh(config)
-    return pattern_extractor(config.pattern) if config.pattern is not None else EXTRACTORS[config.final_answer]
+    return extract
 
 
 def _check_unread(config: SelectConfig, is_read: bool, names: Sequence[str], needs: str):

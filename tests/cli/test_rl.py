@@ -59,7 +59,7 @@ def test_verbs_read_its_run_like_that_of_dpo(hf_folder, sums, train_file, tmp_pa
     [
         (["--reward.kind", "true_reward"], "is no built-in task that knows the true reward"),
         (["--reward.kind", "function"], "reward.kind function is for `qstar_jax.rl` in Python"),
-        (["--reward.kind", "verifier", "--reward.extract", "last"], "reward.extract 'last' is unknown"),
+        (["--reward.kind", "verifier", "--reward.extract", "last"], "--reward.extract 'last' is unknown"),
         (["--reward.kind", "verifier", "--reward.answer", "gold"], "column 'gold' is missing (found: 'prompt'"),
     ],
     ids=str,

@@ -23,7 +23,8 @@ WORDS = {
     "prompt", "system", "split", "title", "kind", "wrong", "decode.stop", "decode.delimiters", "stop", "judge.base_url",
     "loss.name", "loss.divergence", "lora.targets", "max_shard_size", "topology", "topologies", "game",
     "log.wandb", "log.trackio", "train.profile",
-    "reward.answer", "reward.extract", "completion", "label", "reward", "wrong_step", "step_delimiter",
+    "reward.answer", "reward.extract", "reward.pattern",
+    "completion", "label", "reward", "wrong_step", "step_delimiter",
     "stages.name", "stages.template", "stages.lora.targets", "data.split",
 }  # fmt: skip
 COLUMNS = """name train_split eval_split prompt chosen rejected completion label reward reference_rewards tools system

@@ -10,11 +10,13 @@ from qstar_jax.data.loading import Dataset
 from qstar_jax.data.tokenization import Example
 from qstar_jax.errors import InputError
 from qstar_jax.evaluation import rewards
+from qstar_jax.evaluation.final_answers import EXTRACTORS
 from qstar_jax.evaluation.judges.classifier import as_messages
 from qstar_jax.evaluation.rewards import Verifier, reward_maker
 from qstar_jax.tasks import find
 from qstar_jax.training.rl.prompts import Prompts
 
+HASH = EXTRACTORS["hash"]
 ROWS = [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "2 + 5 =", "answer": "2 + 5 = 7 #### 7.0"}]
 
 
@@ -24,16 +26,16 @@ def prompts_of(rows, source="sums.jsonl"):
 
 
 def test_a_verifier_compares_final_answers_with_those_of_the_prompts_row():
-    verify = Verifier(prompts_of(ROWS), ROWS, "answer", "hash")
+    verify = Verifier(prompts_of(ROWS), ROWS, "answer", HASH)
     pairs = [("1 + 1 =", "so # 2"), ("1 + 1 =", "so # 7"), ("2 + 5 =", "# 7"), ("2 + 5 =", "7")]
     assert verify(pairs) == [1.0, 0.0, 1.0, 0.0]  # the last gives no answer after a mark
-    assert Verifier(prompts_of(ROWS), ROWS, "answer", "number")(pairs) == [1.0, 0.0, 1.0, 1.0]
+    assert Verifier(prompts_of(ROWS), ROWS, "answer", EXTRACTORS["number"])(pairs) == [1.0, 0.0, 1.0, 1.0]
 
 
 def test_a_prompt_with_two_answers_is_refused():
     rows = [*ROWS, {"prompt": "1 + 1 =", "answer": "3"}]
     with pytest.raises(InputError, match=r"row 3: its prompt occurs before with the answer '2', and here it is '3'"):
-        Verifier(prompts_of(rows), rows, "answer", "hash")
+        Verifier(prompts_of(rows), rows, "answer", HASH)
 
 
 @pytest.mark.parametrize(("train", "held_out"), [("sums.jsonl", None), ("builtin:tiny-tldr", "sums.jsonl")])
@@ -65,7 +67,7 @@ def test_rewards_of_chats_are_those_of_their_text():
     assert chat.texts == text.texts
     pairs = [(chat.texts[0], row["chosen"])]
     assert reward_maker(config)(chat)(pairs) == reward_maker(config)(text)(pairs) != [None]
-    assert Verifier(chats_of(ROWS, "f"), ROWS, "answer", "hash")([("1 + 1 =", "so # 2")]) == [1.0]
+    assert Verifier(chats_of(ROWS, "f"), ROWS, "answer", HASH)([("1 + 1 =", "so # 2")]) == [1.0]
 
 
 def test_a_reward_models_template_wraps_the_turns_of_a_chat(monkeypatch):
@@ -88,4 +90,4 @@ def test_what_is_no_right_answer_is_refused(value):
     """No response could give it, and each would earn 0."""
     rows = [*ROWS, {"prompt": "3 + 4 =", "answer": value}]
     with pytest.raises(InputError, match=r"sums\.jsonl row 3: column 'answer' holds .* that --reward\.answer names"):
-        Verifier(prompts_of(rows), rows, "answer", "hash")
+        Verifier(prompts_of(rows), rows, "answer", HASH)
